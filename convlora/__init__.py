@@ -1,0 +1,32 @@
+"""LoRA adapters for the convolutions of any PyTorch network: inject, train, merge, save."""
+
+from ._checkpoint import load_adapter, save_adapter
+from ._inject import adapter_parameters, inject, remove, summary, trainable_parameters
+from ._layer import base_weight
+from ._merge import merge, unmerge
+from ._plan import LayerPlan, Plan
+from ._planner import plan
+from .errors import CheckpointError, ConvLoraError, StateError, TargetError, UnsupportedLayerError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConvLoraError",
+    "LayerPlan",
+    "Plan",
+    "StateError",
+    "TargetError",
+    "UnsupportedLayerError",
+    "adapter_parameters",
+    "base_weight",
+    "inject",
+    "load_adapter",
+    "merge",
+    "plan",
+    "remove",
+    "save_adapter",
+    "summary",
+    "trainable_parameters",
+    "unmerge",
+]

@@ -1,0 +1,76 @@
+"""The adapter's arithmetic on plain tensors: no module, no state.
+
+Low-rank adaptation: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021 (arXiv:2106.09685);
+rank-stabilised scaling: Kalajdzievski, 2023 (arXiv:2312.03732). A convolution's weight is read as the matrix
+``(C_out, C_in / groups * kH * kW)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The change ΔW that an adapter makes to a layer's weight.
+
+    >>> delta_weight(torch.ones(2, 3, 5, 5), torch.ones(8, 2), scaling=0.5).shape
+    torch.Size([8, 3, 5, 5])
+
+    .. math:: ΔW[o, i, y, x] = scaling · Σ_r B[o, r] · A[r, i, y, x]
+
+    Args:
+        lora_A: ``(rank, C_in / groups, kH, kW)`` for a convolution, ``(rank, in_features)`` for a linear layer.
+        lora_B: ``(C_out, rank)``.
+        scaling: alpha / rank, or alpha / √rank with rsLoRA; no unit.
+
+    Returns:
+        ``(C_out, *lora_A.shape[1:])`` in the factors' dtype, also under autocast.
+
+    Raises:
+        ValueError: the two ranks differ.
+    """
+    rank = lora_A.shape[0]
+    if lora_B.shape[1] != rank:
+        raise ValueError(f"lora_A has rank {rank}, lora_B has rank {lora_B.shape[1]}; both must be equal.")
+    if torch.is_autocast_enabled(lora_A.device.type):
+        # A product in half precision would make the unmerged forward differ from the merged weight.
+        with torch.autocast(lora_A.device.type, enabled=False):
+            return _product(lora_A, lora_B, scaling)
+    return _product(lora_A, lora_B, scaling)
+
+
+def _product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return (scaling * (lora_B @ lora_A.flatten(1))).view(lora_B.shape[0], *lora_A.shape[1:])
+
+
+def add_delta(base: Tensor, delta: Tensor) -> Tensor:
+    """``base + delta`` in the base's dtype, rounded once: the sum is taken in the wider of the two dtypes."""
+    return (base + delta).to(base.dtype)
+
+
+def largest_rank(weight_shape: Sequence[int]) -> int:
+    """The largest rank whose two factors together hold no more numbers than the weight; 0 where none does.
+
+    >>> largest_rank((64, 64, 3, 3)), largest_rank((32, 1, 3, 3)), largest_rank((1, 512))
+    (57, 7, 0)
+    """
+    rows, columns = weight_shape[0], math.prod(weight_shape[1:])
+    return rows * columns // max(rows + columns, 1)
+
+
+def factor_count(weight_shape: Sequence[int], rank: int) -> int:
+    """How many numbers the two factors of this rank hold.
+
+    >>> factor_count((64, 64, 3, 3), rank=8)
+    5120
+    """
+    return rank * (weight_shape[0] + math.prod(weight_shape[1:]))
+
+
+def scaling_of(alpha: float, rank: int, use_rslora: bool) -> float:
+    """What multiplies B @ A: alpha / rank, or alpha / √rank with rsLoRA."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)

@@ -1,0 +1,75 @@
+"""How an adapter is written in Hugging Face peft's names: tensor keys, shapes, and adapter_config.json."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from ._plan import LayerPlan
+from ._state import Injection
+from ._swap import original_class
+from ._targets import modules_of
+
+PREFIX = "base_model.model."
+"""What peft puts before every key of the base."""
+
+
+def factor_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
+    """Key and shape in the file of a layer's two factors: peft keeps a convolution's lora_B as a 1×1 convolution."""
+    spatial = (1,) * len(layer.weight_shape[2:])
+    return {
+        dotted(layer.name, "lora_A.weight"): (layer.rank, *layer.weight_shape[1:]),
+        dotted(layer.name, "lora_B.weight"): (layer.weight_shape[0], layer.rank, *spatial),
+    }
+
+
+def dotted(*parts: str) -> str:
+    """A key of its parts; the root's name is empty.
+
+    >>> dotted("layer1.0", "weight"), dotted("", "weight")
+    ('layer1.0.weight', 'weight')
+    """
+    return ".".join(part for part in parts if part)
+
+
+def peft_config(model: nn.Module, injection: Injection) -> dict[str, Any]:
+    plan = injection.plan
+    ranks = {f"^{re.escape(p.name)}$": p.rank for p in plan.layers if p.rank != plan.rank}
+    alphas = {f"^{re.escape(p.name)}$": p.alpha for p in plan.layers if p.alpha != plan.alpha}
+    names = "|".join(re.escape(p.name) for p in plan.layers)
+    tracked = plan.norms if plan.norm == "track" else ()
+    return {
+        # Stock peft refuses a type that it does not know: an error there, never a wrong prediction.
+        "peft_type": "LORA" if _peft_predicts_the_same(model, injection) else "CONVLORA",
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+        "r": plan.rank,
+        "lora_alpha": plan.alpha,
+        "lora_dropout": plan.dropout,
+        "use_rslora": plan.use_rslora,
+        "bias": "none",
+        "target_modules": f"^(?:{names})$",
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "modules_to_save": [*plan.modules_to_save, *tracked] or None,
+    }
+
+
+def _peft_predicts_the_same(model: nn.Module, injection: Injection) -> bool:
+    """Whether stock peft rebuilds these layers faithfully: its conv branch drops groups, dilation, padding mode."""
+    shared = {n.module for n in modules_of(model) if len(n.names) > 1}
+    return bool(injection.layers) and all(
+        layer not in shared and _peft_knows(plan, original_class(layer))
+        for plan, layer in zip(injection.plan.layers, injection.layers, strict=True)
+    )
+
+
+def _peft_knows(plan: LayerPlan, kind: type[nn.Module]) -> bool:
+    if kind is nn.Linear:
+        return True
+    g = plan.geometry
+    plain = {"dilation": [1, 1], "groups": 1, "padding_mode": "zeros"}
+    return kind is nn.Conv2d and isinstance(g["padding"], list) and all(g[key] == value for key, value in plain.items())

@@ -1,0 +1,142 @@
+"""What an injection would do, as data and as a table: the one object between "which" and "do".
+
+``inject`` applies a plan, ``save_adapter`` writes it, ``load_adapter`` reads it back and applies it again, so that the
+three cannot disagree. Making a plan changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ._functional import factor_count, scaling_of
+
+NormPolicy = Literal["freeze", "track"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: what it is and what it gets. ``rank`` 0 means that it is left alone, and ``note`` says why.
+
+    ``weight_shape`` is ``(C_out, C_in / groups, kH, kW)`` or ``(out_features, in_features)``; ``geometry`` holds a
+    convolution's stride, padding, dilation, groups and padding_mode.
+    """
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    rank: int
+    alpha: float
+    note: str = ""
+    geometry: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def base_parameters(self) -> int:
+        """Numbers in the base's weight."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Numbers in the two factors."""
+        return factor_count(self.weight_shape, self.rank)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that an injection does to a model; ``print(plan)`` shows it as a table.
+
+    Attributes:
+        adapter_name: the name under which the factors are kept.
+        rank, alpha: as asked for; a layer's own are in ``layers``.
+        layers: the layers that are adapted.
+        skipped: those that are not, each with its reason in ``note``.
+        modules_to_save: names of the modules trained in full, such as the head, and ``head_found_by`` how.
+        norms: names of the norm layers that the policy ``norm`` concerns.
+        base_parameters: of the whole base model; ``saved_parameters``: of ``modules_to_save`` together.
+        state: planned, injected or merged.
+    """
+
+    model: str
+    adapter_name: str
+    rank: int
+    alpha: float
+    use_rslora: bool
+    dropout: float
+    norm: NormPolicy
+    layers: tuple[LayerPlan, ...]
+    skipped: tuple[LayerPlan, ...]
+    modules_to_save: tuple[str, ...]
+    head_found_by: str
+    norms: tuple[str, ...]
+    base_parameters: int
+    saved_parameters: int
+    state: str = "planned"
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Numbers in all factors."""
+        return sum(layer.adapter_parameters for layer in self.layers)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Numbers that training moves: the factors and the modules trained in full."""
+        return self.adapter_parameters + self.saved_parameters
+
+    @property
+    def trainable_share(self) -> float:
+        """Trainable parameters as a share of all, the factors included; 0 to 1."""
+        return self.trainable_parameters / max(self.base_parameters + self.adapter_parameters, 1)
+
+    def scaling(self, layer: LayerPlan) -> float:
+        """What multiplies B @ A in this layer."""
+        return scaling_of(layer.alpha, layer.rank, self.use_rslora)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that :meth:`to_json` wrote; raises TypeError or KeyError where the data are another thing."""
+        layers = {key: tuple(_layer_from_json(item) for item in data[key]) for key in ("layers", "skipped")}
+        names = {key: tuple(data[key]) for key in ("modules_to_save", "norms")}
+        return cls(**{**data, **layers, **names})
+
+    def __str__(self) -> str:
+        return "\n".join([self._title(), *self._table(), *self._footer()])
+
+    def _title(self) -> str:
+        scaling = f"alpha {self.alpha:g}{', rsLoRA' if self.use_rslora else ''}"
+        return f"{self.model}: adapter {self.adapter_name!r}, rank {self.rank}, {scaling} ({self.state})"
+
+    def _table(self) -> list[str]:
+        rows = [("layer", "kind", "weight", "rank", "base", "adapter", "")]
+        for layer in (*self.layers, *self.skipped):
+            shape = "×".join(map(str, layer.weight_shape))
+            name, rank = layer.name or "(the model itself)", str(layer.rank or "-")
+            counts = f"{layer.base_parameters:,}", f"{layer.adapter_parameters:,}"
+            rows.append((name, layer.kind, shape, rank, *counts, layer.note))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        left = (True, True, True, False, False, False, True)
+        return ["  ".join(_pad(*cell) for cell in zip(row, widths, left, strict=True)).rstrip() for row in rows]
+
+    def _footer(self) -> list[str]:
+        moves = "statistics move and belong to the adapter" if self.norm == "track" else "frozen in eval behaviour"
+        saved = ", ".join(self.modules_to_save) or "none"
+        return [
+            f"adapted layers: {len(self.layers)}, left alone: {len(self.skipped)}",
+            f"trained in full: {saved} ({self.head_found_by}), {self.saved_parameters:,} parameters",
+            f"norm layers with statistics: {len(self.norms)}, {moves}",
+            f"trainable: {self.trainable_parameters:,} of {self.base_parameters + self.adapter_parameters:,} "
+            f"parameters ({self.trainable_share:.2%}), {self.adapter_parameters:,} of them in factors",
+        ]
+
+
+def _layer_from_json(item: Mapping[str, Any]) -> LayerPlan:
+    return LayerPlan(**{**item, "weight_shape": tuple(item["weight_shape"])})
+
+
+def _pad(text: str, width: int, left: bool) -> str:
+    return text.ljust(width) if left else text.rjust(width)

@@ -1,0 +1,149 @@
+"""What several test modules share: geometries for hypothesis, oracles that share nothing with the library."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from torch import Tensor, nn
+
+import convlora
+
+# No deadline: shared machines are slow at times, and a time limit would test the machine.
+hypothesis.settings.register_profile("convlora", deadline=None, max_examples=60, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("convlora")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution and an input that it accepts."""
+
+    out_channels: int
+    channels_per_group: int
+    groups: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    padding_mode: str
+    bias: bool
+
+    def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Conv2d, Tensor]:
+        torch.manual_seed(seed)
+        channels = self.channels_per_group * self.groups
+        conv = nn.Conv2d(
+            channels,
+            self.out_channels * self.groups,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias,
+            self.padding_mode,
+            dtype=dtype,
+        )
+        return conv, torch.randn(2, channels, 11, 12, dtype=dtype)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> Geometry:
+    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    same = draw(st.booleans())
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    depthwise = draw(st.booleans())
+    return Geometry(
+        out_channels=draw(st.integers(1, 4)),
+        channels_per_group=1 if depthwise else draw(st.integers(1, 4)),
+        groups=draw(st.integers(2, 6)) if depthwise else draw(st.sampled_from([1, 1, 2, 3])),
+        kernel_size=draw(pair),
+        stride=(1, 1) if same else draw(pair),
+        padding=draw(st.sampled_from(["same", "valid"])) if same else draw(st.tuples(st.integers(0, 2), st.integers(0, 2))),
+        dilation=draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
+        padding_mode=mode,
+        bias=draw(st.booleans()),
+    )
+
+
+def randomise(model: nn.Module, size: float = 0.1, seed: int = 1) -> None:
+    """Give the factors values, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for factor in convlora.adapter_parameters(model):
+            factor.copy_(size * torch.randn(factor.shape, generator=generator, dtype=torch.float64))
+
+
+def dense_delta(layer: nn.Module, adapter_name: str = "default") -> Tensor:
+    """ΔW by einsum, term by term as the definition says; shares nothing with the library."""
+    lora = layer.convlora[adapter_name]
+    if lora.lora_A.ndim == 2:
+        return lora.scaling * torch.einsum("or,ri->oi", lora.lora_B, lora.lora_A)
+    return lora.scaling * torch.einsum("or,riyx->oiyx", lora.lora_B, lora.lora_A)
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """Everything that injection could change and `remove` must give back, comparable by ==."""
+    return {
+        "classes": [(name, type(module)) for name, module in model.named_modules()],
+        "objects": [(name, id(module)) for name, module in model.named_modules()],
+        "attributes": [(name, sorted(vars(module))) for name, module in model.named_modules()],
+        "modes": [(name, module.training) for name, module in model.named_modules()],
+        "keys": list(model.state_dict()),
+        "tensors": [(k, id(t)) for k, t in model.state_dict(keep_vars=True).items()],
+        "bits": [(k, t.dtype, t.detach().clone().numpy().tobytes()) for k, t in model.state_dict().items()],
+        "flags": [(k, p.requires_grad) for k, p in model.named_parameters()],
+        "hooks": [(name, list(module._forward_hooks)) for name, module in model.named_modules()],
+    }
+
+
+class SmallNet(nn.Module):
+    """Stem, depthwise block with a residual, two norms and a head, as in real networks."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.block = nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+        self.hidden = nn.Linear(16, 12)
+        self.fc = nn.Linear(12, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.stem(x)).relu()
+        x = x + self.block(x)
+        return self.fc(self.hidden(x.mean((2, 3))).relu())
+
+
+@pytest.fixture
+def net() -> SmallNet:
+    torch.manual_seed(0)
+    return SmallNet()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def train() -> Callable[..., None]:
+    """A few real steps in train mode on what inject left trainable."""
+
+    def run(model: nn.Module, images: Tensor, steps: int = 3, lr: float = 0.05) -> None:
+        model.train()
+        optimizer = torch.optim.SGD(convlora.trainable_parameters(model), lr=lr)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(images).square().mean().backward()
+            optimizer.step()
+
+    return run
+
+
+def fresh_like(model: nn.Module) -> nn.Module:
+    """An independent copy, for use before injection as the base that a user builds again."""
+    return copy.deepcopy(model)
