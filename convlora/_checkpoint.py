@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ._inject import apply, check_plain, remove, the_injection
+from ._inject import apply, remove, the_injection
 from ._layer import adapters
 from ._manifest import FORMAT, TENSORS, Manifest, base_keys, check_fits, digest, own_keys, read_manifest
 from ._peft_format import PREFIX, factor_shapes, peft_config
-from ._state import Injection
+from ._state import Injection, check_plain
 from .errors import CheckpointError
 
 CONFIG = "adapter_config.json"

@@ -12,7 +12,7 @@ from . import _norms
 from ._layer import LoRA, adapters, attach, detach
 from ._plan import NormPolicy, Plan
 from ._planner import Pattern, plan
-from ._state import RECORD, Injection, Taken, injected, injections
+from ._state import RECORD, Injection, Taken, injected
 from ._swap import check_restorable
 from ._targets import Targets
 from .errors import StateError
@@ -74,7 +74,6 @@ def inject(
 
     Whatever is raised, the model is as it was.
     """
-    check_plain(model)
     return apply(
         plan(
             model,
@@ -92,15 +91,6 @@ def inject(
         ),
         model,
     )
-
-
-def check_plain(model: nn.Module) -> None:
-    """Raise StateError where a part of the model carries an adapter already."""
-    for name, _, injection in injections(model):
-        raise StateError(
-            f"{name or type(model).__name__} carries the adapter {injection.plan.adapter_name!r} already; "
-            "call convlora.remove(model) first. Nothing was changed."
-        )
 
 
 def apply(plan: Plan, model: M) -> M:

@@ -65,13 +65,12 @@ class AdaptedLayer(Swapped):
     @property
     def weight(self) -> Tensor:
         """The effective weight W + ΔW. To change the base weight, use :func:`convlora.base_weight`."""
-        # Straight from the dicts: an AttributeError inside a property falls through to nn.Module.__getattr__,
-        # which would hand back the base weight without a word.
-        layer = cast(nn.Module, self)
-        weight = cast(Tensor, layer._parameters["weight"])
-        for lora in layer._modules[CHILD]._modules.values():  # type: ignore[union-attr]
-            weight = add_delta(weight, cast(LoRA, lora).delta_weight())
-        return weight
+        try:
+            return effective_weight(cast(nn.Module, self))
+        except AttributeError as cause:
+            # As an AttributeError of a property it would fall through to nn.Module.__getattr__, which would hand
+            # back the base weight without a word.
+            raise StateError(f"The adapter of this layer is damaged ({cause}); inject or load it again.") from cause
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own forward with the effective weight; with dropout in training, base plus branch."""
@@ -101,6 +100,14 @@ class AdaptedLayer(Swapped):
             super()._load_from_state_dict(*args)  # type: ignore[misc]
         finally:
             del vars(self)["_convlora_loading"]
+
+
+def effective_weight(layer: nn.Module) -> Tensor:
+    """W + ΔW of an adapted layer, in the base's dtype."""
+    weight = cast(Tensor, layer._parameters["weight"])
+    for lora in adapters(layer):
+        weight = add_delta(weight, lora.delta_weight())
+    return weight
 
 
 def _forward_with_dropout(layer: nn.Module, lora: LoRA, x: Tensor) -> Tensor:

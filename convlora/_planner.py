@@ -12,6 +12,7 @@ from . import _checks, _norms, _targets
 from ._functional import largest_rank, scaling_of
 from ._layer import AdaptedLayer
 from ._plan import LayerPlan, NormPolicy, Plan
+from ._state import check_plain
 from ._swap import check_swappable
 from ._targets import Named, Targets
 
@@ -42,6 +43,7 @@ def plan(
     """
     _checks.check_values(rank, alpha, norm, dropout, adapter_name)
     _checks.check_model(model)
+    check_plain(model)
     named = _targets.modules_of(model)
     saved, found_by = _modules_to_save(model, named, modules_to_save)
     inside_saved = {module for s in saved for module in s.module.modules()}

@@ -80,3 +80,12 @@ def injected(model: nn.Module) -> list[tuple[str, nn.Module, Injection]]:
             "a larger model, give that one."
         )
     return found
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise StateError where a part of the model carries an adapter already."""
+    for name, _, injection in injections(model):
+        raise StateError(
+            f"{name or type(model).__name__} carries the adapter {injection.plan.adapter_name!r} already; "
+            "call convlora.remove(model) first. Nothing was changed."
+        )

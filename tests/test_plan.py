@@ -1,0 +1,71 @@
+"""The plan: caps, counts and the printed table."""
+
+import math
+
+import pytest
+import torch
+from conftest import convolutions
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import convlora
+from convlora import Plan
+
+
+@given(geometry=convolutions(), rank=st.integers(1, 64))
+def test_no_adapter_is_larger_than_its_layer(geometry, rank):
+    conv, _ = geometry.build()
+    model = nn.Sequential(conv, nn.Conv2d(32, 32, 3))
+    plan = convlora.plan(model, rank, modules_to_save=None)
+    assert len(plan.layers) + len(plan.skipped) == 2
+    for layer in plan.layers:
+        assert 1 <= layer.rank <= rank and layer.adapter_parameters <= layer.base_parameters
+        columns = math.prod(layer.weight_shape[1:])
+        one_more = (layer.rank + 1) * (layer.weight_shape[0] + columns)
+        assert layer.rank == rank or one_more > layer.base_parameters  # not capped harder than needed
+        assert plan.scaling(layer) == pytest.approx(2.0)  # the cap changes no step size
+    for layer in plan.skipped:
+        assert layer.note == "even rank 1 would outweigh the layer"
+
+
+def test_plan_touches_nothing_and_counts_what_inject_then_does(net):
+    before = {key: id(value) for key, value in net.state_dict(keep_vars=True).items()}
+    plan = convlora.plan(net, 4)
+    assert {key: id(value) for key, value in net.state_dict(keep_vars=True).items()} == before
+    convlora.inject(net, 4)
+    factors = sum(p.numel() for p in convlora.adapter_parameters(net))
+    trainable = sum(p.numel() for p in convlora.trainable_parameters(net))
+    everything = sum(p.numel() for p in net.parameters())
+    assert (plan.adapter_parameters, plan.trainable_parameters) == (factors, trainable)
+    assert plan.trainable_share == trainable / everything
+
+
+def test_plan_survives_json(net):
+    import json
+
+    plan = convlora.plan(net, 4, use_rslora=True)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_table_says_layer_rank_sizes_reasons_and_totals(net):
+    convlora.inject(net, exclude_modules="stem")
+    assert str(convlora.summary(net)).splitlines() == [
+        "SmallNet: adapter 'default', rank 8, alpha 16 (injected)",
+        "layer    kind    weight     rank  base  adapter",
+        "block.0  Conv2d  16×1×3×3      5   144      125  rank 8 would outweigh the layer",
+        "block.3  Conv2d  16×16×1×1     8   256      256",
+        "stem     Conv2d  16×3×3×3      -   432        0  excluded",
+        "adapted layers: 2, left alone: 1",
+        "trained in full: fc (attribute 'fc'), 39 parameters",
+        "norm layers with statistics: 2, frozen in eval behaviour",
+        "trainable: 420 of 1,552 parameters (27.06%), 381 of them in factors",
+    ]
+    convlora.merge(net)
+    assert "(merged)" in str(convlora.summary(net)).splitlines()[0]
+
+
+def test_weight_that_is_computed_is_left_alone_and_said():
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 8, 3))
+    plan = convlora.plan(model, 2, modules_to_save=None)
+    assert [(layer.name, layer.note) for layer in plan.skipped] == [("0", "its weight is computed from other parameters")]
