@@ -112,24 +112,23 @@ def apply(plan: Plan, model: M) -> M:
 
 
 def _own_tensors(injection: Injection, model: nn.Module) -> None:
-    """Give the adapter tensors of its own for all that it trains besides factors; the base's are kept aside."""
+    """Give the adapter tensors of its own for all that training moves besides factors; the base's are kept aside."""
     copies: dict[int, Tensor] = {}  # by identity: tensors shared between modules stay shared
     for name in injection.plan.modules_to_save:
         for module in model.get_submodule(name).modules():
-            for key, parameter in module._parameters.items():
-                if parameter is not None:
-                    copy = copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone()))
-                    _take(injection, module, key, parameter, copy)
-            _take_buffers(injection, module)
-    if injection.plan.norm == "track":
-        for name in injection.plan.norms:
-            _take_buffers(injection, model.get_submodule(name))
+            _own_module(injection, module, copies, trainable=True)
+    for name in injection.plan.norms if injection.plan.norm == "track" else ():
+        _own_module(injection, model.get_submodule(name), copies, trainable=False)
 
 
-def _take_buffers(injection: Injection, module: nn.Module) -> None:
+def _own_module(injection: Injection, module: nn.Module, copies: dict[int, Tensor], trainable: bool) -> None:
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            copy = nn.Parameter(parameter.detach().clone(), requires_grad=trainable)
+            _take(injection, module, key, parameter, copies.setdefault(id(parameter), copy))
     for key, buffer in module._buffers.items():
         if buffer is not None:
-            _take(injection, module, key, buffer, buffer.clone())
+            _take(injection, module, key, buffer, copies.setdefault(id(buffer), buffer.clone()))
 
 
 def _take(injection: Injection, module: nn.Module, key: str, base: Tensor, own: Tensor) -> None:

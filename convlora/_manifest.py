@@ -65,17 +65,11 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def own_keys(model: nn.Module, plan: Plan) -> set[str]:
-    """Keys of the model's state dict that belong to the adapter besides its factors: head, moved statistics."""
+    """Keys of the model's state dict that belong to the adapter besides its factors: the head, tracked norms."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    saved = {module for name in plan.modules_to_save for module in modules[name].modules()}
-    tracked = {modules[name] for name in plan.norms} if plan.norm == "track" else set()
-
-    def is_own(key: str) -> bool:
-        owner, _, leaf = key.rpartition(".")
-        module = modules.get(owner)
-        return module in saved or (module in tracked and leaf in modules[owner]._buffers)
-
-    return {key for key in model.state_dict() if is_own(key)}
+    names = (*plan.modules_to_save, *(plan.norms if plan.norm == "track" else ()))
+    owned = {module for name in names for module in modules[name].modules()}
+    return {key for key in model.state_dict() if modules.get(key.rpartition(".")[0]) in owned}
 
 
 def base_keys(state: Mapping[str, Tensor], own: set[str]) -> list[str]:

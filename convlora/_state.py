@@ -50,7 +50,7 @@ class Injection:
     frozen: list[tuple[nn.Module, str]] = field(default_factory=list)
     """Base parameters that were trainable, as (module, name)."""
     taken: list[Taken] = field(default_factory=list)
-    """Base tensors of the head and, with norm="track", of the norm layers."""
+    """Base tensors of the modules trained in full and, with norm="track", of the norm layers."""
     norms: list[nn.Module] = field(default_factory=list)
     """Norm layers frozen in place."""
     layers: list[nn.Module] = field(default_factory=list)

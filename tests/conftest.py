@@ -63,7 +63,9 @@ def convolutions(draw: st.DrawFn) -> Geometry:
         groups=draw(st.integers(2, 6)) if depthwise else draw(st.sampled_from([1, 1, 2, 3])),
         kernel_size=draw(pair),
         stride=(1, 1) if same else draw(pair),
-        padding=draw(st.sampled_from(["same", "valid"])) if same else draw(st.tuples(st.integers(0, 2), st.integers(0, 2))),
+        padding=draw(st.sampled_from(["same", "valid"]))
+        if same
+        else draw(st.tuples(st.integers(0, 2), st.integers(0, 2))),
         dilation=draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
         padding_mode=mode,
         bias=draw(st.booleans()),
@@ -108,7 +110,9 @@ class SmallNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.block = nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+        self.block = nn.Sequential(
+            nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1)
+        )
         self.hidden = nn.Linear(16, 12)
         self.fc = nn.Linear(12, num_classes)
 

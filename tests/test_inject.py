@@ -280,7 +280,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("arguments, kind, message", REFUSALS, ids=[str(list(r[0].items())[0]) for r in REFUSALS])
+@pytest.mark.parametrize("arguments, kind, message", REFUSALS, ids=[str(next(iter(r[0].items()))) for r in REFUSALS])
 def test_refused_arguments_leave_the_model_untouched(net, arguments, kind, message):
     before = snapshot(net)
     with pytest.raises(kind, match=message):

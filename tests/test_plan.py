@@ -68,4 +68,6 @@ def test_table_says_layer_rank_sizes_reasons_and_totals(net):
 def test_weight_that_is_computed_is_left_alone_and_said():
     model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 8, 3))
     plan = convlora.plan(model, 2, modules_to_save=None)
-    assert [(layer.name, layer.note) for layer in plan.skipped] == [("0", "its weight is computed from other parameters")]
+    assert [(layer.name, layer.note) for layer in plan.skipped] == [
+        ("0", "its weight is computed from other parameters")
+    ]

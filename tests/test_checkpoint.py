@@ -1,0 +1,243 @@
+"""Adapters on disk: bit-equal after a round trip, atomic, and refused where they do not fit."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from conftest import SmallNet, randomise, snapshot
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import convlora
+from convlora import CheckpointError, StateError
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def saved(net, images, train, tmp_path):
+    """A base, its trained adapter on disk, and what the trained model predicts."""
+    base = copy.deepcopy(net)
+    convlora.inject(net, 3, norm="track")
+    train(net, images)
+    convlora.save_adapter(net, tmp_path / "adapter")
+    return base, tmp_path / "adapter", net.eval()(images)
+
+
+@pytest.mark.parametrize("norm", ["freeze", "track"])
+@pytest.mark.parametrize("extra", [{}, {"target_modules": (nn.Conv2d, nn.Linear)}, {"target_modules": ()}])
+@pytest.mark.parametrize("merged", [False, True])
+def test_reloaded_adapter_predicts_the_same_bits(net, images, train, tmp_path, norm, extra, merged):
+    base = copy.deepcopy(net)
+    convlora.inject(net, 3, norm=norm, alpha=5, **extra)
+    train(net, images)
+    expected = net.eval()(images)
+    if merged:
+        convlora.merge(net)
+    assert convlora.save_adapter(net, tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+    assert convlora.load_adapter(base, tmp_path / "new" / "folder") is base
+    assert torch.equal(base.eval()(images), expected)
+    flags = {name: p.requires_grad for name, p in net.named_parameters()}
+    if not merged:
+        assert {name: p.requires_grad for name, p in base.named_parameters()} == flags
+
+
+def test_reloaded_adapter_trains_on_like_the_first(saved, images, train):
+    base, directory, _ = saved
+    first, second = (convlora.load_adapter(copy.deepcopy(base), directory) for _ in range(2))
+    train(first, images)
+    assert not torch.equal(first.eval()(images), second.eval()(images))
+    train(second, images)
+    assert torch.equal(first.eval()(images), second.eval()(images))
+
+
+def test_loaded_then_removed_is_the_base(saved, images):
+    base, directory, _ = saved
+    before = snapshot(base)
+    convlora.remove(convlora.load_adapter(base, directory))
+    assert snapshot(base) == before
+
+
+def test_file_holds_the_adapter_alone_and_no_pickle(saved):
+    _, directory, _ = saved
+    assert sorted(os.listdir(directory)) == [CONFIG, TENSORS]
+    with safe_open(directory / TENSORS, framework="pt") as file:
+        keys = set(file.keys())
+    assert "base_model.model.stem.lora_A.weight" in keys
+    assert "base_model.model.fc.weight" in keys and "base_model.model.bn1.running_mean" in keys
+    assert not any("hidden" in key or key.endswith("block.3.weight") for key in keys)
+
+
+def test_another_adapter_name(saved, images):
+    base, directory, expected = saved
+    convlora.load_adapter(base, directory, adapter_name="clinic_b")
+    assert convlora.summary(base).adapter_name == "clinic_b"
+    assert "stem.convlora.clinic_b.lora_A" in base.state_dict()
+    assert torch.equal(base.eval()(images), expected)
+
+
+def test_half_precision_base_of_the_same_numbers_loads(saved, images):
+    base, directory, _ = saved
+    convlora.load_adapter(base.half(), directory)
+    assert base.stem.convlora["default"].lora_A.dtype == torch.float32
+
+
+def test_shared_modules_survive_the_round_trip(tmp_path, train, images):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+            self.b = self.a
+            self.fc = nn.Linear(8, 2)
+            self.again = self.fc
+
+        def forward(self, x):
+            return self.fc((self.a(x) + self.b(x)).mean((2, 3)))
+
+    base = Twice()
+    model = convlora.inject(copy.deepcopy(base), 2, norm="track")
+    train(model, images)
+    convlora.save_adapter(model, tmp_path)
+    convlora.load_adapter(base, tmp_path)
+    assert torch.equal(base.eval()(images), model.eval()(images))
+
+
+# ---- what does not fit is refused, every mismatch named, the model untouched
+
+
+def refused(base, directory, message, **arguments):
+    before = snapshot(base)
+    with pytest.raises(CheckpointError, match=message):
+        convlora.load_adapter(base, directory, **arguments)
+    assert snapshot(base) == before
+
+
+def test_other_head_is_named(saved):
+    _, directory, _ = saved
+    refused(
+        SmallNet(num_classes=5), directory, r"(?s)fc\.weight: \(3, 12\) in the file, \(5, 12\) in the model.*fc\.bias"
+    )
+
+
+def test_other_layers_are_all_named(saved):
+    base, directory, _ = saved
+    base.stem = nn.Conv2d(3, 16, 5, 2, 2, bias=False)
+    base.block[0] = nn.Conv2d(16, 16, 3, 1, 2, dilation=2, groups=16)
+    del base.block[3]
+    refused(
+        base,
+        directory,
+        r"(?s)stem: weight \(16, 3, 3, 3\) in the file, \(16, 3, 5, 5\) in the model; padding \[1, 1\].*"
+        r"block\.0: padding.*dilation \[1, 1\] in the file, \[2, 2\] in the model.*"
+        r"block\.3: Conv2d in the file, no such layer in the model.*Nothing was changed",
+    )
+
+
+def test_other_weights_of_the_base_are_named_and_can_be_allowed(saved):
+    base, directory, _ = saved
+    with torch.no_grad():
+        base.hidden.bias += 1
+        base.stem.weight += 1
+    refused(base, directory, r"(?s)stem\.weight: the base's numbers differ.*hidden\.bias.*check_base=False")
+    convlora.load_adapter(base, directory, check_base=False)
+
+
+def test_an_injected_model_is_refused(saved):
+    base, directory, _ = saved
+    convlora.inject(base)
+    with pytest.raises(StateError, match="carries the adapter 'default' already"):
+        convlora.load_adapter(base, directory)
+
+
+def test_missing_directory(net, tmp_path):
+    refused(net, tmp_path / "nowhere", r"nowhere.adapter_model\.safetensors does not exist; give the directory")
+
+
+@pytest.mark.parametrize("length", [0, 5, 200, -1])
+def test_truncated_file(saved, length):
+    base, directory, _ = saved
+    data = (directory / TENSORS).read_bytes()
+    (directory / TENSORS).write_bytes(data[:length])
+    refused(base, directory, r"adapter_model\.safetensors is damaged or no safetensors file")
+
+
+def rewrite(directory, change):
+    """The same file with its manifest or tensors changed."""
+    with safe_open(directory / TENSORS, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        manifest = json.loads(file.metadata()["convlora"])
+    header = change(manifest, tensors)
+    text = header if isinstance(header, str) else json.dumps(manifest)
+    save_file(tensors, directory / TENSORS, metadata={"convlora": text})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m, t: m.update(format=99), r"is of format 99, this convlora reads 1; update it"),
+        (lambda m, t: m.pop("plan"), r"its manifest cannot be read \(KeyError\('plan'\)\)"),
+        (lambda m, t: m["plan"].update(surprise=1), r"its manifest cannot be read"),
+        (lambda m, t: "{", r"its manifest cannot be read"),
+        (lambda m, t: "[1]", r"its manifest cannot be read"),
+        (
+            lambda m, t: t.pop("base_model.model.stem.lora_B.weight") is None,
+            r"stem\.lora_B\.weight: nothing in the file",
+        ),
+        (lambda m, t: t.update(extra=torch.zeros(2)), r"extra: \(2,\) in the file, nothing in the model"),
+        (
+            lambda m, t: m["plan"]["layers"][0].update(rank=4),
+            r"stem\.lora_A\.weight: \(3, 3, 3, 3\) in the file, \(4, ",
+        ),
+        (lambda m, t: m["plan"]["layers"][0].update(rank=10**9), r"stem\.lora_A\.weight"),
+        (lambda m, t: m["plan"]["modules_to_save"].append("tail"), r"tail: no such module in the model"),
+    ],
+)
+def test_file_that_contradicts_itself(saved, change, message):
+    base, directory, _ = saved
+    rewrite(directory, change)
+    refused(base, directory, message)
+
+
+def test_safetensors_of_another_program(net, tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / TENSORS)
+    refused(net, tmp_path, "holds no convlora manifest")
+
+
+def test_failed_save_keeps_the_old_adapter(saved, images, monkeypatch):
+    base, directory, expected = saved
+    import convlora._checkpoint as room
+
+    model = convlora.load_adapter(copy.deepcopy(base), directory)
+    randomise(model)
+
+    def fails(tensors, file, metadata):
+        with open(file, "wb") as half:
+            half.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(room, "save_file", fails)
+    with pytest.raises(OSError, match="No space left"):
+        convlora.save_adapter(model, directory)
+    assert sorted(os.listdir(directory)) == [CONFIG, TENSORS]
+    assert torch.equal(convlora.load_adapter(base, directory).eval()(images), expected)
+
+
+def test_saving_again_replaces(saved, images):
+    base, directory, _ = saved
+    model = convlora.load_adapter(copy.deepcopy(base), directory)
+    randomise(model)
+    convlora.save_adapter(model, directory)
+    assert sorted(os.listdir(directory)) == [CONFIG, TENSORS]
+    assert torch.equal(convlora.load_adapter(base, directory).eval()(images), model.eval()(images))
+
+
+def test_plain_model_and_several_parts_are_refused(net, tmp_path):
+    with pytest.raises(StateError, match="carries no adapter"):
+        convlora.save_adapter(net, tmp_path / "x")
+    pair = nn.ModuleDict({"left": convlora.inject(SmallNet()), "right": convlora.inject(SmallNet())})
+    with pytest.raises(StateError, match=r"several injected parts \(left, right\)"):
+        convlora.save_adapter(pair, tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,77 @@
+"""The package as a whole: what it needs to import, which way its rooms face, and that README and CI agree."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import convlora
+
+ROOT = Path(convlora.__file__).parent
+PROJECT = ROOT.parent
+
+# Each room may use only rooms above it in this list.
+FLOORS = [
+    "errors",
+    "_functional",
+    "_swap",
+    "_layer",
+    "_norms",
+    "_targets",
+    "_plan",
+    "_state",
+    "_checks",
+    "_planner",
+    "_inject",
+    "_merge",
+    "_peft_format",
+    "_manifest",
+    "_checkpoint",
+    "__init__",
+]
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+def test_imports_face_one_way():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(FLOORS)
+    for floor, name in enumerate(FLOORS):
+        assert imports_of(ROOT / f"{name}.py") <= set(FLOORS[:floor]), name
+
+
+def test_core_imports_and_injects_with_torch_and_safetensors_alone():
+    """Not even numpy, which safetensors asks for when it writes."""
+    script = """
+import sys
+for name in ("numpy", "timm", "torchvision", "peft", "h5py", "rich", "typer", "matplotlib", "scipy"):
+    sys.modules[name] = None
+import warnings; warnings.simplefilter("ignore")
+import torch, convlora
+model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), 2)
+model(torch.randn(1, 3, 5, 5)).sum().backward()
+convlora.remove(convlora.merge(model))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_public_names_are_those_of_the_docs():
+    assert sorted(convlora.__all__) == convlora.__all__
+    assert all(getattr(convlora, name).__doc__ for name in convlora.__all__)
+
+
+def test_typed_marker_is_there():
+    assert (ROOT / "py.typed").is_file()
+
+
+def test_ci_runs_exactly_the_test_command_of_the_readme():
+    blocks = re.findall(r"```bash\n(.*?)```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert "examples.histopathology" in blocks[0] and "pytest" in blocks[1]
+    ci = (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "README.md" in ci  # it reads the block from there, so that the two cannot disagree
