@@ -2,7 +2,7 @@
 
 import copy
 import json
-import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +15,10 @@ import convlora
 from convlora import CheckpointError, StateError
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def files_in(directory):
+    return sorted(path.name for path in directory.iterdir())
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def test_loaded_then_removed_is_the_base(saved, images):
 
 def test_file_holds_the_adapter_alone_and_no_pickle(saved):
     _, directory, _ = saved
-    assert sorted(os.listdir(directory)) == [CONFIG, TENSORS]
+    assert files_in(directory) == [CONFIG, TENSORS]
     with safe_open(directory / TENSORS, framework="pt") as file:
         keys = set(file.keys())
     assert "base_model.model.stem.lora_A.weight" in keys
@@ -214,14 +218,13 @@ def test_failed_save_keeps_the_old_adapter(saved, images, monkeypatch):
     randomise(model)
 
     def fails(tensors, file, metadata):
-        with open(file, "wb") as half:
-            half.write(b"half of it")
+        Path(file).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(room, "save_file", fails)
     with pytest.raises(OSError, match="No space left"):
         convlora.save_adapter(model, directory)
-    assert sorted(os.listdir(directory)) == [CONFIG, TENSORS]
+    assert files_in(directory) == [CONFIG, TENSORS]
     assert torch.equal(convlora.load_adapter(base, directory).eval()(images), expected)
 
 
@@ -230,7 +233,7 @@ def test_saving_again_replaces(saved, images):
     model = convlora.load_adapter(copy.deepcopy(base), directory)
     randomise(model)
     convlora.save_adapter(model, directory)
-    assert sorted(os.listdir(directory)) == [CONFIG, TENSORS]
+    assert files_in(directory) == [CONFIG, TENSORS]
     assert torch.equal(convlora.load_adapter(base, directory).eval()(images), model.eval()(images))
 
 

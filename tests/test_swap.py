@@ -25,7 +25,7 @@ def test_error_in_the_weight_does_not_fall_through_to_the_base_weight(net):
     """nn.Module.__getattr__ answers an AttributeError of a property with the base Parameter, without a word."""
     convlora.inject(net)
     del net.stem.convlora["default"]._parameters["lora_A"]
-    with pytest.raises(StateError, match="damaged.*lora_A"):
+    with pytest.raises(StateError, match=r"damaged.*lora_A"):
         _ = net.stem.weight
 
 
