@@ -1,0 +1,1 @@
+"""Measurements behind the figures in the docs; each is ``python -m benchmarks.NAME``."""

@@ -1,0 +1,115 @@
+"""Images a second: batched reads of `HistoDataset` against opening the file for each image.
+
+    python -m benchmarks.loading --images 4000 --workers 0 2
+
+The other way is the one of public notebooks: `h5py.File` opened, indexed and closed in each
+``__getitem__``. Both give the same tensors, through the same DataLoader settings; rounds alternate, so that
+other load on the machine falls on both. The file is in the page cache after the first, uncounted round: this
+measures the reader, not the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from examples.histopathology.data import HistoDataset, find_splits
+from examples.histopathology.writing import SplitWriter
+
+BATCH = 32
+
+
+class OpenPerImage(Dataset[tuple[Tensor, Tensor, int]]):
+    """Opens, reads and closes the file for each image."""
+
+    def __init__(self, path: Path, keys: list[str]) -> None:
+        self.path = path
+        self.keys = keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        """Image ``(3, 96, 96)`` float32, label, index."""
+        with h5py.File(self.path, "r") as file:
+            group = file[self.keys[index]]
+            image = torch.from_numpy(group["img"][()]).float()
+            return image, torch.tensor(float(group["label"][()])), index
+
+
+def make_split(directory: Path, images: int) -> Path:
+    """A train split of random pixels, float32."""
+    rng = np.random.default_rng(0)
+    with SplitWriter(directory, "train") as writer:
+        for i in range(images):
+            writer.add(rng.random((3, 96, 96), dtype=np.float32), i % 2, [i % 5, 0, 0, 0])
+    return directory / "train.h5"
+
+
+def images_per_second(dataset: Dataset[tuple[Tensor, Tensor, int]], workers: int, images: int) -> float:
+    """One shuffled epoch, the start of the workers not counted; images a second."""
+    loader = DataLoader(
+        dataset,
+        batch_size=BATCH,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    if workers:
+        next(iter(loader))
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    return images / (time.perf_counter() - start)
+
+
+def compare(batched: HistoDataset, workers: int, rounds: int) -> None:
+    """Time both ways in alternating rounds and print the ratio, then each way's median and range."""
+    opening = OpenPerImage(batched.path, [str(key) for key in batched.ids])
+    ways = {"batched reads": batched, "open per image": opening}
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, dataset in ways.items():
+            speeds[name].append(images_per_second(dataset, workers, len(batched)))
+    ours, theirs = (statistics.median(speeds[name][1:]) for name in ways)
+    print(f"\nworkers {workers}: batched reads are {ours / theirs:.1f} times as fast")
+    for name, values in speeds.items():
+        counted = values[1:]
+        print(f"  {name:15s}{statistics.median(counted):9,.0f} images/s ({min(counted):,.0f}–{max(counted):,.0f})")
+
+
+def main() -> None:
+    """Read the options, make data where none is given, and compare at each number of workers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with train.h5; random pixels if absent")
+    parser.add_argument("--images", type=int, default=4000, help="how many to read, or make (110 kB each)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of loader processes")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = find_splits(options.data)["train"] if options.data else make_split(Path(folder), options.images)
+        dataset = HistoDataset(path, limit=options.images)
+        for workers in options.workers:
+            compare(dataset, workers, options.rounds)
+    print(
+        f"\n{len(dataset):,} images, batch {BATCH}, median (min–max) of {options.rounds} rounds; "
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, h5py {h5py.__version__}, "
+        f"HDF5 {h5py.version.hdf5_version}"
+    )
+
+
+if __name__ == "__main__":
+    main()

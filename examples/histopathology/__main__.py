@@ -1,0 +1,317 @@
+"""The command line: ``python -m examples.histopathology`` runs everything; sub-commands run its parts.
+
+Every option is checked before any work begins. A user's mistake is one line on stderr and exit status 1.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+import convlora
+
+from . import experiment, report, slides, standin
+from .backbones import check_backbone
+from .data import HistoDataset, find_splits, open_splits
+from .errors import ExampleError
+from .files import write_text
+from .methods import METHODS, Method, find_methods
+from .training import Recipe, default_workers, pick_device
+
+SMALL_SIZES = {"train": 960, "val": 320, "test": 320}
+FULL_SIZES = {"train": 100_000, "val": 34_904, "test": 85_054}  # the challenge's own
+FULL_RECIPE = {"epochs": 50, "image_size": 224, "lr": 1e-4}  # the report's
+MINIMUMS = {
+    "rank": 1,
+    "epochs": 1,
+    "image_size": 32,
+    "batch_size": 1,
+    "workers": 0,
+    "limit": 1,
+    "seed": 0,
+    "seeds": 1,
+}
+
+# By the ``source`` that a made file carries.
+CAVEATS = {
+    standin.SOURCE: "Synthetic stand-in, drawn by a program: these figures show that the pipeline works. They are "
+    "no evidence about Camelyon17, about tumours, or about which method is better on real tissue.",
+    slides.SOURCE: "Patches cut from a few pictures: label 1 means more haematoxylin than the slide's median and "
+    "says nothing about tumours. Patches overlap, so chance moves the figures more than their number suggests.",
+}
+
+console = Console()
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+MethodsOption = Annotated[str, typer.Option("--methods", help=f"Comma-separated, of {', '.join(METHODS)}.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the main job, ``train`` and ``compare`` share; None means the default of the chosen size of run."""
+
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with train.h5, val.h5, test.h5. Default: make a stand-in.")
+    ] = None
+    slides: Annotated[Path | None, typer.Option(help="Folder of tissue pictures to cut and run on.")] = None
+    backbone: Annotated[str, typer.Option(help="lite0 (no network needed) or a timm model name.")] = "lite0"
+    weights: Annotated[Path | None, typer.Option(help="Local weights of the backbone: safetensors or state dict.")] = (
+        None
+    )
+    full: Annotated[
+        bool, typer.Option("--full", help="The report's size: 224 px, all patches, up to 50 epochs, lr 1e-4.")
+    ] = False
+    epochs: Annotated[int | None, typer.Option(help="At most this many (6; 50 with --full).")] = None
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels (128; 224 with --full).")] = None
+    rank: Annotated[int, typer.Option(help="Of the LoRA factors.")] = 8
+    lr: Annotated[float | None, typer.Option(help="For every method (1e-3; 1e-4 with --full).")] = None
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32
+    seed: Annotated[int, typer.Option(help="Head, shuffling, augmentation, stand-in.")] = 0
+    workers: Annotated[int | None, typer.Option(help="Loader processes (0 on a CPU).")] = None
+    limit: Annotated[int | None, typer.Option(help="At most this many patches of each split.")] = None
+    out: Annotated[Path, typer.Option(help="Folder for everything written.")] = Path("runs/histopathology")
+
+    def recipe(self) -> Recipe:
+        """The training recipe these options ask for."""
+        shared = {f.name for f in dataclasses.fields(Recipe)} & {f.name for f in dataclasses.fields(self)}
+        given = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
+        preset = FULL_RECIPE if self.full else {}
+        return Recipe(**{"workers": default_workers(pick_device()), **preset, **given})
+
+    def sizes(self) -> dict[str, int]:
+        """Patches of each split of the stand-in."""
+        sizes = FULL_SIZES if self.full else SMALL_SIZES
+        return {name: min(size, self.limit or size) for name, size in sizes.items()}
+
+
+def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn a user's mistake into one message on stderr and exit status 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ExampleError, convlora.ConvLoraError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+    return wrapped
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every field of `Options` as an option; the command receives them as one object."""
+    shared = inspect.signature(Options).parameters
+    own = [p for name, p in inspect.signature(command).parameters.items() if name != "options"]
+
+    @plain_errors
+    def wrapped(**values: Any) -> None:
+        options = Options(**{name: values.pop(name) for name in shared})
+        command(options=options, **values)
+
+    # typer reads a command's options off its signature and annotations.
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared.values())]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    return wrapped
+
+
+@app.callback(invoke_without_command=True)
+@with_options
+def main(ctx: typer.Context, options: Options, methods: MethodsOption = "probe,lora,lora-track") -> None:
+    """LoRA against a linear probe on tumour patches from unseen hospitals.
+
+    Without a sub-command: make the data if none is given, train each method once, prove each saved adapter,
+    and write table.md, submission.csv, results.json and report.html.
+    """
+    if ctx.invoked_subcommand is None:
+        job(options, find_methods(methods.split(",")), seeds=1)
+        return
+    given = [name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ExampleError(f"put {flags} after `{ctx.invoked_subcommand}`, not before it.")
+
+
+@app.command()
+@with_options
+def train(
+    options: Options, method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "lora"
+) -> None:
+    """Train one method."""
+    job(options, find_methods([method]), seeds=1)
+
+
+@app.command()
+@with_options
+def compare(
+    options: Options,
+    methods: MethodsOption = "probe,lora,lora-track",
+    seeds: Annotated[int, typer.Option(help="Trainings of each method, from --seed up.")] = 3,
+) -> None:
+    """Train each method with several seeds and report mean, spread and paired differences."""
+    job(options, find_methods(methods.split(",")), seeds)
+
+
+@app.command()
+@plain_errors
+def predict(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run wrote.")],
+    data: Annotated[Path, typer.Argument(help="HDF5 file, or a folder with test.h5.")],
+    out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("submission.csv"),
+    weights: Annotated[Path | None, typer.Option(help="Where the backbone's weights lie now.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
+) -> None:
+    """Predict with a saved adapter and write a submission."""
+    check_minimums(batch_size=batch_size)
+    recipe = experiment.read_recipe(adapter)
+    recipe = dataclasses.replace(recipe, weights=weights or recipe.weights, batch_size=batch_size, workers=0)
+    split = HistoDataset(test_file(data), require_labels=False)
+    logits, accuracy = experiment.predict_split(adapter, split, recipe)
+    write_text(out, report.submission_csv(split.ids.tolist(), logits))
+    if accuracy is not None:
+        console.print(f"accuracy {accuracy:.4f} on {len(split):,} patches")
+    console.print(f"wrote {out}", soft_wrap=True)
+
+
+@app.command()
+@plain_errors
+def make_data(
+    out: Annotated[Path, typer.Argument(help="Folder for train.h5, val.h5 and test.h5.")],
+    train: Annotated[int, typer.Option(help="Stand-in patches.")] = SMALL_SIZES["train"],
+    val: Annotated[int, typer.Option(help="Stand-in patches.")] = SMALL_SIZES["val"],
+    test: Annotated[int, typer.Option(help="Stand-in patches.")] = SMALL_SIZES["test"],
+    seed: Annotated[int, typer.Option(help="Of the stand-in.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float16, float32, float64 or uint8.")] = "float32",
+    slides: Annotated[Path | None, typer.Option(help="Cut these pictures instead.")] = None,
+) -> None:
+    """Write the synthetic stand-in, or patches cut from your own tissue pictures, in the challenge's layout."""
+    sizes = {"train": train, "val": val, "test": test}
+    check_minimums(**sizes, seed=seed)
+    if slides is None:
+        make_standin(out, sizes, seed, dtype)
+    else:
+        cut_slides(slides, out)
+    console.print(f"wrote {out}", soft_wrap=True)
+
+
+def job(options: Options, methods: Sequence[Method], seeds: int) -> None:
+    """Train every method with every seed and write the report."""
+    recipe = check(options, seeds)
+    transforms = experiment.make_transforms(recipe)
+    splits = open_splits(find_data(options), options.limit, transforms)
+    recipes = [dataclasses.replace(recipe, seed=recipe.seed + k) for k in range(seeds)]
+    adapters = options.out / "adapters"
+    try:
+        results = [
+            experiment.run_method(method, splits, each, adapters / f"{method.name}-seed{each.seed}", console)
+            for each in recipes
+            for method in methods
+        ]
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; the best adapters so far are in {adapters}", err=True)
+        raise typer.Exit(130) from None
+    finish(options, splits, recipe, results)
+
+
+def finish(
+    options: Options, splits: dict[str, HistoDataset], recipe: Recipe, results: Sequence[experiment.Result]
+) -> None:
+    """Write and show the outputs of a job."""
+    facts = [report.describe_split(name, split) for name, split in splits.items()]
+    whole = report.Report(results, facts, arguments(options, recipe, results), caveat(splits))
+    ids = splits["test"].ids.tolist()
+    report.write_report(whole, options.out, report.submission_csv(ids, whole.best.test_logits))
+    console.print(report.rich_table(whole))
+    for note in whole.notes():
+        console.print(f"· {note}", highlight=False)
+    for name in ("report.html", "table.md", "results.json", "submission.csv", "adapters"):
+        console.print(f"{options.out / name}", soft_wrap=True)
+
+
+def arguments(options: Options, recipe: Recipe, results: Sequence[experiment.Result]) -> dict[str, Any]:
+    """Everything that was asked for, for the report."""
+    seeds = sorted({result.seed for result in results})
+    where = options.data or options.slides or "synthetic stand-in"
+    trained = {k: v for k, v in dataclasses.asdict(recipe).items() if k != "seed" and v is not None}
+    return {"data": str(where), "limit": options.limit or "none", **trained, "seeds": ", ".join(map(str, seeds))}
+
+
+def check(options: Options, seeds: int) -> Recipe:
+    """The recipe of these options; the first value that cannot work is an ExampleError."""
+    recipe = options.recipe()
+    values = {name: getattr(options, name) for name in MINIMUMS if name != "seeds"}
+    check_minimums(**values, seeds=seeds)
+    if not (recipe.lr > 0 and math.isfinite(recipe.lr)):
+        raise ExampleError(f"--lr {recipe.lr}: must be a positive number; the default is 1e-3.")
+    if options.data is not None and options.slides is not None:
+        raise ExampleError("--data and --slides exclude each other; give one.")
+    if options.data is not None:
+        find_splits(options.data)
+    if options.out.exists() and not options.out.is_dir():
+        raise ExampleError(f"--out {options.out} is a file; name a folder.")
+    check_backbone(recipe.backbone)
+    return recipe
+
+
+def check_minimums(**values: int | None) -> None:
+    """Refuse a value below its least, by the option's name."""
+    for name, value in values.items():
+        least = MINIMUMS.get(name, 1)
+        if value is not None and value < least:
+            raise ExampleError(f"--{name.replace('_', '-')} {value}: must be at least {least}.")
+
+
+def find_data(options: Options) -> Path:
+    """The folder to read: the user's, the cut slides, or the stand-in made now."""
+    if options.data is not None:
+        return options.data
+    if options.slides is not None:
+        cut_slides(options.slides, options.out / "slides")
+        return options.out / "slides"
+    # The challenge stores floats; at its full size that would be 24 GB, as bytes it is 6.
+    make_standin(options.out / "data", options.sizes(), options.seed, "uint8" if options.full else "float32")
+    return options.out / "data"
+
+
+def make_standin(folder: Path, sizes: dict[str, int], seed: int, dtype: str) -> None:
+    """Make the stand-in, with a bar."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("making the stand-in", total=sum(sizes.values()))
+        standin.make_standin(
+            folder, sizes, seed=seed, dtype=dtype, progress=lambda done: progress.update(task, completed=done)
+        )
+
+
+def cut_slides(folder: Path, out: Path) -> None:
+    """Cut pictures into the splits and say how many patches each got."""
+    counts = slides.cut_slides(folder, out)
+    console.print("cut " + ", ".join(f"{count} {name}" for name, count in counts.items()) + " patches")
+
+
+def test_file(data: Path) -> Path:
+    """The file itself, or a folder's test split."""
+    if not data.is_dir():
+        return data
+    splits = find_splits(data)
+    if "test" not in splits:
+        raise ExampleError(f"{data}: no test.h5 in this folder; name the HDF5 file itself.")
+    return splits["test"]
+
+
+def caveat(splits: dict[str, HistoDataset]) -> str:
+    """What the data cannot show, by the source that its files carry; empty for the challenge's own."""
+    sources = sorted({split.source for split in splits.values() if split.source})
+    return " ".join(CAVEATS.get(source, f"Data made by: {source}.") for source in sources)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m examples.histopathology")

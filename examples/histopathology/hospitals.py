@@ -1,0 +1,111 @@
+"""The hospitals of the stand-in: each one's stains, scanner and slides.
+
+Each has its own stain vectors, amounts, white point, blur, JPEG quality and magnification; each slide varies a
+little around its hospital, and no slide is in two splits. Stains are as in `stain`.
+
+`HOSPITALS` was fitted to the challenge's colour statistics and to nothing else, before any classifier saw a
+patch. Reached, means and standard deviations of R, G, B over 1,000 patches a split, seed 0:
+
+======  ===========================  ===========================
+split   challenge                    stand-in
+======  ===========================  ===========================
+train   .74 .59 .72 / .18 .21 .17    .74 .58 .72 / .18 .19 .17
+val     .61 .46 .59 / .19 .22 .18    .62 .45 .59 / .18 .19 .17
+test    not published                .67 .53 .71 / .19 .20 .16
+======  ===========================  ===========================
+
+Centre 2, the test set, is a choice: paler than validation, bluer than either, another magnification.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from .stain import Floats, unit_rows
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """What a laboratory and its scanner do to tissue.
+
+    Attributes:
+        share: of the patches of its split.
+        haematoxylin, eosin: directions of optical density in R, G, B.
+        amounts: factors on the two stains' concentrations.
+        white: intensity of empty glass, R, G, B.
+        blur: standard deviation, pixels.
+        jpeg: quality, 1 to 95.
+        microns: per pixel.
+        slides: how many it sent.
+    """
+
+    split: str
+    share: float
+    haematoxylin: tuple[float, float, float]
+    eosin: tuple[float, float, float]
+    amounts: tuple[float, float]
+    white: tuple[float, float, float]
+    blur: float
+    jpeg: int
+    microns: float
+    slides: int = 8
+
+
+HOSPITALS: dict[int, Hospital] = {
+    0: Hospital(
+        "train", 0.178, (0.51, 0.71, 0.49), (0.19, 0.87, 0.45), (1.07, 0.58), (0.952, 0.944, 0.946), 0.55, 80, 1.00
+    ),
+    3: Hospital(
+        "train", 0.387, (0.49, 0.75, 0.44), (0.11, 0.94, 0.32), (1.08, 0.52), (0.950, 0.945, 0.955), 0.70, 70, 1.05
+    ),
+    4: Hospital(
+        "train", 0.435, (0.48, 0.75, 0.45), (0.13, 0.92, 0.36), (1.04, 0.40), (0.965, 0.955, 0.955), 0.45, 85, 0.95
+    ),
+    1: Hospital(
+        "val", 1.0, (0.51, 0.72, 0.47), (0.28, 0.85, 0.45), (1.50, 1.00), (0.940, 0.946, 0.943), 0.85, 75, 1.00
+    ),
+    2: Hospital(
+        "test", 1.0, (0.56, 0.74, 0.36), (0.15, 0.93, 0.32), (1.22, 0.64), (0.935, 0.950, 0.945), 0.60, 60, 1.10
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Slide:
+    """One slide of a hospital: its stains, and how large its tumour's nuclei run.
+
+    Attributes:
+        stains: ``(2, 3)``, rows of length 1, times the slide's amounts.
+        white: ``(3,)``.
+        tumour_size: factor on tumour nuclei's diameter.
+    """
+
+    number: int
+    centre: int
+    stains: Floats
+    white: Floats
+    tumour_size: float
+
+
+def choose_slide(rng: np.random.Generator, seed: int, split: str) -> Slide:
+    """Draw a slide for a patch: its hospital by the split's shares, then any of that hospital's slides."""
+    centres = [centre for centre, hospital in HOSPITALS.items() if hospital.split == split]
+    shares = np.array([HOSPITALS[centre].share for centre in centres])
+    centre = int(rng.choice(centres, p=shares / shares.sum()))
+    return _slide(seed, centre, int(rng.integers(HOSPITALS[centre].slides)))
+
+
+@cache
+def _slide(seed: int, centre: int, number: int) -> Slide:
+    """The slide's own jitter around its hospital; slides of different centres never share a number."""
+    hospital = HOSPITALS[centre]
+    number += 100 * centre
+    rng = np.random.default_rng([seed, number, 2])
+    directions = unit_rows([hospital.haematoxylin, hospital.eosin])
+    directions = unit_rows(np.maximum(directions + rng.normal(0, 0.02, (2, 3)), 0.01))
+    amounts = np.array(hospital.amounts) * np.exp(rng.normal(0, [0.10, 0.20]))
+    white = np.clip(hospital.white + rng.normal(0, 0.008, 3), 0, 1)
+    return Slide(number, centre, directions * amounts[:, None], white, float(rng.uniform(0.88, 1.1)))

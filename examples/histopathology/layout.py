@@ -1,0 +1,166 @@
+"""The challenge's layout in HDF5: what a split's file holds, the checks of it, and the words for each fault.
+
+One group per image, its key a decimal index: ``img`` (3, 96, 96), ``label`` 0 or 1 (may be absent in test),
+``metadata`` whose element 0 is the centre. Nothing else of ``metadata`` leaves this module: it is not
+documented and may hold the label.
+
+Images are read through h5py's low-level calls: opening a group and a data set as Python objects takes longer
+than reading 110 kB (``python -m benchmarks.loading`` has the figures). No torch here: the stand-in's workers
+import this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+from h5py import h5d, h5g, h5s
+
+from .errors import ExampleError
+
+SPLITS = ("train", "val", "test")
+PATCH = 96
+SHAPE = (3, PATCH, PATCH)
+DTYPES = ("float16", "float32", "float64", "uint8")
+
+Array = npt.NDArray[Any]
+
+
+def open_file(path: Path) -> h5py.File:
+    """Open a split's file for reading, or say what is wrong with it."""
+    if not path.is_file():
+        raise ExampleError(f"{path}: no such file. A split is one HDF5 file: train.h5, val.h5 or test.h5.")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise ExampleError(
+            f"{path} is no readable HDF5 file ({brief(error)}). If it was downloaded, it may be truncated: "
+            "get it again."
+        ) from error
+
+
+def brief(error: BaseException) -> str:
+    """First line of what HDF5 has to say, to be quoted inside an error of ours."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def read_source(file: h5py.File) -> str | None:
+    """What made the file, where it says so: a stand-in, cut slides. The challenge's own files do not."""
+    source = file.attrs.get("source")
+    return None if source is None else str(source)
+
+
+def sorted_keys(file: h5py.File, path: Path) -> tuple[Array, npt.NDArray[np.int64]]:
+    """Keys as bytes, and as integers, in the order of the integers (h5py lists 0, 1, 10, 100, ...)."""
+    names = list(file)
+    if not names:
+        raise ExampleError(f"{path} holds no image. A split has one group per image, named 0, 1, 2, ...")
+    for name in names:
+        # More than 18 digits would not fit an int64.
+        if not (name.isascii() and name.isdecimal() and len(name) <= 18):
+            raise ExampleError(f"{path}: key {name!r} is no decimal integer.{_layout_hint(names)}")
+    ids = np.array([int(name) for name in names], np.int64)
+    order = np.argsort(ids, kind="stable")
+    ids, keys = ids[order], np.array(names, "S")[order]
+    twice = np.flatnonzero(np.diff(ids) == 0)
+    if twice.size:
+        pair = f"{keys[twice[0]].decode()!r} and {keys[twice[0] + 1].decode()!r}"
+        raise ExampleError(f"{path}: keys {pair} are the same integer. Keep one.")
+    return keys, ids
+
+
+def _layout_hint(names: list[str]) -> str:
+    if {"x", "y"} & set(names):
+        return " This looks like PCam, with all images in one array; the layout here is one group per image."
+    return " A split has one group per image, named 0, 1, 2, ..., and nothing else at its top."
+
+
+def read_row(file: Any, key: bytes, path: Path) -> tuple[int | None, int]:
+    """Label (None where absent) and centre (-1 where absent) of one image, its shape and dtype checked."""
+    name = key.decode()
+    try:
+        group = h5g.open(file, key)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ExampleError(f"{path}: key {name} is no group. Each image is one, with img in it.") from error
+    with _reading(path, name):
+        _check_image(_child(group, b"img"), name, path)
+        label = _child(group, b"label")
+        metadata = _child(group, b"metadata")
+        return (
+            None if label is None else _as_label(_values(label), name, path),
+            -1 if metadata is None else _as_centre(_values(metadata), name, path),
+        )
+
+
+def read_image(file: Any, key: bytes, out: npt.NDArray[np.float32], path: Path) -> None:
+    """Read one image into `out`, ``(3, 96, 96)`` float32, whatever its stored dtype."""
+    with _reading(path, key.decode()):
+        data = h5d.open(file, key + b"/img")
+        if data.dtype == out.dtype:
+            data.read(h5s.ALL, h5s.ALL, out)
+            return
+        # numpy converts float16 three times as fast as HDF5 does on the way.
+        stored = np.empty(SHAPE, data.dtype)
+        data.read(h5s.ALL, h5s.ALL, stored)
+    if stored.dtype == np.uint8:
+        np.divide(stored, np.float32(255), out=out)
+    else:
+        out[...] = stored
+
+
+@contextmanager
+def _reading(path: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ExampleError(
+            f"{path}: key {name} cannot be read ({brief(error)}). The file is damaged: get it again."
+        ) from error
+
+
+def _child(group: Any, name: bytes) -> Any | None:
+    if name not in group:
+        return None
+    try:
+        return h5d.open(group, name)
+    except (KeyError, TypeError, ValueError) as error:  # a group where an array is expected
+        raise OSError(f"{name.decode()} is no array") from error
+
+
+def _values(data: Any) -> Array:
+    values = np.empty(data.shape, data.dtype)
+    data.read(h5s.ALL, h5s.ALL, values)
+    return values.reshape(-1)
+
+
+def _check_image(image: Any | None, name: str, path: Path) -> None:
+    if image is None:
+        raise ExampleError(f"{path}: key {name} has no img. Each image is a group with img {SHAPE} in it.")
+    if tuple(image.shape) != SHAPE:
+        raise ExampleError(
+            f"{path}: img of key {name} has shape {tuple(image.shape)}; it must be {SHAPE}, channel first."
+        )
+    if image.dtype.name not in DTYPES:
+        raise ExampleError(f"{path}: img of key {name} has dtype {image.dtype.name}; store one of {', '.join(DTYPES)}.")
+
+
+def _as_label(values: Array, name: str, path: Path) -> int:
+    if values.size != 1 or values.dtype.kind not in "biuf" or values[0] not in (0, 1):
+        shown = values.tolist() if values.size != 1 else values[0].item()
+        raise ExampleError(f"{path}: label of key {name} is {shown!r}; it must be a single 0 or 1.")
+    return int(values[0])
+
+
+def _as_centre(values: Array, name: str, path: Path) -> int:
+    if values.size == 0:
+        return -1
+    if values.dtype.kind not in "biuf" or not float(values[0]).is_integer():
+        raise ExampleError(
+            f"{path}: metadata of key {name} begins with {values[0].item()!r}; element 0 is the centre, a whole number."
+        )
+    return int(values[0])

@@ -1,0 +1,296 @@
+"""What a run leaves behind: the table, curves, ``submission.csv``, ``results.json`` and one HTML page.
+
+The same rows feed the terminal, ``table.md`` and ``report.html``. Accuracies are shares in [0, 1]; over several
+seeds a cell reads mean ± standard deviation (lowest – highest).
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import torch
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich import box
+from rich.table import Table
+from torch import Tensor
+
+import convlora
+
+from .data import HistoDataset
+from .experiment import Result
+from .files import write_text
+from .methods import METHODS
+from .training import Epoch, pick_device
+
+HEADER = (
+    "method",
+    "trainable",
+    "share",
+    "adapter",
+    "val loss",
+    "val acc.",
+    "test acc.",
+    "s/epoch",
+)
+# Okabe and Ito's colours, told apart by colour-blind readers; the dashes tell them apart in grey.
+_LINES = {"probe": ("#666666", ":"), "lora": ("#0072b2", "-"), "lora-track": ("#d55e00", "--")}
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "h5py")
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """Size, share of label 1 (None without labels) and patches per centre of one split."""
+
+    name: str
+    patches: int
+    positives: float | None
+    centres: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the outputs show. ``caveat`` is empty for the challenge's own data."""
+
+    results: Sequence[Result]
+    splits: Sequence[SplitFacts]
+    arguments: Mapping[str, Any]
+    caveat: str = ""
+    environment: Mapping[str, Any] = field(default_factory=lambda: describe_environment())
+
+    @property
+    def best(self) -> Result:
+        """The result with the lowest validation loss; the test set has no say in it."""
+        return min(self.results, key=lambda result: result.best.val_loss)
+
+    def rows(self) -> list[list[str]]:
+        """One row of cells for each method, under `HEADER`."""
+        return [_row(results) for results in self._by_method().values()]
+
+    def notes(self) -> list[str]:
+        """The table's footnotes."""
+        return [
+            "Every method saw the same patches, augmentation, order and learning rate, for the same seed.",
+            "Trainable: factors and head; share: of all parameters of the adapted model; adapter: "
+            "adapter_model.safetensors. Seconds per epoch: the training pass, median over epochs.",
+            _sampling_error(len(self.best.test_logits)),
+            *self._paired_notes(),
+            *_proof_notes(self.results),
+        ]
+
+    def _by_method(self) -> dict[str, list[Result]]:
+        names = dict.fromkeys(result.method for result in self.results)
+        return {name: [r for r in self.results if r.method == name] for name in names}
+
+    def _paired_notes(self) -> list[str]:
+        groups = self._by_method()
+        probe = groups.pop("probe", None)
+        if probe is None:
+            return []
+        return [note for name, results in groups.items() for note in _differences(name, results, probe)]
+
+
+def describe_split(name: str, split: HistoDataset) -> SplitFacts:
+    """Count a split's labels and centres."""
+    centres, counts = torch.unique(split.centres, return_counts=True)
+    positives = None if split.labels is None else float(split.labels.float().mean())
+    return SplitFacts(name, len(split), positives, dict(zip(centres.tolist(), counts.tolist(), strict=True)))
+
+
+def describe_environment() -> dict[str, str]:
+    """Device, threads and versions; nothing that names the machine or its user."""
+    device = pick_device()
+    named = torch.cuda.get_device_name() if device.type == "cuda" else f"{device} ({platform.machine()})"
+    versions = {"convlora": convlora.__version__} | {name: version(name) for name in _PACKAGES}
+    return {
+        "device": named,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def write_report(report: Report, out: Path, submission: str) -> None:
+    """Write ``table.md``, ``results.json``, ``submission.csv`` and ``report.html`` into ``out``."""
+    write_text(out / "submission.csv", submission)
+    write_text(out / "table.md", markdown(report))
+    write_text(out / "results.json", json.dumps(as_data(report), indent=2, default=str) + "\n")
+    write_text(out / "report.html", html(report))
+
+
+def rich_table(report: Report) -> Table:
+    """The table for the terminal."""
+    table = Table(
+        title="Validation and test accuracy by method",
+        caption=report.caveat or None,
+        box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for name in HEADER:
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name in HEADER[:4])
+    for row in report.rows():
+        table.add_row(*row)
+    return table
+
+
+def markdown(report: Report) -> str:
+    """The table with its caveat and footnotes, as ``table.md``."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in report.rows()]
+    caveat = [f"**{report.caveat}**", ""] if report.caveat else []
+    notes = [f"- {note}" for note in report.notes()]
+    return "\n".join([*caveat, *lines, "", *notes, ""])
+
+
+def as_data(report: Report) -> dict[str, Any]:
+    """Everything measured, for ``results.json``: the same figures unrounded, with every epoch."""
+    return {
+        "caveat": report.caveat,
+        "environment": dict(report.environment),
+        "arguments": dict(report.arguments),
+        "splits": [dataclasses.asdict(split) for split in report.splits],
+        "best": {"method": report.best.method, "seed": report.best.seed},
+        "results": [_result_data(result) for result in report.results],
+    }
+
+
+def html(report: Report) -> str:
+    """One page without any outside request: style and curves are inside it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.get_template("report.html.j2")
+    return template.render(report=report, header=HEADER, methods=METHODS, curves=curves(report.results))
+
+
+def submission_csv(ids: Sequence[int], logits: Tensor) -> str:
+    """``ID,Pred`` lines with 0 or 1 as the prediction, by ascending integer ID."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("ID", "Pred"))
+    writer.writerows(sorted((int(i), int(logit > 0)) for i, logit in zip(ids, logits, strict=True)))
+    return text.getvalue()
+
+
+def curves(results: Sequence[Result]) -> dict[str, Markup]:
+    """Loss and accuracy over the epochs, each an ``<svg>`` element to put into a page."""
+    return {
+        "Validation loss": _curve(results, "validation loss", lambda epoch: epoch.val_loss),
+        "Validation accuracy": _curve(results, "validation accuracy", lambda epoch: epoch.val_accuracy),
+    }
+
+
+def _curve(results: Sequence[Result], label: str, value: Callable[[Epoch], float]) -> Markup:
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel=label)
+    named: set[str] = set()
+    for result in results:
+        epochs = range(1, len(result.history) + 1)
+        colour, dash = _LINES.get(result.method, ("black", "-"))
+        legend = None if result.method in named else result.method
+        named.add(result.method)
+        marks = [result.best_epoch]  # the epoch whose model was kept
+        heights = [value(epoch) for epoch in result.history]
+        axes.plot(epochs, heights, color=colour, ls=dash, marker="o", markevery=marks, label=legend)
+    axes.set_xlim(0.5, max(len(result.history) for result in results) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _svg(figure, label)
+
+
+def _svg(figure: Figure, salt: str) -> Markup:
+    """The figure as an ``<svg>`` element: without prolog, date or metadata; ids made from ``salt``."""
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return Markup(text.getvalue()[text.getvalue().index("<svg") :])
+
+
+def _row(results: Sequence[Result]) -> list[str]:
+    first = results[0]
+    return [
+        first.method,
+        f"{first.trainable:,}",
+        f"{first.share:.2%}",
+        f"{first.adapter_bytes / 1e6:.2f} MB",
+        _cell([r.best.val_loss for r in results]),
+        _cell([r.best.val_accuracy for r in results]),
+        _cell([r.test_accuracy for r in results]),
+        _cell([r.seconds_per_epoch for r in results], digits=1),
+    ]
+
+
+def _cell(values: Sequence[float | None], digits: int = 3) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "no labels"
+    if len(known) == 1:
+        return f"{known[0]:.{digits}f}"
+    mean, deviation = statistics.mean(known), statistics.stdev(known)
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f} ({min(known):.{digits}f} – {max(known):.{digits}f})"
+
+
+def _sampling_error(patches: int) -> str:
+    """How far chance alone moves an accuracy measured on this many patches."""
+    return f"One standard error of an accuracy of 0.9 on {patches:,} test patches is {math.sqrt(0.09 / patches):.3f}."
+
+
+def _proof_notes(results: Sequence[Result]) -> list[str]:
+    """One sentence where every proof held; each proof that failed by name where not."""
+    failed = [f"FAILED, {r.method} seed {r.seed}: {r.proofs}." for r in results if not r.proofs.held]
+    largest = max(r.proofs.merge_difference for r in results)
+    held = (
+        "Every saved adapter, loaded on a fresh base, gave bit-equal logits to the trained model in memory on all "
+        f"{results[0].proofs.patches:,} test patches, and merged the same labels; largest logit difference "
+        f"by merging: {largest:.1g}."
+    )
+    return failed or [held]
+
+
+def _differences(name: str, results: Sequence[Result], probe: Sequence[Result]) -> list[str]:
+    """A method minus the probe, seed by seed, on validation and (with labels) test accuracy."""
+    control = {result.seed: result for result in probe}
+    pairs = [(result, control[result.seed]) for result in results if result.seed in control]
+    val = [a.best.val_accuracy - b.best.val_accuracy for a, b in pairs]
+    test = [
+        a.test_accuracy - b.test_accuracy
+        for a, b in pairs
+        if a.test_accuracy is not None and b.test_accuracy is not None
+    ]
+    kinds = (("validation", val), ("test", test))
+    return [_difference_note(f"{name} − probe, {kind} accuracy", values) for kind, values in kinds if values]
+
+
+def _difference_note(what: str, values: Sequence[float]) -> str:
+    each = ", ".join(f"{value:+.3f}" for value in values)
+    if len(values) == 1:
+        return f"{what}: {each}, one seed."
+    spread = f"mean {statistics.mean(values):+.3f} ± {statistics.stdev(values):.3f}"
+    return f"{what}: {spread} over {len(values)} seeds ({each})."
+
+
+def _result_data(result: Result) -> dict[str, Any]:
+    kept = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name != "test_logits"}
+    kept["history"] = [dataclasses.asdict(epoch) for epoch in result.history]
+    kept["proofs"] = dataclasses.asdict(result.proofs)
+    kept["adapter"] = result.adapter.name
+    return kept | {
+        "share": result.share,
+        "val_loss": result.best.val_loss,
+        "val_accuracy": result.best.val_accuracy,
+        "seconds_per_epoch": result.seconds_per_epoch,
+    }

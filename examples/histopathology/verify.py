@@ -1,0 +1,63 @@
+"""Two proofs after each training: the saved adapter is the trained model, and merging changes nothing.
+
+A reloaded adapter that misses a BatchNorm statistic or a head still predicts something; only a comparison with
+the model that was in memory shows it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import convlora
+
+from .training import Batches, predict
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """Differences are the largest of any test patch, in logits."""
+
+    patches: int
+    reload_bit_equal: bool
+    reload_difference: float
+    merge_same_labels: bool
+    merge_difference: float
+
+    @property
+    def held(self) -> bool:
+        """Whether reloading gave the same bits and merging the same labels."""
+        return self.reload_bit_equal and self.merge_same_labels
+
+    def __str__(self) -> str:
+        reload = "bit-equal" if self.reload_bit_equal else f"NOT EQUAL, off by {self.reload_difference:.2g}"
+        labels = "the same labels" if self.merge_same_labels else "OTHER LABELS"
+        return (
+            f"reloaded on a fresh base: {reload} logits on {self.patches} test patches; "
+            f"merged: {labels}, largest logit difference {self.merge_difference:.1g}"
+        )
+
+
+def prove(trained: nn.Module, reloaded: nn.Module, loader: Batches) -> tuple[Tensor, Proofs]:
+    """Test logits ``(N,)`` of the reloaded model, and how they compare.
+
+    Args:
+        trained: the best model as training left it in memory.
+        reloaded: a fresh base with the saved adapter loaded; left merged.
+        loader: the test patches.
+    """
+    in_memory, _ = predict(trained, loader)
+    logits, _ = predict(reloaded, loader)
+    merged, _ = predict(convlora.merge(reloaded), loader)
+    proofs = Proofs(
+        patches=len(logits),
+        reload_bit_equal=torch.equal(in_memory, logits),
+        reload_difference=_largest_difference(in_memory, logits),
+        merge_same_labels=torch.equal(logits > 0, merged > 0),
+        merge_difference=_largest_difference(logits, merged),
+    )
+    return logits, proofs
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())

@@ -1,0 +1,98 @@
+import logging
+import urllib.error
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from examples.histopathology.backbones import check_backbone, check_input, lite0_state, load_backbone
+from examples.histopathology.errors import ExampleError
+
+
+def test_every_packaged_tensor_maps_onto_timms_lite0():
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
+    state = lite0_state()
+    assert len(state) == 296
+    assert sum(p.numel() for p in model.parameters()) == 4_652_008
+    assert str(model.load_state_dict(state, strict=True)) == "<All keys matched successfully>"
+
+
+def test_lite0_with_imagenets_classes_keeps_the_packaged_head():
+    model, _ = load_backbone("lite0", num_classes=1000)
+    for key, value in lite0_state().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_only_the_head_differs_from_the_packaged_weights():
+    model, normalisation = load_backbone()
+    packaged, loaded = lite0_state(), model.state_dict()
+    differing = [key for key in loaded if not torch.equal(loaded[key], packaged[key])]
+    assert differing == ["classifier.weight", "classifier.bias"]
+    assert normalisation.mean == normalisation.std == (0.5, 0.5, 0.5)
+    assert model.drop_rate == 0.5
+
+
+def test_head_follows_torchs_seed():
+    heads = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        heads.append(load_backbone()[0].classifier.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    # torch's bound for a linear layer of 1280 inputs; timm's own for one output would be 1
+    assert heads[0].abs().max() <= 1280**-0.5
+
+
+def test_unknown_name_is_answered_with_near_ones():
+    with pytest.raises(ExampleError, match=r"unknown backbone 'resnet51'.*resnet50"):
+        check_backbone("resnet51")
+    with pytest.raises(ExampleError, match="lite0"):
+        load_backbone("lite-0")
+
+
+@pytest.mark.parametrize("fault", [OSError("no route to host"), urllib.error.URLError("no name")])
+def test_without_a_network_the_message_names_the_way_out(monkeypatch, fault):
+    def offline(*args, **kwargs):
+        raise fault
+
+    level = logging.getLogger("huggingface_hub").level
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ExampleError, match=r"resnet18: .*fetched.*--backbone lite0.*--weights FILE") as caught:
+        load_backbone("resnet18")
+    assert "\n" not in str(caught.value)
+    assert logging.getLogger("huggingface_hub").level == level
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_local_weights_load_with_another_head(tmp_path, suffix):
+    torch.manual_seed(1)
+    state = timm.create_model("resnet18", num_classes=10).state_dict()
+    path = tmp_path / f"resnet18.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    model, normalisation = load_backbone("resnet18", weights=path)
+    assert model.fc.out_features == 1
+    assert torch.equal(model.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+    assert normalisation.source == f"file resnet18.{suffix}"
+
+
+def test_weights_of_another_network_are_refused_by_name(tmp_path):
+    path = tmp_path / "lite0.pth"
+    torch.save(lite0_state(), path)
+    with pytest.raises(ExampleError, match=r"another network's than ResNet: missing .* of another shape bn1"):
+        load_backbone("resnet18", weights=path)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "notes.pth"
+    path.write_text("not a checkpoint")
+    with pytest.raises(ExampleError, match=r"notes\.pth cannot be read"):
+        load_backbone("lite0", weights=path)
+    with pytest.raises(ExampleError, match="no weights file"):
+        load_backbone("lite0", weights=tmp_path / "absent.pth")
+
+
+def test_a_size_the_network_cannot_take_is_said_before_training():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 64), torch.nn.Flatten())
+    with pytest.raises(ExampleError, match="toy cannot take 32-pixel images"):
+        check_input(model, "toy", 32)

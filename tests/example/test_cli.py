@@ -1,0 +1,197 @@
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy_patches import SIZES, write_toy
+from typer.testing import CliRunner
+
+from examples.histopathology import experiment, standin
+from examples.histopathology.__main__ import app
+
+SMALL = ["--image-size", "64", "--epochs", "1", "--batch-size", "16"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    # On so small images a second thread waits more than it works.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def finished(toy, tmp_path_factory):
+    """The main job, run once: its printed text and its folder."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    return run("--data", toy, *SMALL, "--out", out).stdout, out
+
+
+def run(*arguments: object, status: int = 0):
+    outcome = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert outcome.exit_code == status, outcome.output
+    return outcome
+
+
+def refused(*arguments: object) -> str:
+    """The one line that a refused command prints to stderr."""
+    outcome = run(*arguments, status=1)
+    assert outcome.stderr.startswith("error: ")
+    assert outcome.stderr.count("\n") == 1
+    assert outcome.stdout == ""
+    return outcome.stderr
+
+
+def submission(path: Path) -> list[tuple[int, int]]:
+    with path.open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["ID", "Pred"]
+    return [(int(i), int(pred)) for i, pred in rows[1:]]
+
+
+def test_main_job_writes_everything_and_says_where(finished):
+    printed, out = finished
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adapters",
+        "report.html",
+        "results.json",
+        "submission.csv",
+        "table.md",
+    ]
+    for path in out.iterdir():
+        assert str(path) in printed
+    for name in ("probe", "lora", "lora-track"):
+        assert f"| {name} |" in (out / "table.md").read_text()
+        assert name in printed
+    proofs = [r["proofs"] for r in json.loads((out / "results.json").read_text())["results"]]
+    assert [(p["reload_bit_equal"], p["merge_same_labels"], p["patches"]) for p in proofs] == [(True, True, 24)] * 3
+
+
+def test_submission_has_every_id_in_order(finished):
+    rows = submission(finished[1] / "submission.csv")
+    assert [i for i, _ in rows] == list(range(SIZES["test"]))
+    assert {pred for _, pred in rows} <= {0, 1}
+
+
+def test_predict_repeats_the_submission_of_the_best_method(finished, toy, tmp_path):
+    _, out = finished
+    best = json.loads((out / "results.json").read_text())["best"]
+    adapter = out / "adapters" / f"{best['method']}-seed{best['seed']}"
+    for data in (toy, toy / "test.h5"):
+        printed = run("predict", adapter, data, "--out", tmp_path / "again.csv", "--batch-size", 16).stdout
+        assert "accuracy" in printed
+        assert submission(tmp_path / "again.csv") == submission(out / "submission.csv")
+
+
+def test_predict_and_train_do_without_test_labels(tmp_path):
+    data = write_toy(tmp_path / "data", test_labels=False)
+    run("train", "--method", "probe", "--data", data, *SMALL, "--out", tmp_path / "out")
+    assert "no labels" in (tmp_path / "out" / "table.md").read_text()
+    adapter = tmp_path / "out" / "adapters" / "probe-seed0"
+    assert "accuracy" not in run("predict", adapter, data, "--out", tmp_path / "s.csv").stdout
+
+
+def test_compare_runs_every_seed_and_pairs_them(toy, tmp_path):
+    options = ["--methods", "probe,lora", "--seeds", "2", "--limit", "16"]
+    run("compare", "--data", toy, *SMALL, *options, "--out", tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "±" in table
+    assert "lora − probe, test accuracy: mean" in table
+    assert len(list((tmp_path / "adapters").iterdir())) == 4
+
+
+def test_stand_in_is_made_marked_and_called_no_evidence(tmp_path):
+    run("make-data", tmp_path / "data", "--train", 16, "--val", 8, "--test", 8, "--dtype", "uint8")
+    assert (tmp_path / "data" / "standin.json").is_file()
+    run("train", "--method", "probe", "--data", tmp_path / "data", *SMALL, "--out", tmp_path / "out")
+    for name in ("table.md", "report.html", "results.json"):
+        assert "no evidence about Camelyon17" in (tmp_path / "out" / name).read_text()
+
+
+def test_without_data_the_job_makes_its_own(tmp_path, monkeypatch):
+    def quick(folder, sizes, *, seed, dtype, progress):
+        assert sizes == {"train": 16, "val": 16, "test": 16}
+        progress(48)
+        write_toy(folder, sizes, source=standin.SOURCE)
+
+    monkeypatch.setattr(standin, "make_standin", quick)
+    run("train", "--method", "probe", *SMALL, "--limit", 16, "--out", tmp_path / "out")
+    assert "no evidence about Camelyon17" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "0"], "--rank 0: must be at least 1"),
+        (["--epochs", "0"], "--epochs 0: must be at least 1"),
+        (["--batch-size", "-3"], "--batch-size -3: must be at least 1"),
+        (["--image-size", "31"], "--image-size 31: must be at least 32"),
+        (["--lr", "nan"], "--lr nan: must be a positive number"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--backbone", "resnet51"], "did you mean"),
+        (["--methods", "probe,dora"], "unknown method dora; known: probe, lora, lora-track"),
+        (["--methods", "lora,lora"], "twice"),
+        (["--data", "absent"], "absent: no such folder"),
+        (["--data", ".", "--slides", "."], "exclude each other"),
+        (["--weights", "absent.pth"], "no weights file at absent.pth"),
+        (["--slides", "absent"], "absent"),
+        (["--epochs", "2", "train"], "put --epochs after `train`"),
+        (["train", "--method", "dora"], "unknown method dora"),
+        (["compare", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["predict", "absent", "absent"], "no run.json in absent"),
+        (["make-data", "made", "--train", "0"], "--train 0: must be at least 1"),
+        (["make-data", "made", "--dtype", "int4"], "int4"),
+        (["make-data", "made", "--slides", "absent"], "absent"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(*arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_and_truncated_data_are_found_before_training(toy, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train.h5", "val.h5"):
+        (data / name).write_bytes((toy / name).read_bytes())
+    assert "no test.h5" in refused("--data", data, *SMALL, "--out", tmp_path / "out")
+    (data / "test.h5").write_bytes((toy / "test.h5").read_bytes()[:1000])
+    assert "test.h5 is no readable HDF5" in refused("--data", data, *SMALL, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_interruption_says_where_the_best_adapters_are(toy, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run_method", interrupted)
+    outcome = run("--data", toy, *SMALL, "--out", tmp_path / "out", status=130)
+    assert f"best adapters so far are in {tmp_path / 'out' / 'adapters'}" in outcome.stderr
+
+
+def test_a_damaged_adapter_is_refused_without_a_traceback(finished, toy, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for file in (finished[1] / "adapters" / "lora-seed0").iterdir():
+        (adapter / file.name).write_bytes(file.read_bytes())
+    (adapter / "adapter_model.safetensors").write_bytes(b"cut short")
+    outcome = run("predict", adapter, toy, "--out", tmp_path / "s.csv", status=1)
+    assert outcome.stderr.startswith("error: ")
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_the_module_runs_and_fails_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "examples.histopathology", "--rank", "0", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "error: --rank 0: must be at least 1.\n"

@@ -1,0 +1,158 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.histopathology.experiment import Result
+from examples.histopathology.files import replacing_directory, write_text
+from examples.histopathology.report import (
+    HEADER,
+    Report,
+    SplitFacts,
+    as_data,
+    html,
+    markdown,
+    submission_csv,
+    write_report,
+)
+from examples.histopathology.training import Epoch
+from examples.histopathology.verify import Proofs
+
+PROOFS = Proofs(
+    patches=4, reload_bit_equal=True, reload_difference=0.0, merge_same_labels=True, merge_difference=1.2e-6
+)
+SPLITS = [SplitFacts("train", 8, 0.5, {0: 5, 3: 3}), SplitFacts("test", 4, None, {2: 4})]
+
+
+def result(method="lora", seed=0, val_loss=0.2, test_accuracy: float | None = 0.75) -> Result:
+    history = [Epoch(0.5, val_loss + 0.1, 0.6, 1e-3, 2.0), Epoch(0.4, val_loss, 0.7 + seed / 100, 1e-3, 4.0)]
+    return Result(
+        method=method,
+        seed=seed,
+        adapter=Path(f"{method}-seed{seed}"),
+        history=history,
+        best_epoch=1,
+        trainable=257_968,
+        parameters=3_628_976,
+        adapter_bytes=1_075_752,
+        test_accuracy=test_accuracy,
+        test_logits=torch.tensor([-1.0, 2.0, 0.5, -0.1]),
+        proofs=PROOFS,
+    )
+
+
+def report(*results: Result, caveat: str = "") -> Report:
+    return Report(results or (result("probe", val_loss=0.4, test_accuracy=0.5), result()), SPLITS, {"lr": 1e-3}, caveat)
+
+
+def test_row_holds_what_was_measured():
+    assert dict(zip(HEADER, report(result()).rows()[0], strict=True)) == {
+        "method": "lora",
+        "trainable": "257,968",
+        "share": "7.11%",
+        "adapter": "1.08 MB",
+        "val loss": "0.200",
+        "val acc.": "0.700",
+        "test acc.": "0.750",
+        "s/epoch": "3.0",
+    }
+
+
+def test_seeds_give_mean_deviation_and_range():
+    row = report(*(result(seed=s, test_accuracy=0.7 + s / 10) for s in range(3))).rows()[0]
+    assert row[HEADER.index("test acc.")] == "0.800 ± 0.100 (0.700 – 0.900)"
+
+
+def test_differences_are_paired_by_seed():
+    probes = [result("probe", s, test_accuracy=0.5 + s / 10) for s in range(3)]
+    loras = [result("lora", s, test_accuracy=0.6 + s / 10) for s in (2, 0, 1)]
+    notes = "\n".join(report(*probes, *loras).notes())
+    assert "lora − probe, test accuracy: mean +0.100 ± 0.000 over 3 seeds (+0.100, +0.100, +0.100)" in notes
+
+
+def test_best_is_by_validation_loss_whatever_the_test_says():
+    chosen = report(result(seed=0, val_loss=0.1, test_accuracy=0.1), result(seed=1, val_loss=0.2, test_accuracy=0.9))
+    assert chosen.best.seed == 0
+
+
+def test_a_failed_proof_is_loud():
+    failed = dataclasses.replace(PROOFS, reload_bit_equal=False, reload_difference=0.5, merge_same_labels=False)
+    assert "NOT EQUAL, off by 0.5" in str(failed)
+    assert "OTHER LABELS" in str(failed)
+    notes = report(result("probe"), dataclasses.replace(result(), proofs=failed)).notes()
+    assert [note for note in notes if "logits" in note] == [f"FAILED, lora seed 0: {failed}."]
+
+
+def test_proofs_that_held_are_one_sentence():
+    (note,) = [note for note in report().notes() if "logits" in note]
+    assert "bit-equal" in note
+    assert "difference by merging: 1e-06" in note
+
+
+def test_absent_test_labels_are_said():
+    unlabelled = report(result("probe", test_accuracy=None), result(test_accuracy=None))
+    assert unlabelled.rows()[0][HEADER.index("test acc.")] == "no labels"
+    assert not any("test accuracy" in note for note in unlabelled.notes())
+
+
+def test_submission_is_integer_ids_in_order():
+    assert submission_csv([10, 9, 100, 2], torch.tensor([-1.0, 2.0, 0.5, -0.1])) == "ID,Pred\n2,0\n9,1\n10,0\n100,1\n"
+
+
+def test_page_asks_nothing_of_a_network_and_keeps_its_caveat():
+    page = html(report(caveat="Synthetic & no evidence"))
+    # The one kind of address allowed is a namespace's name, which nothing fetches.
+    assert re.findall(r'(?<!xmlns)(?<!xmlns:xlink)="\s*(?:https?:)?//', page) == []
+    assert not re.search(r"<script|<link|<img|<iframe|@import|url\((?!#)", page)
+    assert "Synthetic &amp; no evidence" in page
+    assert page.count("<svg") == 2
+    assert 'name="viewport"' in page
+
+
+def test_page_has_every_cell_split_and_version():
+    whole = report()
+    page = html(whole)
+    for row in whole.rows():
+        assert all(f"<td>{cell}</td>" in page for cell in row)
+    assert "centre 0: 5, centre 3: 3" in page
+    assert torch.__version__.split("+")[0] in page
+
+
+def test_pages_of_equal_results_are_equal():
+    assert html(report()) == html(report())
+
+
+def test_markdown_and_data_agree_with_the_rows():
+    whole = report(caveat="Made by a program.")
+    lines = markdown(whole).splitlines()
+    assert lines[0] == "**Made by a program.**"
+    assert [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:] == whole.rows()
+    data = json.loads(json.dumps(as_data(whole)))
+    assert data["best"] == {"method": "lora", "seed": 0}
+    assert data["results"][1]["test_accuracy"] == 0.75
+    assert len(data["results"][1]["history"]) == 2
+
+
+def test_outputs_appear_whole(tmp_path):
+    write_report(report(), tmp_path / "out", "ID,Pred\n")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["report.html", "results.json", "submission.csv", "table.md"]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a.txt", "new \ud800")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    folder = tmp_path / "adapter"
+    for content in ("first", "second"):
+        with replacing_directory(folder) as partial:
+            (partial / "x").write_text(content)
+    with pytest.raises(ZeroDivisionError), replacing_directory(folder) as partial:
+        (partial / "x").write_text("third")
+        raise ZeroDivisionError
+    assert (folder / "x").read_text() == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "adapter"]

@@ -1,0 +1,173 @@
+"""The synthetic stand-in: deterministic, labelled as said, in the challenge's layout."""
+
+import json
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+from examples.histopathology import standin
+from examples.histopathology.data import HistoDataset, open_splits
+from examples.histopathology.errors import ExampleError
+from examples.histopathology.hospitals import HOSPITALS
+from examples.histopathology.standin import colour_statistics, make_standin, render_patch
+from examples.histopathology.writing import SplitWriter
+
+SIZES = {"train": 40, "val": 12, "test": 12}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("standin")
+    make_standin(folder, SIZES, processes=1)
+    return folder
+
+
+def contents(folder):
+    """Every array of every split."""
+    found = {}
+    for split in SIZES:
+        with h5py.File(folder / f"{split}.h5", "r") as file:
+            file.visititems(
+                lambda name, item, split=split: found.update(
+                    {f"{split}/{name}": item[()]} if isinstance(item, h5py.Dataset) else {}
+                )
+            )
+    return found
+
+
+def assert_same(a, b):
+    a, b = contents(a), contents(b)
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def test_the_bits_do_not_depend_on_the_number_of_processes(made, tmp_path):
+    make_standin(tmp_path, SIZES, processes=2)
+    assert_same(made, tmp_path)
+
+
+def test_workers_do_not_import_torch():
+    # Each of them would spend seconds and hundreds of megabytes on it.
+    code = "import sys, examples.histopathology.standin; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_patch_depends_on_seed_split_and_index_alone(made):
+    data = HistoDataset(made / "val.h5")
+    patch = render_patch(0, "val", 7)  # alone, not after the six before it
+    assert np.array_equal(np.rint(data.read([7])[0] * 255), patch.image)
+    assert not np.array_equal(patch.image, render_patch(1, "val", 7).image)
+    assert not np.array_equal(patch.image, render_patch(0, "val", 8).image)
+
+
+def test_the_layout_is_the_challenges(made):
+    with h5py.File(made / "train.h5", "r") as file:
+        assert sorted(file, key=int) == [str(i) for i in range(40)]
+        for group in file.values():
+            assert sorted(group) == ["img", "label", "metadata"]
+            assert group["img"].shape == (3, 96, 96) and group["img"].dtype == "float32"
+            assert group["label"].shape == () and group["label"].dtype == "int64"
+            assert group["metadata"].shape == (4,)
+            assert 0 <= group["img"][()].min() < group["img"][()].max() <= 1
+
+
+def test_centres_are_those_of_the_split_and_labels_balanced(made):
+    for split, data in open_splits(made).items():
+        assert set(data.centres.tolist()) <= {c for c, h in HOSPITALS.items() if h.split == split}
+        assert int(data.labels.sum()) * 2 == len(data)
+        assert "synthetic" in data.source
+
+
+def test_no_slide_is_in_two_splits(made):
+    slides = {
+        split: {int(v[1]) for k, v in contents(made).items() if k.startswith(split) and k.endswith("metadata")}
+        for split in SIZES
+    }
+    assert not slides["train"] & slides["val"] and not slides["train"] & slides["test"]
+    assert not slides["val"] & slides["test"] and len(slides["train"]) > 3
+
+
+def test_the_label_is_tumour_in_the_central_32_pixels():
+    outside = 0
+    for index in range(60):
+        patch = render_patch(3, "train", index)
+        assert patch.label == int(patch.tumour[32:64, 32:64].any())
+        outside += patch.label == 0 and patch.tumour.any()
+    assert outside > 3  # the distractor: tumour that the label ignores
+
+
+def test_hospitals_differ_in_colour_as_the_challenges_do(made):
+    means = {split: colour_statistics(data, 40)[0] for split, data in open_splits(made).items()}
+    # Published: train .74 .59 .72, validation .61 .46 .59. A dozen patches scatter by about .03.
+    np.testing.assert_allclose(means["train"], [0.74, 0.59, 0.72], atol=0.08)
+    np.testing.assert_allclose(means["val"], [0.61, 0.46, 0.59], atol=0.08)
+    assert (means["val"] < means["test"]).all()
+
+
+def test_colour_statistics_are_those_of_the_pooled_pixels(made):
+    data = HistoDataset(made / "train.h5")
+    pixels = data.read(range(40)).astype(np.float64)
+    mean, std = colour_statistics(data, 1000)
+    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-10)
+    np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-8)
+
+
+def test_the_same_request_is_not_rendered_twice(made, monkeypatch):
+    monkeypatch.setattr(standin, "_render_all", lambda *_: pytest.fail("rendered again"))
+    assert make_standin(made, SIZES) == made / "standin.json"
+
+
+def test_another_request_replaces_files_and_note(tmp_path):
+    sizes = dict.fromkeys(SIZES, 2)
+    make_standin(tmp_path, sizes, processes=1)
+    done = []
+    make_standin(tmp_path, sizes, seed=5, dtype="uint8", processes=1, progress=done.append)
+    note = json.loads((tmp_path / "standin.json").read_text())
+    assert note["synthetic"] is True and note["seed"] == 5 and note["sizes"] == sizes and note["dtype"] == "uint8"
+    assert note["version"] == standin.VERSION
+    assert done == [1, 2, 3, 4, 5, 6]
+    with h5py.File(tmp_path / "val.h5", "r") as file:
+        assert file["0/img"].dtype == "uint8"
+
+
+def test_an_interrupted_run_leaves_no_note_and_can_be_repeated(tmp_path):
+    sizes = dict.fromkeys(SIZES, 2)
+    make_standin(tmp_path, sizes, processes=1)
+
+    def stop(done):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_standin(tmp_path, sizes, seed=1, processes=1, progress=stop)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["test.h5", "train.h5", "val.h5"]
+    make_standin(tmp_path, sizes, seed=1, processes=1)
+    assert (tmp_path / "standin.json").exists()
+
+
+def test_real_data_is_never_overwritten(tmp_path):
+    with SplitWriter(tmp_path, "test") as writer:
+        writer.add(np.zeros((3, 96, 96)), None, [2])
+    before = (tmp_path / "test.h5").read_bytes()
+    with pytest.raises(ExampleError, match=r"test\.h5 exists"):
+        make_standin(tmp_path, SIZES)
+    assert [p.name for p in tmp_path.iterdir()] == ["test.h5"]
+    assert (tmp_path / "test.h5").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sizes": {"train": 2}}, "for each of train, val, test"),
+        ({"sizes": SIZES | {"val": 0}}, "1 or more"),
+        ({"seed": -1}, "seed=-1"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+    ],
+)
+def test_faults_are_named(tmp_path, change, message):
+    with pytest.raises(ExampleError, match=message):
+        make_standin(tmp_path, **({"sizes": dict.fromkeys(SIZES, 1), "processes": 1} | change))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,175 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from toy_patches import write_toy
+
+import convlora
+from examples.histopathology import experiment, training
+from examples.histopathology.backbones import Normalisation
+from examples.histopathology.data import HistoDataset, open_splits
+from examples.histopathology.errors import ExampleError
+from examples.histopathology.methods import METHODS, find_methods
+from examples.histopathology.training import EarlyStopping, Recipe, accuracy, class_balance, fit
+from examples.histopathology.transforms import CROP_SCALE, eval_transform, train_transform
+
+RECIPE = Recipe(image_size=32, epochs=2, batch_size=16)
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    # On so small images a second thread waits more than it works.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("toy"))
+
+
+def opened(toy, recipe=RECIPE, **options):
+    return open_splits(toy, transforms=experiment.make_transforms(recipe), **options)
+
+
+class Head(nn.Module):
+    """Reads the mean colour; enough for a loop to be tested on."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+def toy_model():
+    return convlora.inject(Head(), target_modules=(), modules_to_save=["fc"])
+
+
+def test_early_stopping_counts_epochs_since_the_best():
+    stopping = EarlyStopping(patience=2)
+    seen = [(stopping.improved(loss), stopping.exhausted) for loss in (1.0, 0.5, 0.6, 0.5)]
+    assert seen == [(True, False), (True, False), (False, False), (False, True)]
+
+
+def test_fit_keeps_the_best_epoch_lowers_the_rate_and_stops(toy, monkeypatch):
+    losses = iter([1.0, 0.4, *[0.5] * 40])
+
+    def scripted(model, loaders, optimiser, *rest):
+        with torch.no_grad():
+            model.fc.bias += 1  # so that models of different epochs differ
+        return training.Epoch(0.0, next(losses), 0.5, optimiser.param_groups[0]["lr"], 0.0)
+
+    monkeypatch.setattr(training, "_epoch", scripted)
+    model, saved = toy_model(), []
+    start = model.fc.bias.item()
+    result = fit(
+        model,
+        opened(toy),
+        dataclasses.replace(RECIPE, epochs=50),
+        save=lambda m: saved.append(m.fc.bias.item()),
+        console=QUIET,
+    )
+    assert result.best_epoch == 1
+    assert len(result.history) == 12  # the best, then ten without improvement
+    assert saved == pytest.approx([start + 1, start + 2])
+    assert result.model.fc.bias.item() == pytest.approx(start + 2)
+    rates = [epoch.lr for epoch in result.history]
+    # patience 5: the sixth epoch without improvement lowers the rate of the one after it
+    assert rates == pytest.approx([1e-3] * 8 + [1e-4] * 4)
+
+
+def test_loss_that_is_not_finite_is_one_clear_error(toy):
+    model = toy_model()
+    nn.init.constant_(model.fc.weight, math.nan)
+    with pytest.raises(ExampleError, match=r"toy 1/2: the loss became nan at learning rate 0.001; .*lower --lr"):
+        fit(model, opened(toy), RECIPE, save=lambda m: None, console=QUIET, name="toy")
+
+
+def test_class_balance_gives_both_classes_the_same_weight():
+    assert class_balance(torch.tensor([0, 0, 0, 1])) == 3
+    with pytest.raises(ExampleError, match="all 2 training patches have the label 1"):
+        class_balance(torch.tensor([1, 1]))
+
+
+def test_accuracy_needs_labels():
+    logits = torch.tensor([-1.0, 2.0, 3.0, -4.0])
+    assert accuracy(logits, torch.tensor([0.0, 1.0, 0.0, 0.0])) == 0.75
+    assert accuracy(logits, torch.full((4,), math.nan)) is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_trains_reloads_bit_equal_and_merges(toy, tmp_path, name):
+    result = experiment.run_method(METHODS[name], opened(toy), RECIPE, tmp_path / name, QUIET)
+    assert result.proofs.reload_bit_equal
+    assert result.proofs.merge_same_labels
+    assert result.proofs.merge_difference < 1e-4  # fp32 rounding over fifty layers; logits are near 1
+    assert len(result.test_logits) == 24
+    assert sorted(p.name for p in (tmp_path / name).iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "run.json",
+    ]
+    assert experiment.read_recipe(tmp_path / name) == RECIPE
+    assert (result.trainable == 1281) == (name == "probe")
+
+
+def test_the_same_seed_gives_the_same_bits(toy, tmp_path):
+    runs = [experiment.run_method(METHODS["lora"], opened(toy), RECIPE, tmp_path / str(i), QUIET) for i in range(2)]
+    assert torch.equal(runs[0].test_logits, runs[1].test_logits)
+    losses = [[(e.train_loss, e.val_loss) for e in run.history] for run in runs]
+    assert losses[0] == losses[1]
+
+
+def test_only_lora_track_moves_norm_statistics(toy, tmp_path):
+    for name, moves in (("probe", False), ("lora", False), ("lora-track", True)):
+        model, _ = experiment.open_backbone(RECIPE)
+        before = model.bn2.running_mean.clone()
+        METHODS[name].prepare(model, rank=2)
+        fit(model, opened(toy), RECIPE, save=lambda m: None, console=QUIET)
+        assert torch.equal(model.bn2.running_mean, before) != moves, name
+
+
+def test_an_interrupted_run_leaves_the_best_adapter(toy, tmp_path, monkeypatch):
+    folder, real, calls = tmp_path / "lora", training._epoch, iter(range(9))
+
+    def interrupted(*args):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(training, "_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run_method(METHODS["lora"], opened(toy), RECIPE, folder, QUIET)
+    split = HistoDataset(toy / "test.h5")
+    logits, _ = experiment.predict_split(folder, split, experiment.read_recipe(folder))
+    assert len(logits) == 24
+    assert [p.name for p in tmp_path.iterdir()] == ["lora"]
+
+
+def test_unknown_and_repeated_methods_are_refused():
+    assert [m.name for m in find_methods(["lora", "probe"])] == ["lora", "probe"]
+    with pytest.raises(ExampleError, match="unknown method dora; known: probe, lora, lora-track"):
+        find_methods(["lora", "dora"])
+    with pytest.raises(ExampleError, match="twice"):
+        find_methods(["lora", "lora"])
+
+
+def test_transforms_give_the_size_and_normalise():
+    half = Normalisation("toy", "none", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    white = torch.ones(3, 96, 96)
+    for size in (32, 128, 224):
+        assert train_transform(size, half)(white).shape == (3, size, size)
+        assert torch.allclose(eval_transform(size, half)(white), torch.ones(3, size, size))
+
+
+def test_every_training_crop_holds_the_labelled_centre():
+    # The narrowest crop: the least area at a side ratio of 3:4.
+    assert 96 * math.sqrt(CROP_SCALE[0] * 3 / 4) >= 64
