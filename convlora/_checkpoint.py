@@ -10,23 +10,35 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ._inject import apply, remove, the_injection
-from ._layer import adapters
-from ._manifest import FORMAT, TENSORS, Manifest, base_keys, check_fits, digest, own_keys, read_manifest
-from ._peft_format import PREFIX, factor_shapes, peft_config
-from ._state import Injection, check_plain
-from .errors import CheckpointError
+from ._checks import check_model, check_values
+from ._inject import apply, remove
+from ._layer import adapters, base_weight
+from ._manifest import (
+    FORMAT,
+    TENSORS,
+    Manifest,
+    base_keys,
+    check_fits,
+    digest,
+    own_keys,
+    read_manifest,
+    tensors_of,
+)
+from ._peft_format import PREFIX, dotted, factor_shapes, peft_config
+from ._state import Injection, check_intact, check_plain, injections, the_injection
+from .errors import CheckpointError, StateError
 
 CONFIG = "adapter_config.json"
 
@@ -45,17 +57,28 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         The directory.
 
     Raises:
-        StateError: the model holds no adapter, or several injected parts.
+        StateError: the model holds no adapter, or several injected parts; a module was replaced since injection; or
+            a parameter of the base requires a gradient, so that training it would be lost.
     """
     root, injection = the_injection(model)
-    tensors = {PREFIX + key: _for_disk(tensor) for key, tensor in _adapter_state(root, injection).items()}
-    manifest = {"format": FORMAT, "plan": injection.plan.to_json(), "base": _base_digests(root, injection)}
+    check_intact(root, injection)
+    buffers = _moved_buffers(root, injection)
+    own = own_keys(root, injection.plan, buffers)
+    _check_nothing_lost(root, injection, own)
+    tensors = {PREFIX + key: _for_disk(tensor) for key, tensor in _adapter_state(root, injection, own).items()}
+    manifest = {
+        "format": FORMAT,
+        "plan": injection.plan.to_json(),
+        "base": _base_digests(root, injection, own),
+        "buffers": sorted(buffers),
+    }
     header = {"format": "pt", "convlora": json.dumps(manifest)}
     config = json.dumps(peft_config(root, injection), indent=2) + "\n"
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path / TENSORS, lambda file: save_file(tensors, file, metadata=header))
-    _write_atomically(path / CONFIG, lambda file: Path(file).write_text(config, encoding="utf-8"))
+    with _replacing(path / TENSORS) as first, _replacing(path / CONFIG) as second:
+        save_file(tensors, first, metadata=header)
+        second.write_text(config, encoding="utf-8")
     return path
 
 
@@ -83,23 +106,51 @@ def load_adapter(
 
     Whatever is raised, the model is as it was.
     """
+    check_model(model)
     check_plain(model)
     manifest = read_manifest(Path(directory))
     plan = manifest.plan if adapter_name is None else replace(manifest.plan, adapter_name=adapter_name)
+    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.adapter_name)
     check_fits(manifest, model, check_base)
     tensors = _read_tensors(manifest)
-    apply(plan, model)
     try:
-        _copy_tensors(tensors, model)
+        apply(plan, model)
+        _copy_tensors(tensors, manifest, model)
     except BaseException:
-        remove(model)
+        for _ in injections(model):
+            remove(model)
+            break
         raise
     return model
 
 
-def _adapter_state(model: nn.Module, injection: Injection) -> State:
+def _moved_buffers(root: nn.Module, injection: Injection) -> set[str]:
+    """Keys of the base's persistent buffers whose numbers are no longer the base's."""
+    names = {module: name for name, module in root.named_modules()}
+    moved = set()
+    for taken in injection.taken:
+        now = taken.place.get(taken.name)
+        saved = not taken.is_parameter and taken.name not in taken.module._non_persistent_buffers_set
+        if now is None or not saved or taken.module not in names:
+            continue
+        if not torch.equal(now, taken.tensor.to(now.device, now.dtype)):
+            moved.add(dotted(names[taken.module], taken.name))
+    return moved
+
+
+def _check_nothing_lost(root: nn.Module, injection: Injection, own: set[str]) -> None:
+    factors = {id(p) for layer in injection.layers for lora in adapters(layer) for p in lora.parameters()}
+    for name, parameter in root.named_parameters():
+        if parameter.requires_grad and name not in own and id(parameter) not in factors:
+            raise StateError(
+                f"{name} requires a gradient but belongs to the base, which is not saved. Name its module in "
+                "modules_to_save when you inject, or freeze it with requires_grad_(False). Nothing was written."
+            )
+
+
+def _adapter_state(model: nn.Module, injection: Injection, own: set[str]) -> State:
     """Every tensor of the adapter by its key in the file: the model's own tensors, not copies."""
-    state, own = model.state_dict(), own_keys(model, injection.plan)
+    state = tensors_of(model)
     return dict(_factors(injection)) | {key: state[key] for key in state if key in own}
 
 
@@ -110,29 +161,28 @@ def _factors(injection: Injection) -> Iterator[tuple[str, Tensor]]:
             yield key, factor.view(shape)
 
 
-def _base_digests(model: nn.Module, injection: Injection) -> dict[str, str]:
-    merged = {id(t.module._parameters[t.name]): t.tensor for t in injection.merged}
-    state = model.state_dict(keep_vars=True)
-    keys = base_keys(state, own_keys(model, injection.plan))
-    return {key: digest(merged.get(id(state[key]), state[key])) for key in keys}
+def _base_digests(root: nn.Module, injection: Injection, own: set[str]) -> dict[str, str]:
+    base = {id(taken.place.get(taken.name)): taken.tensor for taken in injection.taken}
+    base |= {id(layer._parameters["weight"]): base_weight(layer) for layer in injection.layers}
+    state = tensors_of(root, keep_vars=True)
+    return {key: digest(base.get(id(state[key]), state[key])) for key in base_keys(state, own)}
 
 
 def _for_disk(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().clone()
 
 
-def _write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of ``path`` when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:  # noqa: PTH123
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_tensors(manifest: Manifest) -> State:
@@ -143,8 +193,12 @@ def _read_tensors(manifest: Manifest) -> State:
         raise CheckpointError(f"{manifest.file} is damaged ({cause}).") from cause
 
 
-@torch.no_grad()
-def _copy_tensors(tensors: State, model: nn.Module) -> None:
+def _copy_tensors(tensors: State, manifest: Manifest, model: nn.Module) -> None:
     _, injection = the_injection(model)
-    for key, place in _adapter_state(model, injection).items():
-        place.copy_(tensors[key])
+    own = own_keys(model, manifest.plan, manifest.buffers)
+    with torch.inference_mode(False), torch.no_grad():
+        for plan, layer in zip(manifest.plan.layers, injection.layers, strict=True):
+            key = next(iter(factor_shapes(plan)))
+            next(adapters(layer)).to(tensors[key].dtype)  # as trained: another dtype would predict other bits
+        for key, place in _adapter_state(model, injection, own).items():
+            place.copy_(tensors[key])

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 from torch import nn
 
 from ._layer import CHILD, supports_dropout
-from ._plan import LayerPlan
+from ._plan import LayerPlan, Plan
 from ._targets import Named
 from .errors import TargetError, UnsupportedLayerError
 
 
-def check_values(rank: int, alpha: float | None, norm: str, dropout: float, adapter_name: str) -> None:
-    """Arguments that need no model."""
-    checked_rank(rank, "rank")
+def check_values(rank: int, alpha: float | None, norm: str, dropout: float, adapter_name: str) -> int:
+    """Arguments that need no model; returns the rank as an int."""
+    rank = checked_rank(rank, "rank")
     if alpha is not None:
         check_alpha(alpha, "alpha")
     if norm not in ("freeze", "track"):
         raise TargetError(f"norm={norm!r}; it must be 'freeze' or 'track'.")
-    if not 0.0 <= dropout < 1.0:
+    if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise TargetError(f"dropout={dropout!r}; it must be at least 0 and below 1.")
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise TargetError(f"adapter_name={adapter_name!r}; it must be a name without a dot.")
     if hasattr(nn.ModuleDict(), adapter_name):
         raise TargetError(f"adapter_name={adapter_name!r} is taken by torch's ModuleDict; choose another.")
+    return rank
 
 
 def check_any_conv(adaptable: list[Named], model: nn.Module) -> None:
@@ -36,26 +38,29 @@ def check_any_conv(adaptable: list[Named], model: nn.Module) -> None:
         )
 
 
-def check_any_left(layers: list[LayerPlan], targets: set[nn.Module], model: nn.Module) -> None:
-    """Targets of which none can be adapted are a mistake."""
+def check_any_left(layers: list[LayerPlan], targets: set[nn.Module], saved: list[Named], model: nn.Module) -> None:
+    """Targets of which none can be adapted are a mistake, and so is an adapter that trains nothing."""
     if targets and not any(layer.rank for layer in layers):
-        reasons = "; ".join(f"{layer.name}: {layer.note}" for layer in layers if layer.note != "not a target")
-        raise TargetError(f"No layer of {type(model).__name__} would be adapted ({reasons}). Nothing was changed.")
+        name = type(model).__name__
+        reasons = "; ".join(f"{p.name or name}: {p.note}" for p in layers if p.note != "not a target")
+        raise TargetError(f"No layer of {name} would be adapted ({reasons}). Nothing was changed.")
+    if not targets and not saved:
+        raise TargetError("Without targets and without modules_to_save nothing would train. Nothing was changed.")
 
 
 def checked_rank(rank: int, argument: str) -> int:
     """The rank itself, once it is known to be one."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
         raise TargetError(
             f"{argument}={rank!r}; a rank is a whole number of at least 1. To leave a layer alone, "
             "use exclude_modules; to train the head only, target_modules=()."
         )
-    return rank
+    return int(rank)
 
 
 def check_alpha(alpha: float, argument: str) -> None:
     """A finite number."""
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise TargetError(f"{argument}={alpha!r}; it must be a finite number.")
 
 
@@ -70,7 +75,7 @@ WRAPPERS = {
 
 
 def check_model(model: nn.Module) -> None:
-    """A module, and neither wrapped nor compiled nor sharded."""
+    """A module, neither wrapped nor compiled nor sharded, and every layer with a shape."""
     if not isinstance(model, nn.Module):
         raise TargetError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
     for name, module in model.named_modules():
@@ -80,15 +85,11 @@ def check_model(model: nn.Module) -> None:
                 raise UnsupportedLayerError(
                     f"{where} is a {cls.__name__}: {WRAPPERS[cls.__name__]}. Nothing was changed."
                 )
-
-
-def check_initialised(n: Named) -> None:
-    """Lazy layers have no shape to factor."""
-    if any(nn.parameter.is_lazy(p) for p in n.module.parameters()):
-        raise UnsupportedLayerError(
-            f"{n.name}: {type(n.module).__name__} has no shape yet; run one batch through the model before "
-            "convlora.inject. Nothing was changed."
-        )
+        if any(nn.parameter.is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+            raise UnsupportedLayerError(
+                f"{name}: {type(module).__name__} has no shape yet; run one batch through the model before "
+                "convlora.inject. Nothing was changed."
+            )
 
 
 def check_adaptable(n: Named, dropout: float) -> None:
@@ -103,3 +104,26 @@ def check_adaptable(n: Named, dropout: float) -> None:
             f"{n.name}: dropout needs a layer with the plain forward of nn.Conv2d or nn.Linear, and this is a "
             f"{type(n.module).__name__}. Use dropout=0 or exclude_modules. Nothing was changed."
         )
+
+
+def check_plan(plan: Plan) -> None:
+    """A plan that comes from a file: every value as :func:`plan` would have made it."""
+    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.adapter_name)
+    if not isinstance(plan.use_rslora, bool):
+        raise TargetError(f"use_rslora={plan.use_rslora!r}; it must be true or false.")
+    names = [layer.name for layer in plan.layers]
+    for name in (*names, *plan.modules_to_save, *plan.norms):
+        if not isinstance(name, str):
+            raise TargetError(f"{name!r} is no layer name.")
+    if len(set(names)) < len(names):
+        raise TargetError("a layer is listed twice.")
+    for layer in plan.layers:
+        checked_rank(layer.rank, f"rank of {layer.name}")
+        check_alpha(layer.alpha, f"alpha of {layer.name}")
+        sizes = layer.weight_shape
+        if (
+            len(sizes) < 2
+            or not all(isinstance(n, int) and n > 0 for n in sizes)
+            or not isinstance(layer.geometry, dict)
+        ):
+            raise TargetError(f"{layer.name}: weight {sizes!r} and geometry {layer.geometry!r} are no layer's.")

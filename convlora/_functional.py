@@ -52,6 +52,13 @@ def add_delta(base: Tensor, delta: Tensor) -> Tensor:
     return (base + delta).to(base.dtype)
 
 
+def move_like(tensor: Tensor, other: Tensor | None) -> Tensor:
+    """The tensor, the same object, on the other's device and in its dtype."""
+    if other is not None and (other.device, other.dtype) != (tensor.device, tensor.dtype):
+        tensor.data = tensor.data.to(other.device, other.dtype)
+    return tensor
+
+
 def largest_rank(weight_shape: Sequence[int]) -> int:
     """The largest rank whose two factors together hold no more numbers than the weight; 0 where none does.
 

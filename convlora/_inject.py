@@ -6,16 +6,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from . import _norms
 from ._layer import LoRA, adapters, attach, detach
 from ._plan import NormPolicy, Plan
 from ._planner import Pattern, plan
-from ._state import RECORD, Injection, Taken, injected
+from ._state import RECORD, Injection, Taken, injected, the_injection, to_the_end
 from ._swap import check_restorable
 from ._targets import Targets
-from .errors import StateError
+from .errors import UnsupportedLayerError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -95,60 +96,76 @@ def inject(
 
 def apply(plan: Plan, model: M) -> M:
     """Carry out a plan; on any error, an interrupt included, the model is as it was."""
-    layers = [(model.get_submodule(layer.name), layer) for layer in plan.layers]
-    loras = [LoRA(m._parameters["weight"], p.rank, plan.scaling(p), plan.dropout) for m, p in layers]  # type: ignore[arg-type]
+    _refuse_meta(model)
     injection = Injection(replace(plan, state="injected"))
-    try:
-        _own_tensors(injection, model)
-        _freeze_base(injection, model)
-        for (layer, _), lora in zip(layers, loras, strict=True):
-            injection.layers.append(layer)
-            attach(layer, plan.adapter_name, lora)
-        vars(model)[RECORD] = injection
-    except BaseException:
-        _undo(injection, model)
-        raise
+    with torch.inference_mode(False):  # its tensors could not be trained
+        layers = [(model.get_submodule(layer.name), layer) for layer in plan.layers]
+        loras = [LoRA(m._parameters["weight"], p.rank, plan.scaling(p), plan.dropout) for m, p in layers]  # type: ignore[arg-type]
+        try:
+            names = (*(layer.name for layer in plan.layers), *plan.modules_to_save, *plan.norms)
+            injection.modules.update({name: model.get_submodule(name) for name in names})
+            _own_tensors(injection, model)
+            _freeze_base(injection, model)
+            for (layer, _), lora in zip(layers, loras, strict=True):
+                injection.layers.append(layer)
+                attach(layer, plan.adapter_name, lora)
+            vars(model)[RECORD] = injection
+        except BaseException:
+            _undo(injection, model)
+            raise
     return model
 
 
+def _refuse_meta(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise UnsupportedLayerError(
+                f"{name} is on the meta device and holds no numbers; load the base's weights before convlora.inject "
+                "(convlora.plan works without). Nothing was changed."
+            )
+
+
 def _own_tensors(injection: Injection, model: nn.Module) -> None:
-    """Give the adapter tensors of its own for all that training moves besides factors; the base's are kept aside."""
+    """Give the adapter tensors of its own for all that training moves besides factors; the base's are kept aside.
+
+    Every buffer is among them: not only statistics move in train mode.
+    """
+    plan, trained = injection.plan, set()
+    for name in plan.modules_to_save:
+        trained |= set(model.get_submodule(name).modules())
+    owned = trained | {model.get_submodule(name) for name in plan.norms if plan.norm == "track"}
     copies: dict[int, Tensor] = {}  # by identity: tensors shared between modules stay shared
-    for name in injection.plan.modules_to_save:
-        for module in model.get_submodule(name).modules():
-            _own_module(injection, module, copies, trainable=True)
-    for name in injection.plan.norms if injection.plan.norm == "track" else ():
-        _own_module(injection, model.get_submodule(name), copies, trainable=False)
-
-
-def _own_module(injection: Injection, module: nn.Module, copies: dict[int, Tensor], trainable: bool) -> None:
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            copy = nn.Parameter(parameter.detach().clone(), requires_grad=trainable)
-            _take(injection, module, key, parameter, copies.setdefault(id(parameter), copy))
-    for key, buffer in module._buffers.items():
-        if buffer is not None:
-            _take(injection, module, key, buffer, copies.setdefault(id(buffer), buffer.clone()))
+    for module in model.modules():
+        for key, parameter in module._parameters.items() if module in owned else ():
+            if parameter is not None:
+                copy = nn.Parameter(parameter.detach().clone(), requires_grad=module in trained)
+                _take(injection, module, key, parameter, copies.setdefault(id(parameter), copy))
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                _take(injection, module, key, buffer, copies.setdefault(id(buffer), buffer.clone()))
 
 
 def _take(injection: Injection, module: nn.Module, key: str, base: Tensor, own: Tensor) -> None:
     taken = Taken(module, key, base)
     injection.taken.append(taken)
-    taken.replace(own)
+    taken.place[key] = own
 
 
 def _freeze_base(injection: Injection, model: nn.Module) -> None:
-    owned = {id(t.module._parameters.get(t.name)) for t in injection.taken}
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and id(parameter) not in owned:
-                injection.frozen.append((module, key))
-                parameter.requires_grad_(False)
-    if injection.plan.norm == "freeze":
-        for name in injection.plan.norms:
-            norm = model.get_submodule(name)
-            injection.norms.append(norm)
-            _norms.freeze(norm)
+    plan = injection.plan
+    owned = {(taken.module, taken.name) for taken in injection.taken}
+    injection.frozen += [
+        (module, key)
+        for module in model.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad and (module, key) not in owned
+    ]
+    for module, key in injection.frozen:
+        module._parameters[key].requires_grad_(False)  # type: ignore[union-attr]
+    for name in plan.norms if plan.norm == "freeze" else ():
+        norm = model.get_submodule(name)
+        injection.norms.append(norm)
+        _norms.freeze(norm)
 
 
 def remove(model: M) -> M:
@@ -165,26 +182,37 @@ def remove(model: M) -> M:
     """
     found = injected(model)
     for _, _, injection in found:
-        for module in (*injection.norms, *([] if injection.is_merged else injection.layers)):
+        for module in (*injection.norms, *injection.layers):
             check_restorable(module)
-    for _, module, injection in found:
-        _undo(injection, module)
+
+    def undo() -> None:
+        for _, root, injection in reversed(found):  # the inner parts were injected last
+            _undo(injection, root)
+
+    to_the_end(undo)
     return model
 
 
-def _undo(injection: Injection, model: nn.Module) -> None:
+def _undo(injection: Injection, root: nn.Module) -> None:
+    """Take back what was done, however much of it was; running it twice changes nothing more."""
     for layer in injection.layers:
         detach(layer)
     for norm in injection.norms:
         _norms.unfreeze(norm)
-    for taken in reversed(injection.taken):
-        if not injection.is_merged:
-            taken.give_back()
-        elif isinstance(taken.tensor, nn.Parameter):  # the trained tensor stays, with the flag that the base's had
-            taken.module._parameters[taken.name].requires_grad_(taken.tensor.requires_grad)  # type: ignore[union-attr]
+    for taken in [] if injection.is_merged else reversed(injection.taken):
+        taken.give_back()
     for module, key in injection.frozen:
-        module._parameters[key].requires_grad_(True)  # type: ignore[union-attr]
-    vars(model).pop(RECORD, None)
+        _set_flag(module, key, True)
+    for taken in injection.taken if injection.is_merged else ():  # what was trained stays, with the base's flags
+        if taken.is_parameter:
+            _set_flag(taken.module, taken.name, taken.tensor.requires_grad)
+    vars(root).pop(RECORD, None)
+
+
+def _set_flag(module: nn.Module, key: str, requires_grad: bool) -> None:
+    parameter = module._parameters.get(key)
+    if parameter is not None:  # the user may have pruned or dropped it since
+        parameter.requires_grad_(requires_grad)
 
 
 def summary(model: nn.Module) -> Plan:
@@ -197,19 +225,6 @@ def summary(model: nn.Module) -> Plan:
         StateError: there is no adapter, or there are several injected parts; then give one of them.
     """
     return the_injection(model)[1].plan
-
-
-def the_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
-    """The one injected module in the model and its record.
-
-    Raises:
-        StateError: there is none, or there are several.
-    """
-    found = injected(model)
-    if len(found) > 1:
-        names = ", ".join(name or "the model" for name, _, _ in found)
-        raise StateError(f"{type(model).__name__} holds several injected parts ({names}); give one of them.")
-    return found[0][1], found[0][2]
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._functional import add_delta, delta_weight
+from ._functional import add_delta, delta_weight, move_like
 from ._swap import Swapped, restore, swap
 from .errors import StateError
 
@@ -55,6 +55,25 @@ class LoRA(nn.Module):
         # A checkpoint of the base holds no factors at all: it loads, strictly too, and leaves them as they are.
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Adapters(nn.ModuleDict):
+    """A layer's adapters by name; while merged also the base's weight, kept aside and out of the state dict."""
+
+    @property
+    def aside(self) -> nn.Parameter | None:
+        """The base's weight while the merged one is in its place."""
+        return cast("nn.Parameter | None", vars(self).get("_aside"))
+
+    def set_aside(self, weight: nn.Parameter | None) -> None:
+        """Keep the base's weight, or None once it is back."""
+        vars(self)["_aside"] = weight  # past nn.Module.__setattr__, which would register it as a parameter
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Nothing while merged: factors beside merged weights would be added to them again where they are loaded."""
+        if self.aside is None:
+            return super().state_dict(*args, **kwargs)
+        return kwargs.get("destination", {})
 
 
 class AdaptedLayer(Swapped):
@@ -127,7 +146,7 @@ def supports_dropout(layer: nn.Module) -> bool:
 
 def attach(layer: nn.Module, adapter_name: str, lora: LoRA) -> None:
     """Swap the layer's class and put the factors beside its weight."""
-    layer.add_module(CHILD, nn.ModuleDict({adapter_name: lora}))
+    layer.add_module(CHILD, Adapters({adapter_name: lora}))
     swap(layer, AdaptedLayer)
 
 
@@ -138,6 +157,27 @@ def detach(layer: nn.Module) -> None:
     layer._modules.pop(CHILD, None)
 
 
+def fold(layer: nn.Module, merged: Tensor) -> None:
+    """Put the merged weight in the base's place and give the layer its plain class back."""
+    _adapters(layer).set_aside(layer._parameters["weight"])
+    restore(layer)
+    layer._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
+
+
+def unfold(layer: nn.Module) -> None:
+    """Undo :func:`fold`, also one that was interrupted halfway, and also twice."""
+    base = _adapters(layer).aside
+    if base is not None:
+        layer._parameters["weight"] = cast(nn.Parameter, move_like(base, layer._parameters.get("weight")))
+        if not isinstance(layer, AdaptedLayer):
+            swap(layer, AdaptedLayer)
+        _adapters(layer).set_aside(None)
+
+
+def _adapters(layer: nn.Module) -> Adapters:
+    return cast(Adapters, layer._modules[CHILD])
+
+
 def adapters(layer: nn.Module) -> Iterator[LoRA]:
     """The adapters of an adapted layer."""
     for lora in layer._modules[CHILD]._modules.values():  # type: ignore[union-attr]
@@ -145,14 +185,15 @@ def adapters(layer: nn.Module) -> Iterator[LoRA]:
 
 
 def base_weight(layer: nn.Module) -> nn.Parameter:
-    """The base's own weight Parameter of a layer, adapted or not: what ``layer.weight`` was before injection.
+    """The base's own weight Parameter of a layer, adapted, merged or plain: what ``layer.weight`` was at first.
 
     In-place changes to ``layer.weight`` of an adapted layer are lost, since that is computed; changes to this last.
 
     Raises:
         StateError: the layer has no weight Parameter.
     """
-    weight = layer._parameters.get("weight")
+    aside = _adapters(layer).aside if CHILD in layer._modules else None
+    weight = layer._parameters.get("weight") if aside is None else aside
     if weight is None:
         raise StateError(f"{type(layer).__name__} has no weight Parameter of its own.")
     return weight

@@ -5,23 +5,36 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ._checks import check_plan
 from ._layer import CHILD
 from ._peft_format import PREFIX, factor_shapes
 from ._plan import LayerPlan, Plan
 from ._planner import geometry
-from .errors import CheckpointError
+from .errors import CheckpointError, TargetError
 
 TENSORS = "adapter_model.safetensors"
 FORMAT = 1
 SHOWN = 8
 """How many mismatches an error lists."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a tensor must have to take another's numbers: its shape, and whether it holds floats, integers, ..."""
+
+    shape: tuple[int, ...]
+    kind: str
+
+    def __str__(self) -> str:
+        return str(self.shape) if self.kind == "float" else f"{self.shape} {self.kind}"
 
 
 @dataclass(frozen=True)
@@ -32,8 +45,10 @@ class Manifest:
     plan: Plan
     base: Mapping[str, str]
     """Digest of every tensor of the base, by state-dict key."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Shape of every tensor in the file, by key without peft's prefix."""
+    buffers: frozenset[str]
+    """Keys of buffers that training moved, besides those of the modules that the plan names."""
+    forms: Mapping[str, Form]
+    """Every tensor in the file, by key without peft's prefix."""
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -48,28 +63,49 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
-            shapes = {key.removeprefix(PREFIX): tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            forms = {key: Form(tuple(s.get_shape()), _kind_on_disk(s.get_dtype())) for key, s in slices.items()}
     except (SafetensorError, OSError) as cause:
         raise CheckpointError(f"{file} is damaged or no safetensors file ({cause}).") from cause
     if "convlora" not in header:
         raise CheckpointError(f"{file} holds no convlora manifest; it was not written by convlora.save_adapter.")
+    strange = [key for key in forms if not key.startswith(PREFIX)]
+    if strange:
+        raise CheckpointError(f"{file}: tensor {strange[0]!r} belongs to no adapter (its name lacks {PREFIX!r}).")
+    return _parse(file, header["convlora"], {key.removeprefix(PREFIX): form for key, form in forms.items()})
+
+
+def _parse(file: Path, text: str, forms: Mapping[str, Form]) -> Manifest:
     try:
-        data = json.loads(header["convlora"])
-        if data["format"] != FORMAT:
-            raise CheckpointError(f"{file} is of format {data['format']}, this convlora reads {FORMAT}; update it.")
-        return Manifest(file, Plan.from_json(data["plan"]), dict(data["base"]), shapes)
-    except (ValueError, TypeError, KeyError, AttributeError) as cause:
-        if isinstance(cause, CheckpointError):
-            raise
+        data = json.loads(text)
+        version = data["format"]
+        if version == FORMAT:
+            plan = Plan.from_json(data["plan"])
+            check_plan(plan)
+            base = {str(key): str(value) for key, value in data["base"].items()}
+            return Manifest(file, plan, base, frozenset(map(str, data["buffers"])), forms)
+    except TargetError as cause:
+        raise CheckpointError(f"{file}: its manifest is damaged: {cause}") from cause
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as cause:
         raise CheckpointError(f"{file}: its manifest cannot be read ({cause!r}).") from cause
+    raise CheckpointError(f"{file} is of format {version}, this convlora reads {FORMAT}; update it.")
 
 
-def own_keys(model: nn.Module, plan: Plan) -> set[str]:
-    """Keys of the model's state dict that belong to the adapter besides its factors: the head, tracked norms."""
+def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
+    """The state dict without what is no tensor (``get_extra_state`` may return anything)."""
+    state = model.state_dict(keep_vars=keep_vars)
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def own_keys(model: nn.Module, plan: Plan, buffers: Iterable[str]) -> set[str]:
+    """Keys of the state dict that belong to the adapter besides its factors.
+
+    All of the modules trained in full, tracked norm layers, and the buffers named.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = (*plan.modules_to_save, *(plan.norms if plan.norm == "track" else ()))
-    owned = {module for name in names for module in modules[name].modules()}
-    return {key for key in model.state_dict() if modules.get(key.rpartition(".")[0]) in owned}
+    owners = {module for name in plan.modules_to_save for module in modules[name].modules()}
+    owners |= {modules[name] for name in plan.norms if plan.norm == "track"}
+    return {key for key in tensors_of(model) if modules.get(key.rpartition(".")[0]) in owners} | set(buffers)
 
 
 def base_keys(state: Mapping[str, Tensor], own: set[str]) -> list[str]:
@@ -78,14 +114,11 @@ def base_keys(state: Mapping[str, Tensor], own: set[str]) -> list[str]:
 
 
 def digest(tensor: Tensor) -> str:
-    """Dtype and a 64-bit hash of a tensor's numbers, wherever it lies; a meta tensor holds none."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if tensor.is_meta:
-        return f"{dtype}:"
+    """Dtype and a 64-bit hash of a tensor's numbers, wherever it lies."""
     host = tensor.detach().cpu().contiguous()
     size = host.numel() * host.element_size()
     data = (ctypes.c_char * size).from_address(host.data_ptr()) if size else b""
-    return f"{dtype}:{hashlib.blake2b(data, digest_size=8).hexdigest()}"
+    return f"{str(tensor.dtype).removeprefix('torch.')}:{hashlib.blake2b(data, digest_size=8).hexdigest()}"
 
 
 def check_fits(manifest: Manifest, model: nn.Module, check_base: bool) -> None:
@@ -103,11 +136,14 @@ def check_fits(manifest: Manifest, model: nn.Module, check_base: bool) -> None:
 
 def _layer_faults(plan: Plan, model: nn.Module) -> Iterator[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
+    saved = {module for name in plan.modules_to_save if name in modules for module in modules[name].modules()}
     for layer in plan.layers:
         module = modules.get(layer.name)
         weight = None if module is None else module._parameters.get("weight")
         if module is None or weight is None:
             yield f"  {layer.name}: {layer.kind} in the file, no such layer in the model"
+        elif module in saved:
+            yield f"  {layer.name}: adapted and trained in full at once in the file"
         elif found := _differences(layer, module, tuple(weight.shape)):
             yield f"  {layer.name}: {found}"
     for name in (*plan.modules_to_save, *plan.norms):
@@ -127,25 +163,35 @@ def _differences(layer: LayerPlan, module: nn.Module, shape: tuple[int, ...]) ->
 
 def _tensor_faults(manifest: Manifest, model: nn.Module) -> Iterator[str]:
     """Differences between what the file holds and what its plan promises and the model has room for."""
-    state = model.state_dict()
-    expected = {key: shape for layer in manifest.plan.layers for key, shape in factor_shapes(layer).items()}
-    expected |= {key: tuple(state[key].shape) for key in state if key in own_keys(model, manifest.plan)}
-    for key in dict.fromkeys([*expected, *manifest.shapes]):
-        there, here = manifest.shapes.get(key), expected.get(key)
+    state, plan = tensors_of(model), manifest.plan
+    buffers = manifest.buffers & state.keys() & {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    yield from (f"  {key}: no such buffer in the model" for key in sorted(manifest.buffers - buffers))
+    expected = {key: Form(shape, "float") for p in plan.layers for key, shape in factor_shapes(p).items()}
+    expected |= {key: Form(tuple(state[key].shape), _kind(state[key].dtype)) for key in own_keys(model, plan, buffers)}
+    for key in sorted({*expected, *manifest.forms}):
+        there, here = manifest.forms.get(key, "nothing"), expected.get(key, "nothing")
         if there != here:
-            there_or, here_or = ("nothing" if shape is None else shape for shape in (there, here))
-            yield f"  {key}: {there_or} in the file, {here_or} in the model"
+            yield f"  {key}: {there} in the file, {here} in the model"
 
 
 def _base_faults(manifest: Manifest, model: nn.Module) -> Iterator[str]:
-    state = model.state_dict()
-    here = base_keys(state, own_keys(model, manifest.plan))
+    state = tensors_of(model)
+    here = base_keys(state, own_keys(model, manifest.plan, manifest.buffers))
     for key in dict.fromkeys([*manifest.base, *here]):
-        if key not in here or key not in manifest.base:
-            yield f"  {key}: only in the {'model' if key in here else 'file'}'s base"
+        if key not in manifest.base or key not in state:
+            yield f"  {key}: only in the {'model' if key in state else 'file'}'s base"
             continue
-        (dtype_there, _, there), (dtype_here, _, found) = (
-            text.partition(":") for text in (manifest.base[key], digest(state[key]))
-        )
-        if dtype_there == dtype_here and there and found and there != found:
+        there, found = manifest.base[key].split(":"), digest(state[key]).split(":")
+        if there[0] == found[0] and there != found:
             yield f"  {key}: the base's numbers differ"
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point or dtype.is_complex:
+        return "float" if dtype.is_floating_point else "complex"
+    return "bool" if dtype == torch.bool else "integer"
+
+
+def _kind_on_disk(dtype: str) -> str:
+    """The same for safetensors' names: F32, BF16, F8_E4M3, C64, BOOL, I64, U8, ..."""
+    return {"F": "float", "B": "float", "C": "complex"}.get(dtype[0], "integer") if dtype != "BOOL" else "bool"

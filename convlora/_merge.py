@@ -8,9 +8,9 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ._layer import AdaptedLayer, base_weight
-from ._state import Injection, Taken, injected
-from ._swap import check_restorable, restore, swap
+from ._layer import fold, unfold
+from ._state import Injection, check_intact, injected, to_the_end
+from ._swap import check_restorable
 from .errors import StateError
 
 M = TypeVar("M", bound=nn.Module)
@@ -24,64 +24,72 @@ def merge(model: M) -> M:
 
     The base weights are kept aside, so a merged model holds the adapted layers' weights twice;
     ``convlora.remove(model)`` then drops adapter and base and leaves the merged plain model.
-    A merged model is for inference and export: to train on, unmerge first.
+    A merged model is for inference and export, and its state dict has the base's keys alone. To train on, unmerge.
 
     Raises:
-        StateError: no adapter, merged already, or another library has changed a layer's class since injection.
+        StateError: no adapter; merged already; a module was replaced, or its class changed, since injection.
+
+    Whatever is raised, the model is as it was.
     """
-    found = _in_state(model, merged=False)
-    for injection in found:
+    parts = _parts(model, merged=False)
+    for root, injection in parts:
+        check_intact(root, injection)
         for layer in injection.layers:
             check_restorable(layer)
-    # Outside inference mode: its tensors could never be trained or saved aside again.
+    # Outside inference mode: its tensors could never be trained or saved.
     with torch.inference_mode(False), torch.no_grad():
-        weights = [[cast(Tensor, layer.weight).clone() for layer in injection.layers] for injection in found]
-    for injection, merged in zip(found, weights, strict=True):
-        _merge_one(injection, merged)
+        weights = [[cast(Tensor, layer.weight).clone() for layer in injection.layers] for _, injection in parts]
+        try:
+            for (_, injection), merged in zip(parts, weights, strict=True):
+                for layer, weight in zip(injection.layers, merged, strict=True):
+                    fold(layer, weight)
+                _mark(injection, merged=True)
+        except BaseException:
+            _unfold(parts)
+            raise
     return model
-
-
-def _merge_one(injection: Injection, weights: list[Tensor]) -> None:
-    try:
-        for layer, weight in zip(injection.layers, weights, strict=True):
-            taken = Taken(layer, "weight", base_weight(layer))
-            injection.merged.append(taken)
-            restore(layer)
-            taken.replace(nn.Parameter(weight, requires_grad=False))
-        injection.is_merged = True
-        injection.plan = replace(injection.plan, state="merged")
-    except BaseException:
-        _unmerge_one(injection)
-        raise
 
 
 def unmerge(model: M) -> M:
     """Take :func:`merge` back: the base weights return bit for bit, in every dtype, after any number of cycles.
 
+    What was written to the merged weights meanwhile is dropped.
+
     Raises:
-        StateError: no adapter, or not merged.
+        StateError: no adapter; not merged; a module was replaced or its weight taken away (pruned, say) since.
     """
-    for injection in _in_state(model, merged=True):
-        _unmerge_one(injection)
+    parts = _parts(model, merged=True)
+    for root, injection in parts:
+        check_intact(root, injection)
+        for name, module in injection.modules.items():
+            if module in injection.layers and module._parameters.get("weight") is None:
+                raise StateError(
+                    f"{name}: its merged weight is no plain parameter any more (pruned or parametrized since?). "
+                    "Undo that, or call convlora.remove(model) to keep the merged model. Nothing was changed."
+                )
+    to_the_end(lambda: _unfold(parts))
     return model
 
 
-def _unmerge_one(injection: Injection) -> None:
-    for taken in injection.merged:
-        taken.give_back()
-        if not isinstance(taken.module, AdaptedLayer):
-            swap(taken.module, AdaptedLayer)
-    injection.merged.clear()
-    injection.is_merged = False
-    injection.plan = replace(injection.plan, state="injected")
+def _unfold(parts: list[tuple[nn.Module, Injection]]) -> None:
+    for _, injection in parts:
+        for layer in injection.layers:
+            unfold(layer)
+        _mark(injection, merged=False)
 
 
-def _in_state(model: nn.Module, merged: bool) -> list[Injection]:
-    found = [injection for _, _, injection in injected(model)]
-    if any(injection.is_merged is not merged for injection in found):
+def _mark(injection: Injection, merged: bool) -> None:
+    injection.is_merged = merged
+    injection.plan = replace(injection.plan, state="merged" if merged else "injected")
+
+
+def _parts(model: nn.Module, merged: bool) -> list[tuple[nn.Module, Injection]]:
+    """The injected parts in this state, at least one."""
+    parts = [(root, injection) for _, root, injection in injected(model) if injection.is_merged is merged]
+    if not parts:
         raise StateError(
-            "The adapter is merged already; convlora.unmerge(model) takes it back."
-            if not merged
-            else "The adapter is not merged; there is nothing to unmerge."
+            "The adapter is not merged; there is nothing to unmerge."
+            if merged
+            else "The adapter is merged already; convlora.unmerge(model) takes it back."
         )
-    return found
+    return parts

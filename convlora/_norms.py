@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 def keeps_statistics(module: nn.Module) -> bool:
     """Whether training moves statistics in this module: BatchNorm and its kin, InstanceNorm where it tracks.
 
-    Told by the buffers' field-wide names, so that norms outside torch (timm's EvoNorm) count too.
+    Told by the buffers' field-wide names, so that norms outside torch (timm's EvoNorm) count too. A module with
+    weight matrices inside is a block that counts something, not a norm, and should hear ``train()``.
     """
-    return any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
+    keeps = any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
+    return keeps and not any(p.ndim > 1 for child in module.children() for p in child.parameters())
 
 
 class FrozenNorm(Swapped):

@@ -41,7 +41,7 @@ def plan(
 
     Arguments and errors are those of :func:`convlora.inject`.
     """
-    _checks.check_values(rank, alpha, norm, dropout, adapter_name)
+    rank = _checks.check_values(rank, alpha, norm, dropout, adapter_name)
     _checks.check_model(model)
     check_plain(model)
     named = _targets.modules_of(model)
@@ -49,7 +49,7 @@ def plan(
     inside_saved = {module for s in saved for module in s.module.modules()}
     choice = _Choice(model, named, target_modules, exclude_modules, rank_pattern, alpha_pattern, inside_saved)
     layers = [choice.layer(n, rank, alpha, use_rslora, dropout) for n in choice.listed]
-    _checks.check_any_left(layers, choice.targets, model)
+    _checks.check_any_left(layers, choice.targets, saved, model)
     norms = [n for n in named if _norms.keeps_statistics(n.module) and n.module not in inside_saved]
     for n in norms:
         check_swappable(n.name, n.module, _norms.FrozenNorm)
@@ -108,7 +108,6 @@ class _Choice:
 
     def layer(self, n: Named, rank: int, alpha: float | None, use_rslora: bool, dropout: float) -> LayerPlan:
         """What one layer gets."""
-        _checks.check_initialised(n)
         rank = _checks.checked_rank(_targets.first_match(self.ranks, n, rank), f"rank_pattern for {n.name}")
         alpha = _targets.first_match(self.alphas, n, default_alpha(rank) if alpha is None else alpha)
         _checks.check_alpha(alpha, f"alpha_pattern for {n.name}")
@@ -141,20 +140,15 @@ def geometry(module: nn.Module) -> dict[str, Any]:
     """A convolution's stride, padding, dilation, groups and padding_mode as JSON data; empty for others."""
     if not isinstance(module, nn.Conv2d):
         return {}
-    padding = module.padding if isinstance(module.padding, str) else list(module.padding)
-    return {
-        "stride": list(module.stride),
-        "padding": padding,
-        "dilation": list(module.dilation),
-        "groups": module.groups,
-        "padding_mode": module.padding_mode,
-    }
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    values = {name: getattr(module, name) for name in names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _modules_to_save(model: nn.Module, named: list[Named], wanted: Targets) -> tuple[list[Named], str]:
     if isinstance(wanted, str) and wanted == "auto":
         return _targets.find_head(model)
-    with_tensors = [n for n in named if any(True for _ in n.module.parameters())]
+    with_tensors = [n for n in named if n.name and any(True for _ in n.module.parameters())]
     found = _targets.select(with_tensors, wanted, "modules_to_save", model)
     inner = {child for n in found for child in n.module.modules() if child is not n.module}
     return [n for n in found if n.module not in inner], "modules_to_save"

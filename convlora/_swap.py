@@ -82,7 +82,7 @@ def restore(module: nn.Module) -> None:
 
 def check_restorable(module: nn.Module) -> None:
     """Raise the error of :func:`restore` without changing anything."""
-    if not is_swapped(module):
+    if isinstance(module, Swapped) and not is_swapped(module):
         raise StateError(
             f"The class of an adapted layer is now {type(module).__module__}.{type(module).__qualname__}, put there "
             "after convlora.inject. Undo that change first (unshard or unwrap the model), then call again."

@@ -38,11 +38,10 @@ class Named:
 
 
 def modules_of(model: nn.Module) -> list[Named]:
-    """Each module once, with all its names, the root left out unless it is itself adaptable."""
+    """Each module once, with all its names; the root's is empty."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name or isinstance(module, ADAPTABLE):
-            names.setdefault(module, []).append(name)
+        names.setdefault(module, []).append(name)
     return [Named(tuple(all_names), module) for module, all_names in names.items()]
 
 
@@ -50,7 +49,7 @@ def as_targets(targets: Targets) -> tuple[Target, ...]:
     """One target or several, as a tuple."""
     if targets is None:
         return ()
-    if isinstance(targets, (str, re.Pattern, type)) or callable(targets):
+    if isinstance(targets, (str, re.Pattern, type)) or not isinstance(targets, Iterable):
         return (targets,)
     return tuple(targets)
 
@@ -63,7 +62,7 @@ def matches(target: Target, candidate: Named) -> bool:
         return any(fnmatch.fnmatchcase(name, target) for name in candidate.names)
     if isinstance(target, re.Pattern):
         return any(target.fullmatch(name) for name in candidate.names)
-    if callable(target):
+    if callable(target) and not isinstance(target, nn.Module):
         return any(target(name, candidate.module) for name in candidate.names)
     raise TargetError(
         f"{target!r} is no target; give a type such as nn.Conv2d, a glob such as 'layer4.*', a compiled regular "
@@ -113,7 +112,8 @@ def find_head(model: nn.Module) -> tuple[list[Named], str]:
     """The classifier: the last layer with weights in what the model names as its head, and how it was found.
 
     Asked in this order: timm's ``get_classifier()``; torchvision's ``fc``, ``classifier``, ``heads``, ``head``;
-    the last ``nn.Linear``. An empty list where there is none (timm with ``num_classes=0``, say).
+    the model's last layer where that is an ``nn.Linear``. An empty list where there is none (timm with
+    ``num_classes=0``, or a network that ends in a convolution).
     """
     named = modules_of(model)
     get_classifier = getattr(model, "get_classifier", None)
@@ -127,8 +127,10 @@ def find_head(model: nn.Module) -> tuple[list[Named], str]:
             layers = _output_layers((head,), named)
             if layers:
                 return layers, f"attribute {attribute!r}"
-    linear = [n for n in named if isinstance(n.module, nn.Linear)]
-    return linear[-1:], "the last nn.Linear"
+    last = [n for n in named if isinstance(n.module, ADAPTABLE)][-1:]
+    if last and last[0].name and isinstance(last[0].module, nn.Linear):
+        return last, "the last layer"
+    return [], "no classifier was found; name one with modules_to_save"
 
 
 def _output_layers(heads: Iterable[object], named: list[Named]) -> list[Named]:

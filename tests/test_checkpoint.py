@@ -15,6 +15,8 @@ import convlora
 from convlora import CheckpointError, StateError
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+FACTOR = PREFIX + "stem.lora_A.weight"
 
 
 def files_in(directory):
@@ -122,7 +124,7 @@ def refused(base, directory, message, **arguments):
 def test_other_head_is_named(saved):
     _, directory, _ = saved
     refused(
-        SmallNet(num_classes=5), directory, r"(?s)fc\.weight: \(3, 12\) in the file, \(5, 12\) in the model.*fc\.bias"
+        SmallNet(num_classes=5), directory, r"(?s)fc\.bias.*fc\.weight: \(3, 12\) in the file, \(5, 12\) in the model"
     )
 
 
@@ -190,7 +192,26 @@ def rewrite(directory, change):
             lambda m, t: t.pop("base_model.model.stem.lora_B.weight") is None,
             r"stem\.lora_B\.weight: nothing in the file",
         ),
-        (lambda m, t: t.update(extra=torch.zeros(2)), r"extra: \(2,\) in the file, nothing in the model"),
+        (lambda m, t: t.update(extra=torch.zeros(2)), r"tensor 'extra' belongs to no adapter"),
+        (lambda m, t: t.update({PREFIX + "extra": torch.zeros(2)}), r"extra: \(2,\) in the file, nothing in the model"),
+        (lambda m, t: t.update({FACTOR: t[FACTOR].long()}), r"stem\.lora_A\.weight: .* integer in the file"),
+        (
+            lambda m, t: t.update({FACTOR: t[FACTOR].to(torch.complex64)}),
+            r"stem\.lora_A\.weight: .* complex in the file",
+        ),
+        (lambda m, t: m.update(buffers=["hidden.weight"]), r"hidden\.weight: no such buffer in the model"),
+        (lambda m, t: m["plan"].update(alpha=float("nan")), r"alpha=nan; it must be a finite number"),
+        (lambda m, t: m["plan"].update(dropout=5.0), r"dropout=5\.0"),
+        (lambda m, t: m["plan"].update(use_rslora="no"), r"use_rslora='no'"),
+        (lambda m, t: m["plan"].update(adapter_name="a.b"), r"adapter_name='a\.b'"),
+        (lambda m, t: m["plan"]["layers"][0].update(alpha="x"), r"alpha of stem='x'"),
+        (lambda m, t: m["plan"]["layers"][0].update(rank=2.0), r"rank of stem=2\.0"),
+        (lambda m, t: m["plan"]["layers"][0].update(geometry=None), r"geometry None"),
+        (lambda m, t: m["plan"]["layers"].append(m["plan"]["layers"][0]), r"a layer is listed twice"),
+        (lambda m, t: m["plan"]["layers"][0].update(name=["stem"]), r"\['stem'\] is no layer name|cannot be read"),
+        (lambda m, t: m["plan"]["modules_to_save"].append("stem"), r"stem: adapted and trained in full at once"),
+        (lambda m, t: "[" * 100_000, r"its manifest cannot be read"),
+        (lambda m, t: m.update(base=3), r"its manifest cannot be read"),
         (
             lambda m, t: m["plan"]["layers"][0].update(rank=4),
             r"stem\.lora_A\.weight: \(3, 3, 3, 3\) in the file, \(4, ",

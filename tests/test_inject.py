@@ -277,6 +277,11 @@ REFUSALS = [
     ({"dropout": 1.0}, TargetError, r"dropout=1\.0; it must be at least 0 and below 1"),
     ({"adapter_name": "a.b"}, TargetError, r"adapter_name='a\.b'; it must be a name without a dot"),
     ({"adapter_name": "keys"}, TargetError, r"adapter_name='keys' is taken"),
+    ({"target_modules": 5}, TargetError, r"5 is no target; give a type"),
+    ({"target_modules": nn.Conv2d(1, 1, 1)}, TargetError, r"Conv2d\(.*is no target; give a type"),
+    ({"target_modules": (), "modules_to_save": None}, TargetError, r"nothing would train"),
+    ({"dropout": "x"}, TargetError, r"dropout='x'"),
+    ({"alpha": True}, TargetError, r"alpha=True"),
 ]
 
 
@@ -398,8 +403,12 @@ def test_an_adapter_in_a_part_is_found_from_the_whole(net, images):
     "build, expected, how",
     [
         (lambda: SmallNet(), ("fc",), "attribute 'fc'"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 5), nn.Linear(5, 2)), ("2",), "the last nn.Linear"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1)), (), "the last nn.Linear"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 5), nn.Linear(5, 2)), ("2",), "the last layer"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 4), nn.Conv2d(4, 4, 1)),
+            (),
+            "no classifier was found; name one with modules_to_save",
+        ),
     ],
 )
 def test_head_is_found_and_said(build, expected, how):

@@ -75,11 +75,18 @@ def test_functional_call_passes_base_weight_and_factors(net, images):
     assert not torch.equal(torch.func.functional_call(net, other, (images,)), base(images))
 
 
-def test_merged_layers_are_of_their_plain_class_and_keep_the_factors_beside(net):
+def test_merged_layers_are_of_their_plain_class_with_the_keys_of_the_base(net):
+    keys, base = list(net.state_dict()), net.stem.weight
     convlora.inject(net)
+    randomise(net)
+    effective = net.stem.weight
     convlora.merge(net)
     assert type(net.stem) is nn.Conv2d
-    assert "stem.convlora.default.lora_A" in net.state_dict()
+    assert list(net.state_dict()) == keys
+    assert torch.equal(net.stem.weight, effective)
+    assert convlora.base_weight(net.stem) is base
+    convlora.unmerge(net)
+    assert "stem.convlora.default.lora_A" in net.state_dict() and convlora.base_weight(net.stem) is base
 
 
 def test_writes_to_the_computed_weight_are_lost_and_to_the_base_weight_last(net):
