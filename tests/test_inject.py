@@ -323,6 +323,20 @@ def test_wrapped_models_are_refused_with_the_remedy(net, wrap, message):
         convlora.inject(wrap(net))
 
 
+def test_distributed_model_is_refused_with_the_remedy(net):
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel: inject first, then wrap"):
+            convlora.inject(DistributedDataParallel(net))
+        wrapped = DistributedDataParallel(convlora.inject(net))
+        assert len(list(convlora.adapter_parameters(wrapped))) == 6
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_lazy_convolution_asks_to_be_initialised():
     model = nn.Sequential(nn.LazyConv2d(8, 3))
     with pytest.raises(UnsupportedLayerError, match=r"0: LazyConv2d has no shape yet; run one batch"):
