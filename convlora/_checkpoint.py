@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -59,27 +60,50 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Raises:
         StateError: the model holds no adapter, or several injected parts; a module was replaced since injection; or
             a parameter of the base requires a gradient, so that training it would be lost.
+        CheckpointError: the directory cannot be written; what was there before is still there.
+
+    Warns:
+        UserWarning: every lora_B is zero, as when the optimizer was made before the injection.
     """
     root, injection = the_injection(model)
     check_intact(root, injection)
     buffers = _moved_buffers(root, injection)
     own = own_keys(root, injection.plan, buffers)
     _check_nothing_lost(root, injection, own)
-    tensors = {PREFIX + key: _for_disk(tensor) for key, tensor in _adapter_state(root, injection, own).items()}
+    tensors = {key: _for_disk(tensor) for key, tensor in _adapter_state(root, injection, own).items()}
     manifest = {
         "format": FORMAT,
         "plan": injection.plan.to_json(),
         "base": _base_digests(root, injection, own),
+        "adapter": {key: digest(tensor) for key, tensor in tensors.items()},
         "buffers": sorted(buffers),
     }
-    header = {"format": "pt", "convlora": json.dumps(manifest)}
-    config = json.dumps(peft_config(root, injection), indent=2) + "\n"
+    _warn_if_untrained(injection)
     path = Path(directory)
+    try:
+        _write(path, tensors, manifest, peft_config(root, injection))
+    except OSError as cause:
+        raise CheckpointError(f"{path} cannot be written ({cause}). What was there before is still there.") from cause
+    return path
+
+
+def _write(path: Path, tensors: State, manifest: dict[str, Any], config: dict[str, Any]) -> None:
+    header = {"format": "pt", "convlora": json.dumps(manifest)}
     path.mkdir(parents=True, exist_ok=True)
     with _replacing(path / TENSORS) as first, _replacing(path / CONFIG) as second:
-        save_file(tensors, first, metadata=header)
-        second.write_text(config, encoding="utf-8")
-    return path
+        save_file({PREFIX + key: tensor for key, tensor in tensors.items()}, first, metadata=header)
+        second.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        first.chmod(second.stat().st_mode)  # safetensors makes files for their owner alone
+
+
+def _warn_if_untrained(injection: Injection) -> None:
+    factors = [lora.lora_B for layer in injection.layers for lora in adapters(layer)]
+    if factors and not any(factor.any() for factor in factors):
+        warnings.warn(
+            "every lora_B is zero: nothing was trained. Was the optimizer made before convlora.inject? Make it after, "
+            "from convlora.trainable_parameters(model).",
+            stacklevel=3,
+        )
 
 
 def load_adapter(
@@ -95,7 +119,7 @@ def load_adapter(
         directory: what :func:`save_adapter` wrote.
         adapter_name: another name for the adapter; default the saved one.
         check_base: refuse a base whose tensors differ from those that the adapter was trained on. Tensors in
-            another dtype than then are not compared. False loads onto any base of the same shapes.
+            another dtype than then are not compared. False loads onto any base of the same architecture.
 
     Returns:
         The same object; factors and head are trainable as after :func:`convlora.inject`.
@@ -188,9 +212,13 @@ def _replacing(path: Path) -> Iterator[Path]:
 def _read_tensors(manifest: Manifest) -> State:
     try:
         with safe_open(manifest.file, framework="pt") as opened:
-            return {key.removeprefix(PREFIX): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            tensors = {key.removeprefix(PREFIX): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as cause:
-        raise CheckpointError(f"{manifest.file} is damaged ({cause}).") from cause
+        raise CheckpointError(f"{manifest.file} is damaged ({cause}); get it again.") from cause
+    damaged = [key for key, tensor in tensors.items() if digest(tensor) != manifest.adapter.get(key)]
+    if damaged:
+        raise CheckpointError(f"{manifest.file} is damaged: {damaged[0]} is not what was saved; get the file again.")
+    return tensors
 
 
 def _copy_tensors(tensors: State, manifest: Manifest, model: nn.Module) -> None:

@@ -59,9 +59,9 @@ def checked_rank(rank: int, argument: str) -> int:
 
 
 def check_alpha(alpha: float, argument: str) -> None:
-    """A finite number."""
-    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise TargetError(f"{argument}={alpha!r}; it must be a finite number.")
+    """A finite number above 0."""
+    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+        raise TargetError(f"{argument}={alpha!r}; it must be a finite number above 0.")
 
 
 WRAPPERS = {
@@ -82,9 +82,8 @@ def check_model(model: nn.Module) -> None:
         for cls in type(module).__mro__:
             if cls.__name__ in WRAPPERS and cls.__module__.startswith("torch."):
                 where = name or "the model"
-                raise UnsupportedLayerError(
-                    f"{where} is a {cls.__name__}: {WRAPPERS[cls.__name__]}. Nothing was changed."
-                )
+                remedy = f"Take the model inside, {WRAPPERS[cls.__name__]}"
+                raise UnsupportedLayerError(f"{where} is wrapped: {cls.__name__}. {remedy}. Nothing was changed.")
         if any(nn.parameter.is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
             raise UnsupportedLayerError(
                 f"{name}: {type(module).__name__} has no shape yet; run one batch through the model before "

@@ -45,6 +45,8 @@ class Manifest:
     plan: Plan
     base: Mapping[str, str]
     """Digest of every tensor of the base, by state-dict key."""
+    adapter: Mapping[str, str]
+    """Digest of every tensor in the file, by key without peft's prefix."""
     buffers: frozenset[str]
     """Keys of buffers that training moved, besides those of the modules that the plan names."""
     forms: Mapping[str, Form]
@@ -82,8 +84,10 @@ def _parse(file: Path, text: str, forms: Mapping[str, Form]) -> Manifest:
         if version == FORMAT:
             plan = Plan.from_json(data["plan"])
             check_plan(plan)
-            base = {str(key): str(value) for key, value in data["base"].items()}
-            return Manifest(file, plan, base, frozenset(map(str, data["buffers"])), forms)
+            base, adapter = (
+                {str(key): str(value) for key, value in data[name].items()} for name in ("base", "adapter")
+            )
+            return Manifest(file, plan, base, adapter, frozenset(map(str, data["buffers"])), forms)
     except TargetError as cause:
         raise CheckpointError(f"{file}: its manifest is damaged: {cause}") from cause
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as cause:
@@ -122,11 +126,12 @@ def digest(tensor: Tensor) -> str:
 
 
 def check_fits(manifest: Manifest, model: nn.Module, check_base: bool) -> None:
-    """Raise one error that names every difference between the file and the model."""
-    faults = list(_layer_faults(manifest.plan, model)) or list(_tensor_faults(manifest, model))
+    """Raise one error that names the differences between the file and the model."""
+    faults = [*_layer_faults(manifest.plan, model)]
+    faults = faults or [*_tensor_faults(manifest, model), *_structure_faults(manifest, model)]
     remedy = "Build the model as it was trained (same architecture, num_classes) and load again."
     if not faults and check_base:
-        faults = list(_base_faults(manifest, model))
+        faults = list(_number_faults(manifest, model))
         remedy = "Load the same pretrained weights first, or pass check_base=False to use it on this base all the same."
     if faults:
         more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
@@ -174,15 +179,17 @@ def _tensor_faults(manifest: Manifest, model: nn.Module) -> Iterator[str]:
             yield f"  {key}: {there} in the file, {here} in the model"
 
 
-def _base_faults(manifest: Manifest, model: nn.Module) -> Iterator[str]:
+def _structure_faults(manifest: Manifest, model: nn.Module) -> Iterator[str]:
+    here = base_keys(tensors_of(model), own_keys(model, manifest.plan, manifest.buffers))
+    yield from (f"  {key}: only in the model's base" for key in here if key not in manifest.base)
+    yield from (f"  {key}: only in the file's base" for key in manifest.base if key not in here)
+
+
+def _number_faults(manifest: Manifest, model: nn.Module) -> Iterator[str]:
     state = tensors_of(model)
-    here = base_keys(state, own_keys(model, manifest.plan, manifest.buffers))
-    for key in dict.fromkeys([*manifest.base, *here]):
-        if key not in manifest.base or key not in state:
-            yield f"  {key}: only in the {'model' if key in state else 'file'}'s base"
-            continue
-        there, found = manifest.base[key].split(":"), digest(state[key]).split(":")
-        if there[0] == found[0] and there != found:
+    for key, text in manifest.base.items():
+        there, here = text.split(":"), digest(state[key]).split(":")
+        if there[0] == here[0] and there != here:
             yield f"  {key}: the base's numbers differ"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ._plan import LayerPlan
+from ._plan import LayerPlan, Plan
 from ._state import Injection
 from ._swap import original_class
 from ._targets import modules_of
@@ -36,8 +36,8 @@ def dotted(*parts: str) -> str:
 
 def peft_config(model: nn.Module, injection: Injection) -> dict[str, Any]:
     plan = injection.plan
-    ranks = {f"^{re.escape(p.name)}$": p.rank for p in plan.layers if p.rank != plan.rank}
-    alphas = {f"^{re.escape(p.name)}$": p.alpha for p in plan.layers if p.alpha != plan.alpha}
+    ranks = {_pattern_key(p.name, plan): p.rank for p in plan.layers if p.rank != plan.rank}
+    alphas = {_pattern_key(p.name, plan): p.alpha for p in plan.layers if p.alpha != plan.alpha}
     names = "|".join(re.escape(p.name) for p in plan.layers)
     tracked = plan.norms if plan.norm == "track" else ()
     return {
@@ -56,6 +56,12 @@ def peft_config(model: nn.Module, injection: Injection) -> dict[str, Any]:
         "alpha_pattern": alphas,
         "modules_to_save": [*plan.modules_to_save, *tracked] or None,
     }
+
+
+def _pattern_key(name: str, plan: Plan) -> str:
+    """The name itself, or anchored where peft, which matches the ends of names, would also hit other layers."""
+    others = (p.name for p in plan.layers if p.name != name)
+    return f"^{re.escape(name)}$" if any(re.match(rf"(.*\.)?({name})$", other) for other in others) else name
 
 
 def _peft_predicts_the_same(model: nn.Module, injection: Injection) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from . import _checks, _norms, _targets
 from ._functional import largest_rank, scaling_of
@@ -103,8 +104,8 @@ class _Choice:
         self.targets = select(target_modules, "target_modules")
         select(tuple(self.ranks), "rank_pattern")
         select(tuple(self.alphas), "alpha_pattern")
-        # Every convolution is listed; linear layers where they were asked for.
-        self.listed = [n for n in adaptable if n.module in self.targets or isinstance(n.module, nn.Conv2d)]
+        # Every convolution is listed, also of kinds that cannot be adapted; linear layers where they were asked for.
+        self.listed = [n for n in named if n.module in self.targets or isinstance(n.module, _ConvNd)]
 
     def layer(self, n: Named, rank: int, alpha: float | None, use_rslora: bool, dropout: float) -> LayerPlan:
         """What one layer gets."""
@@ -129,6 +130,8 @@ class _Choice:
             return "trained in full"
         if n.module in self.excluded:
             return "excluded"
+        if not isinstance(n.module, _targets.ADAPTABLE):
+            return f"{type(n.module).__name__} is not supported yet"
         if n.module not in self.targets:
             return "not a target"
         if n.module._parameters.get("weight") is None:
@@ -138,7 +141,7 @@ class _Choice:
 
 def geometry(module: nn.Module) -> dict[str, Any]:
     """A convolution's stride, padding, dilation, groups and padding_mode as JSON data; empty for others."""
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, _ConvNd):
         return {}
     names = ("stride", "padding", "dilation", "groups", "padding_mode")
     values = {name: getattr(module, name) for name in names}

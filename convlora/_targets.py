@@ -63,11 +63,21 @@ def matches(target: Target, candidate: Named) -> bool:
     if isinstance(target, re.Pattern):
         return any(target.fullmatch(name) for name in candidate.names)
     if callable(target) and not isinstance(target, nn.Module):
-        return any(target(name, candidate.module) for name in candidate.names)
+        return any(_ask(target, name, candidate.module) for name in candidate.names)
     raise TargetError(
         f"{target!r} is no target; give a type such as nn.Conv2d, a glob such as 'layer4.*', a compiled regular "
         "expression, or a function (name, module) -> bool."
     )
+
+
+def _ask(predicate: Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
+    try:
+        return bool(predicate(name, module))
+    except Exception as cause:
+        raise TargetError(
+            f"The predicate failed at {name} ({type(module).__name__}): {cause!r}. It is asked for linear layers as "
+            "well as for convolutions: begin with isinstance(module, nn.Conv2d). Nothing was changed."
+        ) from cause
 
 
 def select(candidates: list[Named], targets: Targets, argument: str, model: nn.Module) -> list[Named]:
@@ -98,10 +108,11 @@ def _missed_one(target: Target, candidates: list[Named], argument: str, model: n
     kind = type(model).__name__
     if not isinstance(pattern, str):
         return f"{argument}={getattr(pattern, '__name__', pattern)} matches no layer of {kind}."
-    line = f"{argument}={pattern!r} matches no layer of {kind} that it could adapt."
+    what = "module with parameters" if argument == "modules_to_save" else "layer that could be adapted"
+    line = f"{argument}={pattern!r} matches no {what} of {kind}."
     inside = sum(c.name.startswith(pattern + ".") for c in candidates)
     if inside:
-        return f"{line} For the {inside} layers inside {pattern!r} write {pattern + '.*'!r}."
+        return f"{line} For what is inside {pattern!r} ({inside}) write {pattern + '.*'!r}."
     if isinstance(target, str) and set(pattern) & set("\\()|^$+"):
         line += " A string is a glob; for a regular expression give re.compile(...)."
     near = difflib.get_close_matches(pattern, [c.name for c in candidates], n=4, cutoff=0.0)

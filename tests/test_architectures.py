@@ -38,15 +38,13 @@ HEADS = {
     [
         (lambda: torchvision.models.vit_b_16(), ("heads.head",)),
         (lambda: torchvision.models.resnet50(), ("fc",)),
-        (lambda: torchvision.models.vgg16(), ("classifier.6",)),
+        (lambda: torchvision.models.mobilenet_v3_small(), ("classifier.3",)),
         (lambda: timm.create_model("resnet18", num_classes=0), ()),
         (lambda: timm.create_model("deit_tiny_distilled_patch16_224"), ("head", "head_dist")),
     ],
 )
 def test_head_of_other_families(build, head):
-    with torch.device("meta"):
-        model = build()
-    assert convlora.plan(model, target_modules=torch.nn.Conv2d, norm="freeze").modules_to_save == head
+    assert convlora.plan(build()).modules_to_save == head
 
 
 @pytest.mark.parametrize("norm", ["freeze", "track"])

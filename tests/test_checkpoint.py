@@ -195,12 +195,10 @@ def rewrite(directory, change):
         (lambda m, t: t.update(extra=torch.zeros(2)), r"tensor 'extra' belongs to no adapter"),
         (lambda m, t: t.update({PREFIX + "extra": torch.zeros(2)}), r"extra: \(2,\) in the file, nothing in the model"),
         (lambda m, t: t.update({FACTOR: t[FACTOR].long()}), r"stem\.lora_A\.weight: .* integer in the file"),
-        (
-            lambda m, t: t.update({FACTOR: t[FACTOR].to(torch.complex64)}),
-            r"stem\.lora_A\.weight: .* complex in the file",
-        ),
+        (lambda m, t: t.update({FACTOR: t[FACTOR].bool()}), r"stem\.lora_A\.weight: .* bool in the file"),
+        (lambda m, t: t[FACTOR].view(-1)[3].neg_() is None, r"damaged: stem\.lora_A\.weight is not what was saved"),
         (lambda m, t: m.update(buffers=["hidden.weight"]), r"hidden\.weight: no such buffer in the model"),
-        (lambda m, t: m["plan"].update(alpha=float("nan")), r"alpha=nan; it must be a finite number"),
+        (lambda m, t: m["plan"].update(alpha=float("nan")), r"alpha=nan; it must be a finite number above 0"),
         (lambda m, t: m["plan"].update(dropout=5.0), r"dropout=5\.0"),
         (lambda m, t: m["plan"].update(use_rslora="no"), r"use_rslora='no'"),
         (lambda m, t: m["plan"].update(adapter_name="a.b"), r"adapter_name='a\.b'"),
@@ -243,7 +241,7 @@ def test_failed_save_keeps_the_old_adapter(saved, images, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(room, "save_file", fails)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match=r"cannot be written .*No space left.*still there"):
         convlora.save_adapter(model, directory)
     assert files_in(directory) == [CONFIG, TENSORS]
     assert torch.equal(convlora.load_adapter(base, directory).eval()(images), expected)
@@ -265,3 +263,33 @@ def test_plain_model_and_several_parts_are_refused(net, tmp_path):
     with pytest.raises(StateError, match=r"several injected parts \(left, right\)"):
         convlora.save_adapter(pair, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_larger_network_of_the_same_layers_is_another_architecture(saved):
+    base, directory, _ = saved
+    base.block.append(nn.Conv2d(16, 16, 1))
+    for check in (True, False):
+        refused(base, directory, r"(?s)block\.4\.weight: only in the model's base.*same architecture", check_base=check)
+
+
+def test_saving_what_was_never_trained_warns(net, tmp_path):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    convlora.inject(net)
+    net(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"every lora_B is zero.*optimizer made before convlora\.inject"):
+        convlora.save_adapter(net, tmp_path)
+
+
+def test_files_are_as_readable_as_the_user_wants(saved):
+    _, directory, _ = saved
+    (directory / "mine").touch()
+    assert {path.stat().st_mode for path in directory.iterdir()} == {(directory / "mine").stat().st_mode}
+
+
+def test_place_that_cannot_be_written(net, tmp_path):
+    convlora.inject(net)
+    randomise(net)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file cannot be written"):
+        convlora.save_adapter(net, tmp_path / "file")

@@ -254,12 +254,16 @@ def test_empty_targets_make_a_probe_of_the_head(net, images):
 
 
 REFUSALS = [
-    ({"target_modules": "layer9.*"}, TargetError, r"target_modules='layer9.\*' matches no layer of SmallNet"),
+    (
+        {"target_modules": "layer9.*"},
+        TargetError,
+        r"target_modules='layer9.\*' matches no layer that could be adapted of SmallNet",
+    ),
     ({"target_modules": ["stem", "stemm"]}, TargetError, r"'stemm' matches no layer.*Closest names: stem"),
     ({"target_modules": ["steem", "blok.0"]}, TargetError, r"(?s)'steem'.*'blok.0'.*Closest names: block\.0"),
-    ({"target_modules": "block"}, TargetError, r"For the 2 layers inside 'block' write 'block\.\*'"),
+    ({"target_modules": "block"}, TargetError, r"For what is inside 'block' \(2\) write 'block\.\*'"),
     ({"target_modules": "(stem|fc)"}, TargetError, r"give re\.compile"),
-    ({"target_modules": "bn1"}, TargetError, r"matches no layer of SmallNet that it could adapt"),
+    ({"target_modules": "bn1"}, TargetError, r"matches no layer that could be adapted of SmallNet"),
     ({"target_modules": nn.ConvTranspose2d}, TargetError, r"target_modules=ConvTranspose2d matches no layer"),
     ({"target_modules": [3]}, TargetError, r"3 is no target; give a type"),
     ({"exclude_modules": "nothing"}, TargetError, r"exclude_modules='nothing' matches no layer"),
@@ -267,7 +271,7 @@ REFUSALS = [
     ({"rank_pattern": {"stme": 4}}, TargetError, r"rank_pattern='stme' matches no layer.*stem"),
     ({"rank_pattern": {"stem": 0}}, TargetError, r"rank_pattern for stem=0; a rank is a whole number of at least 1"),
     ({"alpha_pattern": {"stem": float("nan")}}, TargetError, r"alpha_pattern for stem=nan; it must be a finite"),
-    ({"modules_to_save": "head"}, TargetError, r"modules_to_save='head' matches no layer"),
+    ({"modules_to_save": "head"}, TargetError, r"modules_to_save='head' matches no module with parameters"),
     ({"rank": 0}, TargetError, r"rank=0; a rank is a whole number of at least 1"),
     ({"rank": -3}, TargetError, r"rank=-3"),
     ({"rank": 2.5}, TargetError, r"rank=2\.5"),
@@ -282,6 +286,12 @@ REFUSALS = [
     ({"target_modules": (), "modules_to_save": None}, TargetError, r"nothing would train"),
     ({"dropout": "x"}, TargetError, r"dropout='x'"),
     ({"alpha": True}, TargetError, r"alpha=True"),
+    ({"alpha": 0}, TargetError, r"alpha=0; it must be a finite number above 0"),
+    (
+        {"target_modules": lambda name, module: module.kernel_size == (1, 1)},
+        TargetError,
+        r"The predicate failed at hidden \(Linear\): AttributeError.*begin with isinstance\(module, nn\.Conv2d\)",
+    ),
 ]
 
 
@@ -312,8 +322,8 @@ def test_second_injection_is_refused(net):
 @pytest.mark.parametrize(
     "wrap, message",
     [
-        (lambda m: nn.DataParallel(m), r"DataParallel: inject first, then wrap"),
-        (lambda m: torch.compile(m), r"OptimizedModule: inject first, then torch\.compile"),
+        (lambda m: nn.DataParallel(m), r"DataParallel\. Take the model inside, inject first, then wrap"),
+        (lambda m: torch.compile(m), r"OptimizedModule\. Take the model inside, inject first, then torch\.compile"),
         (lambda m: torch.jit.trace(m.eval(), torch.randn(1, 3, 8, 8)), r"inject into the Python module"),
     ],
 )
@@ -329,7 +339,7 @@ def test_distributed_model_is_refused_with_the_remedy(net):
 
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel: inject first, then wrap"):
+        with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel\. Take the model inside"):
             convlora.inject(DistributedDataParallel(net))
         wrapped = DistributedDataParallel(convlora.inject(net))
         assert len(list(convlora.adapter_parameters(wrapped))) == 6

@@ -71,3 +71,12 @@ def test_weight_that_is_computed_is_left_alone_and_said():
     assert [(layer.name, layer.note) for layer in plan.skipped] == [
         ("0", "its weight is computed from other parameters")
     ]
+
+
+def test_convolutions_of_other_kinds_are_listed_never_silently_missed():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2), nn.Conv1d(8, 8, 3))
+    plan = convlora.plan(model, 2)
+    assert [(layer.name, layer.note) for layer in plan.skipped] == [
+        ("1", "ConvTranspose2d is not supported yet"),
+        ("2", "Conv1d is not supported yet"),
+    ]

@@ -262,6 +262,7 @@ def test_flags_of_tied_parameters_return_after_merge_and_remove():
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:every lora_B is zero")
 def test_injected_and_loaded_under_inference_mode_can_be_trained(net, images, train, tmp_path):
     other = copy.deepcopy(net)
     with torch.inference_mode():
@@ -275,6 +276,7 @@ def test_injected_and_loaded_under_inference_mode_can_be_trained(net, images, tr
     assert not any(t.is_inference() for t in net.state_dict().values())
 
 
+@pytest.mark.filterwarnings("ignore:every lora_B is zero")
 def test_extra_state_that_is_no_tensor_is_left_alone(tmp_path, images):
     class WithExtra(SmallNet):
         def get_extra_state(self):

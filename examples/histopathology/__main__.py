@@ -186,20 +186,25 @@ def predict(
 @plain_errors
 def make_data(
     out: Annotated[Path, typer.Argument(help="Folder for train.h5, val.h5 and test.h5.")],
-    train: Annotated[int, typer.Option(help="Stand-in patches.")] = SMALL_SIZES["train"],
-    val: Annotated[int, typer.Option(help="Stand-in patches.")] = SMALL_SIZES["val"],
-    test: Annotated[int, typer.Option(help="Stand-in patches.")] = SMALL_SIZES["test"],
-    seed: Annotated[int, typer.Option(help="Of the stand-in.")] = 0,
+    train: Annotated[int | None, typer.Option(help="Stand-in patches (960).")] = None,
+    val: Annotated[int | None, typer.Option(help="Stand-in patches (320).")] = None,
+    test: Annotated[int | None, typer.Option(help="Stand-in patches (320).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the stand-in (0).")] = None,
     dtype: Annotated[str, typer.Option(help="float16, float32, float64 or uint8.")] = "float32",
     slides: Annotated[Path | None, typer.Option(help="Cut these pictures instead.")] = None,
 ) -> None:
     """Write the synthetic stand-in, or patches cut from your own tissue pictures, in the challenge's layout."""
-    sizes = {"train": train, "val": val, "test": test}
-    check_minimums(**sizes, seed=seed)
+    asked = {"train": train, "val": val, "test": test, "seed": seed}
+    check_minimums(**asked)
+    given = {name: value for name, value in asked.items() if value is not None}
     if slides is None:
-        make_standin(out, sizes, seed, dtype)
+        seed = given.pop("seed", 0)
+        make_standin(out, SMALL_SIZES | given, seed, dtype)
+    elif given:
+        flags = ", ".join(f"--{name}" for name in given)
+        raise ExampleError(f"{flags} is of the stand-in; with --slides the pictures decide. Leave it out.")
     else:
-        cut_slides(slides, out)
+        cut_slides(slides, out, dtype)
     console.print(f"wrote {out}", soft_wrap=True)
 
 
@@ -233,6 +238,7 @@ def finish(
     console.print(report.rich_table(whole))
     for note in whole.notes():
         console.print(f"· {note}", highlight=False)
+    console.print(f"submission.csv is by {whole.best.method}, seed {whole.best.seed}: the lowest validation loss")
     for name in ("report.html", "table.md", "results.json", "submission.csv", "adapters"):
         console.print(f"{options.out / name}", soft_wrap=True)
 
@@ -291,9 +297,9 @@ def make_standin(folder: Path, sizes: dict[str, int], seed: int, dtype: str) -> 
         )
 
 
-def cut_slides(folder: Path, out: Path) -> None:
+def cut_slides(folder: Path, out: Path, dtype: str = "float32") -> None:
     """Cut pictures into the splits and say how many patches each got."""
-    counts = slides.cut_slides(folder, out)
+    counts = slides.cut_slides(folder, out, dtype=dtype)
     console.print("cut " + ", ".join(f"{count} {name}" for name, count in counts.items()) + " patches")
 
 

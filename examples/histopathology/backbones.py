@@ -131,8 +131,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         state: dict[str, Tensor] = read_checkpoint(str(path), weights_only=True)
     except Exception as fault:  # torch and safetensors raise many kinds for an unreadable file
         raise ExampleError(
-            f"{path} cannot be read as safetensors or as a weights-only state dict ({_first_line(fault)})."
+            f"{path} cannot be read as safetensors or as a state dict of tensors ({type(fault).__name__}). "
+            "Save the backbone's state_dict() with safetensors or torch.save, and name that file."
         ) from fault
+    if any(key.startswith("base_model.model.") for key in state):
+        raise ExampleError(f"{path} is a saved adapter, not a backbone's weights; use it with `predict`.")
     return state
 
 

@@ -152,7 +152,8 @@ def find_splits(directory: str | os.PathLike[str]) -> dict[str, Path]:
     """
     folder = Path(directory)
     if not folder.is_dir():
-        raise ExampleError(f"{folder}: no such folder. Give the one that holds train.h5, val.h5 and test.h5.")
+        what = "a file, not a folder" if folder.exists() else "no such folder"
+        raise ExampleError(f"{folder}: {what}. Give the folder that holds train.h5, val.h5 and test.h5.")
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in {".h5", ".hdf5"})
     found = {split: _find_split(split, files) for split in SPLITS}
     return {split: path for split, path in found.items() if path is not None}

@@ -35,16 +35,7 @@ from .files import write_text
 from .methods import METHODS
 from .training import Epoch, pick_device
 
-HEADER = (
-    "method",
-    "trainable",
-    "share",
-    "adapter",
-    "val loss",
-    "val acc.",
-    "test acc.",
-    "s/epoch",
-)
+HEADER = ("method", "test acc.", "val acc.", "val loss", "trainable", "share", "adapter", "s/epoch")
 # Okabe and Ito's colours, told apart by colour-blind readers; the dashes tell them apart in grey.
 _LINES = {"probe": ("#666666", ":"), "lora": ("#0072b2", "-"), "lora-track": ("#d55e00", "--")}
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "h5py")
@@ -85,7 +76,8 @@ class Report:
             "Every method saw the same patches, augmentation, order and learning rate, for the same seed.",
             "Trainable: factors and head; share: of all parameters of the adapted model; adapter: "
             "adapter_model.safetensors. Seconds per epoch: the training pass, median over epochs.",
-            _sampling_error(len(self.best.test_logits)),
+            "±: standard deviation over seeds." if len({r.seed for r in self.results}) > 1 else "One seed.",
+            *([] if self.best.test_accuracy is None else [_sampling_error(len(self.best.test_logits))]),
             *self._paired_notes(),
             *_proof_notes(self.results),
         ]
@@ -206,7 +198,7 @@ def _curve(results: Sequence[Result], label: str, value: Callable[[Epoch], float
         heights = [value(epoch) for epoch in result.history]
         axes.plot(epochs, heights, color=colour, ls=dash, marker="o", markevery=marks, label=legend)
     axes.set_xlim(0.5, max(len(result.history) for result in results) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return _svg(figure, label)
@@ -224,12 +216,12 @@ def _row(results: Sequence[Result]) -> list[str]:
     first = results[0]
     return [
         first.method,
+        _cell([r.test_accuracy for r in results]),
+        _cell([r.best.val_accuracy for r in results]),
+        _cell([r.best.val_loss for r in results]),
         f"{first.trainable:,}",
         f"{first.share:.2%}",
         f"{first.adapter_bytes / 1e6:.2f} MB",
-        _cell([r.best.val_loss for r in results]),
-        _cell([r.best.val_accuracy for r in results]),
-        _cell([r.test_accuracy for r in results]),
         _cell([r.seconds_per_epoch for r in results], digits=1),
     ]
 
@@ -240,8 +232,7 @@ def _cell(values: Sequence[float | None], digits: int = 3) -> str:
         return "no labels"
     if len(known) == 1:
         return f"{known[0]:.{digits}f}"
-    mean, deviation = statistics.mean(known), statistics.stdev(known)
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f} ({min(known):.{digits}f} – {max(known):.{digits}f})"
+    return f"{statistics.mean(known):.{digits}f} ± {statistics.stdev(known):.{digits}f}"
 
 
 def _sampling_error(patches: int) -> str:

@@ -161,7 +161,7 @@ def _from_known_names(root: Path) -> list[Slide]:
     if not names:
         raise ExampleError(f"{root}: no picture here. PNG, JPEG, TIFF and SVS are read.")
     if not set(names) <= set(_KNOWN):
-        lines = ["file,split,centre", *(f"{name},{_KNOWN.get(name, ('train', 0))[0]},0" for name in names[:3])]
+        lines = ["file,split,centre", *(f"{name},{SPLITS[i % 3]},{i}" for i, name in enumerate(names[:3]))]
         raise ExampleError(
             f"{root}: which picture is for training, validation and test? Say so in {root / TABLE}, "
             f"splits {', '.join(SPLITS)}, one centre number per laboratory, beginning like this:\n" + "\n".join(lines)
