@@ -1,7 +1,7 @@
 """What a run leaves behind: the table, curves, ``submission.csv``, ``results.json`` and one HTML page.
 
 The same rows feed the terminal, ``table.md`` and ``report.html``. Accuracies are shares in [0, 1]; over several
-seeds a cell reads mean ± standard deviation (lowest – highest).
+seeds a cell reads mean ± standard deviation.
 """
 
 import csv
