@@ -33,8 +33,8 @@ def check_any_conv(adaptable: list[Named], model: nn.Module) -> None:
     """The default targets are convolutions: there must be one."""
     if not any(isinstance(n.module, nn.Conv2d) for n in adaptable):
         raise TargetError(
-            f"{type(model).__name__} has no nn.Conv2d. For linear layers give target_modules=nn.Linear; for a probe "
-            "of the head alone, target_modules=(). Nothing was changed."
+            f"{type(model).__name__} has no nn.Conv2d. For other layers name their type, target_modules=nn.Linear or "
+            "nn.Conv1d, say; for a probe of the head alone, target_modules=(). Nothing was changed."
         )
 
 
@@ -100,7 +100,7 @@ def check_adaptable(n: Named, dropout: float) -> None:
         raise UnsupportedLayerError(f"{n.name} has an attribute named {CHILD!r} already; use exclude_modules.")
     if dropout and not supports_dropout(n.module):
         raise UnsupportedLayerError(
-            f"{n.name}: dropout needs a layer with the plain forward of nn.Conv2d or nn.Linear, and this is a "
+            f"{n.name}: dropout needs the plain forward of a torch convolution or nn.Linear, and this is a "
             f"{type(n.module).__name__}. Use dropout=0 or exclude_modules. Nothing was changed."
         )
 

@@ -48,12 +48,13 @@ def inject(
     left alone; the summary says which.
 
     Args:
-        model: any module; its ``nn.Conv2d`` layers of every geometry can be adapted, and its ``nn.Linear`` layers.
+        model: any module; convolutions of every dimension and geometry, transposed too, and linear layers.
         rank: r, at least 1.
         alpha: the update is scaled by alpha / rank. Default: 2 · rank, so a scaling of 2 at every rank.
         target_modules: which layers; default every ``nn.Conv2d``. A type, a glob (``"layer4.*"``, ``"*.conv2"``),
             a compiled regular expression (matched in full), a predicate ``(name, module) -> bool``, or several of
-            these. Linear layers are adapted where a target names them. ``()`` adapts none: a probe of the head.
+            these. Conv1d, Conv3d, transposed and linear layers are adapted where a target names them. ``()`` adapts
+            none: a probe of the head.
         exclude_modules: layers to leave alone, named in the same ways.
         rank_pattern: another rank for the layers that a glob or regular expression names; the first match counts.
         alpha_pattern: likewise for alpha.

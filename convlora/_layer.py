@@ -26,8 +26,10 @@ class LoRA(nn.Module):
     """All that one layer knows of one adapter.
 
     Attributes:
-        lora_A: ``(rank, C_in / groups, kH, kW)``, or ``(rank, in_features)`` for a linear layer.
-        lora_B: ``(C_out, rank)``, zero at the start, so that a fresh adapter changes nothing.
+        lora_A: ``(rank, C_in / groups, kH, kW)``; in general ``(rank, *weight.shape[1:])``, so ``(rank, in_features)``
+            for a linear layer and ``(rank, C_out / groups, kH, kW)`` for a transposed convolution.
+        lora_B: ``(C_out, rank)``, in general ``(weight.shape[0], rank)``; zero at the start, so that a fresh adapter
+            changes nothing.
         scaling: what multiplies B @ A.
         dropout: probability with which the branch's inputs are zeroed in training.
     """
@@ -134,14 +136,14 @@ def _forward_with_dropout(layer: nn.Module, lora: LoRA, x: Tensor) -> Tensor:
     delta = delta.to(base.dtype)
     if isinstance(layer, nn.Linear):
         return F.linear(x, base, layer.bias) + F.linear(dropped, delta)
-    conv = cast(nn.Conv2d, layer)
-    forward = cast("Callable[..., Tensor]", conv._conv_forward)
-    return forward(x, base, conv.bias) + forward(dropped, delta, None)
+    forward = cast("Callable[..., Tensor]", layer._conv_forward)
+    return forward(x, base, layer.bias) + forward(dropped, delta, None)
 
 
 def supports_dropout(layer: nn.Module) -> bool:
     """Whether the layer's forward is linear in its weight as known here, so that the adapter can be a branch."""
-    return type(layer).forward in (nn.Conv2d.forward, nn.Linear.forward)
+    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return type(layer).forward in [kind.forward for kind in plain]
 
 
 def attach(layer: nn.Module, adapter_name: str, lora: LoRA) -> None:

@@ -104,8 +104,8 @@ class _Choice:
         self.targets = select(target_modules, "target_modules")
         select(tuple(self.ranks), "rank_pattern")
         select(tuple(self.alphas), "alpha_pattern")
-        # Every convolution is listed, also of kinds that cannot be adapted; linear layers where they were asked for.
-        self.listed = [n for n in named if n.module in self.targets or isinstance(n.module, _ConvNd)]
+        # Every convolution is listed, so that none is missed in silence; linear layers where they were asked for.
+        self.listed = [n for n in adaptable if n.module in self.targets or isinstance(n.module, _ConvNd)]
 
     def layer(self, n: Named, rank: int, alpha: float | None, use_rslora: bool, dropout: float) -> LayerPlan:
         """What one layer gets."""
@@ -130,8 +130,6 @@ class _Choice:
             return "trained in full"
         if n.module in self.excluded:
             return "excluded"
-        if not isinstance(n.module, _targets.ADAPTABLE):
-            return f"{type(n.module).__name__} is not supported yet"
         if n.module not in self.targets:
             return "not a target"
         if n.module._parameters.get("weight") is None:
@@ -143,7 +141,7 @@ def geometry(module: nn.Module) -> dict[str, Any]:
     """A convolution's stride, padding, dilation, groups and padding_mode as JSON data; empty for others."""
     if not isinstance(module, _ConvNd):
         return {}
-    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    names = ("stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "transposed")
     values = {name: getattr(module, name) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from .errors import TargetError
 
@@ -21,7 +22,8 @@ Target = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bo
 Targets = Target | Iterable[Target] | None
 T = TypeVar("T")
 
-ADAPTABLE = (nn.Conv2d, nn.Linear)
+ADAPTABLE = (_ConvNd, nn.Linear)
+"""Convolutions of every dimension, transposed ones too, and linear layers."""
 
 
 @dataclass(frozen=True)

@@ -184,3 +184,38 @@ def test_dropout_drops_inputs_of_the_branch_in_training_only(layer, x):
     torch.manual_seed(3)
     torch.testing.assert_close(y, oracle(x) + delta_only(torch.dropout(x, 0.5, True)))
     torch.testing.assert_close(layer.eval()(x), oracle(x) + delta_only(x))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+@given(
+    groups=st.integers(1, 3),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    dilation=st.integers(1, 2),
+    padding=st.integers(0, 1),
+    mode=st.sampled_from(["zeros", "circular"]),
+)
+def test_other_convolutions_by_the_same_mechanism(kind, groups, kernel, stride, dilation, padding, mode):
+    torch.manual_seed(0)
+    mode = "zeros" if "Transpose" in kind.__name__ else mode
+    options = {"stride": stride, "dilation": dilation, "padding": padding, "groups": groups, "padding_mode": mode}
+    layer = kind(4 * groups, 5 * groups, kernel, dtype=torch.float64, **options)
+    x = torch.randn(2, 4 * groups, *[7] * int(kind.__name__[-2]), dtype=torch.float64)
+    base, changed = copy.deepcopy(layer), copy.deepcopy(layer)
+    convlora.inject(layer, 2, target_modules=kind, modules_to_save=None)
+    assert torch.equal(layer(x), base(x))
+    randomise(layer)
+    lora = layer.convlora["default"]
+    with torch.no_grad():
+        changed.weight += lora.scaling * torch.einsum("or,r...->o...", lora.lora_B, lora.lora_A)
+    torch.testing.assert_close(layer(x), changed(x), rtol=1e-12, atol=1e-12)
+    with tempfile.TemporaryDirectory() as directory:
+        convlora.save_adapter(layer, directory)
+        convlora.load_adapter(base, directory)
+    assert torch.equal(base(x), layer(x))
+    merged = convlora.merge(layer)(x)
+    assert torch.equal(merged, base(x)) and type(layer) is kind
+    convlora.unmerge(layer)
+    assert torch.equal(layer(x), base(x))
+    convlora.remove(layer)
+    assert type(layer) is kind
