@@ -82,7 +82,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     path = Path(directory)
     try:
         _write(path, tensors, manifest, peft_config(root, injection))
-    except OSError as cause:
+    except (OSError, SafetensorError) as cause:  # safetensors wraps a full disk in its own
         raise CheckpointError(f"{path} cannot be written ({cause}). What was there before is still there.") from cause
     return path
 
@@ -125,7 +125,7 @@ def load_adapter(
         The same object; factors and head are trainable as after :func:`convlora.inject`.
 
     Raises:
-        CheckpointError: no adapter there, a damaged file, or another base; every mismatch is named.
+        CheckpointError: no adapter there, a damaged file, or another base; what differs is named.
         StateError: the model carries an adapter already.
 
     Whatever is raised, the model is as it was.

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -293,3 +294,21 @@ def test_place_that_cannot_be_written(net, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file cannot be written"):
         convlora.save_adapter(net, tmp_path / "file")
+
+
+def test_full_disk_keeps_the_old_adapter(saved, images):
+    resource = pytest.importorskip("resource")
+    base, directory, expected = saved
+    model = convlora.load_adapter(copy.deepcopy(base), directory)
+    randomise(model)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be written.*still there"):
+            convlora.save_adapter(model, directory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert files_in(directory) == [CONFIG, TENSORS]
+    assert torch.equal(convlora.load_adapter(base, directory).eval()(images), expected)
