@@ -1,9 +1,9 @@
 """Adapters on disk: safetensors and JSON, never pickle.
 
-``adapter_model.safetensors`` is whole in itself: factors, modules trained in full, moved norm statistics, and in its
-header the manifest (the plan, and a digest of every tensor of the base). One file means one atomic rename: a save that
-is cut short leaves the old adapter readable. ``adapter_config.json`` beside it is for people and for Hugging Face
-peft, whose key and field names both files use.
+``adapter_model.safetensors`` is whole in itself: factors, modules trained in full, buffers that moved, and in its
+header the manifest (the plan, and a digest of every tensor of the base and of the adapter). One file means one
+atomic rename: a save that is cut short leaves the old adapter readable. ``adapter_config.json`` beside it is for
+people and for Hugging Face peft, whose key and field names both files use.
 """
 
 from __future__ import annotations
@@ -141,9 +141,8 @@ def load_adapter(
         apply(plan, model)
         _copy_tensors(tensors, manifest, model)
     except BaseException:
-        for _ in injections(model):
+        if list(injections(model)):
             remove(model)
-            break
         raise
     return model
 

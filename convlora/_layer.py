@@ -182,7 +182,7 @@ def _adapters(layer: nn.Module) -> Adapters:
 
 def adapters(layer: nn.Module) -> Iterator[LoRA]:
     """The adapters of an adapted layer."""
-    for lora in layer._modules[CHILD]._modules.values():  # type: ignore[union-attr]
+    for lora in _adapters(layer)._modules.values():
         yield cast(LoRA, lora)
 
 

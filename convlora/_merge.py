@@ -79,7 +79,6 @@ def _unfold(parts: list[tuple[nn.Module, Injection]]) -> None:
 
 
 def _mark(injection: Injection, merged: bool) -> None:
-    injection.is_merged = merged
     injection.plan = replace(injection.plan, state="merged" if merged else "injected")
 
 

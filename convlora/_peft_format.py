@@ -35,6 +35,7 @@ def dotted(*parts: str) -> str:
 
 
 def peft_config(model: nn.Module, injection: Injection) -> dict[str, Any]:
+    """What adapter_config.json says, in the fields of peft's LoraConfig."""
     plan = injection.plan
     ranks = {_pattern_key(p.name, plan): p.rank for p in plan.layers if p.rank != plan.rank}
     alphas = {_pattern_key(p.name, plan): p.alpha for p in plan.layers if p.alpha != plan.alpha}

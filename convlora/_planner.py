@@ -148,7 +148,7 @@ def geometry(module: nn.Module) -> dict[str, Any]:
 
 def _modules_to_save(model: nn.Module, named: list[Named], wanted: Targets) -> tuple[list[Named], str]:
     if isinstance(wanted, str) and wanted == "auto":
-        return _targets.find_head(model)
+        return _targets.find_head(model, named)
     with_tensors = [n for n in named if n.name and any(True for _ in n.module.parameters())]
     found = _targets.select(with_tensors, wanted, "modules_to_save", model)
     inner = {child for n in found for child in n.module.modules() if child is not n.module}

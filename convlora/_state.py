@@ -59,7 +59,11 @@ class Injection:
     """Norm layers frozen in place."""
     layers: list[nn.Module] = field(default_factory=list)
     """Adapted layers, in the plan's order."""
-    is_merged: bool = False
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the merged weights are in the base's place; the plan's state says so."""
+        return self.plan.state == "merged"
 
 
 def injections(model: nn.Module) -> Iterator[tuple[str, nn.Module, Injection]]:

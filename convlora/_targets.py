@@ -121,14 +121,13 @@ def _missed_one(target: Target, candidates: list[Named], argument: str, model: n
     return f"{line} Closest names: {', '.join(near)}." if near else line
 
 
-def find_head(model: nn.Module) -> tuple[list[Named], str]:
+def find_head(model: nn.Module, named: list[Named]) -> tuple[list[Named], str]:
     """The classifier: the last layer with weights in what the model names as its head, and how it was found.
 
     Asked in this order: timm's ``get_classifier()``; torchvision's ``fc``, ``classifier``, ``heads``, ``head``;
     the model's last layer where that is an ``nn.Linear``. An empty list where there is none (timm with
     ``num_classes=0``, or a network that ends in a convolution).
     """
-    named = modules_of(model)
     get_classifier = getattr(model, "get_classifier", None)
     if callable(get_classifier):
         found = get_classifier()

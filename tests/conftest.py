@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import hypothesis
@@ -148,6 +147,10 @@ def train() -> Callable[..., None]:
     return run
 
 
-def fresh_like(model: nn.Module) -> nn.Module:
-    """An independent copy, for use before injection as the base that a user builds again."""
-    return copy.deepcopy(model)
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For very small images, where a second thread waits more than it works."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

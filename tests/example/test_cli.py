@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from toy_patches import SIZES, write_toy
 from typer.testing import CliRunner
 
@@ -15,13 +14,7 @@ from examples.histopathology.__main__ import app
 SMALL = ["--image-size", "64", "--epochs", "1", "--batch-size", "16"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # On so small images a second thread waits more than it works.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,7 @@ RECIPE = Recipe(image_size=32, epochs=2, batch_size=16)
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # On so small images a second thread waits more than it works.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
