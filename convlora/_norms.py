@@ -1,11 +1,15 @@
-"""Norm layers that keep running statistics: frozen in place, or found so that an adapter can own their statistics."""
+"""Norm layers that keep running statistics: frozen in place, or tracked so that an adapter can own the statistics."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
 from torch import nn
 
+from ._plan import NormPolicy
 from ._swap import Swapped, restore, swap
 
 if TYPE_CHECKING:
@@ -34,19 +38,52 @@ class FrozenNorm(Swapped):
         return self
 
 
-def _hold(norm: nn.Module, mode: bool) -> None:
-    vars(norm)["_convlora_mode"] = mode
-    norm.training = False
+class TrackedNorm(Swapped):
+    """A norm layer whose statistics move once a step, also where gradient checkpointing runs its forward twice."""
+
+    _convlora_prefix: ClassVar[str] = "Tracked"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm's own forward; run again inside a backward, it leaves the statistics as they are."""
+        if _inside_backward():
+            with _spared(cast(nn.Module, self)):
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-def freeze(norm: nn.Module) -> None:
-    """Keep the norm in eval behaviour until :func:`unfreeze`."""
-    swap(norm, FrozenNorm)
-    _hold(norm, norm.training)
+MODE = "_convlora_mode"
+"""Where a frozen norm remembers the mode that the model is in."""
+
+POLICIES: dict[NormPolicy, type[Swapped]] = {"freeze": FrozenNorm, "track": TrackedNorm}
 
 
-def unfreeze(norm: nn.Module) -> None:
-    """Undo :func:`freeze`; the norm takes the mode that the model was last put in."""
-    if isinstance(norm, FrozenNorm):
+def _inside_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def _spared(norm: nn.Module) -> Iterator[None]:
+    """Copies take the buffers' places: the output in train mode does not depend on them."""
+    buffers = dict(norm._buffers)
+    norm._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})
+    try:
+        yield
+    finally:
+        norm._buffers.update(buffers)
+
+
+def set_policy(norm: nn.Module, policy: NormPolicy | None) -> None:
+    """Freeze the norm, track it, or with None give it back its own class and the mode that the model is in."""
+    if isinstance(norm, (FrozenNorm, TrackedNorm)):
         restore(cast(nn.Module, norm))
-    norm.training = vars(norm).pop("_convlora_mode", norm.training)
+    norm.training = vars(norm).get(MODE, norm.training)
+    vars(norm).pop(MODE, None)
+    if policy is not None:
+        swap(norm, POLICIES[policy])
+    if policy == "freeze":
+        _hold(norm, norm.training)
+
+
+def _hold(norm: nn.Module, mode: bool) -> None:
+    vars(norm)[MODE] = mode
+    norm.training = False

@@ -314,7 +314,7 @@ def test_second_injection_is_refused(net):
     convlora.inject(net)
     before = snapshot(net)
     for again in (net, nn.Sequential(net)):
-        with pytest.raises(StateError, match=r"carries the adapter 'default' already; call convlora\.remove"):
+        with pytest.raises(StateError, match=r"carries the adapter 'default' already; call convlora\.add_adapter"):
             convlora.inject(again)
     assert snapshot(net) == before
 

@@ -181,15 +181,18 @@ def test_parts_injected_one_inside_the_other_are_removed_inner_first(images, tra
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = SmallNet(), SmallNet()
+            conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))  # buffers that move, and no norm
+            self.a, self.b = SmallNet(), nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
         def forward(self, x):
             return self.a(x) + self.b(x)
 
     pair = Pair()
     before = snapshot(pair)
-    convlora.inject(pair, target_modules="a.*", norm="track", modules_to_save=["a.fc", "b.fc"])
+    convlora.inject(pair, target_modules="a.*", norm="track", modules_to_save=["a.fc", "b.3"])
     train(pair, images)
+    with pytest.raises(StateError, match="belongs to a model that carries an adapter already"):
+        convlora.inject(pair.a.block)
     convlora.inject(pair.b, norm="track")
     train(pair, images)
     convlora.remove(pair)
