@@ -87,6 +87,47 @@ def test_interrupted_at_any_line_the_model_is_in_one_state_and_can_go_on(step, t
             at += 4
 
 
+def visit(model):
+    with convlora.disable_adapter(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: convlora.set_adapter(model, "b"),
+        lambda model: convlora.add_adapter(model, "c", 1),
+        lambda model: convlora.delete_adapter(model, "b"),
+        visit,
+    ],
+)
+def test_interrupted_switching_leaves_each_adapter_whole(call):
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    model = convlora.add_adapter(trained(), "b", 3, norm="track")
+    convlora.set_adapter(model, "b")
+    randomise(model, seed=2)
+    model.train()(images)
+    expected = {"b": model.eval()(images)}
+    convlora.set_adapter(model, "default")
+    expected["default"] = model(images)
+    base = convlora.remove(copy.deepcopy(model))(images)
+    start, at = copy.deepcopy(model), 1
+    while True:
+        model = copy.deepcopy(start)
+        if not run_interrupted(lambda model=model: call(model), at):
+            break
+        assert torch.equal(model(images), expected[convlora.summary(model).adapter_name]), at
+        for name in ("default", "b"):
+            if name in model.stem.convlora:
+                convlora.set_adapter(model, name)
+                assert torch.equal(model(images), expected[name]), (name, at)
+        if "c" in model.stem.convlora:
+            convlora.delete_adapter(model, "c")
+        assert not any(".c." in key for key in model.state_dict())
+        assert torch.equal(convlora.remove(model)(images), base), at
+        at += 5
+
+
 def test_pruned_after_merging_can_be_removed_and_unmerge_is_refused(net, images):
     convlora.inject(net.eval())
     randomise(net)
