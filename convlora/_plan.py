@@ -34,13 +34,13 @@ class LayerPlan:
 
     @property
     def base_parameters(self) -> int:
-        """Numbers in the base's weight."""
-        return math.prod(self.weight_shape)
+        """Numbers in the base's weight; 0 where it has none that could be adapted."""
+        return math.prod(self.weight_shape) if self.weight_shape else 0
 
     @property
     def adapter_parameters(self) -> int:
         """Numbers in the two factors."""
-        return factor_count(self.weight_shape, self.rank)
+        return factor_count(self.weight_shape, self.rank) if self.rank else 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from conftest import randomise
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import convlora
 
@@ -81,3 +83,20 @@ def test_children_of_a_frozen_norm_follow_the_mode():
     assert not model[1].training and model[1].drop.training
     model.eval()
     assert not model[1].drop.training
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_statistics_move_once_under_gradient_checkpointing(net, images, reentrant):
+    """The forward runs twice, the second time inside the backward."""
+    convlora.inject(net, norm="track", modules_to_save=["fc", "block.1"])  # tracked, and trained in full
+    randomise(net)
+    plain = copy.deepcopy(net)
+    forward = net.block.forward
+    net.block.forward = lambda x: checkpoint(forward, x, use_reentrant=reentrant)
+    for model in (net, plain):
+        for _ in range(2):
+            model.train()(images).square().sum().backward()
+    assert net.bn1.num_batches_tracked == net.block[1].num_batches_tracked == 2
+    assert equal(statistics(net), statistics(plain))
+    for a, b in zip(convlora.trainable_parameters(net), convlora.trainable_parameters(plain), strict=True):
+        assert torch.equal(a.grad, b.grad)

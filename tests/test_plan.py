@@ -1,6 +1,7 @@
 """The plan: caps, counts and the printed table."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -102,3 +103,13 @@ def test_convolutions_of_other_kinds_are_listed_and_adapted_when_asked():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2), nn.Conv1d(8, 8, 3))
     plan = convlora.plan(model, 2)
     assert [(layer.name, layer.note) for layer in plan.skipped] == [("1", "not a target"), ("2", "not a target")]
+
+
+def test_quantized_layers_are_listed_with_the_reason():
+    quantized = pytest.importorskip("torch.ao.nn.quantized")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), quantized.Conv2d(4, 4, 3))
+    plan = convlora.plan(model, 2, modules_to_save=None)
+    assert [(layer.name, layer.note) for layer in plan.skipped] == [("1", "its weight is packed (quantized)")]
+    assert "packed" in str(plan) and plan.skipped[0].base_parameters == 0
