@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from ._adapters import check_new
 from ._checks import check_model, check_values
 from ._inject import apply, drop, remove
-from ._layer import LoRA, lora_of
 from ._manifest import (
     FORMAT,
     TENSORS,
@@ -109,7 +108,7 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], config: dict[st
 
 
 def _warn_if_untrained(adapter: Adapter) -> None:
-    factors = [lora.lora_B for lora in _loras(adapter)]
+    factors = [lora.lora_B for lora in adapter.loras]
     if factors and not any(factor.any() for factor in factors):
         warnings.warn(
             "every lora_B is zero: nothing was trained. Was the optimizer made before convlora.inject? Make it after, "
@@ -147,7 +146,7 @@ def load_adapter(
     root = _root(model)
     manifest = read_manifest(Path(directory))
     plan = manifest.plan if adapter_name is None else replace(manifest.plan, adapter_name=adapter_name)
-    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.adapter_name)
+    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
     before = vars(root).get(RECORD)
     if isinstance(before, Injection):
         check_new(before, plan.adapter_name)
@@ -207,13 +206,9 @@ def _adapter_state(root: nn.Module, adapter: Adapter, own: set[str]) -> State:
 
 
 def _factors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    for plan, lora in zip(adapter.plan.layers, _loras(adapter), strict=True):
+    for plan, lora in zip(adapter.plan.layers, adapter.loras, strict=True):
         for (key, shape), factor in zip(factor_shapes(plan).items(), (lora.lora_A, lora.lora_B), strict=True):
             yield key, factor.view(shape)
-
-
-def _loras(adapter: Adapter) -> list[LoRA]:
-    return [lora_of(layer, adapter.plan.adapter_name) for layer in adapter.layers]
 
 
 def _for_disk(tensor: Tensor) -> Tensor:
@@ -249,7 +244,7 @@ def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_n
     adapter = the_adapter(the_injection(root)[1], adapter_name)
     own = own_keys(root, manifest.plan, manifest.buffers)
     with torch.inference_mode(False), torch.no_grad():
-        for plan, lora in zip(manifest.plan.layers, _loras(adapter), strict=True):
+        for plan, lora in zip(manifest.plan.layers, adapter.loras, strict=True):
             key = next(iter(factor_shapes(plan)))
             lora.to(tensors[key].dtype)  # as trained: another dtype would predict other bits
         for key, place in _adapter_state(root, adapter, own).items():

@@ -9,18 +9,21 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._layer import CHILD, AdaptedLayer, Adapters, supports_dropout
+from ._paths import PATHS
 from ._plan import LayerPlan, Plan
 from ._targets import Named, is_conv2d
 from .errors import TargetError, UnsupportedLayerError
 
 
-def check_values(rank: int, alpha: float | None, norm: str, dropout: float, adapter_name: str) -> int:
+def check_values(rank: int, alpha: float | None, norm: str, dropout: float, path: str, adapter_name: str) -> int:
     """Arguments that need no model; returns the rank as an int."""
     rank = checked_rank(rank, "rank")
     if alpha is not None:
         check_alpha(alpha, "alpha")
     if norm not in ("freeze", "track"):
         raise TargetError(f"norm={norm!r}; it must be 'freeze' or 'track'.")
+    if path not in PATHS:
+        raise TargetError(f"path={path!r}; it must be one of {', '.join(map(repr, PATHS))}.")
     if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise TargetError(f"dropout={dropout!r}; it must be at least 0 and below 1.")
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
@@ -113,7 +116,7 @@ def check_adaptable(n: Named, dropout: float) -> None:
 
 def check_plan(plan: Plan) -> None:
     """A plan that comes from a file: every value as :func:`plan` would have made it."""
-    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.adapter_name)
+    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
     if not isinstance(plan.use_rslora, bool):
         raise TargetError(f"use_rslora={plan.use_rslora!r}; it must be true or false.")
     names = [layer.name for layer in plan.layers]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._layer import CHILD, Adapters, LoRA, attach, detach, held
 from ._norms import keeps_statistics, set_policy
+from ._paths import Path
 from ._places import BASE, Place
 from ._plan import LayerPlan, NormPolicy, Plan
 from ._planner import Pattern, plan
@@ -35,6 +36,7 @@ def inject(
     norm: NormPolicy = "freeze",
     dropout: float = 0.0,
     use_rslora: bool = False,
+    path: Path = "auto",
     adapter_name: str = "default",
 ) -> M:
     """Put a LoRA adapter into a model, in place: the base is frozen, the factors and the head are trainable.
@@ -65,6 +67,8 @@ def inject(
             ``model.train()``; ``"track"`` lets the statistics move, and they belong to the adapter.
         dropout: probability of dropping an input of the adapter's branch in training; 0 ≤ dropout < 1.
         use_rslora: scale by alpha / √rank (Kalajdzievski 2023).
+        path: how a plain convolution computes in training: ``"auto"`` chooses from each layer's shapes among
+            ``"fused"``, ``"weight"`` and ``"branch"``. They differ in time, memory and rounding only.
         adapter_name: names the adapter in the state dict; no dots.
 
     Returns:
@@ -90,6 +94,7 @@ def inject(
             norm=norm,
             dropout=dropout,
             use_rslora=use_rslora,
+            path=path,
             adapter_name=adapter_name,
         ),
         model,
@@ -119,7 +124,7 @@ def apply(plan: Plan, model: M) -> M:
             _give_own_tensors(injection, adapter, model)
             for layer, lora in zip(adapter.layers, loras, strict=True):
                 attach(layer, plan.adapter_name, lora)
-                adapter.resting += lora.parameters()
+                adapter.resting += [(lora, name) for name, _ in lora.named_parameters()]
                 lora.requires_grad_(False)
             vars(model)[RECORD] = injection
             activate(injection, plan.adapter_name if first else injection.active)
@@ -138,7 +143,7 @@ def _names(plan: Plan) -> tuple[str, ...]:
 
 def _new_factors(layer: nn.Module, planned: LayerPlan, plan: Plan) -> LoRA:
     like = next(p for p in layer.parameters() if p.is_floating_point())
-    return LoRA(planned.weight_shape, like, planned.rank, plan.scaling(planned), plan.dropout)
+    return LoRA(planned.weight_shape, like, planned.rank, plan.scaling(planned), plan.dropout, plan.path)
 
 
 def _norm_policies(plan: Plan, model: nn.Module) -> dict[nn.Module, NormPolicy]:

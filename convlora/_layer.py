@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._computed import Aside
-from ._functional import add_delta, delta_weight
+from ._fast import convolution, is_plain, linear
+from ._functional import delta_weight, effective_weight, is_tracing
+from ._kept import Kept
+from ._paths import Path
 from ._swap import Swapped, original_class, restore, swap
 from .errors import StateError
 
@@ -39,10 +42,17 @@ class LoRA(nn.Module):
             changes nothing.
         scaling: what multiplies B @ A.
         dropout: probability with which the branch's inputs are zeroed in training.
+        path: which way a convolution takes in training; see ``_paths``.
     """
 
     def __init__(
-        self, weight_shape: tuple[int, ...], like: Tensor, rank: int, scaling: float, dropout: float = 0.0
+        self,
+        weight_shape: tuple[int, ...],
+        like: Tensor,
+        rank: int,
+        scaling: float,
+        dropout: float = 0.0,
+        path: Path = "auto",
     ) -> None:
         super().__init__()
         # fp32 factors also on half-precision bases: steps of 1e-4 vanish in bf16.
@@ -52,6 +62,7 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scaling = scaling
         self.dropout = dropout
+        self.path: Path = path
 
     def delta_weight(self) -> Tensor:
         """ΔW, shaped like the layer's weight, in the factors' dtype."""
@@ -76,6 +87,10 @@ class Adapters(nn.ModuleDict):
     aside: Aside | None = None
     """What the merged weight has taken the place of; not a part of the state dict."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = Kept()
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing while merged: factors beside merged weights would be added to them again where they are loaded."""
         if self.aside is None:
@@ -93,7 +108,7 @@ class AdaptedLayer(Swapped):
         """The effective weight W + ΔW. To change the base weight, use :func:`convlora.base_weight`."""
         layer = cast(nn.Module, self)
         try:
-            return effective_weight(layer, own_weight(layer))
+            return layer_weight(layer)
         except AttributeError as cause:
             # As an AttributeError of a property it would fall through to nn.Module.__getattr__, which would hand
             # back the base weight without a word.
@@ -109,8 +124,10 @@ class AdaptedLayer(Swapped):
         """The base's own forward with the effective weight; with dropout in training, base plus branch."""
         layer = cast(nn.Module, self)
         lora = active_adapter(layer)
-        if lora is not None and lora.dropout and layer.training:
-            return _forward_with_dropout(layer, own_weight(layer), lora, *args, **kwargs)
+        if lora is not None and len(args) == 1 and not kwargs:
+            y = _forward_in_training(layer, self._convlora_base, lora, args[0])
+            if y is not None:
+                return y
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -140,24 +157,46 @@ def own_weight(layer: nn.Module) -> Tensor:
     return super(AdaptedLayer, layer).weight if weight is None else weight  # type: ignore[misc]
 
 
-def effective_weight(layer: nn.Module, base: Tensor) -> Tensor:
-    """W + ΔW of an adapted layer, in the base's dtype; the base's own tensor where no adapter is active."""
-    lora = active_adapter(layer)
-    return base if lora is None else add_delta(base, lora.delta_weight().view(base.shape))
+def layer_weight(layer: nn.Module) -> Tensor:
+    """W + ΔW of an adapted layer; the base's own tensor where no adapter is active.
+
+    Where no gradient is asked for it is computed once and kept, until a tensor that it came from has changed.
+    """
+    base, lora = own_weight(layer), active_adapter(layer)
+    if lora is None:
+        return base
+    if torch.compiler.is_compiling() or is_tracing():
+        return effective_weight(base, lora.lora_A, lora.lora_B, lora.scaling)
+    return held(layer).kept.weight(base, lora.lora_A, lora.lora_B, lora.scaling)
+
+
+def _forward_in_training(layer: nn.Module, cls: type[nn.Module], lora: LoRA, x: Tensor) -> Tensor | None:
+    """What a layer with a plain forward computes where gradients are asked for; None where the base's forward does."""
+    if lora.dropout and layer.training:
+        return _forward_with_dropout(layer, own_weight(layer), lora, x)
+    if not torch.is_grad_enabled():
+        return None
+    forward = convolution if is_plain(layer, cls) else linear if cls.forward is nn.Linear.forward else None
+    if forward is None:
+        return None
+    y = forward(layer, x, own_weight(layer), lora.lora_A, lora.lora_B, lora.scaling, lora.path)
+    if y is not None and not torch.compiler.is_compiling():
+        held(layer).kept.train()
+    return y
 
 
 def _forward_with_dropout(layer: nn.Module, base: Tensor, lora: LoRA, x: Tensor) -> Tensor:
     delta, dropped = lora.delta_weight().to(base.dtype), F.dropout(x, lora.dropout)
     if isinstance(layer, nn.Linear):
         return F.linear(x, base, layer.bias) + F.linear(dropped, delta)
-    forward = cast("Callable[..., Tensor]", layer._conv_forward)
-    return forward(x, base, layer.bias) + forward(dropped, delta, None)
+    convolve = cast("Callable[..., Tensor]", layer._conv_forward)
+    return convolve(x, base, layer.bias) + convolve(dropped, delta, None)
 
 
 def supports_dropout(layer: nn.Module) -> bool:
     """Whether the layer's forward is linear in its weight as known here, so that the adapter can be a branch."""
-    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return type(layer).forward in [kind.forward for kind in plain]
+    cls = original_class(layer)
+    return cls.forward is nn.Linear.forward or is_plain(layer, cls)
 
 
 def attach(layer: nn.Module, adapter_name: str, lora: LoRA) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ._functional import factor_count, scaling_of
+from ._paths import Path
 
 NormPolicy = Literal["freeze", "track"]
 
@@ -64,6 +65,7 @@ class Plan:
         skipped: those that are not, each with its reason in ``note``.
         modules_to_save: names of the modules trained in full, such as the head, and ``head_found_by`` how.
         norms: names of the norm layers that the policy ``norm`` concerns.
+        path: which way the layers take in training.
         others: all other modules with parameters, so that each parameter of the model is accounted for.
         base_parameters: of the whole base model; ``saved_parameters``: of ``modules_to_save`` together.
         state: planned, injected or merged.
@@ -84,6 +86,7 @@ class Plan:
     base_parameters: int
     saved_parameters: int
     others: tuple[Part, ...] = ()
+    path: Path = "auto"
     state: str = "planned"
 
     @property

@@ -12,6 +12,7 @@ from . import _checks, _norms, _targets
 from ._computed import weight_shape
 from ._functional import largest_rank, scaling_of
 from ._layer import AdaptedLayer
+from ._paths import Path
 from ._plan import LayerPlan, NormPolicy, Part, Plan
 from ._state import check_plain
 from ._swap import check_swappable, original_class
@@ -36,6 +37,7 @@ def plan(
     norm: NormPolicy = "freeze",
     dropout: float = 0.0,
     use_rslora: bool = False,
+    path: Path = "auto",
     adapter_name: str = "default",
 ) -> Plan:
     """What :func:`convlora.inject` would do with the same arguments, without touching the model.
@@ -59,6 +61,7 @@ def plan(
         norm=norm,
         dropout=dropout,
         use_rslora=use_rslora,
+        path=path,
         adapter_name=adapter_name,
     )
 
@@ -75,13 +78,15 @@ class Options(TypedDict, total=False):
     norm: NormPolicy
     dropout: float
     use_rslora: bool
+    path: Path
 
 
 def make_plan(model: nn.Module, rank: int, adapter_name: str, **options: Unpack[Options]) -> Plan:
     """As :func:`plan`, also for a base that carries adapters already."""
     alpha, norm = options.get("alpha"), options.get("norm", "freeze")
     dropout, use_rslora = options.get("dropout", 0.0), options.get("use_rslora", False)
-    rank = _checks.check_values(rank, alpha, norm, dropout, adapter_name)
+    path = options.get("path", "auto")
+    rank = _checks.check_values(rank, alpha, norm, dropout, path, adapter_name)
     _checks.check_model(model)
     named = _targets.modules_of(model)
     saved, found_by = _modules_to_save(model, named, options.get("modules_to_save", "auto"))
@@ -108,6 +113,7 @@ def make_plan(model: nn.Module, rank: int, adapter_name: str, **options: Unpack[
         base_parameters=_size(p for n in named for p in n.module._parameters.values()),
         saved_parameters=_size(p for module in inside_saved for p in module._parameters.values()),
         others=tuple(_others(named, inside_saved, choice.listed)),
+        path=path,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ._layer import CHILD, AdaptedLayer, held, lora_of
+from ._layer import CHILD, AdaptedLayer, LoRA, held, lora_of
 from ._norms import FrozenNorm, TrackedNorm, set_policy
 from ._places import COPY, Place
 from ._plan import NormPolicy, Plan
@@ -31,13 +31,17 @@ class Adapter:
     """Adapted layers, in the plan's order."""
     norms: dict[nn.Module, NormPolicy]
     """What its norm layers do while it is active."""
-    resting: list[nn.Parameter] = field(default_factory=list)
-    """Factors that were trainable when the adapter was last active, and are again when it is."""
+    resting: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """Factors that were trainable when the adapter was last active, and are again when it is, as (module, name)."""
+
+    @property
+    def loras(self) -> list[LoRA]:
+        """The factors of every layer, in the plan's order."""
+        return [lora_of(layer, self.plan.adapter_name) for layer in self.layers]
 
     def factors(self) -> Iterator[nn.Parameter]:
         """lora_A and lora_B of every layer."""
-        for layer in self.layers:
-            lora = lora_of(layer, self.plan.adapter_name)
+        for lora in self.loras:
             yield from (lora.lora_A, lora.lora_B)
 
 
@@ -96,15 +100,16 @@ def activate(injection: Injection, adapter_name: str, disabled: bool = False) ->
 
 
 def _rest(each: Adapter) -> None:
-    for factor in each.factors():
-        if factor.requires_grad:
-            each.resting.append(factor)
-            factor.requires_grad_(False)
+    for lora in each.loras:
+        for name, factor in lora.named_parameters():
+            if factor.requires_grad:
+                each.resting.append((lora, name))
+                factor.requires_grad_(False)
 
 
 def _wake(each: Adapter) -> None:
-    for factor in each.resting:
-        factor.requires_grad_(True)
+    for lora, name in each.resting:
+        lora.get_parameter(name).requires_grad_(True)
     each.resting.clear()
 
 
