@@ -7,13 +7,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ._convolution import Geometry, convolve
-from ._functional import is_tracing
-from ._paths import Path, Shapes, choose
+from ._functional import is_transformed
+from ._paths import Path, Shapes, choose, choose_once
 
 PLAIN: dict[Any, Any] = {cls.forward: cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -42,7 +41,7 @@ def convolution(
     mode, a base that is trained), or an input that the layer will refuse: there the base's own forward computes.
     """
     layer = cast(_ConvNd, layer)
-    if not torch.is_grad_enabled() or weight.requires_grad or _is_transformed() or not _is_batch(layer, x, weight):
+    if not torch.is_grad_enabled() or weight.requires_grad or is_transformed() or not _is_batch(layer, x, weight):
         return None
     if not (lora_A.requires_grad or lora_B.requires_grad or x.requires_grad):
         return None
@@ -56,13 +55,9 @@ def convolution(
         padding = (0,) * len(padding)
     geometry = Geometry(layer.stride, padding, layer.dilation, layer.groups)
     if path == "auto":
-        path = choose(_shapes(layer, x, geometry, lora_A.shape[0]))
+        choice = choose if torch.compiler.is_compiling() else choose_once  # compilers warn of what remembers
+        path = choice(_shapes(layer, x, geometry, lora_A.shape[0]))
     return convolve(x, weight, lora_A, lora_B, layer.bias, scaling, geometry, path)
-
-
-def _is_transformed() -> bool:
-    functions: bool = torch._C._are_functorch_transforms_active()
-    return functions or is_tracing() or cast(Any, forward_ad)._current_level >= 0
 
 
 def _is_batch(layer: _ConvNd, x: object, weight: Tensor) -> bool:

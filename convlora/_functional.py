@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -74,6 +76,12 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
 def is_tracing() -> bool:
     """Whether ``torch.jit.trace`` records what is computed."""
     return torch._C._get_tracing_state() is not None
+
+
+def is_transformed() -> bool:
+    """Whether tracing, ``torch.func`` or forward mode is at work, which the autograd functions here do not know."""
+    functions: bool = torch._C._are_functorch_transforms_active()
+    return functions or is_tracing() or cast(Any, forward_ad)._current_level >= 0
 
 
 def move_like(tensor: Tensor, other: Tensor | None) -> Tensor:

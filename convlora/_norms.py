@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ._functional import is_transformed
 from ._plan import NormPolicy
 from ._swap import Swapped, restore, swap
 
@@ -31,11 +34,67 @@ class FrozenNorm(Swapped):
 
     _convlora_prefix: ClassVar[str] = "Frozen"
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm's own forward; where it is torch's batch norm, one that saves no input for the backward."""
+        norm = cast(nn.Module, self)
+        rest = _after_batch_norm(norm, self._convlora_base)
+        if rest is not None and len(args) == 1 and not kwargs and _is_constant(norm, args[0]):
+            cast(Any, norm)._check_input_dim(args[0])  # torch's own error for an input of other dimensions
+            return rest(_Constant.apply(args[0], *(getattr(norm, name) for name in BATCH_NORM)))
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
     def train(self, mode: bool = True) -> Self:
         """Children (activation, dropout) follow ``mode``; the norm itself remembers it and stays in eval."""
         super().train(mode)  # type: ignore[misc]
         _hold(cast(nn.Module, self), mode)
         return self
+
+
+BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "eps")
+
+
+class _Constant(torch.autograd.Function):
+    """Batch norm with constant statistics, scale and shift: the same bits forward, ``g · scale`` backward.
+
+    torch's own keeps the input for the gradient of the scale, which nobody asks for here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        scale = torch.rsqrt(var + eps)
+        ctx.save_for_backward(scale if weight is None else scale * weight)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,), (g,) = ctx.saved_tensors, grads
+        return (g * scale.view(-1, *[1] * (g.ndim - 2))).to(g.dtype), None, None, None, None, None
+
+
+def _after_batch_norm(norm: nn.Module, cls: Any) -> Callable[[Tensor], Tensor] | None:
+    """What a norm whose forward begins with torch's batch norm does after it; None for other norms."""
+    if cls.forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
+        return nn.Identity()
+    timm = sys.modules.get("timm.layers.norm_act")
+    if timm is not None and cls.forward is timm.BatchNormAct2d.forward:
+        return lambda y: norm.act(norm.drop(y))  # type: ignore[operator]
+    return None
+
+
+def _is_constant(norm: nn.Module, x: Any) -> bool:
+    """Whether a gradient passes through, and none is asked for scale or shift; for an input that the norm takes."""
+    return (
+        torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.requires_grad
+        and x.ndim > 1
+        and x.shape[1] == norm.num_features
+        and not any(p is not None and p.requires_grad for p in norm._parameters.values())
+        and not torch.compiler.is_compiling()
+        and not is_transformed()
+    )
 
 
 class TrackedNorm(Swapped):

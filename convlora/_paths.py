@@ -48,13 +48,16 @@ class Shapes:
         return self.in_channels // self.groups * self.kernel
 
 
-@lru_cache(maxsize=4096)
 def choose(shapes: Shapes) -> Path:
     """The path with the least estimated cost beyond what all three have in common."""
     if shapes.groups > 1:
         return "weight"  # rank-r tensors would need r channels for each group
     costs = estimate(shapes)
     return min(costs, key=lambda path: costs[path])
+
+
+choose_once = lru_cache(maxsize=4096)(choose)
+"""The same, remembered: a network meets few shapes, each at every step."""
 
 
 def estimate(s: Shapes) -> dict[Path, float]:
