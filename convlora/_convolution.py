@@ -181,6 +181,8 @@ def _mix(matrix: Tensor, x: Tensor) -> Tensor:
 
 def _outer(g: Tensor, h: Tensor) -> Tensor:
     """``(N, m, *spatial)`` and ``(N, r, *spatial)``, summed over images and positions: ``(m, r)``."""
+    if g.shape[1] > h.shape[1]:
+        return _outer(h, g).T  # the thin one first: half as long
     if _channels_last(g):
         return g.movedim(1, -1).flatten(0, -2).T @ h.movedim(1, -1).flatten(0, -2)
     return torch.bmm(g.flatten(2), h.flatten(2).transpose(1, 2)).sum(0)
