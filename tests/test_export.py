@@ -231,6 +231,8 @@ def test_an_exported_program_takes_other_batch_sizes_and_survives_its_file(state
 
 @IN_STATES
 def test_onnx_by_the_exporter_of_dynamo_predicts_the_same(name, state, tmp_path):
+    if OLD:
+        pytest.skip("before torch 2.5 dynamo=True was another exporter, an experiment")
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     net, images = build(name)
