@@ -673,6 +673,19 @@ def test_static_quantization_after_merge_and_remove(images):
 
 @DEPRECATED
 @QUANTIZED
+def test_preparing_an_injected_network_passes_by_what_is_adapted_and_changes_nothing(images):
+    """torch.ao asks for exact types; docs/torch.md says to merge and remove first."""
+    model = convlora.inject(Quantizable().eval(), 2)
+    randomise(model)
+    expected = model(images)
+    model.qconfig = ao.get_default_qconfig("fbgemm")
+    prepared = ao.prepare(model)
+    assert hasattr(prepared.fc, "activation_post_process") and not hasattr(prepared.conv, "activation_post_process")
+    assert torch.equal(prepared(images), expected)
+
+
+@DEPRECATED
+@QUANTIZED
 def test_statically_quantized_networks_are_refused(images):
     quantized = _statically_quantized(Quantizable().eval(), images)
     with pytest.raises(TargetError, match=r"Quantizable has no nn\.Conv2d"):
