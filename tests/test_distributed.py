@@ -1,0 +1,290 @@
+"""Two processes over gloo on the CPU: DistributedDataParallel and FSDP2 of an injected model.
+
+The workers run in processes of their own and hand back plain data; every assertion is made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SmallNet, randomise
+from torch import Tensor, distributed, nn
+
+import convlora
+
+pytestmark = pytest.mark.skipif(
+    not distributed.is_available() or not distributed.is_gloo_available(), reason="torch was built without gloo"
+)
+CLOSE = {"rtol": 1e-5, "atol": 1e-7}  # fp32 sums of two halves instead of one whole: another order, some last bits
+Worker = Callable[[int, Path], Any]
+
+
+def two_processes(worker: Worker, directory: Path) -> list[Any]:
+    """What ``worker(rank, directory)`` returns on each of two ranks."""
+    torch.multiprocessing.spawn(_process, args=(worker, directory), nprocs=2)
+    return [torch.load(directory / f"result{rank}", weights_only=True) for rank in range(2)]
+
+
+def _process(rank: int, worker: Worker, directory: Path) -> None:
+    torch.set_num_threads(1)
+    where = (directory / "meeting").as_uri()  # a file, so that two runs never meet at one port
+    distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    try:
+        torch.save(worker(rank, directory), directory / f"result{rank}")
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+def injected(norm: str = "freeze") -> SmallNet:
+    torch.manual_seed(0)
+    net = SmallNet()
+    convlora.inject(net, 4, norm=norm)
+    randomise(net)
+    return net.train()
+
+
+def batches(count: int = 3) -> list[Tensor]:
+    return list(torch.randn(count, 4, 3, 16, 16, generator=torch.Generator().manual_seed(5)))
+
+
+def half(images: Tensor, rank: int) -> Tensor:
+    return images[2 * rank : 2 * rank + 2]
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(convlora.trainable_parameters(model), lr=0.05, momentum=0.9)
+
+
+def step(model: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(images).square().mean().backward()
+    optimizer.step()
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    return {name: b.clone() for name, b in model.named_buffers() if "running" in name or "tracked" in name}
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# ---- DistributedDataParallel
+
+
+def _ddp(rank: int, directory: Path) -> dict[str, Any]:
+    net = injected()
+    before = statistics(net)
+    ddp = nn.parallel.DistributedDataParallel(net)
+    optimizer = sgd(net)
+    first, second, third = batches()
+    step(ddp, half(first, rank), optimizer)
+    found = {"gradients": gradients(net)}
+    step(ddp, half(second, rank), optimizer)
+    convlora.merge(ddp.module)  # an evaluation in between
+    convlora.unmerge(ddp.module)
+    step(ddp, half(third, rank), optimizer)
+    found |= {"trained": trained(net), "frozen": equal(before, statistics(net))}
+    if rank == 0:
+        convlora.save_adapter(ddp.module, directory / "adapter")
+    net.eval()
+    found["outputs"] = ddp(first).detach()
+    convlora.merge(ddp.module)
+    found["merged"] = ddp(first).detach()
+    return found
+
+
+def test_ddp_trains_like_one_process_with_the_joined_batch_and_rank_0_saves_it(tmp_path):
+    found = two_processes(_ddp, tmp_path)
+    alone = injected()
+    optimizer = sgd(alone)
+    for number, images in enumerate(batches()):
+        step(alone, images, optimizer)
+        if number == 0:
+            expected = gradients(alone)
+    factors = [name for name in expected if "lora_" in name]
+    assert len(factors) == 6 and {"fc.weight", "fc.bias"} <= expected.keys()
+    for rank in found:
+        torch.testing.assert_close(rank["gradients"], expected, **CLOSE)
+        torch.testing.assert_close(rank["trained"], trained(alone), **CLOSE)
+        assert rank["frozen"]
+        assert torch.equal(rank["merged"], rank["outputs"])
+    assert equal(found[0]["trained"], found[1]["trained"])
+    torch.manual_seed(0)
+    plain = convlora.load_adapter(SmallNet(), tmp_path / "adapter").eval()
+    assert torch.equal(plain(batches()[0]), found[0]["outputs"])
+
+
+def _ddp_tracked(rank: int, directory: Path) -> dict[str, Tensor]:
+    net = injected("track")
+    ddp = nn.parallel.DistributedDataParallel(net)
+    for images in batches(2):
+        ddp(half(images, rank))
+    return statistics(net)
+
+
+def test_ddp_with_tracked_norms_keeps_the_statistics_of_rank_0(tmp_path):
+    """Each forward starts from rank 0's statistics and adds the rank's own batch, as with any BatchNorm in DDP."""
+    found = two_processes(_ddp_tracked, tmp_path)
+    first, second = batches(2)
+    for rank, moved in enumerate(found):
+        alone = injected("track")
+        alone(half(first, 0))
+        alone(half(second, rank))
+        assert equal(moved, statistics(alone))
+    assert not equal(found[0], found[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is of the CPU")
+def test_sync_batch_norm_in_ddp_asks_for_a_gpu_as_without_an_adapter():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for prepare in (lambda net: net, convlora.inject):
+            net = prepare(nn.SyncBatchNorm.convert_sync_batchnorm(SmallNet()))
+            with pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"):
+                nn.parallel.DistributedDataParallel(net)
+    finally:
+        distributed.destroy_process_group()
+
+
+# ---- FSDP2
+
+SHARDED_PARTS = {"whole": (), "blocks": ("block",), "layers": ("stem", "block.0", "block.3")}
+
+
+def shard(net: nn.Module, parts: tuple[str, ...] = ()) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for name in parts:
+        fully_shard(net.get_submodule(name), mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def check_that_torch_can_shard() -> None:
+    """A plain network tells whether this torch shards on the CPU at all; what it says goes to the parent."""
+    try:
+        torch.manual_seed(0)
+        shard(SmallNet())(batches()[0]).sum().backward()
+    except Exception as cause:
+        raise RuntimeError(f"no FSDP2 on this CPU: {cause!r}") from cause
+
+
+def two_sharding_processes(worker: Worker, directory: Path) -> list[Any]:
+    import torch.distributed.fsdp
+
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("torch.distributed.fsdp.fully_shard came with torch 2.6")
+    try:
+        return two_processes(worker, directory)
+    except torch.multiprocessing.ProcessRaisedException as cause:
+        if "no FSDP2 on this CPU" in str(cause):
+            pytest.skip(f"torch {torch.__version__} cannot shard a plain network on the CPU")
+        raise
+
+
+def full(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+
+
+def _fsdp(rank: int, directory: Path) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    found = {}
+    check_that_torch_can_shard()
+    for how, parts in SHARDED_PARTS.items():
+        net = shard(injected(), parts)
+        optimizer = sgd(net)
+        outputs = net(half(batches()[0], rank)).detach()
+        step(net, half(batches()[0], rank), optimizer)
+        found[how] = {
+            "outputs": outputs,
+            "gradients": full(gradients(net)),
+            "state": get_model_state_dict(net, options=StateDictOptions(full_state_dict=True)),
+        }
+    return found
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="FSDP2 reads getattr(layer, 'weight') on its first forward and takes W + ΔW for the sharded base weight, "
+    "so that ΔW is added twice",
+)
+def test_fsdp2_trains_like_one_process_with_the_joined_batch_and_its_full_state_saves(tmp_path):
+    found = two_sharding_processes(_fsdp, tmp_path)
+    images = batches()[0]
+    alone = injected()
+    outputs = alone(images).detach()
+    step(alone, images, sgd(alone))
+    for rank, hows in enumerate(found):
+        for how in hows.values():
+            torch.testing.assert_close(how["outputs"], half(outputs, rank), **CLOSE)
+            torch.testing.assert_close(how["gradients"], gradients(alone), **CLOSE)
+    for how in found[0].values():  # the full state is rank 0's alone
+        torch.testing.assert_close(how["state"], dict(alone.state_dict()), **CLOSE)
+        whole = injected()
+        whole.load_state_dict(how["state"])
+        convlora.save_adapter(whole, tmp_path / "adapter")
+        torch.manual_seed(0)
+        plain = convlora.load_adapter(SmallNet(), tmp_path / "adapter").eval()
+        assert torch.equal(plain(images), whole.eval()(images))
+
+
+def _fsdp_merged(rank: int, directory: Path) -> Tensor:
+    check_that_torch_can_shard()
+    net = convlora.merge(injected().eval())
+    return shard(net, ("block",))(half(batches()[0], rank)).detach()
+
+
+def test_fsdp2_of_a_merged_model_predicts_like_the_unsharded(tmp_path):
+    found = two_sharding_processes(_fsdp_merged, tmp_path)
+    expected = injected().eval()(batches()[0])
+    torch.testing.assert_close(torch.cat(found), expected, **CLOSE)
+
+
+def _answer(call: Callable[[nn.Module], object], net: nn.Module) -> str:
+    try:
+        call(net)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def _fsdp_refuses(rank: int, directory: Path) -> dict[str, str]:
+    answers = {}
+    check_that_torch_can_shard()
+    for how, parts in SHARDED_PARTS.items():
+        net = shard(injected(), parts)
+        calls = {
+            "merge": convlora.merge,
+            "save_adapter": lambda model: convlora.save_adapter(model, directory / f"adapter{rank}"),
+            "remove": convlora.remove,
+        }
+        answers |= {f"{name}, {how}": _answer(call, net) for name, call in calls.items()}
+    return answers
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="save_adapter takes the digest at data_ptr() of a DTensor, which is 0: the process dies; merge and remove "
+    "go through where the layers are sharded by a parent, and FSDP2 then puts its own weights back",
+)
+def test_merging_saving_and_removing_while_sharded_is_one_clear_error(tmp_path):
+    for answers in two_sharding_processes(_fsdp_refuses, tmp_path):
+        assert len(answers) == 9
+        for call, answer in answers.items():
+            assert answer.startswith("StateError") and "shard" in answer, (call, answer)
