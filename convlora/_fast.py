@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ._convolution import Geometry, convolve
-from ._functional import is_transformed
+from ._functional import autocasts, is_transformed
 from ._paths import Path, Shapes, choose, choose_once
 
 PLAIN: dict[Any, Any] = {cls.forward: cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -26,7 +26,7 @@ def linear(
     layer: nn.Module, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, path: Path
 ) -> Tensor | None:
     """A linear layer's adapted forward with a branch beside the base, where autograd needs no dense gradient."""
-    if path not in ("auto", "branch") or not lora_A.requires_grad:
+    if is_transformed() or path not in ("auto", "branch") or not lora_A.requires_grad:
         return None
     A, B = lora_A.to(weight.dtype), (scaling * lora_B).to(weight.dtype)
     return F.linear(x, weight, cast("Tensor | None", layer.bias)) + F.linear(F.linear(x, A), B)
@@ -45,7 +45,7 @@ def convolution(
         return None
     if not (lora_A.requires_grad or lora_B.requires_grad or x.requires_grad):
         return None
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else weight.dtype
     padding = _padding(layer)
     if padding is None or (dtype != weight.dtype and x.dtype == torch.float64):
         return None
@@ -68,7 +68,7 @@ def _is_batch(layer: _ConvNd, x: object, weight: Tensor) -> bool:
         and x.shape[1] == layer.in_channels
         and x.numel() > 0
         and x.device == weight.device
-        and (x.dtype == weight.dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)))
+        and (x.dtype == weight.dtype or (x.is_floating_point() and autocasts(x.device.type)))
     )
 
 

@@ -48,9 +48,12 @@ def no_autocast(device_type: str) -> AbstractContextManager[object]:
 
     W + ΔW is computed in one: a product in half precision would make it differ from the merged weight.
     """
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; meta, say, has none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -15,7 +15,7 @@ from ._paths import Path
 from ._places import BASE, Place
 from ._plan import LayerPlan, NormPolicy, Plan
 from ._planner import Pattern, plan
-from ._state import RECORD, Adapter, Injection, activate, injected, the_adapter, the_injection, to_the_end
+from ._state import RECORD, Adapter, Injection, activate, check_whole, injected, the_adapter, the_injection, to_the_end
 from ._swap import check_restorable
 from ._targets import Targets
 from .errors import UnsupportedLayerError
@@ -217,7 +217,8 @@ def remove(model: M) -> M:
         StateError: there is no adapter, or another library has changed the class of an adapted layer since.
     """
     found = injected(model)
-    for _, _, injection in found:
+    for _, root, injection in found:
+        check_whole(root)
         for module in (*injection.norms, *injection.layers):
             check_restorable(module)
 

@@ -7,6 +7,7 @@ in ``_parameters["weight"]``, so the layer keeps its forward, geometry, hooks an
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -102,11 +103,17 @@ class AdaptedLayer(Swapped):
     """What the swap adds to a convolution or linear layer."""
 
     _convlora_prefix: ClassVar[str] = "Adapted"
+    # torch.fx takes a module for a leaf when its class is from torch.nn; traced into, it could not follow the property.
+    _convlora_module: ClassVar[str | None] = "torch.nn.modules.conv"
 
     @property
     def weight(self) -> Tensor:
         """The effective weight W + ΔW. To change the base weight, use :func:`convlora.base_weight`."""
         layer = cast(nn.Module, self)
+        base = layer._parameters.get("weight")
+        if hasattr(base, "device_mesh") and sys._getframe(1).f_code.co_name == "reset_sharded_param":
+            # FSDP2 asks by getattr for the Parameter that it registered, and would shard W + ΔW in its place.
+            return cast(Tensor, base)
         try:
             return layer_weight(layer)
         except AttributeError as cause:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._checks import check_plan
 from ._computed import weight_shape
@@ -132,6 +133,9 @@ def base_keys(state: Mapping[str, Tensor], own: set[str]) -> list[str]:
 
 def digest(tensor: Tensor) -> str:
     """Dtype and a 64-bit hash of a tensor's numbers, wherever it lies."""
+    if is_traceable_wrapper_subclass(tensor):  # a quantized weight is several tensors
+        inner = "|".join(digest(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return f"{type(tensor).__name__}:{hashlib.blake2b(inner.encode(), digest_size=8).hexdigest()}"
     host = tensor.detach().cpu().contiguous()
     size = host.numel() * host.element_size()
     data = (ctypes.c_char * size).from_address(host.data_ptr()) if size else b""

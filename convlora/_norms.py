@@ -87,13 +87,13 @@ def _is_constant(norm: nn.Module, x: Any) -> bool:
     """Whether a gradient passes through, and none is asked for scale or shift; for an input that the norm takes."""
     return (
         torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not is_transformed()
         and type(x) is Tensor
         and x.requires_grad
         and x.ndim > 1
         and x.shape[1] == norm.num_features
         and not any(p is not None and p.requires_grad for p in norm._parameters.values())
-        and not torch.compiler.is_compiling()
-        and not is_transformed()
     )
 
 

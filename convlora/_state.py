@@ -182,8 +182,21 @@ def check_plain(model: nn.Module) -> None:
             )
 
 
+def check_whole(root: nn.Module) -> None:
+    """Raise StateError where the model's numbers are not here: on the meta device, or sharded over processes."""
+    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+        if tensor.is_meta:
+            raise StateError(f"{name} is on the meta device and holds no numbers. Nothing was changed.")
+        if hasattr(tensor, "device_mesh"):
+            raise StateError(
+                f"{name} is sharded over processes. Gather the state dict, load it into an injected model that is not "
+                "sharded, and call again with that. Nothing was changed."
+            )
+
+
 def check_intact(root: nn.Module, injection: Injection) -> None:
-    """Raise StateError where a module that an adapter concerns was replaced since: it would be passed over."""
+    """Raise StateError where numbers are elsewhere, or a module was replaced since: it would be passed over."""
+    check_whole(root)
     now = dict(root.named_modules(remove_duplicate=False))
     concerned = {name: module for each in injection.adapters.values() for name, module in each.modules.items()}
     replaced = [name or "the model" for name, module in concerned.items() if now.get(name) is not module]

@@ -18,6 +18,8 @@ class Swapped:
     """Base of the mixins. Pickle and copy name the original class and the mixin, not the generated class."""
 
     _convlora_prefix: ClassVar[str] = "Swapped"
+    _convlora_module: ClassVar[str | None] = None
+    """What the generated class says of its module where the base's is not torch's; None: the base's."""
     _convlora_mixin: ClassVar[type[Swapped]]
     _convlora_base: ClassVar[type[nn.Module]]
 
@@ -41,8 +43,8 @@ def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module
     """The one subclass of ``base`` with this mixin's behaviour."""
     cls = _CLASSES.get((mixin, base))
     if cls is None:
-        # __module__ stays the base's: torch.fx takes a module for a leaf when its class is from torch.nn.
-        body = {"__module__": base.__module__, "__doc__": base.__doc__}
+        inside_torch = base.__module__.startswith("torch.nn") or mixin._convlora_module is None
+        body = {"__module__": base.__module__ if inside_torch else mixin._convlora_module, "__doc__": base.__doc__}
         own = {"_convlora_mixin": mixin, "_convlora_base": base}
         metaclass: Any = type(base)
         cls = _CLASSES[mixin, base] = metaclass(mixin._convlora_prefix + base.__name__, (mixin, base), body | own)

@@ -219,11 +219,6 @@ def _fsdp(rank: int, directory: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="FSDP2 reads getattr(layer, 'weight') on its first forward and takes W + ΔW for the sharded base weight, "
-    "so that ΔW is added twice",
-)
 def test_fsdp2_trains_like_one_process_with_the_joined_batch_and_its_full_state_saves(tmp_path):
     found = two_sharding_processes(_fsdp, tmp_path)
     images = batches()[0]
@@ -278,11 +273,6 @@ def _fsdp_refuses(rank: int, directory: Path) -> dict[str, str]:
     return answers
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="save_adapter takes the digest at data_ptr() of a DTensor, which is 0: the process dies; merge and remove "
-    "go through where the layers are sharded by a parent, and FSDP2 then puts its own weights back",
-)
 def test_merging_saving_and_removing_while_sharded_is_one_clear_error(tmp_path):
     for answers in two_sharding_processes(_fsdp_refuses, tmp_path):
         assert len(answers) == 9
