@@ -37,10 +37,6 @@ IN_STATES = pytest.mark.parametrize("name, state", every(NETWORKS, ("injected", 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 OLD = tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 5)
-OLD_LAYER = (
-    "dynamo before torch 2.5 takes `weight` from _parameters in a class outside torch.nn: the base's, without ΔW"
-)
-OLD_SWAP = "dynamo before torch 2.5 does not see a class change: after merge, the compiled model adds ΔW once more"
 OLD_EXPORT = "torch.export before 2.5 wants every parameter in the state dict, and merged the factors are not: remove()"
 
 
@@ -104,8 +100,7 @@ def compiled(net: nn.Module, graphs: list[torch.fx.GraphModule], backend: str) -
 
 
 @IN_STATES
-def test_compiled_without_a_break_it_predicts_the_same_and_compiles_once(name, state, graphs, request):
-    expect_old_torch(request, OLD_LAYER, (name, state) == ("tf_efficientnet_lite0", "injected"))
+def test_compiled_without_a_break_it_predicts_the_same_and_compiles_once(name, state, graphs):
     net, images = build(name)
     expected = net.eval()(images)
     run = compiled(in_state(state, net), graphs, "aot_eager")
@@ -116,8 +111,7 @@ def test_compiled_without_a_break_it_predicts_the_same_and_compiles_once(name, s
 
 
 @pytest.mark.parametrize("name, norm", every(NETWORKS, ("freeze", "track")))
-def test_compiled_training_is_that_of_eager_mode_and_compiles_once(name, norm, graphs, request):
-    expect_old_torch(request, OLD_LAYER, name == "tf_efficientnet_lite0")
+def test_compiled_training_is_that_of_eager_mode_and_compiles_once(name, norm, graphs):
     net, images = build(name, norm)
     net.train()
     eager = copy.deepcopy(net)
@@ -127,8 +121,7 @@ def test_compiled_training_is_that_of_eager_mode_and_compiles_once(name, norm, g
     torch.testing.assert_close(dict(net.state_dict()), dict(eager.state_dict()), **CLOSE)
 
 
-def test_a_compiled_model_follows_merge_and_unmerge(graphs, request):
-    expect_old_torch(request, OLD_SWAP)
+def test_a_compiled_model_follows_merge_and_unmerge(graphs):
     net, images = build("small")
     run = compiled(net.eval(), graphs, "eager")
     expected = net(images)
@@ -149,8 +142,7 @@ class Doubled(nn.Conv2d):
 
 
 @pytest.mark.parametrize("way", ["compile", "export, strict", "export"])
-def test_a_convolution_of_the_users_own_class_is_not_compiled_without_its_adapter(way, graphs, request):
-    expect_old_torch(request, OLD_LAYER, way != "export")
+def test_a_convolution_of_the_users_own_class_is_not_compiled_without_its_adapter(way, graphs):
     torch.manual_seed(0)
     net, x = nn.Sequential(Doubled(3, 4, 3), nn.ReLU()), torch.randn(1, 3, 8, 8)
     convlora.inject(net, 2, modules_to_save=None)
@@ -209,7 +201,6 @@ def test_inductor_trains_and_predicts_like_eager_mode_on_a_real_network(graphs, 
 @IN_STATES
 def test_an_exported_program_predicts_the_same(name, strict, state, request):
     expect_old_torch(request, OLD_EXPORT, state == "merged")
-    expect_old_torch(request, OLD_LAYER, strict and (name, state) == ("tf_efficientnet_lite0", "injected"))
     net, images = build(name)
     expected = net.eval()(images)
     program = torch.export.export(in_state(state, net), (images,), strict=strict)
