@@ -277,9 +277,7 @@ def test_timm_gradient_checkpointing_gives_the_same_gradients(photos, name, late
         torch.manual_seed(2)  # dropout in the head
         loss_of(model, photos).backward()
     assert gradients(net).keys() == trainable(net).keys()
-    for name, found in gradients(
-        twin
-    ).items():  # older, reentrant: the first forward, without gradients, rounds otherwise
+    for name, found in gradients(twin).items():  # reentrant: the first forward rounds otherwise
         expected = gradients(net)[name]
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7, name
 
