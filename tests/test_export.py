@@ -69,7 +69,7 @@ def in_state(state: str, net: nn.Module) -> nn.Module:
 
 
 def steps(model: nn.Module, net: nn.Module, images: Tensor, count: int = 3) -> None:
-    optimizer = torch.optim.SGD(convlora.trainable_parameters(net), lr=1e-4)  # untrained networks soon diverge
+    optimizer = torch.optim.SGD(convlora.trainable_parameters(net), lr=1e-6)  # gradients of untrained networks are large
     for _ in range(count):
         optimizer.zero_grad()
         model(images).square().mean().backward()
