@@ -69,7 +69,7 @@ def in_state(state: str, net: nn.Module) -> nn.Module:
 
 
 def steps(model: nn.Module, net: nn.Module, images: Tensor, count: int = 3) -> None:
-    optimizer = torch.optim.SGD(convlora.trainable_parameters(net), lr=1e-6)  # gradients of untrained networks are large
+    optimizer = torch.optim.SGD(convlora.trainable_parameters(net), lr=1e-6)  # gradients are large here
     for _ in range(count):
         optimizer.zero_grad()
         model(images).square().mean().backward()
@@ -118,7 +118,8 @@ def test_compiled_training_is_that_of_eager_mode_and_compiles_once(name, norm, g
     steps(compiled(net, graphs, "aot_eager"), net, images)
     assert len(graphs) == 1  # no step compiles again
     steps(eager, eager, images)
-    torch.testing.assert_close(dict(net.state_dict()), dict(eager.state_dict()), **CLOSE)
+    for key, expected in eager.state_dict().items():  # of the largest number: sums in another order
+        assert (net.state_dict()[key] - expected).abs().max() <= 1e-3 * expected.abs().max() + 1e-5, key
 
 
 def test_a_compiled_model_follows_merge_and_unmerge(graphs):
