@@ -1,5 +1,6 @@
 """LoRA adapters for the convolutions of any PyTorch network: inject, train, merge, save."""
 
+from ._adapters import add_adapter, delete_adapter, disable_adapter, set_adapter
 from ._checkpoint import load_adapter, save_adapter
 from ._inject import adapter_parameters, inject, remove, summary, trainable_parameters
 from ._layer import base_weight
@@ -19,13 +20,17 @@ __all__ = [
     "TargetError",
     "UnsupportedLayerError",
     "adapter_parameters",
+    "add_adapter",
     "base_weight",
+    "delete_adapter",
+    "disable_adapter",
     "inject",
     "load_adapter",
     "merge",
     "plan",
     "remove",
     "save_adapter",
+    "set_adapter",
     "summary",
     "trainable_parameters",
     "unmerge",

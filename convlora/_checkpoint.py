@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ._adapters import check_new
 from ._checks import check_model, check_values
-from ._inject import apply, remove
-from ._layer import adapters, base_weight
+from ._inject import apply, drop, remove
 from ._manifest import (
     FORMAT,
     TENSORS,
@@ -35,10 +35,12 @@ from ._manifest import (
     digest,
     own_keys,
     read_manifest,
-    tensors_of,
+    tensors_as,
 )
+from ._merge import unmerged
 from ._peft_format import PREFIX, dotted, factor_shapes, peft_config
-from ._state import Injection, check_intact, check_plain, injections, the_injection
+from ._places import BASE
+from ._state import RECORD, Adapter, Injection, check_intact, check_plain, injections, the_adapter, the_injection
 from .errors import CheckpointError, StateError
 
 CONFIG = "adapter_config.json"
@@ -47,12 +49,17 @@ M = TypeVar("M", bound=nn.Module)
 State = dict[str, Tensor]
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
     """Write everything that training changed: factors, head, and norm statistics that moved; a few MB.
 
     >>> convlora.save_adapter(model, "tumour/")
 
     The directory is made where missing; an adapter already in it is replaced atomically. Works merged, too.
+
+    Args:
+        model: an injected model.
+        directory: where to write.
+        adapter_name: one of the model's adapters; default the active one.
 
     Returns:
         The directory.
@@ -66,22 +73,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         UserWarning: every lora_B is zero, as when the optimizer was made before the injection.
     """
     root, injection = the_injection(model)
+    adapter = the_adapter(injection, adapter_name)
     check_intact(root, injection)
-    buffers = _moved_buffers(root, injection)
-    own = own_keys(root, injection.plan, buffers)
-    _check_nothing_lost(root, injection, own)
-    tensors = {key: _for_disk(tensor) for key, tensor in _adapter_state(root, injection, own).items()}
+    with unmerged(root, injection):
+        buffers = _moved_buffers(root, injection, adapter)
+        own = own_keys(root, adapter.plan, buffers)
+        _check_nothing_lost(root, injection)
+        tensors = {key: _for_disk(tensor) for key, tensor in _adapter_state(root, adapter, own).items()}
+        base = tensors_as(root, BASE)
+        config = peft_config(root, adapter)
     manifest = {
         "format": FORMAT,
-        "plan": injection.plan.to_json(),
-        "base": _base_digests(root, injection, own),
+        "plan": adapter.plan.to_json(),
+        "base": {key: digest(base[key]) for key in base_keys(base, own)},
         "adapter": {key: digest(tensor) for key, tensor in tensors.items()},
         "buffers": sorted(buffers),
     }
-    _warn_if_untrained(injection)
+    _warn_if_untrained(adapter)
     path = Path(directory)
     try:
-        _write(path, tensors, manifest, peft_config(root, injection))
+        _write(path, tensors, manifest, config)
     except (OSError, SafetensorError) as cause:  # safetensors wraps a full disk in its own
         raise CheckpointError(f"{path} cannot be written ({cause}). What was there before is still there.") from cause
     return path
@@ -96,8 +107,8 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], config: dict[st
         first.chmod(second.stat().st_mode)  # safetensors makes files for their owner alone
 
 
-def _warn_if_untrained(injection: Injection) -> None:
-    factors = [lora.lora_B for layer in injection.layers for lora in adapters(layer)]
+def _warn_if_untrained(adapter: Adapter) -> None:
+    factors = [lora.lora_B for lora in adapter.loras]
     if factors and not any(factor.any() for factor in factors):
         warnings.warn(
             "every lora_B is zero: nothing was trained. Was the optimizer made before convlora.inject? Make it after, "
@@ -109,13 +120,15 @@ def _warn_if_untrained(injection: Injection) -> None:
 def load_adapter(
     model: M, directory: str | os.PathLike[str], adapter_name: str | None = None, *, check_base: bool = True
 ) -> M:
-    """Inject a saved adapter into a plain base model, in place; it then predicts bit for bit as when saved.
+    """Inject a saved adapter into a base model, in place; it then predicts bit for bit as when saved.
 
     >>> model = timm.create_model("resnet50", pretrained=True, num_classes=1)
     >>> convlora.load_adapter(model, "tumour/")
 
+    Where the base carries adapters already, the loaded one comes beside them and waits for ``set_adapter``.
+
     Args:
-        model: the base as it was built for training, without an adapter.
+        model: the base as it was built for training.
         directory: what :func:`save_adapter` wrote.
         adapter_name: another name for the adapter; default the saved one.
         check_base: refuse a base whose tensors differ from those that the adapter was trained on. Tensors in
@@ -126,43 +139,58 @@ def load_adapter(
 
     Raises:
         CheckpointError: no adapter there, a damaged file, or another base; what differs is named.
-        StateError: the model carries an adapter already.
+        StateError: the model carries an adapter of this name already, or is merged.
 
     Whatever is raised, the model is as it was.
     """
-    check_model(model)
-    check_plain(model)
+    root = _root(model)
     manifest = read_manifest(Path(directory))
     plan = manifest.plan if adapter_name is None else replace(manifest.plan, adapter_name=adapter_name)
-    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.adapter_name)
-    check_fits(manifest, model, check_base)
+    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
+    before = vars(root).get(RECORD)
+    if isinstance(before, Injection):
+        check_new(before, plan.adapter_name)
+        check_intact(root, before)
+    check_fits(manifest, root, check_base)
     tensors = _read_tensors(manifest)
     try:
-        apply(plan, model)
-        _copy_tensors(tensors, manifest, model)
+        apply(plan, root)
+        _copy_tensors(tensors, manifest, root, plan.adapter_name)
     except BaseException:
-        if list(injections(model)):
-            remove(model)
+        if isinstance(before, Injection):
+            drop(before, plan.adapter_name)
+        elif list(injections(root)):
+            remove(root)
         raise
     return model
 
 
-def _moved_buffers(root: nn.Module, injection: Injection) -> set[str]:
-    """Keys of the base's persistent buffers whose numbers are no longer the base's."""
+def _root(model: nn.Module) -> nn.Module:
+    """The module that carries adapters already, or else the model, which then must be plain."""
+    check_model(model)
+    if list(injections(model)):
+        return the_injection(model)[0]
+    check_plain(model)
+    return model
+
+
+def _moved_buffers(root: nn.Module, injection: Injection, adapter: Adapter) -> set[str]:
+    """Keys of the base's persistent buffers whose numbers are no longer the base's in this adapter."""
     names = {module: name for name, module in root.named_modules()}
     moved = set()
-    for taken in injection.taken:
-        now = taken.place.get(taken.name)
-        saved = not taken.is_parameter and taken.name not in taken.module._non_persistent_buffers_set
-        if now is None or not saved or taken.module not in names:
+    for place in injection.places:
+        now, base = place.of(adapter.plan.adapter_name), place.of(BASE)
+        saved = not place.is_parameter and place.name not in place.module._non_persistent_buffers_set
+        if now is None or base is None or not saved or place.now is None or place.module not in names:
             continue
-        if not torch.equal(now, taken.tensor.to(now.device, now.dtype)):
-            moved.add(dotted(names[taken.module], taken.name))
+        if not torch.equal(now, base.to(now.device, now.dtype)):
+            moved.add(dotted(names[place.module], place.name))
     return moved
 
 
-def _check_nothing_lost(root: nn.Module, injection: Injection, own: set[str]) -> None:
-    factors = {id(p) for layer in injection.layers for lora in adapters(layer) for p in lora.parameters()}
+def _check_nothing_lost(root: nn.Module, injection: Injection) -> None:
+    own = own_keys(root, the_adapter(injection, None).plan, ())
+    factors = {id(p) for adapter in injection.adapters.values() for p in adapter.factors()}
     for name, parameter in root.named_parameters():
         if parameter.requires_grad and name not in own and id(parameter) not in factors:
             raise StateError(
@@ -171,24 +199,16 @@ def _check_nothing_lost(root: nn.Module, injection: Injection, own: set[str]) ->
             )
 
 
-def _adapter_state(model: nn.Module, injection: Injection, own: set[str]) -> State:
+def _adapter_state(root: nn.Module, adapter: Adapter, own: set[str]) -> State:
     """Every tensor of the adapter by its key in the file: the model's own tensors, not copies."""
-    state = tensors_of(model)
-    return dict(_factors(injection)) | {key: state[key] for key in state if key in own}
+    state = tensors_as(root, adapter.plan.adapter_name)
+    return dict(_factors(adapter)) | {key: state[key] for key in state if key in own}
 
 
-def _factors(injection: Injection) -> Iterator[tuple[str, Tensor]]:
-    for plan, layer in zip(injection.plan.layers, injection.layers, strict=True):
-        lora = next(adapters(layer))
+def _factors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    for plan, lora in zip(adapter.plan.layers, adapter.loras, strict=True):
         for (key, shape), factor in zip(factor_shapes(plan).items(), (lora.lora_A, lora.lora_B), strict=True):
             yield key, factor.view(shape)
-
-
-def _base_digests(root: nn.Module, injection: Injection, own: set[str]) -> dict[str, str]:
-    base = {id(taken.place.get(taken.name)): taken.tensor for taken in injection.taken}
-    base |= {id(layer._parameters["weight"]): base_weight(layer) for layer in injection.layers}
-    state = tensors_of(root, keep_vars=True)
-    return {key: digest(base.get(id(state[key]), state[key])) for key in base_keys(state, own)}
 
 
 def _for_disk(tensor: Tensor) -> Tensor:
@@ -220,12 +240,12 @@ def _read_tensors(manifest: Manifest) -> State:
     return tensors
 
 
-def _copy_tensors(tensors: State, manifest: Manifest, model: nn.Module) -> None:
-    _, injection = the_injection(model)
-    own = own_keys(model, manifest.plan, manifest.buffers)
+def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_name: str) -> None:
+    adapter = the_adapter(the_injection(root)[1], adapter_name)
+    own = own_keys(root, manifest.plan, manifest.buffers)
     with torch.inference_mode(False), torch.no_grad():
-        for plan, layer in zip(manifest.plan.layers, injection.layers, strict=True):
+        for plan, lora in zip(manifest.plan.layers, adapter.loras, strict=True):
             key = next(iter(factor_shapes(plan)))
-            next(adapters(layer)).to(tensors[key].dtype)  # as trained: another dtype would predict other bits
-        for key, place in _adapter_state(model, injection, own).items():
+            lora.to(tensors[key].dtype)  # as trained: another dtype would predict other bits
+        for key, place in _adapter_state(root, adapter, own).items():
             place.copy_(tensors[key])

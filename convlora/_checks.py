@@ -6,32 +6,36 @@ import math
 from numbers import Integral, Real
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ._layer import CHILD, supports_dropout
+from ._layer import CHILD, AdaptedLayer, Adapters, supports_dropout
+from ._paths import PATHS
 from ._plan import LayerPlan, Plan
-from ._targets import Named
+from ._targets import Named, is_conv2d
 from .errors import TargetError, UnsupportedLayerError
 
 
-def check_values(rank: int, alpha: float | None, norm: str, dropout: float, adapter_name: str) -> int:
+def check_values(rank: int, alpha: float | None, norm: str, dropout: float, path: str, adapter_name: str) -> int:
     """Arguments that need no model; returns the rank as an int."""
     rank = checked_rank(rank, "rank")
     if alpha is not None:
         check_alpha(alpha, "alpha")
     if norm not in ("freeze", "track"):
         raise TargetError(f"norm={norm!r}; it must be 'freeze' or 'track'.")
+    if path not in PATHS:
+        raise TargetError(f"path={path!r}; it must be one of {', '.join(map(repr, PATHS))}.")
     if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise TargetError(f"dropout={dropout!r}; it must be at least 0 and below 1.")
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise TargetError(f"adapter_name={adapter_name!r}; it must be a name without a dot.")
-    if hasattr(nn.ModuleDict(), adapter_name):
+    if hasattr(Adapters(), adapter_name):
         raise TargetError(f"adapter_name={adapter_name!r} is taken by torch's ModuleDict; choose another.")
     return rank
 
 
 def check_any_conv(adaptable: list[Named], model: nn.Module) -> None:
     """The default targets are convolutions: there must be one."""
-    if not any(isinstance(n.module, nn.Conv2d) for n in adaptable):
+    if not any(is_conv2d(n.module) for n in adaptable):
         raise TargetError(
             f"{type(model).__name__} has no nn.Conv2d. For other layers name their type, target_modules=nn.Linear or "
             "nn.Conv1d, say; for a probe of the head alone, target_modules=(). Nothing was changed."
@@ -92,11 +96,16 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_adaptable(n: Named, dropout: float) -> None:
-    """A floating weight, a free attribute, and a forward that dropout knows."""
-    weight = n.module._parameters["weight"]
-    if weight is None or not weight.is_floating_point():
+    """A plain floating weight, a free attribute, and a forward that dropout knows."""
+    weight = n.module._parameters.get("weight")
+    if weight is not None and not weight.is_floating_point():
         raise UnsupportedLayerError(f"{n.name}: its weight is not of a floating type; use exclude_modules.")
-    if hasattr(n.module, CHILD):
+    if weight is not None and is_traceable_wrapper_subclass(weight):
+        raise UnsupportedLayerError(
+            f"{n.name}: its weight is a {type(weight).__name__}, not a plain tensor (quantized or sharded?). Inject "
+            "first and quantize after convlora.merge and remove, or use exclude_modules. Nothing was changed."
+        )
+    if hasattr(n.module, CHILD) and not isinstance(n.module, AdaptedLayer):
         raise UnsupportedLayerError(f"{n.name} has an attribute named {CHILD!r} already; use exclude_modules.")
     if dropout and not supports_dropout(n.module):
         raise UnsupportedLayerError(
@@ -107,7 +116,7 @@ def check_adaptable(n: Named, dropout: float) -> None:
 
 def check_plan(plan: Plan) -> None:
     """A plan that comes from a file: every value as :func:`plan` would have made it."""
-    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.adapter_name)
+    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
     if not isinstance(plan.use_rslora, bool):
         raise TargetError(f"use_rslora={plan.use_rslora!r}; it must be true or false.")
     names = [layer.name for layer in plan.layers]

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -36,20 +39,49 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     rank = lora_A.shape[0]
     if lora_B.shape[1] != rank:
         raise ValueError(f"lora_A has rank {rank}, lora_B has rank {lora_B.shape[1]}; both must be equal.")
-    if torch.is_autocast_enabled(lora_A.device.type):
-        # A product in half precision would make the unmerged forward differ from the merged weight.
-        with torch.autocast(lora_A.device.type, enabled=False):
-            return _product(lora_A, lora_B, scaling)
-    return _product(lora_A, lora_B, scaling)
+    with no_autocast(lora_A.device.type):
+        return (scaling * (lora_B @ lora_A.flatten(1))).view(lora_B.shape[0], *lora_A.shape[1:])
 
 
-def _product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    return (scaling * (lora_B @ lora_A.flatten(1))).view(lora_B.shape[0], *lora_A.shape[1:])
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A block that computes in the tensors' own dtypes.
+
+    W + ΔW is computed in one: a product in half precision would make it differ from the merged weight.
+    """
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
-def add_delta(base: Tensor, delta: Tensor) -> Tensor:
-    """``base + delta`` in the base's dtype, rounded once: the sum is taken in the wider of the two dtypes."""
-    return (base + delta).to(base.dtype)
+def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """W + ΔW in the weight's dtype, shape and memory format; the sum is taken in the wider dtype and rounded once.
+
+    One product that starts from W: less traffic through memory than ΔW by itself and then a sum.
+
+    Args:
+        weight: as many numbers as ``(C_out, *lora_A.shape[1:])`` has.
+        lora_A: ``(rank, C_in / groups, kH, kW)``.
+        lora_B: ``(C_out, rank)``.
+        scaling: what multiplies B @ A.
+    """
+    with no_autocast(lora_A.device.type):
+        last = weight.ndim > 2 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
+        rows, A = (weight.movedim(1, -1), lora_A.movedim(1, -1)) if last else (weight, lora_A)
+        wide = torch.promote_types(weight.dtype, lora_A.dtype)
+        base = rows.reshape(lora_B.shape[0], -1).to(wide)
+        merged = torch.addmm(base, (scaling * lora_B).to(wide), A.flatten(1).to(wide)).to(weight.dtype).view(rows.shape)
+        return merged.movedim(-1, 1) if last else merged
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` records what is computed."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_transformed() -> bool:
+    """Whether tracing, ``torch.func`` or forward mode is at work, which the autograd functions here do not know."""
+    functions: bool = torch._C._are_functorch_transforms_active()
+    return functions or is_tracing() or cast(Any, forward_ad)._current_level >= 0
 
 
 def move_like(tensor: Tensor, other: Tensor | None) -> Tensor:

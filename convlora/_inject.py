@@ -9,11 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import _norms
-from ._layer import LoRA, adapters, attach, detach
-from ._plan import NormPolicy, Plan
+from ._layer import CHILD, Adapters, LoRA, attach, detach, held
+from ._norms import keeps_statistics, set_policy
+from ._paths import Path
+from ._places import BASE, Place
+from ._plan import LayerPlan, NormPolicy, Plan
 from ._planner import Pattern, plan
-from ._state import RECORD, Injection, Taken, injected, the_injection, to_the_end
+from ._state import RECORD, Adapter, Injection, activate, injected, the_adapter, the_injection, to_the_end
 from ._swap import check_restorable
 from ._targets import Targets
 from .errors import UnsupportedLayerError
@@ -34,6 +36,7 @@ def inject(
     norm: NormPolicy = "freeze",
     dropout: float = 0.0,
     use_rslora: bool = False,
+    path: Path = "auto",
     adapter_name: str = "default",
 ) -> M:
     """Put a LoRA adapter into a model, in place: the base is frozen, the factors and the head are trainable.
@@ -64,6 +67,8 @@ def inject(
             ``model.train()``; ``"track"`` lets the statistics move, and they belong to the adapter.
         dropout: probability of dropping an input of the adapter's branch in training; 0 ≤ dropout < 1.
         use_rslora: scale by alpha / √rank (Kalajdzievski 2023).
+        path: how a plain convolution computes in training: ``"auto"`` chooses from each layer's shapes among
+            ``"fused"``, ``"weight"`` and ``"branch"``. They differ in time, memory and rounding only.
         adapter_name: names the adapter in the state dict; no dots.
 
     Returns:
@@ -89,6 +94,7 @@ def inject(
             norm=norm,
             dropout=dropout,
             use_rslora=use_rslora,
+            path=path,
             adapter_name=adapter_name,
         ),
         model,
@@ -96,25 +102,55 @@ def inject(
 
 
 def apply(plan: Plan, model: M) -> M:
-    """Carry out a plan; on any error, an interrupt included, the model is as it was."""
+    """Carry out a plan on a plain base, or beside the adapters that it carries, at rest then.
+
+    On any error, an interrupt included, the model is as it was.
+    """
     _refuse_meta(model)
-    injection = Injection(replace(plan, state="injected"))
-    with torch.inference_mode(False):  # its tensors could not be trained
-        layers = [(model.get_submodule(layer.name), layer) for layer in plan.layers]
-        loras = [LoRA(m._parameters["weight"], p.rank, plan.scaling(p), plan.dropout) for m, p in layers]  # type: ignore[arg-type]
-        try:
-            names = (*(layer.name for layer in plan.layers), *plan.modules_to_save, *plan.norms)
-            injection.modules.update({name: model.get_submodule(name) for name in names})
-            _own_tensors(injection, model)
-            _freeze_base(injection, model)
-            for (layer, _), lora in zip(layers, loras, strict=True):
-                injection.layers.append(layer)
+    injection = vars(model).get(RECORD, Injection())
+    adapter = Adapter(
+        plan=plan,
+        modules={name: model.get_submodule(name) for name in _names(plan)},
+        layers=[model.get_submodule(layer.name) for layer in plan.layers],
+        norms=_norm_policies(plan, model),
+    )
+    first = not injection.adapters
+    try:
+        with torch.inference_mode(False):  # its tensors could not be trained
+            loras = [_new_factors(layer, p, plan) for layer, p in zip(adapter.layers, plan.layers, strict=True)]
+            injection.adapters[plan.adapter_name] = adapter
+            if first:
+                _freeze_base(injection, model)
+            _give_own_tensors(injection, adapter, model)
+            for layer, lora in zip(adapter.layers, loras, strict=True):
                 attach(layer, plan.adapter_name, lora)
+                adapter.resting += [(lora, name) for name, _ in lora.named_parameters()]
+                lora.requires_grad_(False)
             vars(model)[RECORD] = injection
-        except BaseException:
-            _undo(injection, model)
-            raise
+            activate(injection, plan.adapter_name if first else injection.active)
+    except BaseException:
+        if first:
+            undo(injection, model)
+        else:
+            drop(injection, plan.adapter_name)
+        raise
     return model
+
+
+def _names(plan: Plan) -> tuple[str, ...]:
+    return (*(layer.name for layer in plan.layers), *plan.modules_to_save, *plan.norms)
+
+
+def _new_factors(layer: nn.Module, planned: LayerPlan, plan: Plan) -> LoRA:
+    like = next(p for p in layer.parameters() if p.is_floating_point())
+    return LoRA(planned.weight_shape, like, planned.rank, plan.scaling(planned), plan.dropout, plan.path)
+
+
+def _norm_policies(plan: Plan, model: nn.Module) -> dict[nn.Module, NormPolicy]:
+    """The plan's policy for its norms; those inside modules trained in full are trained, so their statistics move."""
+    policies: dict[nn.Module, NormPolicy] = {model.get_submodule(name): plan.norm for name in plan.norms}
+    saved = (module for name in plan.modules_to_save for module in model.get_submodule(name).modules())
+    return policies | {module: "track" for module in saved if keeps_statistics(module)}
 
 
 def _refuse_meta(model: nn.Module) -> None:
@@ -126,47 +162,46 @@ def _refuse_meta(model: nn.Module) -> None:
             )
 
 
-def _own_tensors(injection: Injection, model: nn.Module) -> None:
-    """Give the adapter tensors of its own for all that training moves besides factors; the base's are kept aside.
-
-    Every buffer is among them: not only statistics move in train mode.
-    """
-    plan, trained = injection.plan, set()
-    for name in plan.modules_to_save:
-        trained |= set(model.get_submodule(name).modules())
-    owned = trained | {model.get_submodule(name) for name in plan.norms if plan.norm == "track"}
-    copies: dict[int, Tensor] = {}  # by identity: tensors shared between modules stay shared
-    for module in model.modules():
-        for key, parameter in module._parameters.items() if module in owned else ():
-            if parameter is not None:
-                copy = nn.Parameter(parameter.detach().clone(), requires_grad=module in trained)
-                _take(injection, module, key, parameter, copies.setdefault(id(parameter), copy))
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                _take(injection, module, key, buffer, copies.setdefault(id(buffer), buffer.clone()))
-
-
-def _take(injection: Injection, module: nn.Module, key: str, base: Tensor, own: Tensor) -> None:
-    taken = Taken(module, key, base)
-    injection.taken.append(taken)
-    taken.place[key] = own
-
-
 def _freeze_base(injection: Injection, model: nn.Module) -> None:
-    plan = injection.plan
-    owned = {(taken.module, taken.name) for taken in injection.taken}
     injection.frozen += [
         (module, key)
         for module in model.modules()
         for key, parameter in module._parameters.items()
-        if parameter is not None and parameter.requires_grad and (module, key) not in owned
+        if parameter is not None and parameter.requires_grad
     ]
     for module, key in injection.frozen:
-        module._parameters[key].requires_grad_(False)  # type: ignore[union-attr]
-    for name in plan.norms if plan.norm == "freeze" else ():
-        norm = model.get_submodule(name)
-        injection.norms.append(norm)
-        _norms.freeze(norm)
+        _set_flag(module, key, False)
+
+
+def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) -> None:
+    """Give the adapter copies of its own of all that training moves besides factors, kept until it is active.
+
+    Every buffer is among them: not only statistics move in train mode.
+    """
+    plan = adapter.plan
+    trained = {module for name in plan.modules_to_save for module in model.get_submodule(name).modules()}
+    owned = trained | {norm for norm, policy in adapter.norms.items() if policy == "track"}
+    copies: dict[int, Tensor] = {}  # by identity: tensors shared between modules stay shared
+    places = {(place.module, place.name): place for place in injection.places}
+    for module in (m for m in model.modules() if not isinstance(m, (Adapters, LoRA))):
+        parameters = module._parameters if module in owned else {}
+        for name, now in (*parameters.items(), *module._buffers.items()):
+            if now is None:
+                continue
+            place = places.get((module, name)) or Place(module, name, is_parameter=name in parameters)
+            if (module, name) not in places:
+                injection.places.append(place)
+            base = place.of(BASE)
+            assert base is not None, "a place has a tensor as long as `now` is one"
+            if id(base) not in copies:
+                copies[id(base)] = _own_copy(base, module in trained)
+            place.kept[plan.adapter_name] = copies[id(base)]
+
+
+def _own_copy(base: Tensor, trained: bool) -> Tensor:
+    if isinstance(base, nn.Parameter):
+        return nn.Parameter(base.detach().clone(), requires_grad=trained)
+    return base.clone()
 
 
 def remove(model: M) -> M:
@@ -186,28 +221,51 @@ def remove(model: M) -> M:
         for module in (*injection.norms, *injection.layers):
             check_restorable(module)
 
-    def undo() -> None:
+    def take_out() -> None:
         for _, root, injection in reversed(found):  # the inner parts were injected last
-            _undo(injection, root)
+            undo(injection, root)
 
-    to_the_end(undo)
+    to_the_end(take_out)
     return model
 
 
-def _undo(injection: Injection, root: nn.Module) -> None:
+def undo(injection: Injection, root: nn.Module) -> None:
     """Take back what was done, however much of it was; running it twice changes nothing more."""
-    for layer in injection.layers:
-        detach(layer)
     for norm in injection.norms:
-        _norms.unfreeze(norm)
-    for taken in [] if injection.is_merged else reversed(injection.taken):
-        taken.give_back()
+        set_policy(norm, None)
+    for place in [] if injection.merged else injection.places:
+        place.put(BASE)
+    _give_flags_back(injection)
+    for adapter in injection.adapters.values():
+        for layer in adapter.layers:
+            detach(layer, adapter.plan.adapter_name)
+    vars(root).pop(RECORD, None)
+
+
+def drop(injection: Injection, adapter_name: str) -> None:
+    """Take one adapter out that is not active; running it twice changes nothing more."""
+    adapter = injection.adapters.get(adapter_name)
+    if adapter is not None:
+        for layer in adapter.layers:
+            detach(layer, adapter_name)
+        for place in injection.places:
+            place.forget(adapter_name)
+        injection.adapters.pop(adapter_name)
+
+
+def _give_flags_back(injection: Injection) -> None:
+    """The base's requires_grad flags, also for what an adapter trained and a merged model keeps."""
+    was_trainable = set(injection.frozen)
+    for place in injection.places:
+        if place.is_parameter and (place.module, place.name) not in was_trainable:
+            _set_flag(place.module, place.name, False)
     for module, key in injection.frozen:
         _set_flag(module, key, True)
-    for taken in injection.taken if injection.is_merged else ():  # what was trained stays, with the base's flags
-        if taken.is_parameter:
-            _set_flag(taken.module, taken.name, taken.tensor.requires_grad)
-    vars(root).pop(RECORD, None)
+    trained = {module for module, _ in injection.frozen}
+    for layer in injection.layers if injection.merged else ():
+        aside = held(layer).aside if CHILD in layer._modules else None
+        if aside is not None and aside.weight is None and trained & {layer, *aside.sources}:
+            _set_flag(layer, "weight", True)  # it was computed from trainable parameters
 
 
 def _set_flag(module: nn.Module, key: str, requires_grad: bool) -> None:
@@ -216,28 +274,31 @@ def _set_flag(module: nn.Module, key: str, requires_grad: bool) -> None:
         parameter.requires_grad_(requires_grad)
 
 
-def summary(model: nn.Module) -> Plan:
+def summary(model: nn.Module, adapter_name: str | None = None) -> Plan:
     """What is in an injected model; ``print`` shows a table of layers, ranks, sizes, and what was skipped and why.
 
     >>> print(convlora.summary(model))
     >>> convlora.summary(model).trainable_share
 
+    Args:
+        model: an injected model.
+        adapter_name: one of its adapters; default the active one.
+
     Raises:
-        StateError: there is no adapter, or there are several injected parts; then give one of them.
+        StateError: there is no such adapter, or there are several injected parts; then give one of them.
     """
-    return the_injection(model)[1].plan
+    injection = the_injection(model)[1]
+    return replace(the_adapter(injection, adapter_name).plan, state=injection.state)
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The factors lora_A and lora_B of every adapted layer, for an optimizer group of their own.
+    """The active adapter's lora_A and lora_B of every layer, for an optimizer group of their own.
 
     Raises:
         StateError: there is no adapter.
     """
     for _, _, injection in injected(model):
-        for layer in injection.layers:
-            for lora in adapters(layer):
-                yield from (lora.lora_A, lora.lora_B)
+        yield from injection.adapters[injection.active].factors()
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -7,19 +7,29 @@ in ``_parameters["weight"]``, so the layer keeps its forward, geometry, hooks an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._functional import add_delta, delta_weight, move_like
-from ._swap import Swapped, restore, swap
+from ._computed import Aside
+from ._fast import convolution, is_plain, linear
+from ._functional import delta_weight, effective_weight, is_tracing
+from ._kept import Kept
+from ._paths import Path
+from ._swap import Swapped, original_class, restore, swap
 from .errors import StateError
 
 CHILD = "convlora"
 """The child of an adapted layer that holds its adapters by name, hence the key ``conv1.convlora.default.lora_A``."""
+
+
+ASSIGNED = (
+    "Assigning `weight` of an adapted layer would add the adapter to the new weight again. "
+    "Call convlora.merge(model) first, or change convlora.base_weight(layer) in place."
+)
 
 
 class LoRA(nn.Module):
@@ -32,17 +42,27 @@ class LoRA(nn.Module):
             changes nothing.
         scaling: what multiplies B @ A.
         dropout: probability with which the branch's inputs are zeroed in training.
+        path: which way a convolution takes in training; see ``_paths``.
     """
 
-    def __init__(self, weight: Tensor, rank: int, scaling: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        like: Tensor,
+        rank: int,
+        scaling: float,
+        dropout: float = 0.0,
+        path: Path = "auto",
+    ) -> None:
         super().__init__()
         # fp32 factors also on half-precision bases: steps of 1e-4 vanish in bf16.
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(torch.empty(rank, *weight.shape[1:], dtype=dtype, device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], rank, dtype=dtype, device=weight.device))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(rank, *weight_shape[1:], dtype=dtype, device=like.device))
+        self.lora_B = nn.Parameter(torch.zeros(weight_shape[0], rank, dtype=dtype, device=like.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scaling = scaling
         self.dropout = dropout
+        self.path: Path = path
 
     def delta_weight(self) -> Tensor:
         """ΔW, shaped like the layer's weight, in the factors' dtype."""
@@ -60,16 +80,16 @@ class LoRA(nn.Module):
 
 
 class Adapters(nn.ModuleDict):
-    """A layer's adapters by name; while merged also the base's weight, kept aside and out of the state dict."""
+    """A layer's adapters by name, which of them is active, and while merged also the base's weight, kept aside."""
 
-    @property
-    def aside(self) -> nn.Parameter | None:
-        """The base's weight while the merged one is in its place."""
-        return cast("nn.Parameter | None", vars(self).get("_aside"))
+    active: str | None = None
+    """None where the layer computes with the base's weight alone."""
+    aside: Aside | None = None
+    """What the merged weight has taken the place of; not a part of the state dict."""
 
-    def set_aside(self, weight: nn.Parameter | None) -> None:
-        """Keep the base's weight, or None once it is back."""
-        vars(self)["_aside"] = weight  # past nn.Module.__setattr__, which would register it as a parameter
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = Kept()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing while merged: factors beside merged weights would be added to them again where they are loaded."""
@@ -86,19 +106,28 @@ class AdaptedLayer(Swapped):
     @property
     def weight(self) -> Tensor:
         """The effective weight W + ΔW. To change the base weight, use :func:`convlora.base_weight`."""
+        layer = cast(nn.Module, self)
         try:
-            return effective_weight(cast(nn.Module, self))
+            return layer_weight(layer)
         except AttributeError as cause:
             # As an AttributeError of a property it would fall through to nn.Module.__getattr__, which would hand
             # back the base weight without a word.
             raise StateError(f"The adapter of this layer is damaged ({cause}); inject or load it again.") from cause
 
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if "weight" not in vars(self):
+            raise StateError(ASSIGNED)
+        vars(self)["weight"] = value  # torch's older weight_norm: its hook writes the base's weight here each time
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own forward with the effective weight; with dropout in training, base plus branch."""
         layer = cast(nn.Module, self)
-        lora = next(adapters(layer))
-        if lora.dropout and layer.training:
-            return _forward_with_dropout(layer, lora, *args, **kwargs)
+        lora = active_adapter(layer)
+        if lora is not None and len(args) == 1 and not kwargs:
+            y = _forward_in_training(layer, self._convlora_base, lora, args[0])
+            if y is not None:
+                return y
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -108,10 +137,7 @@ class AdaptedLayer(Swapped):
         ``__setattr__`` is nn.Module's.
         """
         if name == "weight" and "_convlora_loading" not in vars(self):
-            raise StateError(
-                "Assigning `weight` of an adapted layer would add the adapter to the new weight again. "
-                "Call convlora.merge(model) first, or change convlora.base_weight(layer) in place."
-            )
+            raise StateError(ASSIGNED)
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -123,67 +149,105 @@ class AdaptedLayer(Swapped):
             del vars(self)["_convlora_loading"]
 
 
-def effective_weight(layer: nn.Module) -> Tensor:
-    """W + ΔW of an adapted layer, in the base's dtype."""
-    weight = cast(Tensor, layer._parameters["weight"])
-    for lora in adapters(layer):
-        weight = add_delta(weight, lora.delta_weight())
-    return weight
+def own_weight(layer: nn.Module) -> Tensor:
+    """The base's weight of an adapted, unmerged layer: its Parameter, or what it is computed to be."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        weight = vars(layer).get("weight")
+    return super(AdaptedLayer, layer).weight if weight is None else weight  # type: ignore[misc]
 
 
-def _forward_with_dropout(layer: nn.Module, lora: LoRA, x: Tensor) -> Tensor:
-    base, delta, dropped = base_weight(layer), lora.delta_weight(), F.dropout(x, lora.dropout)
-    delta = delta.to(base.dtype)
+def layer_weight(layer: nn.Module) -> Tensor:
+    """W + ΔW of an adapted layer; the base's own tensor where no adapter is active.
+
+    Where no gradient is asked for it is computed once and kept, until a tensor that it came from has changed.
+    """
+    base, lora = own_weight(layer), active_adapter(layer)
+    if lora is None:
+        return base
+    if torch.compiler.is_compiling() or is_tracing():
+        return effective_weight(base, lora.lora_A, lora.lora_B, lora.scaling)
+    return held(layer).kept.weight(base, lora.lora_A, lora.lora_B, lora.scaling)
+
+
+def _forward_in_training(layer: nn.Module, cls: type[nn.Module], lora: LoRA, x: Tensor) -> Tensor | None:
+    """What a layer with a plain forward computes where gradients are asked for; None where the base's forward does."""
+    if lora.dropout and layer.training:
+        return _forward_with_dropout(layer, own_weight(layer), lora, x)
+    if not torch.is_grad_enabled():
+        return None
+    forward = convolution if is_plain(layer, cls) else linear if cls.forward is nn.Linear.forward else None
+    if forward is None:
+        return None
+    y = forward(layer, x, own_weight(layer), lora.lora_A, lora.lora_B, lora.scaling, lora.path)
+    if y is not None and not torch.compiler.is_compiling():
+        held(layer).kept.train()
+    return y
+
+
+def _forward_with_dropout(layer: nn.Module, base: Tensor, lora: LoRA, x: Tensor) -> Tensor:
+    delta, dropped = lora.delta_weight().to(base.dtype), F.dropout(x, lora.dropout)
     if isinstance(layer, nn.Linear):
         return F.linear(x, base, layer.bias) + F.linear(dropped, delta)
-    forward = cast("Callable[..., Tensor]", layer._conv_forward)
-    return forward(x, base, layer.bias) + forward(dropped, delta, None)
+    convolve = cast("Callable[..., Tensor]", layer._conv_forward)
+    return convolve(x, base, layer.bias) + convolve(dropped, delta, None)
 
 
 def supports_dropout(layer: nn.Module) -> bool:
     """Whether the layer's forward is linear in its weight as known here, so that the adapter can be a branch."""
-    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return type(layer).forward in [kind.forward for kind in plain]
+    cls = original_class(layer)
+    return cls.forward is nn.Linear.forward or is_plain(layer, cls)
 
 
 def attach(layer: nn.Module, adapter_name: str, lora: LoRA) -> None:
-    """Swap the layer's class and put the factors beside its weight."""
-    layer.add_module(CHILD, Adapters({adapter_name: lora}))
-    swap(layer, AdaptedLayer)
+    """Put an adapter's factors beside the layer's weight, at rest; swap the class where it is the first."""
+    if CHILD not in layer._modules:
+        layer.add_module(CHILD, Adapters())
+        swap(layer, AdaptedLayer)
+    held(layer).add_module(adapter_name, lora)
 
 
-def detach(layer: nn.Module) -> None:
+def detach(layer: nn.Module, adapter_name: str) -> None:
     """Undo :func:`attach`, also one that was interrupted halfway, and also where the layer is merged."""
+    if CHILD in layer._modules:
+        held(layer)._modules.pop(adapter_name, None)
+        if held(layer)._modules:
+            return
     if isinstance(layer, AdaptedLayer):
         restore(layer)
     layer._modules.pop(CHILD, None)
 
 
-def fold(layer: nn.Module, merged: Tensor) -> None:
-    """Put the merged weight in the base's place and give the layer its plain class back."""
-    _adapters(layer).set_aside(layer._parameters["weight"])
-    restore(layer)
-    layer._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
+def fold(layer: nn.Module, merged: nn.Parameter) -> None:
+    """Put the merged weight in the base's place and give the layer its plain class back; may be run twice."""
+    aside = held(layer).aside or Aside.of(layer, original_class(layer))
+    held(layer).aside = aside
+    aside.take_out(layer, merged)
 
 
 def unfold(layer: nn.Module) -> None:
     """Undo :func:`fold`, also one that was interrupted halfway, and also twice."""
-    base = _adapters(layer).aside
-    if base is not None:
-        layer._parameters["weight"] = cast(nn.Parameter, move_like(base, layer._parameters.get("weight")))
-        if not isinstance(layer, AdaptedLayer):
-            swap(layer, AdaptedLayer)
-        _adapters(layer).set_aside(None)
+    aside = held(layer).aside
+    if aside is not None:
+        aside.put_back(layer)
+        swap(layer, AdaptedLayer)
+        held(layer).aside = None
 
 
-def _adapters(layer: nn.Module) -> Adapters:
+def held(layer: nn.Module) -> Adapters:
+    """What an adapted layer holds of its adapters."""
     return cast(Adapters, layer._modules[CHILD])
 
 
-def adapters(layer: nn.Module) -> Iterator[LoRA]:
-    """The adapters of an adapted layer."""
-    for lora in _adapters(layer)._modules.values():
-        yield cast(LoRA, lora)
+def lora_of(layer: nn.Module, adapter_name: str) -> LoRA:
+    """The layer's factors of this adapter."""
+    return cast(LoRA, held(layer)._modules[adapter_name])
+
+
+def active_adapter(layer: nn.Module) -> LoRA | None:
+    """The factors that the layer computes with; None for the base alone."""
+    adapters = held(layer)
+    return None if adapters.active is None else cast("LoRA | None", adapters._modules.get(adapters.active))
 
 
 def base_weight(layer: nn.Module) -> nn.Parameter:
@@ -192,10 +256,10 @@ def base_weight(layer: nn.Module) -> nn.Parameter:
     In-place changes to ``layer.weight`` of an adapted layer are lost, since that is computed; changes to this last.
 
     Raises:
-        StateError: the layer has no weight Parameter.
+        StateError: the layer has no weight Parameter, or its weight is computed from others (weight_norm, say).
     """
-    aside = _adapters(layer).aside if CHILD in layer._modules else None
-    weight = layer._parameters.get("weight") if aside is None else aside
+    aside = held(layer).aside if CHILD in layer._modules else None
+    weight = layer._parameters.get("weight") if aside is None else aside.weight
     if weight is None:
         raise StateError(f"{type(layer).__name__} has no weight Parameter of its own.")
     return weight

@@ -14,10 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ._checks import check_plan
+from ._computed import weight_shape
 from ._layer import CHILD
 from ._peft_format import PREFIX, factor_shapes
+from ._places import BASE
 from ._plan import LayerPlan, Plan
 from ._planner import geometry
+from ._state import RECORD, Injection
+from ._swap import original_class
 from .errors import CheckpointError, TargetError
 
 TENSORS = "adapter_model.safetensors"
@@ -101,6 +105,15 @@ def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
+def tensors_as(model: nn.Module, owner: str) -> dict[str, Tensor]:
+    """The state dict as it is while this owner, an adapter or ``BASE``, has its tensors in place; no copies."""
+    record = vars(model).get(RECORD)
+    places = record.places if isinstance(record, Injection) else []
+    theirs = {id(place.now): tensor for place in places if (tensor := place.of(owner)) is not None}
+    state = tensors_of(model, keep_vars=True)
+    return {key: theirs.get(id(tensor), tensor) for key, tensor in state.items()}
+
+
 def own_keys(model: nn.Module, plan: Plan, buffers: Iterable[str]) -> set[str]:
     """Keys of the state dict that belong to the adapter besides its factors.
 
@@ -127,11 +140,11 @@ def digest(tensor: Tensor) -> str:
 
 def check_fits(manifest: Manifest, model: nn.Module, check_base: bool) -> None:
     """Raise one error that names the differences between the file and the model."""
-    faults = [*_layer_faults(manifest.plan, model)]
-    faults = faults or [*_tensor_faults(manifest, model), *_structure_faults(manifest, model)]
+    faults, state = [*_layer_faults(manifest.plan, model)], tensors_as(model, BASE)
+    faults = faults or [*_tensor_faults(manifest, model, state), *_structure_faults(manifest, model, state)]
     remedy = "Build the model as it was trained (same architecture, num_classes) and load again."
     if not faults and check_base:
-        faults = list(_number_faults(manifest, model))
+        faults = list(_number_faults(manifest, state))
         remedy = "Load the same pretrained weights first, or pass check_base=False to use it on this base all the same."
     if faults:
         more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
@@ -144,12 +157,12 @@ def _layer_faults(plan: Plan, model: nn.Module) -> Iterator[str]:
     saved = {module for name in plan.modules_to_save if name in modules for module in modules[name].modules()}
     for layer in plan.layers:
         module = modules.get(layer.name)
-        weight = None if module is None else module._parameters.get("weight")
-        if module is None or weight is None:
+        shape = () if module is None else weight_shape(module)
+        if module is None or not shape:
             yield f"  {layer.name}: {layer.kind} in the file, no such layer in the model"
         elif module in saved:
             yield f"  {layer.name}: adapted and trained in full at once in the file"
-        elif found := _differences(layer, module, tuple(weight.shape)):
+        elif found := _differences(layer, module, shape):
             yield f"  {layer.name}: {found}"
     for name in (*plan.modules_to_save, *plan.norms):
         if name not in modules:
@@ -157,7 +170,7 @@ def _layer_faults(plan: Plan, model: nn.Module) -> Iterator[str]:
 
 
 def _differences(layer: LayerPlan, module: nn.Module, shape: tuple[int, ...]) -> str:
-    here = {"kind": type(module).__name__, "weight": shape, **geometry(module)}
+    here = {"kind": original_class(module).__name__, "weight": shape, **geometry(module)}
     file = {"kind": layer.kind, "weight": layer.weight_shape, **layer.geometry}
     return "; ".join(
         f"{key} {file.get(key)} in the file, {here.get(key)} in the model"
@@ -166,9 +179,9 @@ def _differences(layer: LayerPlan, module: nn.Module, shape: tuple[int, ...]) ->
     )
 
 
-def _tensor_faults(manifest: Manifest, model: nn.Module) -> Iterator[str]:
+def _tensor_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
     """Differences between what the file holds and what its plan promises and the model has room for."""
-    state, plan = tensors_of(model), manifest.plan
+    plan = manifest.plan
     buffers = manifest.buffers & state.keys() & {name for name, _ in model.named_buffers(remove_duplicate=False)}
     yield from (f"  {key}: no such buffer in the model" for key in sorted(manifest.buffers - buffers))
     expected = {key: Form(shape, "float") for p in plan.layers for key, shape in factor_shapes(p).items()}
@@ -179,14 +192,13 @@ def _tensor_faults(manifest: Manifest, model: nn.Module) -> Iterator[str]:
             yield f"  {key}: {there} in the file, {here} in the model"
 
 
-def _structure_faults(manifest: Manifest, model: nn.Module) -> Iterator[str]:
-    here = base_keys(tensors_of(model), own_keys(model, manifest.plan, manifest.buffers))
+def _structure_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
+    here = base_keys(state, own_keys(model, manifest.plan, manifest.buffers))
     yield from (f"  {key}: only in the model's base" for key in here if key not in manifest.base)
     yield from (f"  {key}: only in the file's base" for key in manifest.base if key not in here)
 
 
-def _number_faults(manifest: Manifest, model: nn.Module) -> Iterator[str]:
-    state = tensors_of(model)
+def _number_faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[str]:
     for key, text in manifest.base.items():
         there, here = text.split(":"), digest(state[key]).split(":")
         if there[0] == here[0] and there != here:

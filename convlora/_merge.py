@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ._computed import compute
 from ._layer import fold, unfold
 from ._state import Injection, check_intact, injected, to_the_end
 from ._swap import check_restorable
 from .errors import StateError
 
 M = TypeVar("M", bound=nn.Module)
+Parts = list[tuple[nn.Module, Injection]]
 
 
 def merge(model: M) -> M:
@@ -34,20 +37,28 @@ def merge(model: M) -> M:
     parts = _parts(model, merged=False)
     for root, injection in parts:
         check_intact(root, injection)
+        if injection.disabled:
+            raise StateError("Adapters are disabled; leave the disable_adapter block first. Nothing was changed.")
         for layer in injection.layers:
             check_restorable(layer)
     # Outside inference mode: its tensors could never be trained or saved.
     with torch.inference_mode(False), torch.no_grad():
-        weights = [[cast(Tensor, layer.weight).clone() for layer in injection.layers] for _, injection in parts]
-        try:
-            for (_, injection), merged in zip(parts, weights, strict=True):
-                for layer, weight in zip(injection.layers, merged, strict=True):
-                    fold(layer, weight)
-                _mark(injection, merged=True)
-        except BaseException:
-            _unfold(parts)
-            raise
+        weights = [
+            [nn.Parameter(compute(layer), requires_grad=False) for layer in injection.layers] for _, injection in parts
+        ]
+        _fold(parts, weights)
     return model
+
+
+def _fold(parts: Parts, weights: list[list[nn.Parameter]]) -> None:
+    try:
+        for (_, injection), merged in zip(parts, weights, strict=True):
+            for layer, weight in zip(injection.layers, merged, strict=True):
+                fold(layer, weight)
+            injection.merged = True
+    except BaseException:
+        _unfold(parts)
+        raise
 
 
 def unmerge(model: M) -> M:
@@ -61,7 +72,7 @@ def unmerge(model: M) -> M:
     parts = _parts(model, merged=True)
     for root, injection in parts:
         check_intact(root, injection)
-        for name, module in injection.modules.items():
+        for name, module in ((n, m) for each in injection.adapters.values() for n, m in each.modules.items()):
             if module in injection.layers and module._parameters.get("weight") is None:
                 raise StateError(
                     f"{name}: its merged weight is no plain parameter any more (pruned or parametrized since?). "
@@ -71,20 +82,28 @@ def unmerge(model: M) -> M:
     return model
 
 
-def _unfold(parts: list[tuple[nn.Module, Injection]]) -> None:
+def _unfold(parts: Parts) -> None:
     for _, injection in parts:
         for layer in injection.layers:
             unfold(layer)
-        _mark(injection, merged=False)
+        injection.merged = False
 
 
-def _mark(injection: Injection, merged: bool) -> None:
-    injection.plan = replace(injection.plan, state="merged" if merged else "injected")
+@contextmanager
+def unmerged(root: nn.Module, injection: Injection) -> Iterator[None]:
+    """The model unmerged inside the block; the merged weights come back after it as they were, the same Parameters."""
+    parts = [(root, injection)] if injection.merged else []
+    weights = [[cast(nn.Parameter, layer._parameters["weight"]) for layer in i.layers] for _, i in parts]
+    try:
+        _unfold(parts)
+        yield
+    finally:
+        to_the_end(lambda: _fold(parts, weights))
 
 
-def _parts(model: nn.Module, merged: bool) -> list[tuple[nn.Module, Injection]]:
+def _parts(model: nn.Module, merged: bool) -> Parts:
     """The injected parts in this state, at least one."""
-    parts = [(root, injection) for _, root, injection in injected(model) if injection.is_merged is merged]
+    parts = [(root, injection) for _, root, injection in injected(model) if injection.merged is merged]
     if not parts:
         raise StateError(
             "The adapter is not merged; there is nothing to unmerge."

@@ -1,11 +1,18 @@
-"""Norm layers that keep running statistics: frozen in place, or found so that an adapter can own their statistics."""
+"""Norm layers that keep running statistics: frozen in place, or tracked so that an adapter can own the statistics."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, cast
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ._functional import is_transformed
+from ._plan import NormPolicy
 from ._swap import Swapped, restore, swap
 
 if TYPE_CHECKING:
@@ -27,6 +34,15 @@ class FrozenNorm(Swapped):
 
     _convlora_prefix: ClassVar[str] = "Frozen"
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm's own forward; where it is torch's batch norm, one that saves no input for the backward."""
+        norm = cast(nn.Module, self)
+        rest = _after_batch_norm(norm, self._convlora_base)
+        if rest is not None and len(args) == 1 and not kwargs and _is_constant(norm, args[0]):
+            cast(Any, norm)._check_input_dim(args[0])  # torch's own error for an input of other dimensions
+            return rest(_Constant.apply(args[0], *(getattr(norm, name) for name in BATCH_NORM)))
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
     def train(self, mode: bool = True) -> Self:
         """Children (activation, dropout) follow ``mode``; the norm itself remembers it and stays in eval."""
         super().train(mode)  # type: ignore[misc]
@@ -34,19 +50,99 @@ class FrozenNorm(Swapped):
         return self
 
 
-def _hold(norm: nn.Module, mode: bool) -> None:
-    vars(norm)["_convlora_mode"] = mode
-    norm.training = False
+BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "eps")
 
 
-def freeze(norm: nn.Module) -> None:
-    """Keep the norm in eval behaviour until :func:`unfreeze`."""
-    swap(norm, FrozenNorm)
-    _hold(norm, norm.training)
+class _Constant(torch.autograd.Function):
+    """Batch norm with constant statistics, scale and shift: the same bits forward, ``g · scale`` backward.
+
+    torch's own keeps the input for the gradient of the scale, which nobody asks for here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        scale = torch.rsqrt(var + eps)
+        ctx.save_for_backward(scale if weight is None else scale * weight)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,), (g,) = ctx.saved_tensors, grads
+        return (g * scale.view(-1, *[1] * (g.ndim - 2))).to(g.dtype), None, None, None, None, None
 
 
-def unfreeze(norm: nn.Module) -> None:
-    """Undo :func:`freeze`; the norm takes the mode that the model was last put in."""
-    if isinstance(norm, FrozenNorm):
+def _after_batch_norm(norm: nn.Module, cls: Any) -> Callable[[Tensor], Tensor] | None:
+    """What a norm whose forward begins with torch's batch norm does after it; None for other norms."""
+    if cls.forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
+        return nn.Identity()
+    timm = sys.modules.get("timm.layers.norm_act")
+    if timm is not None and cls.forward is timm.BatchNormAct2d.forward:
+        return lambda y: norm.act(norm.drop(y))  # type: ignore[operator]
+    return None
+
+
+def _is_constant(norm: nn.Module, x: Any) -> bool:
+    """Whether a gradient passes through, and none is asked for scale or shift; for an input that the norm takes."""
+    return (
+        torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.requires_grad
+        and x.ndim > 1
+        and x.shape[1] == norm.num_features
+        and not any(p is not None and p.requires_grad for p in norm._parameters.values())
+        and not torch.compiler.is_compiling()
+        and not is_transformed()
+    )
+
+
+class TrackedNorm(Swapped):
+    """A norm layer whose statistics move once a step, also where gradient checkpointing runs its forward twice."""
+
+    _convlora_prefix: ClassVar[str] = "Tracked"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm's own forward; run again inside a backward, it leaves the statistics as they are."""
+        if _inside_backward():
+            with _spared(cast(nn.Module, self)):
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+MODE = "_convlora_mode"
+"""Where a frozen norm remembers the mode that the model is in."""
+
+POLICIES: dict[NormPolicy, type[Swapped]] = {"freeze": FrozenNorm, "track": TrackedNorm}
+
+
+def _inside_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def _spared(norm: nn.Module) -> Iterator[None]:
+    """Copies take the buffers' places: the output in train mode does not depend on them."""
+    buffers = dict(norm._buffers)
+    norm._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})
+    try:
+        yield
+    finally:
+        norm._buffers.update(buffers)
+
+
+def set_policy(norm: nn.Module, policy: NormPolicy | None) -> None:
+    """Freeze the norm, track it, or with None give it back its own class and the mode that the model is in."""
+    if isinstance(norm, (FrozenNorm, TrackedNorm)):
         restore(cast(nn.Module, norm))
-    norm.training = vars(norm).pop("_convlora_mode", norm.training)
+    norm.training = vars(norm).get(MODE, norm.training)
+    vars(norm).pop(MODE, None)
+    if policy is not None:
+        swap(norm, POLICIES[policy])
+    if policy == "freeze":
+        _hold(norm, norm.training)
+
+
+def _hold(norm: nn.Module, mode: bool) -> None:
+    vars(norm)[MODE] = mode
+    norm.training = False

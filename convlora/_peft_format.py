@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from ._computed import has_parameter
 from ._plan import LayerPlan, Plan
-from ._state import Injection
+from ._state import Adapter
 from ._swap import original_class
 from ._targets import modules_of
 
@@ -34,16 +35,16 @@ def dotted(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def peft_config(model: nn.Module, injection: Injection) -> dict[str, Any]:
+def peft_config(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     """What adapter_config.json says, in the fields of peft's LoraConfig."""
-    plan = injection.plan
+    plan = adapter.plan
     ranks = {_pattern_key(p.name, plan): p.rank for p in plan.layers if p.rank != plan.rank}
     alphas = {_pattern_key(p.name, plan): p.alpha for p in plan.layers if p.alpha != plan.alpha}
     names = "|".join(re.escape(p.name) for p in plan.layers)
     tracked = plan.norms if plan.norm == "track" else ()
     return {
         # Stock peft refuses a type that it does not know: an error there, never a wrong prediction.
-        "peft_type": "LORA" if _peft_predicts_the_same(model, injection) else "CONVLORA",
+        "peft_type": "LORA" if _peft_predicts_the_same(model, adapter) else "CONVLORA",
         "base_model_name_or_path": None,
         "task_type": None,
         "inference_mode": True,
@@ -65,12 +66,12 @@ def _pattern_key(name: str, plan: Plan) -> str:
     return f"^{re.escape(name)}$" if any(re.match(rf"(.*\.)?({name})$", other) for other in others) else name
 
 
-def _peft_predicts_the_same(model: nn.Module, injection: Injection) -> bool:
+def _peft_predicts_the_same(model: nn.Module, adapter: Adapter) -> bool:
     """Whether stock peft rebuilds these layers faithfully: its conv branch drops groups, dilation, padding mode."""
     shared = {n.module for n in modules_of(model) if len(n.names) > 1}
-    return bool(injection.layers) and all(
-        layer not in shared and _peft_knows(plan, original_class(layer))
-        for plan, layer in zip(injection.plan.layers, injection.layers, strict=True)
+    return bool(adapter.layers) and all(
+        layer not in shared and has_parameter(layer) and _peft_knows(plan, original_class(layer))
+        for plan, layer in zip(adapter.plan.layers, adapter.layers, strict=True)
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ._functional import factor_count, scaling_of
+from ._paths import Path
 
 NormPolicy = Literal["freeze", "track"]
 
@@ -34,13 +35,23 @@ class LayerPlan:
 
     @property
     def base_parameters(self) -> int:
-        """Numbers in the base's weight."""
-        return math.prod(self.weight_shape)
+        """Numbers in the base's weight; 0 where it has none that could be adapted."""
+        return math.prod(self.weight_shape) if self.weight_shape else 0
 
     @property
     def adapter_parameters(self) -> int:
         """Numbers in the two factors."""
-        return factor_count(self.weight_shape, self.rank)
+        return factor_count(self.weight_shape, self.rank) if self.rank else 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module with parameters of its own that is neither a listed layer nor trained in full: it stays frozen."""
+
+    name: str
+    kind: str
+    parameters: int
+    """Numbers in its own parameters, those of its children not counted."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,8 @@ class Plan:
         skipped: those that are not, each with its reason in ``note``.
         modules_to_save: names of the modules trained in full, such as the head, and ``head_found_by`` how.
         norms: names of the norm layers that the policy ``norm`` concerns.
+        path: which way the layers take in training.
+        others: all other modules with parameters, so that each parameter of the model is accounted for.
         base_parameters: of the whole base model; ``saved_parameters``: of ``modules_to_save`` together.
         state: planned, injected or merged.
     """
@@ -72,6 +85,8 @@ class Plan:
     norms: tuple[str, ...]
     base_parameters: int
     saved_parameters: int
+    others: tuple[Part, ...] = ()
+    path: Path = "auto"
     state: str = "planned"
 
     @property
@@ -102,7 +117,8 @@ class Plan:
         """The plan that :meth:`to_json` wrote; raises TypeError or KeyError where the data are another thing."""
         layers = {key: tuple(_layer_from_json(item) for item in data[key]) for key in ("layers", "skipped")}
         names = {key: tuple(data[key]) for key in ("modules_to_save", "norms")}
-        return cls(**{**data, **layers, **names})
+        others = tuple(Part(**item) for item in data["others"])
+        return cls(**{**data, **layers, **names, "others": others})
 
     def __str__(self) -> str:
         return "\n".join([self._title(), *self._table(), *self._footer()])
@@ -129,9 +145,16 @@ class Plan:
             f"adapted layers: {len(self.layers)}, left alone: {len(self.skipped)}",
             f"trained in full: {saved} ({self.head_found_by}), {self.saved_parameters:,} parameters",
             f"norm layers with statistics: {len(self.norms)}, {moves}",
+            f"frozen besides: {self._besides()}",
             f"trainable: {self.trainable_parameters:,} of {self.base_parameters + self.adapter_parameters:,} "
             f"parameters ({self.trainable_share:.2%}), {self.adapter_parameters:,} of them in factors",
         ]
+
+    def _besides(self) -> str:
+        kinds: dict[str, list[int]] = {}
+        for part in self.others:
+            kinds.setdefault(part.kind, []).append(part.parameters)
+        return ", ".join(f"{len(sizes)} {kind} ({sum(sizes):,})" for kind, sizes in kinds.items()) or "nothing"
 
 
 def _layer_from_json(item: Mapping[str, Any]) -> LayerPlan:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from . import _checks, _norms, _targets
+from ._computed import weight_shape
 from ._functional import largest_rank, scaling_of
 from ._layer import AdaptedLayer
-from ._plan import LayerPlan, NormPolicy, Plan
+from ._paths import Path
+from ._plan import LayerPlan, NormPolicy, Part, Plan
 from ._state import check_plain
-from ._swap import check_swappable
+from ._swap import check_swappable, original_class
 from ._targets import Named, Targets
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Pattern = str | re.Pattern[str]
 
@@ -33,6 +37,7 @@ def plan(
     norm: NormPolicy = "freeze",
     dropout: float = 0.0,
     use_rslora: bool = False,
+    path: Path = "auto",
     adapter_name: str = "default",
 ) -> Plan:
     """What :func:`convlora.inject` would do with the same arguments, without touching the model.
@@ -42,20 +47,58 @@ def plan(
 
     Arguments and errors are those of :func:`convlora.inject`.
     """
-    rank = _checks.check_values(rank, alpha, norm, dropout, adapter_name)
     _checks.check_model(model)
     check_plain(model)
+    return make_plan(
+        model,
+        rank,
+        alpha=alpha,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        modules_to_save=modules_to_save,
+        norm=norm,
+        dropout=dropout,
+        use_rslora=use_rslora,
+        path=path,
+        adapter_name=adapter_name,
+    )
+
+
+class Options(TypedDict, total=False):
+    """The optional arguments of :func:`convlora.inject`, which explains them."""
+
+    alpha: float | None
+    target_modules: Targets
+    exclude_modules: Targets
+    rank_pattern: Mapping[Pattern, int] | None
+    alpha_pattern: Mapping[Pattern, float] | None
+    modules_to_save: Targets
+    norm: NormPolicy
+    dropout: float
+    use_rslora: bool
+    path: Path
+
+
+def make_plan(model: nn.Module, rank: int, adapter_name: str, **options: Unpack[Options]) -> Plan:
+    """As :func:`plan`, also for a base that carries adapters already."""
+    alpha, norm = options.get("alpha"), options.get("norm", "freeze")
+    dropout, use_rslora = options.get("dropout", 0.0), options.get("use_rslora", False)
+    path = options.get("path", "auto")
+    rank = _checks.check_values(rank, alpha, norm, dropout, path, adapter_name)
+    _checks.check_model(model)
     named = _targets.modules_of(model)
-    saved, found_by = _modules_to_save(model, named, modules_to_save)
+    saved, found_by = _modules_to_save(model, named, options.get("modules_to_save", "auto"))
     inside_saved = {module for s in saved for module in s.module.modules()}
-    choice = _Choice(model, named, target_modules, exclude_modules, rank_pattern, alpha_pattern, inside_saved)
+    choice = _Choice(model, named, inside_saved, options)
     layers = [choice.layer(n, rank, alpha, use_rslora, dropout) for n in choice.listed]
     _checks.check_any_left(layers, choice.targets, saved, model)
     norms = [n for n in named if _norms.keeps_statistics(n.module) and n.module not in inside_saved]
     for n in norms:
-        check_swappable(n.name, n.module, _norms.FrozenNorm)
+        check_swappable(n.name, n.module, _norms.POLICIES[norm])
     return Plan(
-        model=type(model).__name__,
+        model=original_class(model).__name__,
         adapter_name=adapter_name,
         rank=rank,
         alpha=default_alpha(rank) if alpha is None else float(alpha),
@@ -67,9 +110,24 @@ def plan(
         modules_to_save=tuple(s.name for s in saved),
         head_found_by=found_by,
         norms=tuple(n.name for n in norms),
-        base_parameters=sum(p.numel() for p in model.parameters()),
-        saved_parameters=sum(p.numel() for p in {p for s in saved for p in s.module.parameters()}),
+        base_parameters=_size(p for n in named for p in n.module._parameters.values()),
+        saved_parameters=_size(p for module in inside_saved for p in module._parameters.values()),
+        others=tuple(_others(named, inside_saved, choice.listed)),
+        path=path,
     )
+
+
+def _size(parameters: Iterable[nn.Parameter | None]) -> int:
+    """Numbers in the parameters together, a shared one counted once."""
+    return sum(p.numel() for p in {p for p in parameters if p is not None})
+
+
+def _others(named: list[Named], inside_saved: set[nn.Module], listed: list[Named]) -> Iterator[Part]:
+    inside_listed = {module for n in listed for module in n.module.modules()}
+    for n in named:
+        size = _size(n.module._parameters.values())
+        if size and n.module not in inside_saved | inside_listed:
+            yield Part(n.name, original_class(n.module).__name__, size)
 
 
 def default_alpha(rank: int) -> float:
@@ -80,40 +138,32 @@ def default_alpha(rank: int) -> float:
 class _Choice:
     """The user's patterns, matched once against the model's adaptable layers."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        named: list[Named],
-        target_modules: Targets,
-        exclude_modules: Targets,
-        rank_pattern: Mapping[Pattern, int] | None,
-        alpha_pattern: Mapping[Pattern, float] | None,
-        inside_saved: set[nn.Module],
-    ) -> None:
-        adaptable = [n for n in named if isinstance(n.module, _targets.ADAPTABLE)]
+    def __init__(self, model: nn.Module, named: list[Named], inside_saved: set[nn.Module], options: Options) -> None:
+        adaptable = [n for n in named if _targets.is_adaptable(n.module)]
 
         def select(targets: Targets, argument: str) -> set[nn.Module]:
             return {n.module for n in _targets.select(adaptable, targets, argument, model)}
 
-        if target_modules is None:
-            target_modules = nn.Conv2d
+        targets = options.get("target_modules")
+        if targets is None:
             _checks.check_any_conv(adaptable, model)
-        self.ranks, self.alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
+            self.targets = {n.module for n in adaptable if _targets.is_conv2d(n.module)}
+        else:
+            self.targets = select(targets, "target_modules")
+        self.ranks, self.alphas = dict(options.get("rank_pattern") or {}), dict(options.get("alpha_pattern") or {})
         self.inside_saved = inside_saved
-        self.excluded = select(exclude_modules, "exclude_modules")
-        self.targets = select(target_modules, "target_modules")
+        self.excluded = select(options.get("exclude_modules"), "exclude_modules")
         select(tuple(self.ranks), "rank_pattern")
         select(tuple(self.alphas), "alpha_pattern")
         # Every convolution is listed, so that none is missed in silence; linear layers where they were asked for.
-        self.listed = [n for n in adaptable if n.module in self.targets or isinstance(n.module, _ConvNd)]
+        self.listed = [n for n in named if n.module in self.targets or _is_to_be_listed(n.module)]
 
     def layer(self, n: Named, rank: int, alpha: float | None, use_rslora: bool, dropout: float) -> LayerPlan:
         """What one layer gets."""
         rank = _checks.checked_rank(_targets.first_match(self.ranks, n, rank), f"rank_pattern for {n.name}")
         alpha = _targets.first_match(self.alphas, n, default_alpha(rank) if alpha is None else alpha)
         _checks.check_alpha(alpha, f"alpha_pattern for {n.name}")
-        weight = n.module._parameters.get("weight")
-        shape = tuple(weight.shape) if weight is not None else ()
+        shape = weight_shape(n.module)
         note = self._reason_to_leave(n)
         fitting = 0 if note else min(rank, largest_rank(shape))
         if fitting:
@@ -123,26 +173,34 @@ class _Choice:
             note = f"rank {rank} would outweigh the layer" if fitting else "even rank 1 would outweigh the layer"
             # A capped layer keeps the scaling that was asked for: the cap is ours, not a wish for a larger step.
             alpha *= scaling_of(1.0, rank, use_rslora) / scaling_of(1.0, max(fitting, 1), use_rslora)
-        return LayerPlan(n.name, type(n.module).__name__, shape, fitting, float(alpha), note, geometry(n.module))
+        kind = original_class(n.module).__name__
+        return LayerPlan(n.name, kind, shape, fitting, float(alpha), note, geometry(n.module))
 
     def _reason_to_leave(self, n: Named) -> str:
+        if _targets.is_packed(n.module):
+            return "its weight is packed (quantized)"
         if n.module in self.inside_saved:
             return "trained in full"
         if n.module in self.excluded:
             return "excluded"
         if n.module not in self.targets:
             return "not a target"
-        if n.module._parameters.get("weight") is None:
-            return "its weight is computed from other parameters"
+        if not weight_shape(n.module):
+            return "it has no weight, or one computed in a way that is not torch's"
         return ""
+
+
+def _is_to_be_listed(module: nn.Module) -> bool:
+    packed = hasattr(module, "kernel_size") and _targets.is_packed(module)
+    return _targets.is_convolution(module) or packed
 
 
 def geometry(module: nn.Module) -> dict[str, Any]:
     """A convolution's stride, padding, dilation, groups and padding_mode as JSON data; empty for others."""
-    if not isinstance(module, _ConvNd):
+    if not _targets.is_convolution(module):
         return {}
     names = ("stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "transposed")
-    values = {name: getattr(module, name) for name in names}
+    values = {name: getattr(module, name) for name in names if hasattr(module, name)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

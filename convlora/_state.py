@@ -1,4 +1,4 @@
-"""What an injected model remembers, so that everything can be taken back.
+"""What an injected model remembers: its adapters, which of them is active, and how all can be taken back.
 
 One :class:`Injection` is kept on the module that was given to ``inject``. It refers to modules, not only to names, so
 that it follows deepcopy and pickle, and can tell where the user has replaced a part since.
@@ -9,68 +9,116 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
-from ._functional import move_like
-from ._layer import CHILD, AdaptedLayer
-from ._norms import FrozenNorm
-from ._plan import Plan
+from ._layer import CHILD, AdaptedLayer, LoRA, held, lora_of
+from ._norms import FrozenNorm, TrackedNorm, set_policy
+from ._places import COPY, Place
+from ._plan import NormPolicy, Plan
 from .errors import StateError
 
 RECORD = "_convlora"
 
 
 @dataclass
-class Taken:
-    """A tensor of the base whose place in its module the adapter's own tensor has taken."""
+class Adapter:
+    """One adapter of a model."""
 
-    module: nn.Module
-    name: str
-    tensor: Tensor
+    plan: Plan
+    modules: dict[str, nn.Module]
+    """Every module that the plan names."""
+    layers: list[nn.Module]
+    """Adapted layers, in the plan's order."""
+    norms: dict[nn.Module, NormPolicy]
+    """What its norm layers do while it is active."""
+    resting: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """Factors that were trainable when the adapter was last active, and are again when it is, as (module, name)."""
 
     @property
-    def place(self) -> dict[str, Tensor | None]:
-        """The module's parameters or buffers."""
-        parameters: dict[str, Tensor | None] = self.module._parameters  # type: ignore[assignment]
-        return parameters if self.is_parameter else self.module._buffers
+    def loras(self) -> list[LoRA]:
+        """The factors of every layer, in the plan's order."""
+        return [lora_of(layer, self.plan.adapter_name) for layer in self.layers]
 
-    @property
-    def is_parameter(self) -> bool:
-        """Whether it is a parameter; else a buffer."""
-        return isinstance(self.tensor, nn.Parameter)
-
-    def give_back(self) -> None:
-        """Put the base's tensor back, bit for bit, on the device and in the dtype that the model has by now."""
-        self.place[self.name] = move_like(self.tensor, self.place.get(self.name))
+    def factors(self) -> Iterator[nn.Parameter]:
+        """lora_A and lora_B of every layer."""
+        for lora in self.loras:
+            yield from (lora.lora_A, lora.lora_B)
 
 
 @dataclass
 class Injection:
-    """What was done to a model, in the order in which it was done."""
+    """What was done to a model."""
 
-    plan: Plan
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    """Every module that the plan names."""
-    taken: list[Taken] = field(default_factory=list)
-    """The base's tensors in whose place are the adapter's own: the modules trained in full, tracked norms, buffers."""
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: str = ""
+    """The adapter that the model computes with."""
+    disabled: bool = False
+    """Whether the base computes alone for now."""
+    merged: bool = False
+    """Whether merged weights are in the base's place."""
+    places: list[Place] = field(default_factory=list)
     frozen: list[tuple[nn.Module, str]] = field(default_factory=list)
     """Base parameters that were trainable, as (module, name)."""
-    norms: list[nn.Module] = field(default_factory=list)
-    """Norm layers frozen in place."""
-    layers: list[nn.Module] = field(default_factory=list)
-    """Adapted layers, in the plan's order."""
 
     @property
-    def is_merged(self) -> bool:
-        """Whether the merged weights are in the base's place; the plan's state says so."""
-        return self.plan.state == "merged"
+    def layers(self) -> list[nn.Module]:
+        """Every layer that any adapter adapts."""
+        return list(dict.fromkeys(layer for each in self.adapters.values() for layer in each.layers))
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """Every norm layer that any adapter freezes or tracks."""
+        return list(dict.fromkeys(norm for each in self.adapters.values() for norm in each.norms))
+
+    @property
+    def state(self) -> str:
+        """How a plan's table names the state of the model."""
+        return "merged" if self.merged else "injected"
+
+
+def activate(injection: Injection, adapter_name: str, disabled: bool = False) -> None:
+    """Let the model compute with one adapter, or for now with the base alone; may be run again after an interrupt.
+
+    What belongs to the adapter comes with it: the modules it trained in full, its norm statistics and policy.
+    Factors of the others are not trainable meanwhile. The base alone is the base with its own statistics: its norm
+    layers are frozen.
+    """
+    for place in injection.places:
+        if disabled:
+            place.put_copy()
+        else:
+            place.put(adapter_name)
+            place.forget(COPY)
+    for layer in injection.layers:
+        held(layer).active = None if disabled else adapter_name
+    for norm in injection.norms:
+        policy = injection.adapters[adapter_name].norms.get(norm)
+        set_policy(norm, "freeze" if disabled and policy else policy)
+    for name, each in injection.adapters.items():
+        _wake(each) if name == adapter_name else _rest(each)
+    injection.active, injection.disabled = adapter_name, disabled
+
+
+def _rest(each: Adapter) -> None:
+    for lora in each.loras:
+        for name, factor in lora.named_parameters():
+            if factor.requires_grad:
+                each.resting.append((lora, name))
+                factor.requires_grad_(False)
+
+
+def _wake(each: Adapter) -> None:
+    for lora, name in each.resting:
+        lora.get_parameter(name).requires_grad_(True)
+    each.resting.clear()
 
 
 def injections(model: nn.Module) -> Iterator[tuple[str, nn.Module, Injection]]:
     """Every injected module in the model, with its name: the model itself, or parts, or what a wrapper holds."""
     for name, module in model.named_modules():
-        if RECORD in vars(module):
-            yield name, module, vars(module)[RECORD]
+        record = vars(module).get(RECORD)
+        if isinstance(record, Injection):
+            yield name, module, record
 
 
 def injected(model: nn.Module) -> list[tuple[str, nn.Module, Injection]]:
@@ -101,15 +149,33 @@ def the_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
     return found[0][1], found[0][2]
 
 
+def the_adapter(injection: Injection, adapter_name: str | None) -> Adapter:
+    """The adapter of this name; None for the active one.
+
+    Raises:
+        StateError: there is none of this name.
+    """
+    found = injection.adapters.get(injection.active if adapter_name is None else adapter_name)
+    if found is None:
+        there = ", ".join(map(repr, injection.adapters))
+        raise StateError(f"There is no adapter {adapter_name!r}; there is {there}.")
+    return found
+
+
 def check_plain(model: nn.Module) -> None:
     """Raise StateError where a part of the model carries an adapter already, or is a part of what does."""
     for name, _, injection in injections(model):
         raise StateError(
-            f"{name or type(model).__name__} carries the adapter {injection.plan.adapter_name!r} already; "
-            "call convlora.remove(model) first. Nothing was changed."
+            f"{name or type(model).__name__} carries the adapter {injection.active!r} already; call "
+            "convlora.add_adapter for another beside it, or convlora.remove(model) first. Nothing was changed."
         )
     for name, module in model.named_modules():
-        if isinstance(module, (AdaptedLayer, FrozenNorm)) or CHILD in module._modules:
+        if RECORD in vars(module):
+            raise StateError(
+                f"{name or type(model).__name__} has an attribute named {RECORD!r}, which convlora needs for itself; "
+                "rename it. Nothing was changed."
+            )
+        if isinstance(module, (AdaptedLayer, FrozenNorm, TrackedNorm)) or CHILD in module._modules:
             raise StateError(
                 f"{name or type(model).__name__} belongs to a model that carries an adapter already; "
                 "call convlora.remove on that model first. Nothing was changed."
@@ -117,14 +183,21 @@ def check_plain(model: nn.Module) -> None:
 
 
 def check_intact(root: nn.Module, injection: Injection) -> None:
-    """Raise StateError where a module that the adapter concerns was replaced since: it would be passed over."""
+    """Raise StateError where a module that an adapter concerns was replaced since: it would be passed over."""
     now = dict(root.named_modules(remove_duplicate=False))
-    replaced = [name or "the model" for name, module in injection.modules.items() if now.get(name) is not module]
+    concerned = {name: module for each in injection.adapters.values() for name, module in each.modules.items()}
+    replaced = [name or "the model" for name, module in concerned.items() if now.get(name) is not module]
     if replaced:
         raise StateError(
             f"{', '.join(replaced)} of {type(root).__name__} was replaced after convlora.inject, and the adapter is "
             "on the old module still. Change a model before you inject: convlora.remove(model), change, inject again."
         )
+
+
+def check_unmerged(injection: Injection) -> None:
+    """Raise StateError while merged weights are in place."""
+    if injection.merged:
+        raise StateError("The adapter is merged; call convlora.unmerge(model) first. Nothing was changed.")
 
 
 def to_the_end(step: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ generated subclass ``(mixin, original class)``. ``docs/design.md`` says why this
 from __future__ import annotations
 
 from typing import Any, ClassVar, cast
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -32,18 +33,20 @@ def _rebuild(mixin: type[Swapped], base: type[nn.Module]) -> object:
     return cls.__new__(cls)
 
 
-_CLASSES: dict[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = {}
+# Weak: parametrize makes a class of its own for each module, and none of them should outlive it.
+_CLASSES: WeakValueDictionary[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = WeakValueDictionary()
 
 
 def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
     """The one subclass of ``base`` with this mixin's behaviour."""
-    if (mixin, base) not in _CLASSES:
+    cls = _CLASSES.get((mixin, base))
+    if cls is None:
         # __module__ stays the base's: torch.fx takes a module for a leaf when its class is from torch.nn.
         body = {"__module__": base.__module__, "__doc__": base.__doc__}
         own = {"_convlora_mixin": mixin, "_convlora_base": base}
         metaclass: Any = type(base)
-        _CLASSES[mixin, base] = metaclass(mixin._convlora_prefix + base.__name__, (mixin, base), body | own)
-    return _CLASSES[mixin, base]
+        cls = _CLASSES[mixin, base] = metaclass(mixin._convlora_prefix + base.__name__, (mixin, base), body | own)
+    return cls
 
 
 def is_swapped(module: object) -> bool:
@@ -58,11 +61,12 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def check_swappable(name: str, module: nn.Module, mixin: type[Swapped]) -> None:
     """Raise :class:`UnsupportedLayerError` where Python would not let this instance change its class."""
+    cls = original_class(module)
     try:
-        probe = object.__new__(type(module))
-        object.__setattr__(probe, "__class__", swapped_class(mixin, type(module)))
+        probe = object.__new__(cls)
+        object.__setattr__(probe, "__class__", swapped_class(mixin, cls))
     except TypeError as cause:
-        raise UnsupportedLayerError(f"{name}: {type(module).__name__} cannot be adapted in place ({cause}).") from cause
+        raise UnsupportedLayerError(f"{name}: {cls.__name__} cannot be adapted in place ({cause}).") from cause
 
 
 def swap(module: nn.Module, mixin: type[Swapped]) -> None:

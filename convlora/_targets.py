@@ -16,14 +16,38 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from ._computed import weight_shape
+from ._layer import Adapters, LoRA
 from .errors import TargetError
 
 Target = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 Targets = Target | Iterable[Target] | None
 T = TypeVar("T")
 
-ADAPTABLE = (_ConvNd, nn.Linear)
-"""Convolutions of every dimension, transposed ones too, and linear layers."""
+
+def is_convolution(module: nn.Module) -> bool:
+    """A torch convolution of any dimension, transposed too, or a module that keeps kernels of its own.
+
+    The latter is told by its ``kernel_size`` and a weight of kernels: torchvision's DeformConv2d, timm's CondConv2d.
+    """
+    return isinstance(module, _ConvNd) or (hasattr(module, "kernel_size") and len(weight_shape(module)) > 2)
+
+
+def is_conv2d(module: nn.Module) -> bool:
+    """What is adapted where no target is named: nn.Conv2d, and modules that keep 2-D kernels of their own."""
+    if isinstance(module, _ConvNd):
+        return isinstance(module, nn.Conv2d)
+    return is_convolution(module) and len(weight_shape(module)) == 4
+
+
+def is_packed(module: nn.Module) -> bool:
+    """A quantized layer of torch's, whose weight is a method."""
+    return callable(getattr(type(module), "weight", None))
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """A convolution or a linear layer."""
+    return isinstance(module, nn.Linear) or is_convolution(module)
 
 
 @dataclass(frozen=True)
@@ -40,10 +64,11 @@ class Named:
 
 
 def modules_of(model: nn.Module) -> list[Named]:
-    """Each module once, with all its names; the root's is empty."""
+    """Each module of the base once, with all its names; the root's is empty."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+        if not isinstance(module, (Adapters, LoRA)):
+            names.setdefault(module, []).append(name)
     return [Named(tuple(all_names), module) for module, all_names in names.items()]
 
 
@@ -139,7 +164,7 @@ def find_head(model: nn.Module, named: list[Named]) -> tuple[list[Named], str]:
             layers = _output_layers((head,), named)
             if layers:
                 return layers, f"attribute {attribute!r}"
-    last = [n for n in named if isinstance(n.module, ADAPTABLE)][-1:]
+    last = [n for n in named if is_adaptable(n.module)][-1:]
     if last and last[0].name and isinstance(last[0].module, nn.Linear):
         return last, "the last layer"
     return [], "no classifier was found; name one with modules_to_save"
@@ -148,6 +173,6 @@ def find_head(model: nn.Module, named: list[Named]) -> tuple[list[Named], str]:
 def _output_layers(heads: Iterable[object], named: list[Named]) -> list[Named]:
     last = []
     for head in heads:
-        inside = [m for m in head.modules() if isinstance(m, ADAPTABLE)] if isinstance(head, nn.Module) else []
+        inside = [m for m in head.modules() if is_adaptable(m)] if isinstance(head, nn.Module) else []
         last += inside[-1:]
     return [n for n in named if any(n.module is layer for layer in last)]

@@ -152,10 +152,10 @@ def test_other_weights_of_the_base_are_named_and_can_be_allowed(saved):
     convlora.load_adapter(base, directory, check_base=False)
 
 
-def test_an_injected_model_is_refused(saved):
+def test_a_second_adapter_of_one_name_is_refused(saved):
     base, directory, _ = saved
     convlora.inject(base)
-    with pytest.raises(StateError, match="carries the adapter 'default' already"):
+    with pytest.raises(StateError, match="There is an adapter 'default' already; choose another name"):
         convlora.load_adapter(base, directory)
 
 

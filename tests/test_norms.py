@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from conftest import randomise
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import convlora
 
@@ -65,6 +67,45 @@ def test_every_norm_with_statistics_can_be_frozen(norm, x):
     assert equal(statistics(model), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct2d"])
+def test_frozen_batch_norm_saves_no_input_and_has_the_same_bits_and_gradients(kind, dtype):
+    layers = pytest.importorskip("timm.layers") if kind.endswith("Act2d") else nn
+    torch.manual_seed(0)
+    norm = getattr(layers, kind)(6).eval()
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    shape = (3, 6, 5, 4, 3)[: {"1d": 3, "2d": 4, "3d": 5}[kind[-2:]]]
+    model, base = nn.Sequential(nn.Conv2d(6, 6, 1), norm), copy.deepcopy(norm).requires_grad_(False).to(dtype)
+    convlora.inject(model.to(dtype), 2, modules_to_save=None)
+    x = torch.randn(shape, dtype=dtype)
+    mine, theirs = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
+    inner = mine * 1  # an input that is no leaf, as inside a network
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        y = model[1](inner)
+    expected = base(theirs)
+    assert torch.equal(y, expected)
+    g = torch.randn_like(y)
+    y.backward(g), expected.backward(g)
+    # the same product, in another order; timm's norm keeps its activation's output besides
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=tolerance, atol=tolerance)
+    assert sum(saved) == 6 + (x.numel() if kind.endswith("Act2d") else 0)
+
+
+def test_frozen_batch_norm_has_second_derivatives_and_trains_its_scale_where_asked():
+    norm = nn.BatchNorm2d(3, dtype=torch.float64)
+    model = convlora.inject(nn.Sequential(nn.Conv2d(3, 3, 1, dtype=torch.float64), norm), 1, modules_to_save=None)
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(model.train(), (x,))
+    norm.weight.requires_grad_(True)
+    model(x).square().sum().backward()
+    assert norm.weight.grad is not None
+    with pytest.raises((RuntimeError, ValueError)):  # torch's own error
+        norm(torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True) * 1)
+
+
 def test_norms_without_statistics_are_not_touched():
     model = nn.Sequential(nn.Conv2d(6, 6, 1), nn.GroupNorm(2, 6), nn.InstanceNorm2d(6))
     convlora.inject(model, 2, modules_to_save=None)
@@ -81,3 +122,20 @@ def test_children_of_a_frozen_norm_follow_the_mode():
     assert not model[1].training and model[1].drop.training
     model.eval()
     assert not model[1].drop.training
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_statistics_move_once_under_gradient_checkpointing(net, images, reentrant):
+    """The forward runs twice, the second time inside the backward."""
+    convlora.inject(net, norm="track", modules_to_save=["fc", "block.1"])  # tracked, and trained in full
+    randomise(net)
+    plain = copy.deepcopy(net)
+    forward = net.block.forward
+    net.block.forward = lambda x: checkpoint(forward, x, use_reentrant=reentrant)
+    for model in (net, plain):
+        for _ in range(2):
+            model.train()(images).square().sum().backward()
+    assert net.bn1.num_batches_tracked == net.block[1].num_batches_tracked == 2
+    assert equal(statistics(net), statistics(plain))
+    for a, b in zip(convlora.trainable_parameters(net), convlora.trainable_parameters(plain), strict=True):
+        assert torch.equal(a.grad, b.grad)

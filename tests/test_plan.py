@@ -1,6 +1,7 @@
 """The plan: caps, counts and the printed table."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -59,21 +60,56 @@ def test_table_says_layer_rank_sizes_reasons_and_totals(net):
         "adapted layers: 2, left alone: 1",
         "trained in full: fc (attribute 'fc'), 39 parameters",
         "norm layers with statistics: 2, frozen in eval behaviour",
+        "frozen besides: 2 BatchNorm2d (64), 1 Linear (204)",
         "trainable: 420 of 1,552 parameters (27.06%), 381 of them in factors",
     ]
     convlora.merge(net)
     assert "(merged)" in str(convlora.summary(net)).splitlines()[0]
 
 
-def test_weight_that_is_computed_is_left_alone_and_said():
-    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 8, 3))
+def test_weight_that_something_else_computes_is_left_alone_and_said():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    weight = model[0].weight.detach()
+    del model[0].weight
+    model[0].weight = weight
     plan = convlora.plan(model, 2, modules_to_save=None)
-    assert [(layer.name, layer.note) for layer in plan.skipped] == [
-        ("0", "its weight is computed from other parameters")
+    note = "it has no weight, or one computed in a way that is not torch's"
+    assert [(layer.name, layer.note) for layer in plan.skipped] == [("0", note)]
+
+
+def test_every_parameter_is_accounted_for(net):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.scale = net, nn.Parameter(torch.ones(3, 2))
+            self.tied = net.hidden
+
+    model = Block()
+    plan = convlora.plan(model, exclude_modules="net.stem")
+    assert [(part.name, part.kind, part.parameters) for part in plan.others] == [
+        ("", "Block", 6),
+        ("net.bn1", "BatchNorm2d", 32),
+        ("net.block.1", "BatchNorm2d", 32),
+        ("net.hidden", "Linear", 16 * 12 + 12),
     ]
+    assert plan.modules_to_save == ("net.fc",)
+    listed = {layer.name for layer in (*plan.layers, *plan.skipped)} | {part.name for part in plan.others}
+    listed |= {"net.fc"}
+    for name, _ in model.named_parameters():
+        assert name.rpartition(".")[0] in listed
 
 
 def test_convolutions_of_other_kinds_are_listed_and_adapted_when_asked():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2), nn.Conv1d(8, 8, 3))
     plan = convlora.plan(model, 2)
     assert [(layer.name, layer.note) for layer in plan.skipped] == [("1", "not a target"), ("2", "not a target")]
+
+
+def test_quantized_layers_are_listed_with_the_reason():
+    quantized = pytest.importorskip("torch.ao.nn.quantized")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), quantized.Conv2d(4, 4, 3))
+    plan = convlora.plan(model, 2, modules_to_save=None)
+    assert [(layer.name, layer.note) for layer in plan.skipped] == [("1", "its weight is packed (quantized)")]
+    assert "packed" in str(plan) and plan.skipped[0].base_parameters == 0

@@ -87,6 +87,47 @@ def test_interrupted_at_any_line_the_model_is_in_one_state_and_can_go_on(step, t
             at += 4
 
 
+def visit(model):
+    with convlora.disable_adapter(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: convlora.set_adapter(model, "b"),
+        lambda model: convlora.add_adapter(model, "c", 1),
+        lambda model: convlora.delete_adapter(model, "b"),
+        visit,
+    ],
+)
+def test_interrupted_switching_leaves_each_adapter_whole(call):
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    model = convlora.add_adapter(trained(), "b", 3, norm="track")
+    convlora.set_adapter(model, "b")
+    randomise(model, seed=2)
+    model.train()(images)
+    expected = {"b": model.eval()(images)}
+    convlora.set_adapter(model, "default")
+    expected["default"] = model(images)
+    base = convlora.remove(copy.deepcopy(model))(images)
+    start, at = copy.deepcopy(model), 1
+    while True:
+        model = copy.deepcopy(start)
+        if not run_interrupted(lambda model=model: call(model), at):
+            break
+        assert torch.equal(model(images), expected[convlora.summary(model).adapter_name]), at
+        for name in ("default", "b"):
+            if name in model.stem.convlora:
+                convlora.set_adapter(model, name)
+                assert torch.equal(model(images), expected[name]), (name, at)
+        if "c" in model.stem.convlora:
+            convlora.delete_adapter(model, "c")
+        assert not any(".c." in key for key in model.state_dict())
+        assert torch.equal(convlora.remove(model)(images), base), at
+        at += 5
+
+
 def test_pruned_after_merging_can_be_removed_and_unmerge_is_refused(net, images):
     convlora.inject(net.eval())
     randomise(net)
@@ -181,15 +222,18 @@ def test_parts_injected_one_inside_the_other_are_removed_inner_first(images, tra
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = SmallNet(), SmallNet()
+            conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))  # buffers that move, and no norm
+            self.a, self.b = SmallNet(), nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
         def forward(self, x):
             return self.a(x) + self.b(x)
 
     pair = Pair()
     before = snapshot(pair)
-    convlora.inject(pair, target_modules="a.*", norm="track", modules_to_save=["a.fc", "b.fc"])
+    convlora.inject(pair, target_modules="a.*", norm="track", modules_to_save=["a.fc", "b.3"])
     train(pair, images)
+    with pytest.raises(StateError, match="belongs to a model that carries an adapter already"):
+        convlora.inject(pair.a.block)
     convlora.inject(pair.b, norm="track")
     train(pair, images)
     convlora.remove(pair)

@@ -1,0 +1,82 @@
+"""Which of three ways an adapted convolution takes in training, from its shapes.
+
+- ``fused``: one convolution with W + ΔW; the factors' gradients through tensors of rank r.
+- ``weight``: the same convolution; the factors' gradients from the dense gradient of the weight.
+- ``branch``: the base's convolution, plus B applied to A ∗ x.
+
+They differ in rounding only. ``fused`` pays for W + ΔW twice, whatever the image's size, so where few positions share
+it ``branch`` is cheaper; ``weight`` wins where the layer has so few channels that rank-r tensors are no smaller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+Path = Literal["auto", "fused", "weight", "branch"]
+PATHS: tuple[Path, ...] = ("auto", "fused", "weight", "branch")
+
+BALANCE = 10.0
+"""FLOPs that a machine does while it moves one byte between memory and cores."""
+THIN = 24
+"""A convolution to r channels runs as slowly as one to this many: vector units and threads idle."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What decides: a layer, its rank and its input. Counts, no units."""
+
+    out_channels: int
+    in_channels: int
+    kernel: int
+    """Positions in a kernel: 9 for 3×3."""
+    groups: int
+    rank: int
+    inputs: int
+    """Input positions: images × height × width."""
+    outputs: int
+    """Output positions."""
+    input_grad: bool
+    """Whether the gradient goes further back than this layer."""
+    width: int = 4
+    """Bytes in a number."""
+
+    @property
+    def fan_in(self) -> int:
+        """Columns of the weight matrix."""
+        return self.in_channels // self.groups * self.kernel
+
+
+def choose(shapes: Shapes) -> Path:
+    """The path with the least estimated cost beyond what all three have in common."""
+    if shapes.groups > 1:
+        return "weight"  # rank-r tensors would need r channels for each group
+    costs = estimate(shapes)
+    return min(costs, key=lambda path: costs[path])
+
+
+choose_once = lru_cache(maxsize=4096)(choose)
+"""The same, remembered: a network meets few shapes, each at every step."""
+
+
+def estimate(s: Shapes) -> dict[Path, float]:
+    """Cost of each path in training, in FLOPs, bytes counted as FLOPs by :data:`BALANCE`.
+
+    The base's convolution and its gradient to the input are in all of them, and not counted.
+    """
+    rank = max(s.rank, 1)
+    thin = max(rank, THIN)  # what the rank costs where it is a number of output channels
+    weight, x, g = s.out_channels * s.fan_in, s.inputs * s.in_channels, s.outputs * s.out_channels
+
+    def cost(flops: float, numbers: float) -> float:
+        return flops + BALANCE * s.width * numbers
+
+    passes = 2 if s.input_grad else 1  # W + ΔW is needed in the forward, and for the gradient to the input
+    merge = passes * cost(2 * weight * rank, 3 * weight)
+    mix = cost(2 * g * rank, g)  # t or dB: one pass over the output's gradient
+    project = cost(2 * s.outputs * s.fan_in * thin, x)  # h, dA, or t back to the input: one pass over the input
+    dense = cost(2 * s.outputs * s.fan_in * s.out_channels, x + g + weight) + 2 * cost(2 * weight * rank, weight)
+    low_rank = 2 * mix + 2 * project
+    branch = cost(2 * g * rank, 2 * g) + (cost(2 * s.outputs * s.fan_in * thin, 3 * x) if s.input_grad else 0.0)
+    return {"fused": merge + low_rank, "weight": merge + dense, "branch": branch + low_rank}

@@ -1,0 +1,315 @@
+"""The adapted convolution's own autograd: whichever path it takes, output and gradients are the dense weight's."""
+
+import copy
+import random
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from conftest import SmallNet, convolutions, dense_delta, randomise
+from hypothesis import given
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import convlora
+from convlora import _paths
+from convlora._convolution import Geometry, convolve
+
+PATHS = ["auto", "fused", "weight", "branch"]
+paths = pytest.mark.parametrize("path", PATHS)
+
+
+def adapt(layer, path="auto", rank=2):
+    convlora.inject(layer, rank, modules_to_save=None, path=path, target_modules=type(layer))
+    randomise(layer)
+    return layer
+
+
+def with_dense_weight(layer):
+    """The plain layer with W + ΔW, and a gradient for it."""
+    return convlora.remove(convlora.merge(copy.deepcopy(layer))).requires_grad_(True)
+
+
+def dense_gradients(layer, plain):
+    """What the chain rule makes of the dense weight's gradient."""
+    lora = layer.convlora["default"]
+    dense = lora.scaling * plain.weight.grad.flatten(1)
+    return (lora.lora_B.T @ dense).view(lora.lora_A.shape), dense @ lora.lora_A.flatten(1).T
+
+
+@paths
+@pytest.mark.parametrize("channels_last", [False, True])
+@given(geometry=convolutions())
+def test_output_and_gradients_are_those_of_the_dense_weight(path, channels_last, geometry):
+    layer, x = geometry.build(torch.float64)
+    if channels_last:
+        layer, x = layer.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    plain = copy.deepcopy(layer)
+    try:
+        adapt(layer, path)
+    except convlora.TargetError:
+        return  # so small that even rank 1 would outweigh it
+    layer.requires_grad_(False)
+    for parameter in convlora.adapter_parameters(layer):
+        parameter.requires_grad_(True)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(True)
+    with torch.no_grad():
+        plain.weight += dense_delta(layer)
+    mine, theirs = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
+    y, expected = layer(mine), plain(theirs)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+    g = torch.randn_like(expected)
+    y.backward(g)
+    expected.backward(g)
+    lora, (grad_A, grad_B) = layer.convlora["default"], dense_gradients(layer, plain)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(lora.lora_A.grad, grad_A, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(lora.lora_B.grad, grad_B, rtol=1e-10, atol=1e-10)
+    if layer.bias is not None:
+        torch.testing.assert_close(layer.bias.grad, plain.bias.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("groups, kernel, stride", [(1, 3, 2), (1, 1, 1), (1, 1, 2), (2, 3, 1)])
+def test_first_and_second_derivatives_in_double_precision(path, groups, kernel, stride):
+    torch.manual_seed(0)
+    geometry = Geometry((stride, stride), (kernel // 2,) * 2, (1, 1), groups)
+    weight = torch.randn(4, 4 // groups, kernel, kernel, dtype=torch.float64)
+    x, A, B, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in [(2, 4, 4, 3), (2, *weight.shape[1:]), (4, 2), (4,)]
+    )
+
+    def run(x, A, B, bias):
+        return convolve(x, weight, A, B, bias, 0.7, geometry, path)
+
+    assert gradcheck(run, (x, A, B, bias))
+    assert gradgradcheck(run, (x, A, B, bias))
+
+
+@paths
+def test_fresh_adapter_is_exact_also_where_gradients_are_asked_for(path, images):
+    torch.manual_seed(0)
+    net = SmallNet()
+    base = copy.deepcopy(net).eval()
+    convlora.inject(net, path=path)
+    net.eval()
+    assert torch.equal(net(images), base(images))
+
+
+def saved_bytes(run):
+    """Bytes that autograd keeps for the backward, parameters not counted, a storage once."""
+    storages = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("path, kept", [("fused", 0), ("weight", 0), ("branch", 2 * 8 * 6 * 6 * 4)])
+def test_nothing_is_saved_but_the_input(path, kept):
+    """The merged weight is computed again; a branch keeps its few channels."""
+    layer, x = nn.Conv2d(64, 64, 3, padding=1, bias=False), torch.randn(2, 64, 6, 6)
+    adapt(layer, path, rank=8)
+    assert saved_bytes(lambda: layer(x)) == x.numel() * 4 + kept
+
+
+@paths
+def test_autocast_computes_as_the_merged_layer_does(path):
+    layer, x = adapt(nn.Conv2d(8, 16, 3), path), torch.randn(2, 8, 9, 9)
+    plain = with_dense_weight(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = layer(x), plain(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    lora, (grad_A, grad_B) = layer.convlora["default"], dense_gradients(layer, plain)
+    assert lora.lora_A.grad.dtype == torch.float32
+    # bf16 has 8 bits: single roundings of 0.4 %, and sums of them
+    for mine, theirs in ((y, expected), (lora.lora_A.grad, grad_A), (lora.lora_B.grad, grad_B)):
+        assert (mine - theirs).abs().max() <= 0.02 * theirs.abs().max()
+
+
+@paths
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases_with_fp32_factors(path, dtype):
+    layer, x = adapt(nn.Conv2d(8, 16, 3, dtype=dtype), path), torch.randn(2, 8, 9, 9, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in convlora.adapter_parameters(layer))
+    assert (y - with_dense_weight(layer)(x)).abs().max() <= 0.02 * y.abs().max()
+
+
+def test_where_the_own_autograd_does_not_know_the_way_torch_does_it():
+    layer, x = adapt(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 7, 7)
+    plain = with_dense_weight(layer)
+    torch.testing.assert_close(layer(x[0]), plain(x[0]))  # no batch
+    y, tangent = torch.func.jvp(layer, (x,), (x,))  # forward mode
+    torch.testing.assert_close((y, tangent), torch.func.jvp(plain, (x,), (x,)))
+    torch.testing.assert_close(torch.func.vmap(layer)(x[:, None]), torch.func.vmap(plain)(x[:, None]))
+    parameters = dict(layer.named_parameters())
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).square().sum())(parameters)
+    layer(x).square().sum().backward()
+    lora = layer.convlora["default"]
+    torch.testing.assert_close(gradients["convlora.default.lora_A"], lora.lora_A.grad)
+    torch.testing.assert_close(gradients["convlora.default.lora_B"], lora.lora_B.grad)
+    with pytest.raises(RuntimeError):  # torch's own error
+        layer(torch.randn(2, 5, 7, 7))
+    empty = layer(torch.randn(0, 4, 7, 7))
+    assert empty.shape == (0, 8, 5, 5)
+    layer._parameters["weight"].requires_grad_(True)  # the base trained too
+    layer(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    torch.testing.assert_close(layer._parameters["weight"].grad, plain.weight.grad)
+
+
+def test_frozen_factors_and_inputs_get_no_gradient():
+    layer, x = adapt(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 7, 7)
+    lora = layer.convlora["default"]
+    lora.lora_A.requires_grad_(False)
+    layer(x).sum().backward()
+    assert lora.lora_A.grad is None and lora.lora_B.grad is not None
+    lora.lora_B.requires_grad_(False)
+    assert not layer(x).requires_grad
+    x.requires_grad_(True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+@paths
+def test_linear_layers(path):
+    torch.manual_seed(0)
+    layer, x = adapt(nn.Linear(12, 9, dtype=torch.float64), path), torch.randn(2, 5, 12, dtype=torch.float64)
+    plain = with_dense_weight(layer)
+    for each in (layer, plain):
+        each(x).square().sum().backward()
+    lora, (grad_A, grad_B) = layer.convlora["default"], dense_gradients(layer, plain)
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((lora.lora_A.grad, lora.lora_B.grad), (grad_A, grad_B), rtol=1e-11, atol=1e-11)
+
+
+def test_unknown_path_is_refused(net):
+    with pytest.raises(convlora.TargetError, match="path='fast'; it must be one of 'auto', 'fused'"):
+        convlora.inject(net, path="fast")
+
+
+def test_the_choice_follows_the_shapes():
+    def chosen(out, into, kernel, positions, groups=1, rank=8):
+        shapes = _paths.Shapes(out, into, kernel, groups, rank, positions, positions, input_grad=True)
+        return _paths.choose(shapes)
+
+    assert chosen(512, 512, 9, positions=16 * 56 * 56) == "fused"  # large image: W + ΔW costs next to nothing
+    assert chosen(512, 512, 9, positions=9) == "branch"  # it would cost more than the convolution
+    assert chosen(16, 16, 9, positions=16 * 56 * 56) == "weight"  # rank-r tensors are no smaller
+    assert chosen(64, 64, 9, positions=16 * 56 * 56, groups=64) == "weight"
+
+
+# ---- what is kept between forwards without gradients
+
+
+def test_the_effective_weight_is_computed_once_where_no_gradient_is_asked_for():
+    layer, x = adapt(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 7, 7)
+    with torch.no_grad():
+        first = layer.weight
+        layer(x)
+        assert layer.weight is first
+        layer.convlora["default"].lora_B.add_(1)
+        assert layer.weight is not first
+    assert layer.weight is not layer.weight and layer.weight.requires_grad
+    with torch.inference_mode():
+        kept = layer.weight
+    x.requires_grad_(True)
+    layer.requires_grad_(False)
+    layer(x).sum().backward()  # what was kept in inference mode serves outside
+    assert layer.weight is not kept or not kept.is_inference()
+
+
+def test_writes_to_the_weight_that_was_handed_out_are_lost():
+    layer = adapt(nn.Conv2d(4, 8, 3))
+    with torch.no_grad():
+        expected = layer.weight.clone()
+        layer.weight.zero_()
+        assert torch.equal(layer.weight, expected)
+
+
+MUTATIONS = {
+    "factor in place": lambda layer: layer.convlora["default"].lora_A.mul_(1.5),
+    "factor by foreach": lambda layer: torch._foreach_add_([layer.convlora["default"].lora_B], 0.25),
+    "factor's data replaced": lambda layer: setattr(
+        layer.convlora["default"].lora_A, "data", torch.randn_like(layer.convlora["default"].lora_A)
+    ),
+    "factor replaced": lambda layer: setattr(
+        layer.convlora["default"], "lora_B", nn.Parameter(torch.randn(8, 2, dtype=layer._parameters["weight"].dtype))
+    ),
+    "base in place": lambda layer: convlora.base_weight(layer).add_(0.5),
+    "base's data replaced": lambda layer: setattr(
+        convlora.base_weight(layer), "data", torch.randn_like(convlora.base_weight(layer))
+    ),
+    "loaded": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
+    "loaded by assignment": lambda layer: layer.load_state_dict(
+        {k: v * 2 for k, v in layer.state_dict().items()}, assign=True
+    ),
+    "scaling": lambda layer: setattr(layer.convlora["default"], "scaling", layer.convlora["default"].scaling + 1),
+    "dtype": lambda layer: layer.double() if layer.weight.dtype == torch.float32 else layer.float(),
+    "memory format": lambda layer: layer.to(memory_format=torch.channels_last),
+    "merged and back": lambda layer: convlora.unmerge(convlora.merge(layer)),
+    "another adapter": lambda layer: convlora.set_adapter(
+        layer, "other" if convlora.summary(layer).adapter_name == "default" else "default"
+    ),
+    "copied": copy.deepcopy,
+    "optimizer": None,
+    "average past the counters": None,
+}
+
+
+def optimize(layer):
+    with torch.enable_grad():
+        layer(torch.randn(1, 4, 5, 5, dtype=layer._parameters["weight"].dtype)).sum().backward()
+    torch.optim.AdamW(convlora.adapter_parameters(layer), lr=0.1).step()
+
+
+def average(layer):
+    """As many training scripts keep an average of weights: through .data, after a training step."""
+    with torch.enable_grad():
+        layer(torch.randn(1, 4, 5, 5, dtype=layer._parameters["weight"].dtype)).sum().backward()
+    for factor in convlora.adapter_parameters(layer):
+        factor.data.mul_(0.9)
+
+
+MUTATIONS["optimizer"], MUTATIONS["average past the counters"] = optimize, average
+
+
+@given(names=st.lists(st.sampled_from(sorted(MUTATIONS)), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_what_is_kept_is_never_stale(names, seed):
+    random.seed(seed)
+    torch.manual_seed(seed)
+    layer = nn.Conv2d(4, 8, 3)
+    convlora.inject(layer, 2, modules_to_save=None)
+    convlora.add_adapter(layer, "other", 2, modules_to_save=None)
+    randomise(layer)
+    with torch.no_grad():
+        for name in names:
+            MUTATIONS[name](layer)
+            for _ in range(random.randint(1, 2)):
+                active = layer.convlora[convlora.summary(layer).adapter_name]
+                delta = active.scaling * torch.einsum("or,riyx->oiyx", active.lora_B, active.lora_A)
+                torch.testing.assert_close(layer.weight, convlora.base_weight(layer) + delta, rtol=1e-4, atol=1e-5)
+
+
+def test_copies_and_pickles_start_with_nothing_kept(tmp_path):
+    layer = adapt(nn.Conv2d(4, 8, 3))
+    with torch.no_grad():
+        kept = layer.weight
+        size = kept.numel() * 4
+        assert copy.deepcopy(layer).weight is not kept
+    torch.save(layer, tmp_path / "layer.pt")
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "layer.pt", weights_only=False).weight, kept)
+    assert (tmp_path / "layer.pt").stat().st_size < 8 * size + 20_000
