@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines, appended to")
     parser.add_argument("--page", type=Path, default=PAGE, help="where the report goes")
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one network")
-    parser.add_argument("--memory", type=float, default=9, help="memory limit of one network in GiB")
+    parser.add_argument("--memory", type=float, default=12, help="memory limit of one network in GiB")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     for what in ("plan", "numeric", "report") if options.what == "all" else (options.what,):

@@ -175,7 +175,7 @@ def relative_error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float
     left, right = list(found), list(expected)
     if [t.shape for t in left] != [t.shape for t in right]:
         return float("inf")
-    return max((_error(a.double(), b.double()) for a, b in zip(left, right, strict=True) if a.numel()), default=0.0)
+    return max((_error(a.float(), b.float()) for a, b in zip(left, right, strict=True) if a.numel()), default=0.0)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -135,6 +135,7 @@ class _Way:
 
     def merge(self) -> float:
         """The whole network's output, merged against unmerged."""
+        self.__dict__.pop("base", None)  # large networks need the room
         unmerged = evaluate(self.adapted, self.sample)
         self.state = {key: tensor.detach().clone() for key, tensor in self.adapted.state_dict().items()}
         self.library.merge(self.adapted)

@@ -23,8 +23,8 @@ INTRO = """# How wide it works
 
 Two sweeps, made by `python -m benchmarks.coverage all --jobs 2`. Everything is on the CPU in float32 with random
 weights; nothing is downloaded. **Plan width**: every architecture name of timm and torchvision is built without numbers
-and planned; each convolution{parameters} must be accounted for. **Numeric width**: the smallest network of each kind goes
-the whole way with rank 8, and beside it Hugging Face peft with the same layers, rank and scaling.
+and planned; each convolution{parameters} must be accounted for. **Numeric width**: the smallest network of each kind
+goes the whole way with rank 8, and beside it Hugging Face peft with the same layers, rank and scaling.
 
 {environment}.
 """
@@ -79,7 +79,8 @@ def page(rows: Iterable[Row]) -> str:
 def _environment(rows: list[Row]) -> str:
     last = next((row for row in reversed(rows) if row["kind"] == "environment"), environment(1))
     packages = ", ".join(f"{name} {number}" for name, number in last["packages"].items())
-    return f"Python {last['python']}, {packages}; {last['machine']}, one thread a process, {last['jobs']} at a time.{_time(rows)}"
+    machine = f"{last['machine']}, one thread a process, {last['jobs']} at a time"
+    return f"Python {last['python']}, {packages}; {machine}.{_time(rows)}"
 
 
 def _time(rows: list[Row]) -> str:
