@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 BATCH = 2
 QUIET = 1e-3
@@ -25,6 +26,11 @@ class Sample:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+
+    def double(self) -> Sample:
+        """The same numbers in float64."""
+        args, kwargs, train = tree_map_only(torch.Tensor, _widened, (self.args, self.kwargs, self.train))
+        return Sample(args, kwargs, train)
 
     def shapes(self) -> str:
         """Such as ``2×3×64×64``; several inputs with commas."""
@@ -50,9 +56,9 @@ class Case:
     kinds: tuple[type[nn.Module], ...] = (nn.Conv2d,)
 
     @property
-    def family(self) -> str:
-        """What comes before the slash."""
-        return self.name.split("/")[0]
+    def targets(self) -> tuple[type[nn.Module], ...] | None:
+        """What convlora is told: nothing where its default will do."""
+        return None if self.kinds == (nn.Conv2d,) else self.kinds
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,17 @@ class Subject:
 
 
 class SkipInitialisation(TorchFunctionMode):
-    """Draws no random numbers into weights: they are loaded at once."""
+    """Zeros in place of random numbers in weights, which are loaded at once: truncated draws repeat until they fit."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The in-place draws return what they were given."""
+        """The in-place draws fill with zeros, in a fraction of the time."""
         if func in (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_):
-            return args[0]
+            return args[0].zero_()
         return func(*args, **(kwargs or {}))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def images(*channels: int) -> Callable[[int], Sample]:
@@ -175,10 +185,12 @@ def relative_error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float
     left, right = list(found), list(expected)
     if [t.shape for t in left] != [t.shape for t in right]:
         return float("inf")
-    return max((_error(a.float(), b.float()) for a, b in zip(left, right, strict=True) if a.numel()), default=0.0)
+    return max((_error(a, b) for a, b in zip(left, right, strict=True) if a.numel()), default=0.0)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
+    if not expected.is_floating_point():
+        found, expected = found.double(), expected.double()
     difference = (found - expected).abs()
     difference[found == expected] = 0.0  # infinities that agree
     worst = difference.max().item()

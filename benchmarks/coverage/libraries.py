@@ -67,7 +67,7 @@ class Convlora:
 
     def inject(self, model: nn.Module, case: Case) -> nn.Module:
         """In place."""
-        return convlora.inject(model, RANK, alpha=ALPHA, target_modules=case.kinds)
+        return convlora.inject(model, RANK, alpha=ALPHA, target_modules=case.targets)
 
     def factors(self, adapted: nn.Module) -> dict[str, Factors]:
         """From the children of the adapted layers."""

@@ -70,7 +70,6 @@ def check_plan(name: str) -> dict[str, Any]:
     row["adapted"] = len(plan.layers)
     row["capped"] = sum(bool(layer.note) for layer in plan.layers)
     row["skipped"] = dict(Counter(layer.note for layer in plan.skipped))
-    row["accounted"] = getattr(plan, "others", None) is not None
     row["problems"] += list(problems_of(plan, model, convolutions))
     return row
 
@@ -100,10 +99,7 @@ def problems_of(plan: convlora.Plan, model: nn.Module, convolutions: dict[str, n
     for layer in plan.layers:
         if layer.adapter_parameters > layer.base_parameters:
             yield f"adapter larger than its layer: {layer.name}"
-    others = getattr(plan, "others", None)
-    if others is None:
-        return
-    yield from _unaccounted(model, listed, saved, {part.name: part.parameters for part in others})
+    yield from _unaccounted(model, listed, saved, {part.name: part.parameters for part in plan.others})
 
 
 def _unaccounted(model: nn.Module, listed: set[str], saved: set[nn.Module], others: dict[str, int]) -> Iterator[str]:

@@ -12,6 +12,8 @@ from .cases import Case, images
 
 FEWER: dict[str, dict[str, Any]] = {"deepseek_vit_412m": {"depth": 2}}
 """Networks whose smallest would need more memory than a check may take: the same layers, fewer blocks."""
+BESIDES = ("tf_efficientnet_cc_b0_4e",)
+"""With layers that no module's smallest has: conditional convolutions."""
 OWN_SIZE = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 512)
 
 

@@ -21,7 +21,7 @@ FAMILIES = (torchvision_cases, transformers_cases, smp_cases, handmade)
 def cases(planned: Iterable[dict[str, Any]]) -> dict[str, Case]:
     """All cases by name; timm's are chosen among the rows of the plan width."""
     timm_rows = [row for row in planned if row["name"].startswith("timm/") and "error" not in row]
-    found = [timm_cases.case(name) for name in timm_cases.smallest(timm_rows)]
+    found = [timm_cases.case(name) for name in (*timm_cases.smallest(timm_rows), *timm_cases.BESIDES)]
     found += [case for family in FAMILIES for case in family.cases()]
     return {case.name: case for case in found}
 
@@ -46,7 +46,7 @@ def check_case(case: Case, libraries: Iterable[Library] | None = None) -> dict[s
 
 def _planned(subject: Subject, model: nn.Module) -> dict[str, Any]:
     try:
-        plan = convlora.plan(model, target_modules=subject.case.kinds)
+        plan = convlora.plan(model, target_modules=subject.case.targets)
     except convlora.ConvLoraError:
         return {"adapted": 0, "skipped": None}  # the check's first step says why
     return {"adapted": len(plan.layers), "skipped": len(plan.skipped)}
