@@ -23,14 +23,16 @@ from benchmarks.coverage.libraries import Convlora, Peft
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Plain, depthwise, standardised-weight, 'same'-padded, reparameterizable, mixed-kernel, parallel-branch, windowed,
-# attention with convolutions, reused layers, and convolutions of one and three dimensions and transposed.
+# attention with convolutions, conditional and reused layers, computed weights, other dimensions, transposed.
 TIMM_SMALL = """
 resnet18 tf_efficientnet_lite0 mobilenetv3_small_050 convnext_atto regnetx_002 nf_regnet_b0 resnetv2_18 tf_mixnet_s
 repvgg_a0 test_nfnet test_coatnet test_mambaout test_vit levit_128s ghostnet_050 starnet_s050 edgenext_xx_small
+tf_efficientnet_cc_b0_4e
 """
 TIMM = TIMM_SMALL.split()
 TORCHVISION = ["squeezenet1_1", "shufflenet_v2_x0_5", "quantized_mobilenet_v2", "raft_small"]
 BY_HAND = ["audio_conv1d", "dcgan_generator", "volume_unet"]
+BY_HAND += [f"discriminator_{norm}{form}" for norm in ("weight_norm", "spectral_norm") for form in ("", "_old")]
 EVERY = 36
 """Of the nearly 1,500 architecture names, every so many are planned here."""
 
@@ -99,6 +101,8 @@ class Broken(Convlora):
             convlora.base_weight(model.conv)[0, 0, 0, 0].add_(1e-3)
         if self.step == "gradient":  # a factor that training does not reach
             model.last.register_forward_pre_hook(lambda layer, inputs: (inputs[0].detach(),))
+        if self.step == "slightly wrong gradient":
+            model.last.convlora["default"].lora_A.register_hook(lambda grad: 1.01 * grad)
         return model
 
     def merge(self, adapted):
@@ -130,6 +134,11 @@ def test_a_broken_step_is_found(step):
         subject = small()
     assert all(step.ok for step in check(subject, Convlora()).values())
     assert not check(subject, Broken(step))[step].ok
+
+
+def test_a_gradient_that_is_a_little_wrong_is_told_from_rounding():
+    step = check(small(), Broken("slightly wrong gradient"))["gradient"]
+    assert not step.ok and 0.005 < step.value < 0.02
 
 
 def test_a_merge_that_is_broken_in_the_library_is_found(monkeypatch):
