@@ -26,6 +26,8 @@ DETECTION = (
 VIDEO = "mc3_18 mvit_v1_b mvit_v2_s r2plus1d_18 r3d_18 s3d swin3d_t"
 RESIZING = ("faster", "mask", "keypoint", "retina", "fcos")
 """Detectors that enlarge their images to 800 pixels unless told otherwise."""
+FEW_BOXES = {f"rpn_{when}_nms_top_n_{mode}": 50 for when in ("pre", "post") for mode in ("train", "test")}
+"""Proposals of an untrained network are noise; fifty of them are as good as two thousand."""
 FLOW = "raft_large raft_small"
 
 
@@ -64,7 +66,8 @@ def _plain(
     kinds: tuple[type[nn.Module], ...] = (nn.Conv2d,),
 ) -> Case:
     def make(size: int) -> nn.Module:
-        return build(name, **({"min_size": size, "max_size": 2 * size} if name.startswith(RESIZING) else {}))
+        options = {"min_size": size, "max_size": 2 * size} if name.startswith(RESIZING) else {}
+        return build(name, **options, **(FEW_BOXES if "rcnn" in name else {}))
 
     return Case(f"torchvision/{name}", make, sample, sizes, kinds)
 
