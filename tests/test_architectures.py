@@ -1,4 +1,4 @@
-"""The whole way on real networks: inject, train in train mode, save, load, merge, unmerge, remove."""
+"""Heads of real networks, and the whole way where norm statistics move: train, save, load, merge, unmerge, remove."""
 
 import copy
 
@@ -11,8 +11,7 @@ import convlora
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 
-# Plain, depthwise, standardised-weight, 'same'-padded, reparameterizable, mixed-kernel, parallel-branch networks.
-TIMM = {
+HEADS = {
     "resnet18": "fc",
     "tf_efficientnet_lite0": "classifier",
     "mobilenetv3_small_050": "classifier",
@@ -23,15 +22,21 @@ TIMM = {
     "tf_mixnet_s": "classifier",
     "repvgg_a0": "head.fc",
     "hrnet_w18_small": "classifier",
+    "densenet121": "classifier",
 }
 TORCHVISION = {"densenet121": "classifier", "squeezenet1_1": "classifier.1", "shufflenet_v2_x0_5": "fc"}
-HEADS = TIMM | TORCHVISION
 
 
-def build(name):
-    if name in TIMM:
-        return timm.create_model(name, num_classes=2)
-    return torchvision.models.get_model(name, num_classes=2)
+@pytest.mark.parametrize("name", HEADS)
+def test_head_of_timm(name):
+    with torch.device("meta"):
+        assert convlora.plan(timm.create_model(name)).modules_to_save == (HEADS[name],)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_head_of_torchvision(name):
+    with torch.device("meta"):
+        assert convlora.plan(torchvision.models.get_model(name)).modules_to_save == (TORCHVISION[name],)
 
 
 @pytest.mark.parametrize(
@@ -48,17 +53,16 @@ def test_head_of_other_families(make, head):
     assert convlora.plan(make()).modules_to_save == head
 
 
-@pytest.mark.parametrize("norm", ["freeze", "track"])
-@pytest.mark.parametrize("name", HEADS)
-def test_whole_way(name, norm, tmp_path, train):
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "hrnet_w18_small", "tf_mixnet_s", "repvgg_a0"])
+def test_whole_way_with_moving_statistics(name, tmp_path, train):
+    """Frozen norms, and many more networks: tests/test_coverage.py."""
     torch.manual_seed(0)
-    model = build(name).train()
+    model = timm.create_model(name, num_classes=2).train()
     base, images = copy.deepcopy(model), torch.randn(3, 3, 64, 64)
     before = snapshot(model)
 
-    convlora.inject(model, norm=norm)
+    convlora.inject(model, norm="track")
     assert torch.equal(model.eval()(images), base.eval()(images))
-    assert convlora.summary(model).modules_to_save == (HEADS[name],)
     train(model, images, steps=2, lr=1e-6)  # small: untrained networks explode without their statistics
     assert all(p.grad is not None and p.grad.isfinite().all() for p in convlora.trainable_parameters(model))
 

@@ -1,0 +1,159 @@
+"""The two libraries under one interface: put in, merge, take back, save, load."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import convlora
+
+from .cases import Case
+
+RANK, ALPHA = 8, 16.0
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's B and A, as stored, and what multiplies their product."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    def delta(self, weight: Tensor) -> Tensor | None:
+        """ΔW from its definition; None where the factors are of another form than ``(r, …)`` and ``(C_out, r)``."""
+        a, b = self.a.detach().flatten(1), self.b.detach().flatten(1)
+        if b.shape[1] != a.shape[0] or b.shape[0] * a.shape[1] != weight.numel():
+            return None
+        return (self.scaling * torch.einsum("or,ri->oi", b, a)).reshape(weight.shape).to(weight.dtype)
+
+
+class Library(Protocol):
+    """What the check asks of a library."""
+
+    name: str
+
+    def inject(self, model: nn.Module, case: Case) -> nn.Module:
+        """Put a rank 8 adapter into the case's layers; the module to call."""
+
+    def factors(self, adapted: nn.Module) -> dict[str, Factors]:
+        """Each adapted layer's factors by the name that the layer has in the base."""
+
+    def held(self, adapted: nn.Module) -> list[str]:
+        """Names of the norms that stay in eval behaviour while training."""
+
+    def merge(self, adapted: nn.Module) -> None:
+        """Fold in."""
+
+    def unmerge(self, adapted: nn.Module) -> None:
+        """Take back."""
+
+    def save(self, adapted: nn.Module, folder: Path) -> None:
+        """Write the adapter."""
+
+    def load(self, model: nn.Module, folder: Path) -> nn.Module:
+        """Read it into a fresh base."""
+
+
+class Convlora:
+    """This library, as its README has it."""
+
+    name = "convlora"
+
+    def inject(self, model: nn.Module, case: Case) -> nn.Module:
+        """In place."""
+        return convlora.inject(model, RANK, alpha=ALPHA, target_modules=case.targets)
+
+    def factors(self, adapted: nn.Module) -> dict[str, Factors]:
+        """From the children of the adapted layers."""
+        layers = {layer.name: adapted.get_submodule(layer.name) for layer in convlora.summary(adapted).layers}
+        loras: dict[str, Any] = {name: layer.get_submodule("convlora.default") for name, layer in layers.items()}
+        return {name: Factors(lora.lora_A, lora.lora_B, lora.scaling) for name, lora in loras.items()}
+
+    def held(self, adapted: nn.Module) -> list[str]:
+        """Those that the plan lists."""
+        return list(convlora.summary(adapted).norms)
+
+    def merge(self, adapted: nn.Module) -> None:
+        """In place."""
+        convlora.merge(adapted)
+
+    def unmerge(self, adapted: nn.Module) -> None:
+        """In place."""
+        convlora.unmerge(adapted)
+
+    def save(self, adapted: nn.Module, folder: Path) -> None:
+        """One file of tensors."""
+        convlora.save_adapter(adapted, folder)
+
+    def load(self, model: nn.Module, folder: Path) -> nn.Module:
+        """In place."""
+        return convlora.load_adapter(model, folder)
+
+    def remove(self, adapted: nn.Module) -> None:
+        """Back to the base."""
+        convlora.remove(adapted)
+
+
+def has_one_group(module: nn.Module) -> bool:
+    """Whether a layer's output channels see all input channels."""
+    return bool(getattr(module, "groups", 1) == 1)
+
+
+class Peft:
+    """Hugging Face peft's LoRA with the names of the same layers; ``grouped=False`` leaves grouped ones out."""
+
+    def __init__(self, grouped: bool = True) -> None:
+        self.grouped = grouped
+        self.name = "peft" if grouped else "peft_ungrouped"
+
+    def inject(self, model: nn.Module, case: Case) -> nn.Module:
+        """Every layer of the case's kinds, named in full; a list of names would match their suffixes as well."""
+        import peft
+
+        found = [(name, module) for name, module in model.named_modules() if isinstance(module, case.kinds)]
+        names = [re.escape(name) for name, module in found if self.grouped or has_one_group(module)]
+        config = peft.LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules="|".join(names))
+        adapted: nn.Module = peft.get_peft_model(model, config)
+        return adapted
+
+    def factors(self, adapted: nn.Module) -> dict[str, Factors]:
+        """From peft's own layers."""
+        from peft.tuners.lora import LoraLayer
+
+        base: Any = adapted.get_base_model()  # type: ignore[operator]
+        found = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+        return {
+            name: Factors(layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
+            for name, layer in found.items()
+        }
+
+    def held(self, adapted: nn.Module) -> list[str]:
+        """The same norms that convlora holds: peft saves no statistics, so a careful user would hold them."""
+        base: Any = adapted.get_base_model()  # type: ignore[operator]
+        named = base.named_modules()
+        return [name for name, m in named if any(key.startswith("running_") for key in m._buffers)]
+
+    def merge(self, adapted: nn.Module) -> None:
+        """In place."""
+        adapted.merge_adapter()  # type: ignore[operator]
+
+    def unmerge(self, adapted: nn.Module) -> None:
+        """In place."""
+        adapted.unmerge_adapter()  # type: ignore[operator]
+
+    def save(self, adapted: nn.Module, folder: Path) -> None:
+        """Factors and configuration."""
+        adapted.save_pretrained(str(folder))  # type: ignore[operator]
+
+    def load(self, model: nn.Module, folder: Path) -> nn.Module:
+        """Around a fresh base."""
+        import peft
+
+        loaded: nn.Module = peft.PeftModel.from_pretrained(model, str(folder))
+        return loaded

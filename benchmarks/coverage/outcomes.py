@@ -1,0 +1,80 @@
+"""What a row of results comes to, in a word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .checks import MERGE_TOLERANCE
+
+WRONG = 1e-3
+"""A merged network further off than this is wrong; between this and the tolerance it is inexact."""
+FAILURES = {
+    "inject": "inject fails",
+    "forward": "forward fails",
+    "identity": "identity off",
+    "gradient": "no gradient",
+    "merge": "merge refused",
+    "unmerge": "unmerge fails",
+    "reload": "reload wrong",
+    "remove": "remove not exact",
+}
+"""The steps in the order in which a failure counts, and what it is called."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The first failure of a library on a network; ``strict`` and ``works`` are the two ways to pass.
+
+    Attributes:
+        label: "passes", or the failure.
+        reason: its error message, or its size.
+        strict: every step by the same criteria, merge within 1e-5 and unmerge bit for bit.
+        works: every step, but a merge may be off by up to 1e-3 and unmerge by rounding.
+    """
+
+    label: str
+    reason: str
+    strict: bool
+    works: bool
+
+
+def outcome(steps: dict[str, dict[str, Any]]) -> Outcome:
+    """Of one library's steps."""
+    failed = [name for name in FAILURES if name in steps and not steps[name]["ok"]]
+    serious = [name for name in failed if not _is_rounding(name, steps[name]["value"])]
+    if not failed:
+        return Outcome("passes", "", True, True)
+    first = (serious or failed)[0]
+    value = steps[first]["value"]
+    size = f" ({value:.1e})" if value is not None else ""
+    return Outcome(_label(first, value), steps[first]["reason"] + size, False, not serious)
+
+
+def _is_rounding(step: str, value: float | None) -> bool:
+    limits = {"merge": WRONG, "unmerge": MERGE_TOLERANCE}
+    return step in limits and value is not None and value <= limits[step]
+
+
+def _label(step: str, value: float | None) -> str:
+    if step == "merge" and value is not None:
+        return "merge silently wrong" if value > WRONG else "merge inexact"
+    if step == "unmerge" and value is not None:
+        return "unmerge not exact"
+    return FAILURES[step]
+
+
+def merge_error(steps: dict[str, dict[str, Any]]) -> float | None:
+    """Of the whole network's output; None where it did not come to a merge."""
+    value: float | None = steps.get("merge", {}).get("value")
+    return value
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for the terminal."""
+    if "error" in row:
+        return f"ERROR {row['error']}"
+    if row["kind"] == "plan":
+        return "; ".join(row["problems"][:2]) or "planned"
+    found = {name: outcome(row[name]) for name in ("convlora", "peft", "peft_ungrouped") if name in row}
+    return ", ".join(f"{name} {o.label}{f': {o.reason[:80]}' if o.reason else ''}" for name, o in found.items())

@@ -1,0 +1,55 @@
+"""timm: the smallest network with convolutions of each of its model modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import timm
+from torch import nn
+
+from .cases import Case, images
+
+FEWER: dict[str, dict[str, Any]] = {"deepseek_vit_412m": {"depth": 2}}
+"""Networks whose smallest would need more memory than a check may take: the same layers, fewer blocks."""
+BESIDES = ("tf_efficientnet_cc_b0_4e",)
+"""With layers that no module's smallest has: conditional convolutions."""
+OWN_SIZE = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 512)
+
+
+def names() -> list[str]:
+    """Every architecture name."""
+    return list(timm.list_models())
+
+
+def module_of(name: str) -> str:
+    """The model module that a name belongs to, ``resnet`` say."""
+    return str(timm.models.model_entrypoint(name).__module__).rsplit(".", 1)[-1]
+
+
+def smallest(planned: Iterable[dict[str, Any]]) -> list[str]:
+    """Of each module, the name with the fewest parameters among those that have adapted or skipped convolutions."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in planned:
+        module = module_of(row["name"].split("/")[1])
+        if row["convolutions"] and row["parameters"] < best.get(module, {"parameters": float("inf")})["parameters"]:
+            best[module] = row
+    return sorted(row["name"].split("/")[1] for row in best.values())
+
+
+def case(name: str) -> Case:
+    """A timm network, at an input size of its own choice or the smallest that it takes."""
+    config = timm.get_pretrained_cfg(name)
+    channels, *_, default = config.input_size if config else (3, 224, 224)
+    sizes = sorted({*(size for size in OWN_SIZE if size < default), default})
+    return Case(f"timm/{name}", lambda size: build(name, size, default), images(channels), tuple(sizes))
+
+
+def build(name: str, size: int, default: int) -> nn.Module:
+    """At another size than the default, told of it where the network asks for its size."""
+    if size != default:
+        try:
+            return timm.create_model(name, img_size=size, **FEWER.get(name, {}))
+        except (TypeError, AssertionError, ValueError, RuntimeError):
+            pass  # most networks do not ask, and some do not take every size
+    return timm.create_model(name, **FEWER.get(name, {}))
