@@ -181,12 +181,13 @@ def _forward_in_training(layer: nn.Module, cls: type[nn.Module], lora: LoRA, x: 
     """What a layer with a plain forward computes where gradients are asked for; None where the base's forward does."""
     if lora.dropout and layer.training:
         return _forward_with_dropout(layer, own_weight(layer), lora, x)
-    if not torch.is_grad_enabled():
-        return None
+    base = layer._parameters.get("weight")
+    if base is None or not torch.is_grad_enabled():
+        return None  # a computed weight is computed once a forward, by the property: spectral_norm moves each time
     forward = convolution if is_plain(layer, cls) else linear if cls.forward is nn.Linear.forward else None
     if forward is None:
         return None
-    y = forward(layer, x, own_weight(layer), lora.lora_A, lora.lora_B, lora.scaling, lora.path)
+    y = forward(layer, x, base, lora.lora_A, lora.lora_B, lora.scaling, lora.path)
     if y is not None and not torch.compiler.is_compiling():
         held(layer).kept.train()
     return y

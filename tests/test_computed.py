@@ -63,6 +63,7 @@ def test_fresh_adapter_changes_no_bit(model, x, training):
     adapted(model.train(training))
     for _ in range(3):  # spectral_norm moves its vectors at each forward in train mode
         assert torch.equal(model(x), base(x))
+        assert torch.equal(model[0](x[0]), base[0](x[0]))  # an input without a batch takes another way
 
 
 def test_effective_weight_is_the_computed_weight_plus_delta(model, x):
