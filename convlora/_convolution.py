@@ -78,7 +78,7 @@ class _Convolution(torch.autograd.Function):
             if path == "branch":
                 hidden = _project(x, lora_A.to(x.dtype), geometry)
                 y = _conv(x, weight.to(x.dtype), bias, geometry)
-                y += _mix((scaling * lora_B).to(x.dtype), hidden)
+                y = _add_mix(y, (scaling * lora_B).to(x.dtype), hidden)
             else:
                 y = _conv(x, effective_weight(weight, lora_A, lora_B, scaling).to(x.dtype), bias, geometry)
         ctx.save_for_backward(x, weight, lora_A, lora_B, bias, hidden)
@@ -100,7 +100,7 @@ class _Convolution(torch.autograd.Function):
                 grad_x = _input_grad(g, x, merged.to(x.dtype), geometry)
                 if ctx.path == "branch":
                     assert t is not None, "computed above"
-                    grad_x = grad_x + _input_grad(t, x, A, geometry)
+                    grad_x = _add_input_grad(grad_x, t, x, A, geometry)
             if ctx.path == "weight":
                 grad_A, grad_B = _through_dense(g, x, lora_A, lora_B, ctx.scaling, geometry)
             else:
@@ -143,6 +143,13 @@ def _input_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Ten
     return _convolution_backward(g, x, weight, geometry, 0)
 
 
+def _add_input_grad(grad: Tensor, t: Tensor, x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
+    """``grad``, in place, and the gradient that reaches x through A."""
+    if _is_pointwise(lora_A.shape[2:], geometry) and not any(s > 1 for s in geometry.stride):
+        return _add_mix(grad, lora_A.flatten(1).T, t)
+    return grad.add_(_input_grad(t, x, lora_A, geometry))
+
+
 def _weight_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     if _is_pointwise(weight.shape[2:], geometry):
         return _outer(g, _sampled(x, geometry.stride)).view(weight.shape)
@@ -176,7 +183,16 @@ def _mix(matrix: Tensor, x: Tensor) -> Tensor:
     """``(m, C)`` times ``(N, C, *spatial)`` over channels: ``(N, m, *spatial)``, in x's memory format."""
     if _channels_last(x):
         return (x.movedim(1, -1) @ matrix.T).movedim(-1, 1)
-    return torch.matmul(matrix, x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
+    images = x.shape[0]
+    return torch.bmm(matrix.expand(images, *matrix.shape), x.flatten(2)).view(images, -1, *x.shape[2:])
+
+
+def _add_mix(y: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
+    """Add ``_mix(matrix, x)`` to y, in place: one pass over y."""
+    if not y.is_contiguous():
+        return y.add_(_mix(matrix, x))
+    y.flatten(2).baddbmm_(matrix.expand(y.shape[0], *matrix.shape), x.flatten(2))
+    return y
 
 
 def _outer(g: Tensor, h: Tensor) -> Tensor:
