@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import keystr, tree_map_with_path
 
 BATCH = 2
 QUIET = 1e-3
@@ -28,8 +28,9 @@ class Sample:
     train: dict[str, Any] = field(default_factory=dict)
 
     def double(self) -> Sample:
-        """The same numbers in float64."""
-        args, kwargs, train = tree_map_only(torch.Tensor, _widened, (self.args, self.kwargs, self.train))
+        """The same numbers in float64; keypoints stay as they are, torchvision takes them in float32 alone."""
+        whole = (self.args, self.kwargs, self.train)
+        args, kwargs, train = tree_map_with_path(lambda path, leaf: _widened(leaf, keystr(path)), whole)
         return Sample(args, kwargs, train)
 
     def shapes(self) -> str:
@@ -88,8 +89,9 @@ class SkipInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def _widened(leaf: object, path: str) -> object:
+    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return leaf.double() if floating and "keypoints" not in path else leaf  # type: ignore[attr-defined]
 
 
 def images(*channels: int) -> Callable[[int], Sample]:
