@@ -125,8 +125,7 @@ def test_ddp_trains_like_one_process_with_the_joined_batch_and_rank_0_saves_it(t
     assert equal(found[0]["trained"], found[1]["trained"])
     torch.manual_seed(0)
     plain = convlora.load_adapter(SmallNet(), tmp_path / "adapter").eval()
-    with torch.no_grad():
-        assert torch.equal(plain(batches()[0]), found[0]["outputs"])
+    torch.testing.assert_close(plain(batches()[0]), found[0]["outputs"], **CLOSE)  # other threads, other rounding
 
 
 def _ddp_tracked(rank: int, directory: Path) -> dict[str, Tensor]:
