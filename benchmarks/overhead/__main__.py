@@ -1,0 +1,124 @@
+"""What a training step and a forward cost with an adapter, beside full fine-tuning and other libraries.
+
+    python -m benchmarks.overhead --model resnet50 --batch 16 --size 224 --json resnet50.json --plot resnet50.png
+    python -m benchmarks.overhead --model resnet50 --sweep rank 1 4 8 16 32 64 --json ranks.json
+    python -m benchmarks.overhead --report resnet50.json ranks.json > docs/performance.md
+
+Ratios come first, each of two times of the same round. Peers that are not installed are named, not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .arms import INFERENCE, SWEPT, TRAINING
+from .bench import run
+from .report import markdown
+from .runs import Run, Settings
+from .tables import run_as_text, sweep_as_text
+
+SWEEPS = ("rank", "batch", "size")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    found = argparse.ArgumentParser(
+        "python -m benchmarks.overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--model", default="resnet50", help="a timm name, or torchvision:NAME")
+    found.add_argument("--batch", type=int, default=16)
+    found.add_argument("--size", type=int, default=224, help="side of an image in pixels")
+    found.add_argument("--rank", type=int, default=8)
+    found.add_argument("--rounds", type=int, default=7, help="counted ones")
+    found.add_argument("--repeats", type=int, help="steps in a row behind one figure (1; 10 on a GPU)")
+    found.add_argument("--threads", type=int, help="of torch on a CPU")
+    found.add_argument("--device", default="auto")
+    found.add_argument("--channels-last", action="store_true")
+    found.add_argument("--amp", action="store_true", help="autocast to bfloat16")
+    found.add_argument("--arms", nargs="+", choices=[*TRAINING, *INFERENCE], metavar="ARM", help="default: all")
+    found.add_argument("--sweep", nargs="+", metavar=("WHAT", "VALUE"), help="rank, batch or size, and its values")
+    found.add_argument("--json", type=Path, help="write everything there")
+    found.add_argument("--plot", type=Path, help="write a picture there (not of a sweep)")
+    found.add_argument("--report", nargs="+", type=Path, metavar="JSON", help="write the docs' page, measure nothing")
+    return found
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The settings that the options mean on this machine."""
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Settings(
+        model=options.model,
+        batch=options.batch,
+        size=options.size,
+        rank=options.rank,
+        rounds=options.rounds,
+        repeats=options.repeats or (10 if torch.device(device).type == "cuda" else 1),
+        device=device,
+        channels_last=options.channels_last,
+        amp=options.amp,
+    )
+
+
+def sweep(settings: Settings, what: str, values: Sequence[int], arms: Sequence[str]) -> list[Run]:
+    """A run for each value."""
+    points = [Settings(**{**asdict(settings), what: value}) for value in values]
+    return [run(point, arms, (), note, sweep=what) for point in points]
+
+
+def note(line: str) -> None:
+    """Progress, beside the output."""
+    print(line, file=sys.stderr)
+
+
+def read(path: Path) -> list[Run]:
+    """The runs of one file."""
+    return [Run.from_json(item) for item in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+
+
+def write(path: Path, runs: Sequence[Run]) -> None:
+    """The runs into one file."""
+    data = {"runs": [item.to_json() for item in runs]}
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print, or write the page from what was measured."""
+    found = parser()
+    options = found.parse_args(arguments)
+    if options.report:
+        print(markdown([read(path) for path in options.report]), end="")
+        return
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings, arms = settings_of(options), options.arms or [*TRAINING, *INFERENCE]
+    training, inference = ([name for name in arms if name in kind] for kind in (TRAINING, INFERENCE))
+    if options.plot and (options.sweep or not training):
+        found.error("--plot draws training arms, and no sweep")
+    if options.sweep:
+        what, *values = options.sweep
+        if what not in SWEEPS or not values or not all(value.isdecimal() and int(value) for value in values):
+            found.error(f"--sweep takes one of {', '.join(SWEEPS)} and whole numbers above zero")
+        runs = sweep(settings, what, [int(value) for value in values], training if options.arms else SWEPT)
+        print(sweep_as_text(runs))
+    else:
+        runs = [run(settings, training, inference, note)]
+        print(run_as_text(runs[0]))
+    if options.json:
+        write(options.json, runs)
+    if options.plot:
+        from .plot import draw
+
+        draw(runs[0], options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The arms by name, in the order of the tables."""
+
+from __future__ import annotations
+
+from . import peers, subjects
+from .subjects import Arm
+
+FULL, BASE = "full", "base"
+"""What the ratios of training and of inference refer to."""
+FULL_CONSTANT = "full-freeze"
+"""The fair reference of the arms that hold norm statistics constant."""
+
+_TRAINING = (
+    Arm(FULL, "full fine-tuning", subjects.full, "moving"),
+    Arm(FULL_CONSTANT, "full fine-tuning, norm statistics constant", subjects.full, "constant"),
+    Arm("probe", "head only, norm statistics constant", subjects.probe, "constant"),
+    Arm("norms", "scale and shift of norms, and head", subjects.norms_and_head, "moving"),
+    Arm("convlora", 'convlora, path="auto", norm="freeze"', subjects.adapted()),
+    Arm("convlora-track", 'convlora, path="auto", norm="track"', subjects.adapted(norm="track")),
+    Arm("convlora-fused", 'convlora, path="fused", norm="freeze"', subjects.adapted("fused")),
+    Arm("convlora-weight", 'convlora, path="weight", norm="freeze"', subjects.adapted("weight")),
+    Arm("convlora-branch", 'convlora, path="branch", norm="freeze"', subjects.adapted("branch")),
+    Arm("peft", "peft LoRA, as it is", peers.peft, "moving"),
+    Arm("peft-freeze", "peft LoRA, norm statistics constant", peers.peft, "constant"),
+    Arm("loralib", "loralib Conv2d, as it is", peers.loralib, "moving"),
+    Arm("loralib-freeze", "loralib Conv2d, norm statistics constant", peers.loralib, "constant"),
+    Arm("lycoris", "LyCORIS LoCon, as it is", peers.lycoris, "moving"),
+    Arm("lycoris-freeze", "LyCORIS LoCon, norm statistics constant", peers.lycoris, "constant"),
+)
+_INFERENCE = (
+    Arm(BASE, "the plain network", subjects.full),
+    Arm("merged", "convlora, merged", subjects.merged),
+    Arm("unmerged", "convlora, unmerged: W + ΔW kept between forwards", subjects.unmerged),
+    Arm("not-kept", "convlora, unmerged, the kept weight dropped before each forward", subjects.not_kept),
+    Arm("peft-merged", "peft, merged and unloaded", peers.peft_merged),
+    Arm("peft-unmerged", "peft, unmerged", peers.peft_unmerged),
+)
+TRAINING = {arm.name: arm for arm in _TRAINING}
+INFERENCE = {arm.name: arm for arm in _INFERENCE}
+SWEPT = (FULL, FULL_CONSTANT, "convlora", "peft", "peft-freeze")
+"""The arms of a sweep."""

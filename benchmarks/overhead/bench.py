@@ -1,0 +1,223 @@
+"""Measuring the arms: each is built, checked to train what it should, sized, and timed in rounds with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import measuring
+from .arms import BASE, FULL, FULL_CONSTANT, INFERENCE, TRAINING
+from .peers import their_warnings_aside
+from .runs import Result, Run, Say, Settings, environment, with_reference
+from .subjects import Arm, NotAvailable, Subject, make_base
+
+
+@dataclass
+class Bench:
+    """A subject on its device with a batch and, to train, an optimizer; and what can be asked of them."""
+
+    settings: Settings
+    arm: Arm
+    subject: Subject
+    optimizer: torch.optim.Optimizer
+    images: Tensor
+    """``(batch, 3, size, size)``."""
+    labels: Tensor
+
+    @classmethod
+    def of(cls, settings: Settings, arm: Arm, *, train: bool) -> Bench:
+        """Build the arm on a fresh base, in train or in eval mode."""
+        device = torch.device(settings.device)
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        with their_warnings_aside():
+            subject = arm.build(make_base(settings.model), settings.rank)
+        subject.model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        if train:
+            arm.ready(subject)
+        else:
+            subject.model.eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(settings.batch, 3, settings.size, settings.size, generator=generator)
+        return cls(
+            settings=settings,
+            arm=arm,
+            subject=subject,
+            optimizer=torch.optim.AdamW(_trainable(subject) or [torch.zeros(1)], lr=1e-4),
+            images=images.to(device).contiguous(memory_format=layout),
+            labels=torch.randint(0, 2, (settings.batch,), generator=generator).to(device),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where it all is."""
+        return self.images.device
+
+    def predict(self) -> Tensor:
+        """What the network says of the batch: ``(batch, 2)``."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
+            found = self.subject.model(self.images)
+        logits: Tensor = getattr(found, "logits", found)
+        return logits
+
+    def forward(self) -> Tensor:
+        """The loss of the batch."""
+        return F.cross_entropy(self.predict().float(), self.labels)
+
+    def step(self) -> None:
+        """A training step."""
+        self.optimizer.zero_grad()
+        torch.autograd.backward(self.forward())
+        self.optimizer.step()
+
+    def two_steps(self) -> None:
+        """After the first, B is no longer zero, so that A has a gradient too."""
+        self.step()
+        self.step()
+
+    def look(self) -> None:
+        """A forward without gradients."""
+        with torch.no_grad():
+            self.predict()
+
+    def sizes_in_training(self) -> Result:
+        """All figures but times; refuses an arm that does not train what it should, or trains what it should not."""
+        model = self.subject.model
+        found = measuring.movement(model, self.two_steps)
+        if found.strayed or not found.moved:
+            raise RuntimeError(f"{self.arm.name}: trained {list(found.moved)[:3]}, changed {list(found.strayed)[:3]}")
+        self.optimizer.zero_grad()
+        saved = measuring.saved_bytes(self.forward, self._own())
+        peak = measuring.peak_bytes(self.step, self.device)
+        self.optimizer.zero_grad()
+        trainable = sum(parameter.numel() for parameter in _trainable(self.subject))
+        base = sum(parameter.numel() for parameter in make_base(self.settings.model).parameters())
+        return replace(
+            self._described(),
+            trainable=trainable,
+            share=trainable / base,
+            stuck=len(found.stuck),
+            saved=saved,
+            peak=peak,
+            optimizer=measuring.optimizer_bytes(self.optimizer),
+            file=self._file_bytes(found),
+        )
+
+    def sizes_in_inference(self) -> Result:
+        """The peak of a forward, and what rests."""
+        self.look()
+        if self.subject.before is not None:
+            self.subject.before()
+        return replace(self._described(), peak=measuring.peak_bytes(self.look, self.device))
+
+    def time(self, run: Callable[[], object]) -> float:
+        """Seconds of one run, what comes before it not counted."""
+        before = self.subject.before
+        if before is None:
+            return measuring.seconds(run, self.device, self.settings.repeats)
+        total = 0.0
+        for _ in range(self.settings.repeats):
+            before()
+            total += measuring.seconds(run, self.device)
+        return total / self.settings.repeats
+
+    def _own(self) -> list[Tensor]:
+        return [*self.subject.model.parameters(), *self.subject.model.buffers()]
+
+    def _described(self) -> Result:
+        return Result(
+            arm=self.arm.name,
+            what=self.arm.what,
+            adapted=self.subject.adapted,
+            convolutions=self.subject.convolutions,
+            resting=measuring.tensor_bytes(self._own()),
+        )
+
+    def _file_bytes(self, found: measuring.Movement) -> int:
+        """Bytes on disk of what the library writes; else of what moves, as safetensors."""
+        if self.subject.write is None:
+            tensors = dict(self.subject.model.named_parameters()) | dict(self.subject.model.named_buffers())
+            names = (*found.moved, *found.stuck, *found.buffers)
+            return len(save({name: tensors[name].detach().cpu().contiguous() for name in names}))
+        with TemporaryDirectory() as folder, their_warnings_aside():
+            self.subject.write(Path(folder) / "adapter")
+            return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _trainable(subject: Subject) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
+
+
+def measure_training(settings: Settings, names: Sequence[str], say: Say) -> list[Result]:
+    """Every figure of a training step for each of these arms."""
+    benches, results = _build(settings, [TRAINING[name] for name in names], say, train=True)
+    for name, bench in benches.items():
+        say(f"sizes of {name}")
+        results[name] = bench.sizes_in_training()
+    say(f"{settings.rounds + 1} rounds of {len(benches)} training arms")
+    ways = {name: partial(bench.time, bench.step) for name, bench in benches.items()}
+    return _with_times(results, measuring.interleave(ways, settings.rounds), FULL, (FULL_CONSTANT,))
+
+
+def measure_inference(settings: Settings, names: Sequence[str], say: Say) -> list[Result]:
+    """Times and peaks of a forward without gradients for each of these arms."""
+    benches, results = _build(settings, [INFERENCE[name] for name in names], say, train=False)
+    for name, bench in benches.items():
+        results[name] = bench.sizes_in_inference()
+    say(f"{settings.rounds + 1} rounds of {len(benches)} inference arms")
+    ways = {name: partial(bench.time, bench.look) for name, bench in benches.items()}
+    return _with_times(results, measuring.interleave(ways, settings.rounds), BASE, ())
+
+
+def _build(
+    settings: Settings, arms: Sequence[Arm], say: Say, *, train: bool
+) -> tuple[dict[str, Bench], dict[str, Result]]:
+    """The arms that can be built, and for every arm what is known of it so far, in order."""
+    benches: dict[str, Bench] = {}
+    results: dict[str, Result] = {}
+    for arm in arms:
+        say(f"building {arm.name}")
+        results[arm.name] = Result(arm.name, arm.what)
+        try:
+            benches[arm.name] = Bench.of(settings, arm, train=train)
+        except NotAvailable as reason:
+            results[arm.name] = Result(arm.name, arm.what, unavailable=str(reason))
+    return benches, results
+
+
+def _with_times(
+    results: dict[str, Result], times: dict[str, list[float]], reference: str, others: Sequence[str]
+) -> list[Result]:
+    for name, seconds in times.items():
+        results[name] = replace(
+            results[name],
+            seconds=seconds,
+            ratios=measuring.ratios(seconds, times[reference]),
+            other_ratios={o: measuring.ratios(seconds, times[o]) for o in others if o in times},
+        )
+    return list(results.values())
+
+
+def _silent(line: str) -> None:
+    """Say nothing."""
+
+
+def run(
+    settings: Settings, training: Sequence[str], inference: Sequence[str], say: Say = _silent, sweep: str = ""
+) -> Run:
+    """Measure these arms; the reference arm of either kind is measured where any of its kind is."""
+    training, inference = with_reference(training, FULL), with_reference(inference, BASE)
+    return Run(
+        settings=settings,
+        training=measure_training(settings, training, say) if training else [],
+        inference=measure_inference(settings, inference, say) if inference else [],
+        environment=environment(torch.device(settings.device)),
+        sweep=sweep,
+    )
