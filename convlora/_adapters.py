@@ -14,6 +14,7 @@ from ._state import (
     RECORD,
     Injection,
     activate,
+    check_enabled,
     check_intact,
     check_unmerged,
     injected,
@@ -147,5 +148,4 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def _check_switchable(root: nn.Module, injection: Injection) -> None:
     check_unmerged(injection)
     check_intact(root, injection)
-    if injection.disabled:
-        raise StateError("Adapters are disabled; leave the disable_adapter block first. Nothing was changed.")
+    check_enabled(injection)

@@ -94,7 +94,8 @@ class _Convolution(torch.autograd.Function):
         with no_autocast(x.device.type):
             A, B = lora_A.to(x.dtype), (ctx.scaling * lora_B).to(x.dtype)
             grad_x = grad_A = grad_B = None
-            t = _mix(B.T, g) if ctx.path == "branch" or (for_A and ctx.path == "fused") else None
+            t_for_x, t_for_A = for_x and ctx.path == "branch", for_A and ctx.path != "weight"
+            t = _mix(B.T, g) if t_for_x or t_for_A else None
             if for_x:
                 merged = weight if ctx.path == "branch" else effective_weight(weight, lora_A, lora_B, ctx.scaling)
                 grad_x = _input_grad(g, x, merged.to(x.dtype), geometry)
@@ -102,7 +103,8 @@ class _Convolution(torch.autograd.Function):
                     assert t is not None, "computed above"
                     grad_x = _add_input_grad(grad_x, t, x, A, geometry)
             if ctx.path == "weight":
-                grad_A, grad_B = _through_dense(g, x, lora_A, lora_B, ctx.scaling, geometry)
+                if for_A or for_B:
+                    grad_A, grad_B = _through_dense(g, x, lora_A, lora_B, ctx.scaling, geometry)
             else:
                 if for_A:
                     assert t is not None, "computed above"

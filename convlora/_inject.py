@@ -124,8 +124,6 @@ def apply(plan: Plan, model: M) -> M:
             _give_own_tensors(injection, adapter, model)
             for layer, lora in zip(adapter.layers, loras, strict=True):
                 attach(layer, plan.adapter_name, lora)
-                adapter.resting += [(lora, name) for name, _ in lora.named_parameters()]
-                lora.requires_grad_(False)
             vars(model)[RECORD] = injection
             activate(injection, plan.adapter_name if first else injection.active)
     except BaseException:
@@ -188,8 +186,9 @@ def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) 
         for name, now in (*parameters.items(), *module._buffers.items()):
             if now is None:
                 continue
-            place = places.get((module, name)) or Place(module, name, is_parameter=name in parameters)
-            if (module, name) not in places:
+            place = places.get((module, name))
+            if place is None:
+                place = Place(module, name, is_parameter=name in parameters)
                 injection.places.append(place)
             base = place.of(BASE)
             assert base is not None, "a place has a tensor as long as `now` is one"

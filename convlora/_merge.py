@@ -12,7 +12,7 @@ from torch import nn
 
 from ._computed import compute
 from ._layer import fold, unfold
-from ._state import Injection, check_intact, injected, to_the_end
+from ._state import Injection, check_enabled, check_intact, injected, to_the_end
 from ._swap import check_restorable
 from .errors import StateError
 
@@ -38,8 +38,7 @@ def merge(model: M) -> M:
     parts = _parts(model, merged=False)
     for root, injection in parts:
         check_intact(root, injection)
-        if injection.disabled:
-            raise StateError("Adapters are disabled; leave the disable_adapter block first. Nothing was changed.")
+        check_enabled(injection)
         for layer in injection.layers:
             check_restorable(layer)
     # Outside inference mode: its tensors could never be trained or saved.

@@ -213,6 +213,12 @@ def check_unmerged(injection: Injection) -> None:
         raise StateError("The adapter is merged; call convlora.unmerge(model) first. Nothing was changed.")
 
 
+def check_enabled(injection: Injection) -> None:
+    """Raise StateError inside a ``disable_adapter`` block."""
+    if injection.disabled:
+        raise StateError("Adapters are disabled; leave the disable_adapter block first. Nothing was changed.")
+
+
 def to_the_end(step: Callable[[], None]) -> None:
     """Run a step that may be run twice; an interrupt is let through when all is done, so that no half is left."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -100,6 +101,15 @@ def snapshot(model: nn.Module) -> dict[str, object]:
         "flags": [(k, p.requires_grad) for k, p in model.named_parameters()],
         "hooks": [(name, list(module._forward_hooks)) for name, module in model.named_modules()],
     }
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    """The model as ``torch.save`` and ``torch.load`` bring it back."""
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded: nn.Module = torch.load(buffer, weights_only=False)
+    return loaded
 
 
 class SmallNet(nn.Module):

@@ -1,13 +1,12 @@
 """Injection as structure: what stays, what is refused, and that removal gives back everything."""
 
 import copy
-import io
 import pickle
 import re
 
 import pytest
 import torch
-from conftest import SmallNet, dense_delta, randomise, snapshot
+from conftest import SmallNet, dense_delta, randomise, snapshot, through_torch_save
 from torch import nn
 
 import convlora
@@ -143,7 +142,7 @@ def test_what_is_kept_aside_follows_the_model_to_another_dtype(net, images, trai
     [
         copy.deepcopy,
         lambda model: pickle.loads(pickle.dumps(model)),
-        lambda model: _through_torch_save(model),
+        lambda model: through_torch_save(model),
     ],
 )
 def test_copies_work_on_their_own(net, images, train, duplicate, merged):
@@ -163,14 +162,6 @@ def test_copies_work_on_their_own(net, images, train, duplicate, merged):
     assert torch.equal(twin(images), base(images))
     assert convlora.summary(net).layers  # the original still carries its adapter
     assert [type(m) for m in twin.modules()] == [type(m) for m in base.modules()]
-
-
-def _through_torch_save(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded: nn.Module = torch.load(buffer, weights_only=False)
-    return loaded
 
 
 def test_shared_convolution_is_adapted_once_and_stays_shared():

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 import timm
 import torch
-from conftest import SmallNet, randomise, snapshot
+from conftest import SmallNet, randomise, snapshot, through_torch_save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -82,16 +82,8 @@ NORMS = pytest.mark.parametrize("norm", ["freeze", "track"])
 # ---- copies and state dicts
 
 
-def _through_torch_save(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded: nn.Module = torch.load(buffer, weights_only=False)
-    return loaded
-
-
 @STATES
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _through_torch_save])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save])
 def test_copies_of_a_real_network_predict_the_same_bits(photos, state, duplicate):
     net = merged_if(state, real("resnet18", "track").eval())
     twin = duplicate(net)
