@@ -1,26 +1,49 @@
-"""The effective weight, kept between forwards that need no gradient while nothing that it came from changes."""
+"""The effective weight, kept between forwards that need no gradient while nothing that it came from changes.
+
+Only a layer's own forward is served with what is kept; whoever else reads ``weight`` gets one computed afresh. What it
+came from is told by torch's version counters, by the optimizers' steps (a fused one moves no counter) and, where the
+factors lie in host memory, by their numbers. What none of these shows is a write to the *base* weight through ``.data``
+or a numpy view; on an accelerator the same holds for the factors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._functional import effective_weight
 
 _trainings = 0
-"""Counts forwards that ask for gradients, of any adapted layer. Training is followed by writes that leave no trace on a
-tensor (an average of weights kept through ``.data``), so what was kept before it does not count after it."""
+"""Counts what may be followed by writes that leave no trace on a tensor: forwards of adapted layers that ask for
+gradients, and steps of optimizers. What was kept before does not count after it."""
+_watching = False
+"""Whether optimizers tell of their steps: from the first weight that is kept."""
+
+
+def _count_training(*_: Any) -> None:
+    global _trainings
+    _trainings += 1
+
+
+def _watch_optimizers() -> None:
+    global _watching
+    if not _watching:
+        _watching = True
+        register_optimizer_step_post_hook(_count_training)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A tensor as it was: the object, its storage (kept alive, so that none takes its address), how often written."""
+    """A tensor as it was: the object, its memory (kept alive, so that none takes its address), how often written."""
 
     tensor: Tensor
-    storage: Tensor
+    memory: Tensor
     version: int
 
     @classmethod
@@ -28,20 +51,28 @@ class _Seen:
         return cls(tensor, tensor.detach(), tensor._version)
 
     def is_still(self, tensor: Tensor) -> bool:
-        same = tensor is self.tensor and tensor._version == self.version
-        return same and tensor.data_ptr() == self.storage.data_ptr()
+        return (
+            tensor is self.tensor
+            and tensor._version == self.version
+            and tensor.data_ptr() == self.memory.data_ptr()
+            and (tensor.shape, tensor.stride(), tensor.dtype)
+            == (self.memory.shape, self.memory.stride(), self.memory.dtype)
+        )
 
 
 @dataclass(frozen=True)
 class _Entry:
     state: tuple[object, ...]
     sources: tuple[_Seen, ...]
+    numbers: tuple[Tensor, ...]
+    """Copies of the factors in host memory; of others none."""
     merged: _Seen
 
     def serves(self, state: tuple[object, ...], sources: tuple[Tensor, ...]) -> bool:
         return (
             state == self.state
             and all(seen.is_still(source) for seen, source in zip(self.sources, sources, strict=True))
+            and all(torch.equal(copy, source) for copy, source in zip(self.numbers, sources[1:], strict=False))
             and self.merged.is_still(self.merged.tensor)  # nobody wrote into what we handed out
         )
 
@@ -51,31 +82,41 @@ class Kept:
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
+        self._is_serving = False
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """The layer's own forward: inside, :meth:`weight` may be the one that is kept."""
+        self._is_serving = True
+        try:
+            yield
+        finally:
+            self._is_serving = False
 
     def weight(self, base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        """W + ΔW: kept where no gradient flows through it, else computed.
-
-        Changes are told by torch's own version counters, which every write through torch moves except one through
-        ``.data`` or a numpy view.
-        """
+        """W + ΔW: kept where the layer's own forward asks and no gradient flows through it, else computed."""
         sources = (base, lora_A, lora_B)
-        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-            self.train()
-            return effective_weight(base, lora_A, lora_B, scaling)
-        if not _can_be_watched(sources):
+        gradient = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        if gradient or not self._is_serving or not all(map(_can_be_watched, sources)):
             return effective_weight(base, lora_A, lora_B, scaling)
         state = (_trainings, scaling, _stream(base))
         entry = self._entry
         if entry is None or not entry.serves(state, sources):
+            _watch_optimizers()
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve outside
+                seen = tuple(map(_Seen.of, sources))  # before computing: what is written meanwhile counts as a change
+                numbers = tuple(factor.clone() for factor in sources[1:] if factor.device.type == "cpu")
                 merged = effective_weight(base, lora_A, lora_B, scaling)
-            entry = self._entry = _Entry(state, tuple(map(_Seen.of, sources)), _Seen.of(merged))
+            entry = self._entry = _Entry(state, seen, numbers, _Seen.of(merged))
         return entry.merged.tensor
 
     def train(self) -> None:
-        """A forward with gradients is under way: drop what was kept."""
-        global _trainings
-        _trainings += 1
+        """A forward with gradients is under way: nothing that was kept anywhere counts any more."""
+        _count_training()
+        self.clear()
+
+    def clear(self) -> None:
+        """Keep nothing."""
         self._entry = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
@@ -85,13 +126,15 @@ class Kept:
         return Kept, ()
 
 
-def _can_be_watched(sources: tuple[Tensor, ...]) -> bool:
-    """Parameters alone, and not where others write past the version counters: sharding, the capture of a graph."""
-    return (
-        all(type(source) is nn.Parameter and not source.is_inference() for source in sources)
-        and not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        and not (sources[0].is_cuda and torch.cuda.is_current_stream_capturing())
-    )
+def _can_be_watched(source: Tensor) -> bool:
+    """A Parameter with memory of its own, and not where others write past its counter: sharding, a graph's capture."""
+    if type(source) is not nn.Parameter or source.is_inference():
+        return False
+    if source.is_cuda:
+        hidden = torch.cuda.is_current_stream_capturing()
+    else:
+        hidden = cast(Any, source).is_shared() or source.untyped_storage().nbytes() != source.nbytes
+    return not hidden and not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def _stream(tensor: Tensor) -> int:

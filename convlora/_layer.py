@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
@@ -92,6 +93,10 @@ class Adapters(nn.ModuleDict):
         super().__init__()
         self.kept = Kept()
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.kept.clear()  # of another dtype or on another device
+        return cast(Any, super())._apply(*args, **kwargs)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing while merged: factors beside merged weights would be added to them again where they are loaded."""
         if self.aside is None:
@@ -131,11 +136,18 @@ class AdaptedLayer(Swapped):
         """The base's own forward with the effective weight; with dropout in training, base plus branch."""
         layer = cast(nn.Module, self)
         lora = active_adapter(layer)
-        if lora is not None and len(args) == 1 and not kwargs:
-            y = _forward_in_training(layer, self._convlora_base, lora, args[0])
+        if lora is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        is_eager, kept = not torch.compiler.is_compiling() and not is_tracing(), held(layer).kept
+        if is_eager and torch.is_grad_enabled() and (lora.lora_A.requires_grad or lora.lora_B.requires_grad):
+            kept.train()
+        inputs = args or tuple(kwargs.values())
+        if len(inputs) == 1 and (args or "input" in kwargs):
+            y = _forward_in_training(layer, self._convlora_base, lora, inputs[0])
             if y is not None:
                 return y
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with kept.serving() if is_eager else nullcontext():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse a new ``weight``: the property would add ΔW to it once more.
@@ -167,7 +179,8 @@ def own_weight(layer: nn.Module) -> Tensor:
 def layer_weight(layer: nn.Module) -> Tensor:
     """W + ΔW of an adapted layer; the base's own tensor where no adapter is active.
 
-    Where no gradient is asked for it is computed once and kept, until a tensor that it came from has changed.
+    In the layer's own forward, where no gradient is asked for, it is computed once and kept until a tensor that it came
+    from has changed.
     """
     base, lora = own_weight(layer), active_adapter(layer)
     if lora is None:
@@ -187,10 +200,7 @@ def _forward_in_training(layer: nn.Module, cls: type[nn.Module], lora: LoRA, x: 
     forward = convolution if is_plain(layer, cls) else linear if cls.forward is nn.Linear.forward else None
     if forward is None:
         return None
-    y = forward(layer, x, base, lora.lora_A, lora.lora_B, lora.scaling, lora.path)
-    if y is not None and not torch.compiler.is_compiling():
-        held(layer).kept.train()
-    return y
+    return forward(layer, x, base, lora.lora_A, lora.lora_B, lora.scaling, lora.path)
 
 
 def _forward_with_dropout(layer: nn.Module, base: Tensor, lora: LoRA, x: Tensor) -> Tensor:
@@ -230,6 +240,7 @@ def fold(layer: nn.Module, merged: nn.Parameter) -> None:
     """Put the merged weight in the base's place and give the layer its plain class back; may be run twice."""
     aside = held(layer).aside or Aside.of(layer, original_class(layer))
     held(layer).aside = aside
+    held(layer).kept.clear()
     aside.take_out(layer, merged)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import convlora
-from convlora import _paths
+from convlora import _kept, _layer, _paths
 from convlora._convolution import Geometry, convolve
 
 PATHS = ["auto", "fused", "weight", "branch"]
@@ -214,29 +214,108 @@ def test_the_choice_follows_the_shapes():
 # ---- what is kept between forwards without gradients
 
 
-def test_the_effective_weight_is_computed_once_where_no_gradient_is_asked_for():
+@pytest.fixture
+def computed(monkeypatch):
+    """A list that grows with every effective weight that is computed."""
+    calls = []
+    compute = _kept.effective_weight
+    monkeypatch.setattr(_kept, "effective_weight", lambda *args: calls.append(1) or compute(*args))
+    return calls
+
+
+def test_the_effective_weight_is_computed_once_where_no_gradient_is_asked_for(computed):
     layer, x = adapt(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 7, 7)
-    with torch.no_grad():
-        first = layer.weight
-        layer(x)
-        assert layer.weight is first
-        layer.convlora["default"].lora_B.add_(1)
-        assert layer.weight is not first
-    assert layer.weight is not layer.weight and layer.weight.requires_grad
     with torch.inference_mode():
-        kept = layer.weight
+        first = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), first) and len(computed) == 1
+        layer.convlora["default"].lora_B.add_(1)
+        assert not torch.equal(layer(x), first) and len(computed) == 2
     x.requires_grad_(True)
     layer.requires_grad_(False)
-    layer(x).sum().backward()  # what was kept in inference mode serves outside
-    assert layer.weight is not kept or not kept.is_inference()
+    layer(x).sum().backward()  # what was kept without gradients serves a gradient that ends at the input
+    assert layer.weight is not layer.weight and x.grad is not None
 
 
-def test_writes_to_the_weight_that_was_handed_out_are_lost():
-    layer = adapt(nn.Conv2d(4, 8, 3))
+@pytest.mark.parametrize("write", [lambda weight: weight.zero_(), lambda weight: weight.data.zero_()])
+def test_writes_to_the_weight_that_was_handed_out_are_lost(write):
+    layer, x = adapt(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 7, 7)
     with torch.no_grad():
-        expected = layer.weight.clone()
-        layer.weight.zero_()
-        assert torch.equal(layer.weight, expected)
+        expected, weight = layer(x), layer.weight.clone()
+        write(layer.weight)
+        assert torch.equal(layer.weight, weight) and torch.equal(layer(x), expected)
+        assert torch.equal(convlora.merge(layer).weight, weight)
+
+
+def test_what_is_kept_goes_with_a_move_and_a_merge():
+    layer, x = adapt(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 7, 7)
+    kept = _layer.held(layer).kept
+    for change in (lambda: layer.double().float(), lambda: convlora.unmerge(convlora.merge(layer))):
+        with torch.no_grad():
+            layer(x)
+        assert kept._entry is not None
+        change()
+        assert kept._entry is None
+
+
+def flatten(layer):
+    """All parameters are views of one vector, as sharding and some optimizers keep them."""
+    parameters = list(layer.parameters())
+    vector = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(vector, parameters)
+
+
+@pytest.mark.parametrize("share", [nn.Module.share_memory, flatten], ids=["shared", "flat"])
+def test_memory_that_others_may_write_is_not_trusted(share, computed):
+    layer, x = adapt(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 7, 7)
+    share(layer)
+    with torch.no_grad():
+        layer(x)
+        layer(x)
+    assert len(computed) == 2
+
+
+def fused_step(layer, x):
+    layer(x).sum().backward()
+    torch.optim.AdamW(convlora.adapter_parameters(layer), lr=0.1, fused=True).step()
+
+
+def evaluated_before_the_step(layer, x):
+    layer(x).sum().backward()
+    with torch.no_grad():
+        layer(x)
+    torch.optim.AdamW(convlora.adapter_parameters(layer), lr=0.1, fused=True).step()
+
+
+def compiled_step(layer, x):
+    torch.compile(layer, backend="eager")(x).sum().backward()
+    torch.optim.AdamW(convlora.adapter_parameters(layer), lr=0.1, fused=True).step()
+
+
+def base_step(layer, x):
+    """A base that is trained too, with an optimizer that moves no version counter."""
+    weight = convlora.base_weight(layer).requires_grad_(True)
+    layer(x).sum().backward()
+    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+    weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("train", [fused_step, evaluated_before_the_step, compiled_step, base_step])
+def test_an_evaluation_before_training_leaves_nothing_stale(train, dropout):
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(4, 8, 3), torch.randn(2, 4, 7, 7)
+    convlora.inject(layer, 2, modules_to_save=None, dropout=dropout)
+    randomise(layer)
+    with torch.no_grad():
+        before = layer.eval()(x)
+    train(layer.train(), x)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        after = layer.eval()(x)
+        fresh = copy.deepcopy(layer)(x)
+        assert torch.equal(after, fresh) and (after - before).abs().max() > 0.01
+        assert torch.equal(convlora.merge(layer)(x), fresh)
 
 
 MUTATIONS = {
@@ -257,6 +336,9 @@ MUTATIONS = {
         {k: v * 2 for k, v in layer.state_dict().items()}, assign=True
     ),
     "scaling": lambda layer: setattr(layer.convlora["default"], "scaling", layer.convlora["default"].scaling + 1),
+    "factor past the counters": lambda layer: layer.convlora["default"].lora_A.data.mul_(0.5),
+    "factor by numpy": lambda layer: layer.convlora["default"].lora_B.numpy().__imul__(0.5),
+    "written to a copy": lambda layer: layer.weight.data.zero_(),
     "dtype": lambda layer: layer.double() if layer.weight.dtype == torch.float32 else layer.float(),
     "memory format": lambda layer: layer.to(memory_format=torch.channels_last),
     "merged and back": lambda layer: convlora.unmerge(convlora.merge(layer)),
@@ -300,16 +382,19 @@ def test_what_is_kept_is_never_stale(names, seed):
             for _ in range(random.randint(1, 2)):
                 active = layer.convlora[convlora.summary(layer).adapter_name]
                 delta = active.scaling * torch.einsum("or,riyx->oiyx", active.lora_B, active.lora_A)
-                torch.testing.assert_close(layer.weight, convlora.base_weight(layer) + delta, rtol=1e-4, atol=1e-5)
+                weight, x = convlora.base_weight(layer) + delta, torch.randn(1, 4, 5, 5, dtype=delta.dtype)
+                expected = nn.functional.conv2d(x, weight, layer.bias)
+                torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_copies_and_pickles_start_with_nothing_kept(tmp_path):
-    layer = adapt(nn.Conv2d(4, 8, 3))
+def test_copies_and_pickles_start_with_nothing_kept(tmp_path, computed):
+    layer, x = adapt(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 7, 7)
     with torch.no_grad():
-        kept = layer.weight
-        size = kept.numel() * 4
-        assert copy.deepcopy(layer).weight is not kept
+        expected = layer(x)
     torch.save(layer, tmp_path / "layer.pt")
-    with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "layer.pt", weights_only=False).weight, kept)
+    for each in (copy.deepcopy(layer), torch.load(tmp_path / "layer.pt", weights_only=False)):
+        computed.clear()
+        with torch.no_grad():
+            assert torch.equal(each(x), expected) and len(computed) == 1
+    size = convlora.base_weight(layer).numel() * 4
     assert (tmp_path / "layer.pt").stat().st_size < 8 * size + 20_000
