@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
+from ._checks import check_model
 from ._inject import apply, drop
 from ._planner import Options, make_plan
 from ._state import (
@@ -16,6 +18,7 @@ from ._state import (
     activate,
     check_enabled,
     check_intact,
+    check_outside_blocks,
     check_unmerged,
     injected,
     the_adapter,
@@ -53,6 +56,7 @@ def add_adapter(model: M, adapter_name: str, rank: int = 8, **options: Unpack[Op
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
         raise TypeError(f"add_adapter has no argument {min(unknown)!r}")
+    check_model(model)
     root, injection = the_injection(model)
     check_new(injection, adapter_name)
     check_intact(root, injection)
@@ -73,26 +77,29 @@ def set_adapter(model: M, adapter_name: str) -> M:
     >>> convlora.set_adapter(model, "lymph node")
 
     Only the active adapter is trainable; training it leaves every other bit for bit as it was. Each has parameters of
-    its own: make an optimizer from ``trainable_parameters(model)`` after the switch.
+    its own: make an optimizer from ``trainable_parameters(model)`` after the switch. Switch between steps: a backward
+    after a switch gives the adapter that computed the forward no gradient.
 
     Raises:
-        StateError: no adapter of this name; the model is merged, or its adapters are disabled.
+        StateError: no adapter of this name; the model is merged, or inside a ``disable_adapter`` block.
     """
     parts = injected(model)
     for _, root, injection in parts:
         the_adapter(injection, adapter_name)
-        _check_switchable(root, injection)
-    before = [injection.active for _, _, injection in parts]
+        check_unmerged(injection)
+        check_intact(root, injection)
+        check_outside_blocks(injection)
+    before = [(injection.active, injection.disabled) for _, _, injection in parts]
 
     def switch() -> None:
-        for _, _, injection in parts:
-            activate(injection, adapter_name)
+        for _, root, injection in parts:
+            activate(root, injection, adapter_name)
 
     try:
         to_the_end(switch)
     except Exception:
-        for (_, _, injection), name in zip(parts, before, strict=True):
-            activate(injection, name)
+        for (_, root, injection), state in zip(parts, before, strict=True):
+            activate(root, injection, *state)
         raise
     return model
 
@@ -105,7 +112,9 @@ def delete_adapter(model: M, adapter_name: str) -> M:
     """
     root, injection = the_injection(model)
     the_adapter(injection, adapter_name)
-    _check_switchable(root, injection)
+    check_unmerged(injection)
+    check_intact(root, injection)
+    check_enabled(injection)
     if adapter_name == injection.active:
         raise StateError(
             f"{adapter_name!r} is the active adapter; set_adapter another first, or convlora.remove(model) for the "
@@ -122,30 +131,32 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     >>> with convlora.disable_adapter(model), torch.no_grad():
     ...     reference = model(images)
 
-    Norm layers are frozen inside, in train mode too, and other buffers are copies: nothing that happens in the block
-    can move the base. It holds for every thread; of a block within a block the outermost counts.
+    Norm layers are frozen inside, in train mode too, and other buffers are copies: no forward in the block moves the
+    base. It holds for every thread, until the last of the blocks that are open is left.
 
     Raises:
         StateError: there is no adapter, or it is merged; call convlora.unmerge(model) first.
     """
-    parts = [(root, injection) for _, root, injection in injected(model) if not injection.disabled]
+    # A copy that was made inside a block is the base alone, and stays it.
+    parts = [(root, each) for _, root, each in injected(model) if each.blocks or not each.disabled]
     for root, injection in parts:
         check_unmerged(injection)
         check_intact(root, injection)
 
-    def switch(disabled: bool) -> None:
-        for root, injection in parts:
-            if vars(root).get(RECORD) is injection:  # else removed inside the block
-                activate(injection, injection.active, disabled)
+    block = object()
+
+    def switch(is_open: bool) -> None:
+        with _SWITCHING:
+            for root, injection in parts:
+                (injection.blocks.add if is_open else injection.blocks.discard)(block)
+                if vars(root).get(RECORD) is injection:  # else removed inside the block
+                    activate(root, injection, injection.active, disabled=bool(injection.blocks))
 
     try:
-        switch(disabled=True)
+        switch(is_open=True)
         yield
     finally:
-        to_the_end(lambda: switch(disabled=False))
+        to_the_end(lambda: switch(is_open=False))
 
 
-def _check_switchable(root: nn.Module, injection: Injection) -> None:
-    check_unmerged(injection)
-    check_intact(root, injection)
-    check_enabled(injection)
+_SWITCHING = RLock()

@@ -34,6 +34,7 @@ from ._manifest import (
     check_fits,
     digest,
     own_keys,
+    places_of,
     read_manifest,
     tensors_as,
 )
@@ -180,10 +181,10 @@ def _moved_buffers(root: nn.Module, injection: Injection, adapter: Adapter) -> s
     moved = set()
     for place in injection.places:
         now, base = place.of(adapter.plan.adapter_name), place.of(BASE)
-        saved = not place.is_parameter and place.name not in place.module._non_persistent_buffers_set
-        if now is None or base is None or not saved or place.now is None or place.module not in names:
+        is_there = place.name in place.home and place.module in names
+        if now is None or place.is_parameter or not place.is_saved or not is_there:
             continue
-        if not torch.equal(now, base.to(now.device, now.dtype)):
+        if base is None or not torch.equal(now, base.to(now.device, now.dtype)):
             moved.add(dotted(names[place.module], place.name))
     return moved
 
@@ -247,5 +248,9 @@ def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_n
         for plan, lora in zip(manifest.plan.layers, adapter.loras, strict=True):
             key = next(iter(factor_shapes(plan)))
             lora.to(tensors[key].dtype)  # as trained: another dtype would predict other bits
-        for key, place in _adapter_state(root, adapter, own).items():
-            place.copy_(tensors[key])
+        own_tensors = _adapter_state(root, adapter, own)
+        for key, tensor in own_tensors.items():
+            tensor.copy_(tensors[key])
+        for key, place in places_of(root).items():
+            if key in tensors and key not in own_tensors:  # None in the base
+                place.give(adapter_name, tensors[key].to(next(root.parameters()).device))

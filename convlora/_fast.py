@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -46,6 +47,7 @@ def convolution(
     if not (lora_A.requires_grad or lora_B.requires_grad or x.requires_grad):
         return None
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else weight.dtype
+    stride, dilation = _each(layer, layer.stride), _each(layer, layer.dilation)
     padding = _padding(layer)
     if padding is None or (dtype != weight.dtype and x.dtype == torch.float64):
         return None
@@ -53,7 +55,7 @@ def convolution(
     if layer.padding_mode != "zeros":
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
         padding = (0,) * len(padding)
-    geometry = Geometry(layer.stride, padding, layer.dilation, layer.groups)
+    geometry = Geometry(stride, padding, dilation, layer.groups)
     if path == "auto":
         choice = choose if torch.compiler.is_compiling() else choose_once  # compilers warn of what remembers
         path = choice(_shapes(layer, x, geometry, lora_A.shape[0]))
@@ -72,14 +74,17 @@ def _is_batch(layer: _ConvNd, x: object, weight: Tensor) -> bool:
     )
 
 
+def _each(layer: _ConvNd, number: int | Sequence[int]) -> tuple[int, ...]:
+    """A number for each spatial dimension, also where one was set after construction, which torch takes too."""
+    return (number,) * len(layer.kernel_size) if isinstance(number, int) else tuple(number)
+
+
 def _padding(layer: _ConvNd) -> tuple[int, ...] | None:
     """Zeros on each side; None where the two sides differ ('same' with an even kernel)."""
-    if isinstance(layer.padding, tuple):
-        return layer.padding
-    if layer.padding == "valid":
-        return (0,) * len(layer.kernel_size)
-    both = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
+    if layer.padding == "same":
+        both = [d * (k - 1) for d, k in zip(_each(layer, layer.dilation), layer.kernel_size, strict=True)]
+        return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
+    return _each(layer, 0 if isinstance(layer.padding, str) else layer.padding)
 
 
 def _shapes(layer: _ConvNd, x: Tensor, geometry: Geometry, rank: int) -> Shapes:

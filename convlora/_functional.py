@@ -88,9 +88,11 @@ def is_transformed() -> bool:
 
 
 def move_like(tensor: Tensor, other: Tensor | None) -> Tensor:
-    """The tensor, the same object, on the other's device and in its dtype."""
+    """The tensor, the same object, on the other's device and in its dtype; its gradient with it."""
     if other is not None and (other.device, other.dtype) != (tensor.device, tensor.dtype):
+        grad, tensor.grad = tensor.grad, None
         tensor.data = tensor.data.to(other.device, other.dtype)
+        tensor.grad = None if grad is None else grad.to(other.device, other.dtype)
     return tensor
 
 

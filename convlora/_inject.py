@@ -15,7 +15,18 @@ from ._paths import Path
 from ._places import BASE, Place
 from ._plan import LayerPlan, NormPolicy, Plan
 from ._planner import Pattern, plan
-from ._state import RECORD, Adapter, Injection, activate, check_whole, injected, the_adapter, the_injection, to_the_end
+from ._state import (
+    RECORD,
+    Adapter,
+    Injection,
+    activate,
+    check_whole,
+    holders_of,
+    injected,
+    the_adapter,
+    the_injection,
+    to_the_end,
+)
 from ._swap import check_restorable
 from ._targets import Targets
 from .errors import UnsupportedLayerError
@@ -125,7 +136,7 @@ def apply(plan: Plan, model: M) -> M:
             for layer, lora in zip(adapter.layers, loras, strict=True):
                 attach(layer, plan.adapter_name, lora)
             vars(model)[RECORD] = injection
-            activate(injection, plan.adapter_name if first else injection.active)
+            activate(model, injection, plan.adapter_name if first else injection.active, injection.disabled)
     except BaseException:
         if first:
             undo(injection, model)
@@ -184,17 +195,16 @@ def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) 
     for module in (m for m in model.modules() if not isinstance(m, (Adapters, LoRA))):
         parameters = module._parameters if module in owned else {}
         for name, now in (*parameters.items(), *module._buffers.items()):
-            if now is None:
+            if now is None and name in parameters:
                 continue
             place = places.get((module, name))
             if place is None:
                 place = Place(module, name, is_parameter=name in parameters)
                 injection.places.append(place)
             base = place.of(BASE)
-            assert base is not None, "a place has a tensor as long as `now` is one"
-            if id(base) not in copies:
+            if base is not None and id(base) not in copies:
                 copies[id(base)] = _own_copy(base, module in trained)
-            place.kept[plan.adapter_name] = copies[id(base)]
+            place.kept[plan.adapter_name] = None if base is None else copies[id(base)]
 
 
 def _own_copy(base: Tensor, trained: bool) -> Tensor:
@@ -231,8 +241,9 @@ def remove(model: M) -> M:
 
 def undo(injection: Injection, root: nn.Module) -> None:
     """Take back what was done, however much of it was; running it twice changes nothing more."""
+    holders = holders_of(root)
     for norm in injection.norms:
-        set_policy(norm, None)
+        set_policy(norm, None, holders.get(norm))
     for place in [] if injection.merged else injection.places:
         place.put(BASE)
     _give_flags_back(injection)

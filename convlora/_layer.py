@@ -141,7 +141,7 @@ class AdaptedLayer(Swapped):
         is_eager, kept = not torch.compiler.is_compiling() and not is_tracing(), held(layer).kept
         if is_eager and torch.is_grad_enabled() and (lora.lora_A.requires_grad or lora.lora_B.requires_grad):
             kept.train()
-        inputs = args or tuple(kwargs.values())
+        inputs = (*args, *kwargs.values())
         if len(inputs) == 1 and (args or "input" in kwargs):
             y = _forward_in_training(layer, self._convlora_base, lora, inputs[0])
             if y is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._checks import check_plan
 from ._computed import weight_shape
-from ._layer import CHILD
-from ._peft_format import PREFIX, factor_shapes
-from ._places import BASE
+from ._layer import CHILD, Adapters, LoRA
+from ._peft_format import PREFIX, dotted, factor_shapes
+from ._places import BASE, Place
 from ._plan import LayerPlan, Plan
 from ._planner import geometry
 from ._state import RECORD, Injection
@@ -108,11 +109,26 @@ def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor
 
 def tensors_as(model: nn.Module, owner: str) -> dict[str, Tensor]:
     """The state dict as it is while this owner, an adapter or ``BASE``, has its tensors in place; no copies."""
+    state: dict[str, Tensor | None] = dict(tensors_of(model, keep_vars=True))
+    places = places_of(model)
+    # By their tensors those that a hook on the state dict has given other keys.
+    unnamed = {id(place.now): place for place in places.values() if place.now is not None}
+    for key, tensor in state.items():
+        place = places.get(key, unnamed.get(id(tensor)))
+        state[key] = tensor if place is None else place.of(owner)
+    # A buffer that is None here is in no state dict, and may be a tensor for another owner.
+    state |= {key: place.of(owner) for key, place in places.items() if place.now is None and place.is_saved}
+    return {key: tensor for key, tensor in state.items() if tensor is not None}
+
+
+def places_of(model: nn.Module) -> dict[str, Place]:
+    """The model's places, if it has any, by state-dict key; those of shared modules under each name."""
     record = vars(model).get(RECORD)
-    places = record.places if isinstance(record, Injection) else []
-    theirs = {id(place.now): tensor for place in places if (tensor := place.of(owner)) is not None}
-    state = tensors_of(model, keep_vars=True)
-    return {key: theirs.get(id(tensor), tensor) for key, tensor in state.items()}
+    inside: dict[nn.Module, list[Place]] = {}
+    for place in record.places if isinstance(record, Injection) else ():
+        inside.setdefault(place.module, []).append(place)
+    modules = model.named_modules(remove_duplicate=False)
+    return {dotted(name, place.name): place for name, module in modules for place in inside.get(module, ())}
 
 
 def own_keys(model: nn.Module, plan: Plan, buffers: Iterable[str]) -> set[str]:
@@ -123,12 +139,16 @@ def own_keys(model: nn.Module, plan: Plan, buffers: Iterable[str]) -> set[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     owners = {module for name in plan.modules_to_save for module in modules[name].modules()}
     owners |= {modules[name] for name in plan.norms if plan.norm == "track"}
+    owners = {module for module in owners if not isinstance(module, (Adapters, LoRA))}  # another adapter's factors
     return {key for key in tensors_of(model) if modules.get(key.rpartition(".")[0]) in owners} | set(buffers)
 
 
 def base_keys(state: Mapping[str, Tensor], own: set[str]) -> list[str]:
-    """Keys of the base: all but the adapter's."""
-    return [key for key in state if key not in own and f".{CHILD}." not in f".{key}"]
+    """Keys of the base: all but the adapter's and any adapter's factors."""
+    return [key for key in state if key not in own and not _FACTOR.fullmatch(key)]
+
+
+_FACTOR = re.compile(rf"(.*\.)?{CHILD}\.[^.]+\.lora_[AB]")
 
 
 def digest(tensor: Tensor) -> str:
@@ -186,10 +206,14 @@ def _differences(layer: LayerPlan, module: nn.Module, shape: tuple[int, ...]) ->
 def _tensor_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
     """Differences between what the file holds and what its plan promises and the model has room for."""
     plan = manifest.plan
-    buffers = manifest.buffers & state.keys() & {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    modules = model.named_modules(remove_duplicate=False)
+    slots = {dotted(name, buffer): now for name, m in modules for buffer, now in m._buffers.items()}
+    buffers = {key for key in manifest.buffers & slots.keys() if slots[key] is None or key in state}
     yield from (f"  {key}: no such buffer in the model" for key in sorted(manifest.buffers - buffers))
     expected = {key: Form(shape, "float") for p in plan.layers for key, shape in factor_shapes(p).items()}
-    expected |= {key: Form(tuple(state[key].shape), _kind(state[key].dtype)) for key in own_keys(model, plan, buffers)}
+    for key in own_keys(model, plan, buffers):
+        tensor = state.get(key)  # a buffer that is None takes what there is
+        expected[key] = manifest.forms.get(key, Form((), "float")) if tensor is None else _form(tensor)
     for key in sorted({*expected, *manifest.forms}):
         there, here = manifest.forms.get(key, "nothing"), expected.get(key, "nothing")
         if there != here:
@@ -207,6 +231,10 @@ def _number_faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[
         there, here = text.split(":"), digest(state[key]).split(":")
         if there[0] == here[0] and there != here:
             yield f"  {key}: the base's numbers differ"
+
+
+def _form(tensor: Tensor) -> Form:
+    return Form(tuple(tensor.shape), _kind(tensor.dtype))
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -44,9 +44,9 @@ class FrozenNorm(Swapped):
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Self:
-        """Children (activation, dropout) follow ``mode``; the norm itself remembers it and stays in eval."""
+        """Children (activation, dropout) follow ``mode``; the norm itself stays in eval."""
         super().train(mode)  # type: ignore[misc]
-        _hold(cast(nn.Module, self), mode)
+        cast(nn.Module, self).training = False
         return self
 
 
@@ -63,7 +63,7 @@ class _Constant(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        scale = torch.rsqrt(var + eps)
+        scale = torch.rsqrt(var.to(torch.promote_types(var.dtype, torch.float32)) + eps)
         ctx.save_for_backward(scale if weight is None else scale * weight)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
@@ -110,8 +110,8 @@ class TrackedNorm(Swapped):
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-MODE = "_convlora_mode"
-"""Where a frozen norm remembers the mode that the model is in."""
+MODES = "_convlora_modes"
+"""Where a frozen norm remembers its own mode and that of the module that holds it, as they were."""
 
 POLICIES: dict[NormPolicy, type[Swapped]] = {"freeze": FrozenNorm, "track": TrackedNorm}
 
@@ -131,18 +131,19 @@ def _spared(norm: nn.Module) -> Iterator[None]:
         norm._buffers.update(buffers)
 
 
-def set_policy(norm: nn.Module, policy: NormPolicy | None) -> None:
-    """Freeze the norm, track it, or with None give it back its own class and the mode that the model is in."""
+def set_policy(norm: nn.Module, policy: NormPolicy | None, holder: nn.Module | None) -> None:
+    """Freeze the norm, track it, or with None give it back its own class and mode; may be run again.
+
+    A norm that was frozen gets the mode that it had; where the module that holds it has changed its mode meanwhile, it
+    follows. Its own ``training`` says nothing of that: code that saves and restores every module's mode has written it.
+    """
     if isinstance(norm, (FrozenNorm, TrackedNorm)):
         restore(cast(nn.Module, norm))
-    norm.training = vars(norm).get(MODE, norm.training)
-    vars(norm).pop(MODE, None)
+    mode, mode_of_holder = vars(norm).pop(MODES, (norm.training, None))
+    followed = holder is None or mode_of_holder in (None, holder.training)
+    norm.training = mode if followed or holder is None else holder.training
     if policy is not None:
         swap(norm, POLICIES[policy])
     if policy == "freeze":
-        _hold(norm, norm.training)
-
-
-def _hold(norm: nn.Module, mode: bool) -> None:
-    vars(norm)[MODE] = mode
-    norm.training = False
+        vars(norm)[MODES] = norm.training, None if holder is None else holder.training
+        norm.training = False

@@ -15,19 +15,19 @@ from ._functional import move_like
 BASE = ""
 """The base as an owner; no adapter can have this name."""
 COPY = "."
-"""A passing copy of a base buffer, in place while adapters are disabled, so that nothing can move the base."""
+"""A passing copy of a base buffer, in place while adapters are disabled, so that no forward moves the base."""
 
 
 @dataclass
 class Place:
-    """A parameter's or buffer's place in a module."""
+    """A parameter's or buffer's place in a module. A buffer may be None, for all owners or for some."""
 
     module: nn.Module
     name: str
     is_parameter: bool
     owner: str = BASE
     """Whose tensor is in the module."""
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor | None] = field(default_factory=dict)
     """The other owners' tensors."""
 
     @property
@@ -40,6 +40,11 @@ class Place:
     def now(self) -> Tensor | None:
         """The tensor in the module; None where the user has taken it away."""
         return self.home.get(self.name)
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the state dict holds it."""
+        return self.is_parameter or self.name not in self.module._non_persistent_buffers_set
 
     def of(self, owner: str) -> Tensor | None:
         """This owner's tensor; where it has none here, the base's."""
@@ -56,20 +61,29 @@ class Place:
             owner = BASE
         now = self.now
         if owner != self.owner:
-            if now is not None:
+            if self.name in self.home:
                 self.kept[self.owner] = now
             self.owner = owner
         if owner in self.kept:
-            self.home[self.name] = move_like(self.kept[owner], now)
+            theirs = self.kept[owner]
+            self.home[self.name] = None if theirs is None else move_like(theirs, now)
             del self.kept[owner]
 
-    def put_copy(self) -> None:
-        """Put the base's tensor in; of a buffer, a copy."""
+    def put_copy(self, copies: dict[int, Tensor]) -> None:
+        """Put the base's tensor in; of a buffer, a copy.
+
+        Args:
+            copies: those made so far, by the identity of what they are copies of; shared buffers stay shared.
+        """
         if not self.is_parameter and self.owner != COPY:
             base = self.of(BASE)
-            if base is not None:
-                self.kept[COPY] = base.clone()
+            self.kept[COPY] = None if base is None else copies.setdefault(id(base), base.clone())
         self.put(BASE if self.is_parameter else COPY)
+
+    def give(self, owner: str, tensor: Tensor) -> None:
+        """Make a tensor the owner's."""
+        tensors = self.home if owner == self.owner else self.kept
+        tensors[self.name if owner == self.owner else owner] = tensor
 
     def forget(self, owner: str) -> None:
         """Drop an owner's tensor that is not in the module."""

@@ -90,7 +90,8 @@ def make_plan(model: nn.Module, rank: int, adapter_name: str, **options: Unpack[
     _checks.check_model(model)
     named = _targets.modules_of(model)
     saved, found_by = _modules_to_save(model, named, options.get("modules_to_save", "auto"))
-    inside_saved = {module for s in saved for module in s.module.modules()}
+    bases = {n.module for n in named}  # without what other adapters have put beside
+    inside_saved = {module for s in saved for module in s.module.modules() if module in bases}
     choice = _Choice(model, named, inside_saved, options)
     layers = [choice.layer(n, rank, alpha, use_rslora, dropout) for n in choice.listed]
     _checks.check_any_left(layers, choice.targets, saved, model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._layer import CHILD, AdaptedLayer, LoRA, held, lora_of
 from ._norms import FrozenNorm, TrackedNorm, set_policy
@@ -54,6 +54,8 @@ class Injection:
     """The adapter that the model computes with."""
     disabled: bool = False
     """Whether the base computes alone for now."""
+    blocks: set[object] = field(default_factory=set)
+    """``disable_adapter`` blocks that are open; a copy that is made inside one has none to leave."""
     merged: bool = False
     """Whether merged weights are in the base's place."""
     places: list[Place] = field(default_factory=list)
@@ -70,33 +72,43 @@ class Injection:
         """Every norm layer that any adapter freezes or tracks."""
         return list(dict.fromkeys(norm for each in self.adapters.values() for norm in each.norms))
 
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"blocks": set()}
+
     @property
     def state(self) -> str:
         """How a plan's table names the state of the model."""
         return "merged" if self.merged else "injected"
 
 
-def activate(injection: Injection, adapter_name: str, disabled: bool = False) -> None:
+def activate(root: nn.Module, injection: Injection, adapter_name: str, disabled: bool = False) -> None:
     """Let the model compute with one adapter, or for now with the base alone; may be run again after an interrupt.
 
     What belongs to the adapter comes with it: the modules it trained in full, its norm statistics and policy.
     Factors of the others are not trainable meanwhile. The base alone is the base with its own statistics: its norm
     layers are frozen.
     """
+    copies: dict[int, Tensor] = {}
     for place in injection.places:
         if disabled:
-            place.put_copy()
+            place.put_copy(copies)
         else:
             place.put(adapter_name)
             place.forget(COPY)
     for layer in injection.layers:
         held(layer).active = None if disabled else adapter_name
+    holders = holders_of(root)
     for norm in injection.norms:
         policy = injection.adapters[adapter_name].norms.get(norm)
-        set_policy(norm, "freeze" if disabled and policy else policy)
+        set_policy(norm, "freeze" if disabled and policy else policy, holders.get(norm))
     for name, each in injection.adapters.items():
         _wake(each) if name == adapter_name else _rest(each)
     injection.active, injection.disabled = adapter_name, disabled
+
+
+def holders_of(root: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The module that holds each module."""
+    return {child: module for module in root.modules() for child in module.children()}
 
 
 def _rest(each: Adapter) -> None:
@@ -213,10 +225,20 @@ def check_unmerged(injection: Injection) -> None:
         raise StateError("The adapter is merged; call convlora.unmerge(model) first. Nothing was changed.")
 
 
-def check_enabled(injection: Injection) -> None:
+def check_outside_blocks(injection: Injection) -> None:
     """Raise StateError inside a ``disable_adapter`` block."""
-    if injection.disabled:
+    if injection.blocks:
         raise StateError("Adapters are disabled; leave the disable_adapter block first. Nothing was changed.")
+
+
+def check_enabled(injection: Injection) -> None:
+    """Raise StateError inside a ``disable_adapter`` block, and for a copy that was made inside one."""
+    check_outside_blocks(injection)
+    if injection.disabled:
+        raise StateError(
+            "Adapters are disabled: this copy was made inside a disable_adapter block. "
+            f"convlora.set_adapter(model, {injection.active!r}) enables them. Nothing was changed."
+        )
 
 
 def to_the_end(step: Callable[[], None]) -> None:

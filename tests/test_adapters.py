@@ -209,6 +209,156 @@ def test_switching_is_refused_while_merged_or_disabled(two, images):
     assert torch.equal(outputs(net, images), expected["b"])
 
 
+def test_an_adapter_that_comes_inside_a_disabled_block_waits_for_its_end(two, images, tmp_path):
+    net, base, expected = two
+    convlora.save_adapter(net, tmp_path)
+    of_base = outputs(base, images)
+    with convlora.disable_adapter(net):
+        convlora.add_adapter(net, "c", 2, norm="track")
+        assert torch.equal(outputs(net, images), of_base)
+        convlora.load_adapter(net, tmp_path, "d")
+        net.train()(images)
+        assert torch.equal(outputs(net, images), of_base)
+    assert torch.equal(outputs(net, images), expected["b"])
+    for name, predicted in (("c", of_base), ("d", expected["b"]), ("a", expected["a"])):
+        convlora.set_adapter(net, name)
+        assert torch.equal(outputs(net, images), predicted)
+    assert torch.equal(outputs(convlora.remove(net), images), of_base)
+
+
+def test_blocks_that_overlap_disable_until_the_last_is_left(two, images):
+    net, base, expected = two
+    first, second = convlora.disable_adapter(net), convlora.disable_adapter(net)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(outputs(net, images), outputs(base, images))
+    second.__exit__(None, None, None)
+    assert torch.equal(outputs(net, images), expected["b"])
+
+
+def test_a_copy_made_inside_a_disabled_block_can_be_enabled(two, images):
+    net, base, expected = two
+    with convlora.disable_adapter(net):
+        twins = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+    for twin in twins:
+        assert torch.equal(outputs(twin, images), outputs(base, images))
+        with convlora.disable_adapter(twin):
+            pass
+        assert torch.equal(outputs(twin, images), outputs(base, images))
+        with pytest.raises(StateError, match=r"copy was made inside .*convlora\.set_adapter\(model, 'b'\)"):
+            convlora.merge(twin)
+        convlora.set_adapter(twin, "b")
+        assert torch.equal(outputs(twin, images), expected["b"])
+
+
+class Tied(nn.Module):
+    """Two heads of one weight, and two norms of one buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.second = nn.Conv2d(3, 8, 3), nn.Linear(8, 2), nn.Linear(8, 2)
+        self.second.weight = self.fc.weight
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        self.norms[1].running_mean = self.norms[0].running_mean
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = (self.norms[0](x) + self.norms[1](x)).mean((2, 3))
+        return self.fc(x) + self.second(x)
+
+
+def test_tensors_that_are_tied_in_one_adapter_alone(images, train, tmp_path):
+    torch.manual_seed(0)
+    net = Tied()
+    base = copy.deepcopy(net)
+    convlora.inject(net, 2, modules_to_save=["fc", "second"], adapter_name="tied")
+    convlora.add_adapter(net, "loose", 2, modules_to_save="fc")
+    expected = {}
+    for name in ("tied", "loose"):
+        convlora.set_adapter(net, name)
+        train(net, images)
+        expected[name] = outputs(net, images)
+    with convlora.disable_adapter(net):
+        assert net.norms[0].running_mean is net.norms[1].running_mean
+    for name in ("tied", "loose"):  # the first waits
+        convlora.save_adapter(net, tmp_path / name, name)
+        fresh = copy.deepcopy(base)
+        convlora.load_adapter(fresh, tmp_path / name)
+        assert torch.equal(outputs(fresh, images), expected[name])
+    both = copy.deepcopy(base)
+    for name in ("tied", "loose"):
+        convlora.load_adapter(both, tmp_path / name)
+    for name in ("loose", "tied"):
+        convlora.set_adapter(both, name)
+        assert torch.equal(outputs(both, images), expected[name])
+    assert torch.equal(outputs(convlora.remove(both), images), outputs(base, images))
+
+
+def test_one_adapter_trains_in_full_what_another_adapts(net, images, train, tmp_path):
+    base = copy.deepcopy(net)
+    convlora.inject(net, 2, target_modules=(nn.Conv2d, nn.Linear), modules_to_save=None, adapter_name="adapts")
+    convlora.add_adapter(net, "trains", 2, target_modules="stem", modules_to_save=["block.3", "fc"])
+    alone = convlora.plan(base, 2, target_modules="stem", modules_to_save=["block.3", "fc"])
+    assert convlora.summary(net, "trains").saved_parameters == alone.saved_parameters
+    expected = {}
+    for name in ("adapts", "trains"):
+        convlora.set_adapter(net, name)
+        train(net, images)
+        expected[name] = outputs(net, images)
+    for name in expected:
+        convlora.save_adapter(net, tmp_path / name, name)
+        fresh = copy.deepcopy(base)
+        convlora.load_adapter(fresh, tmp_path / name)
+        assert torch.equal(outputs(fresh, images), expected[name])
+    for order in (["adapts", "trains"], ["trains", "adapts"]):
+        both = copy.deepcopy(base)
+        for name in order:
+            convlora.load_adapter(both, tmp_path / name)
+        for name in order:
+            convlora.set_adapter(both, name)
+            assert torch.equal(outputs(both, images), expected[name])
+        assert torch.equal(outputs(convlora.remove(both), images), outputs(base, images))
+
+
+class Lazy(nn.Module):
+    """A buffer that training makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.register_buffer("mean", None)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.training:
+            self.mean = x.detach().mean((0, 2, 3), keepdim=True)
+        return x if self.mean is None else x - self.mean
+
+
+def test_a_buffer_that_training_makes(images, train, tmp_path):
+    net = Lazy()
+    base = copy.deepcopy(net)
+    convlora.inject(net, 2, modules_to_save=None)
+    convlora.add_adapter(net, "other", 2, modules_to_save=None)
+    train(net, images)
+    expected = outputs(net, images)
+    convlora.save_adapter(net, tmp_path)
+    for fresh in (copy.deepcopy(base), convlora.inject(copy.deepcopy(base), modules_to_save=None, adapter_name="own")):
+        convlora.load_adapter(fresh, tmp_path)
+        convlora.set_adapter(fresh, "default")
+        assert torch.equal(outputs(fresh, images), expected)
+        assert convlora.remove(fresh).mean is None
+    with convlora.disable_adapter(net):
+        net.train()(images)
+        assert torch.equal(outputs(net, images), base.conv(images) - net.mean)  # a mean of the block's own
+    convlora.set_adapter(net, "other")
+    assert net.mean is None and torch.equal(outputs(net, images), outputs(base, images))
+    convlora.save_adapter(net, tmp_path / "waiting", "default")
+    fresh = convlora.load_adapter(copy.deepcopy(base), tmp_path / "waiting")
+    assert torch.equal(outputs(fresh, images), expected)
+    assert convlora.remove(net).mean is None
+
+
 def test_deleted_adapters_leave_no_trace(two, images, norm):
     net, base, expected = two
     with pytest.raises(StateError, match="'b' is the active adapter; set_adapter another first"):
@@ -253,7 +403,11 @@ def test_copies_and_pickles_switch_on_their_own(two, images):
 
 def test_what_waits_follows_the_model_to_another_dtype(two, images):
     net, base, expected = two
+    convlora.set_adapter(net, "a")
+    net.eval()(images).sum().backward()
+    convlora.set_adapter(net, "b")
     convlora.set_adapter(net.double(), "a")
+    assert all(p.grad.dtype == torch.float64 for p in net.fc.parameters())
     assert all(t.dtype in (torch.float64, torch.int64) for t in (*net.parameters(), *net.buffers()))
     torch.testing.assert_close(outputs(net, images.double()).float(), expected["a"], rtol=1e-4, atol=1e-5)
     with convlora.disable_adapter(net):

@@ -195,6 +195,40 @@ def test_linear_layers(path):
     torch.testing.assert_close((lora.lora_A.grad, lora.lora_B.grad), (grad_A, grad_B), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    "geometry",
+    [{"padding": 0}, {"padding": 2}, {"padding": [2, 0]}, {"stride": 2}, {"stride": [2, 1]}, {"dilation": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_geometry_that_is_set_afterwards_counts(geometry, mode):
+    conv, x = nn.Conv2d(4, 8, 3, padding=1, padding_mode=mode), torch.randn(2, 4, 9, 9)
+    for name, value in geometry.items():
+        setattr(conv, name, value)
+    layer = adapt(conv)
+    plain = with_dense_weight(layer)
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-5)
+    layer(x).square().sum().backward(), plain(x).square().sum().backward()
+    lora = layer.convlora["default"]
+    torch.testing.assert_close(
+        (lora.lora_A.grad, lora.lora_B.grad), dense_gradients(layer, plain), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_input_may_be_given_by_its_name():
+    layer, x = nn.Conv2d(4, 8, 3), torch.randn(2, 4, 7, 7)
+    convlora.inject(layer, 2, modules_to_save=None, dropout=0.5)
+    randomise(layer)
+    torch.manual_seed(0)
+    by_place = layer(x)
+    torch.manual_seed(0)
+    assert torch.equal(layer(input=x), by_place) and not torch.equal(layer(input=x), by_place)
+    with pytest.raises(TypeError):  # torch's own error
+        layer(x, input=x)
+    with pytest.raises(TypeError):
+        layer(inputs=x)
+
+
 def test_unknown_path_is_refused(net):
     with pytest.raises(convlora.TargetError, match="path='fast'; it must be one of 'auto', 'fused'"):
         convlora.inject(net, path="fast")

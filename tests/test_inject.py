@@ -334,6 +334,8 @@ def test_distributed_model_is_refused_with_the_remedy(net):
         with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel\. Take the model inside"):
             convlora.inject(DistributedDataParallel(net))
         wrapped = DistributedDataParallel(convlora.inject(net))
+        with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel\. Take the model inside"):
+            convlora.add_adapter(wrapped, "second")  # whose gradients it would not synchronise
         assert len(list(convlora.adapter_parameters(wrapped))) == 6
     finally:
         distributed.destroy_process_group()

@@ -106,6 +106,62 @@ def test_frozen_batch_norm_has_second_derivatives_and_trains_its_scale_where_ask
         norm(torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True) * 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frozen_batch_norm_in_half_precision_has_the_gradient_that_torch_has(dtype):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(64, eps=1e-9)  # which is 0 in half precision
+    norm.running_var.uniform_(0.01, 3), norm.weight.data.uniform_(0.5, 2)
+    norm.running_var[0] = 0
+    base = copy.deepcopy(norm).to(dtype).eval().requires_grad_(False)
+    model = convlora.inject(nn.Sequential(nn.Conv2d(64, 64, 1), norm).to(dtype), modules_to_save=None)
+    x, g = torch.randn(2, 4, 64, 8, 8).to(dtype)
+    mine, theirs = (x.clone().requires_grad_(True) for _ in range(2))
+    model[1](mine * 1).backward(g), base(theirs).backward(g)
+    difference = (mine.grad.double() / theirs.grad.double() - 1).mean((0, 2, 3))  # a bias, not a rounding
+    assert difference[1:].abs().max() < 1e-3
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=2e-2, atol=1e-2)
+
+
+def save_and_restore_modes(model, call):
+    """As trainers do around a validation: every module's own mode is read, and written back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    call()
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def test_a_mode_that_is_saved_and_restored_from_outside_is_not_lost(net, images):
+    convlora.inject(net.train(), norm="freeze", adapter_name="frozen")
+    convlora.add_adapter(net, "tracked", norm="track")
+    save_and_restore_modes(net, lambda: net(images))
+    net.bn1.train(False)
+    convlora.set_adapter(net, "tracked")
+    before = statistics(net)
+    net(images)
+    assert net.bn1.training and not equal(statistics(net), before)
+    with convlora.disable_adapter(net):
+        save_and_restore_modes(net, lambda: net(images))
+        assert not net.bn1.training
+    assert net.bn1.training
+    convlora.set_adapter(net, "frozen")
+    save_and_restore_modes(net, lambda: net(images))
+    assert not net.bn1.training
+    assert all(module.training for module in convlora.remove(net).modules())
+
+
+def test_a_norm_that_the_user_keeps_in_eval_stays_in_eval(net, images):
+    net.train().bn1.eval()
+    convlora.inject(net, norm="freeze", adapter_name="frozen")
+    convlora.add_adapter(net, "tracked", norm="track")
+    convlora.set_adapter(net, "tracked")
+    assert not net.bn1.training and net.block[1].training
+    convlora.set_adapter(net, "frozen")
+    net.eval()
+    convlora.remove(net)
+    assert not any(module.training for module in net.modules())
+
+
 def test_norms_without_statistics_are_not_touched():
     model = nn.Sequential(nn.Conv2d(6, 6, 1), nn.GroupNorm(2, 6), nn.InstanceNorm2d(6))
     convlora.inject(model, 2, modules_to_save=None)
