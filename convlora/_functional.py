@@ -70,9 +70,11 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
     with no_autocast(lora_A.device.type):
         last = weight.ndim > 2 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
         rows, A = (weight.movedim(1, -1), lora_A.movedim(1, -1)) if last else (weight, lora_A)
-        wide = torch.promote_types(weight.dtype, lora_A.dtype)
-        base = rows.reshape(lora_B.shape[0], -1).to(wide)
-        merged = torch.addmm(base, (scaling * lora_B).to(wide), A.flatten(1).to(wide)).to(weight.dtype).view(rows.shape)
+        base, A, B = rows.reshape(lora_B.shape[0], -1), A.flatten(1), lora_B
+        if weight.dtype != lora_A.dtype:
+            wide = torch.promote_types(weight.dtype, lora_A.dtype)
+            base, A, B = base.to(wide), A.to(wide), B.to(wide)
+        merged = torch.addmm(base, B, A, alpha=scaling).to(weight.dtype).view(rows.shape)
         return merged.movedim(-1, 1) if last else merged
 
 

@@ -8,8 +8,6 @@ or a numpy view; on an accelerator the same holds for the factors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -61,18 +59,30 @@ class _Seen:
 
 
 @dataclass(frozen=True)
+class _Copied:
+    """A tensor by its numbers: no way of writing it goes unseen."""
+
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Copied:
+        return cls(tensor.detach().clone())
+
+    def is_still(self, tensor: Tensor) -> bool:
+        same = (tensor.dtype, tensor.device) == (self.numbers.dtype, self.numbers.device)
+        return same and torch.equal(tensor, self.numbers)
+
+
+@dataclass(frozen=True)
 class _Entry:
     state: tuple[object, ...]
-    sources: tuple[_Seen, ...]
-    numbers: tuple[Tensor, ...]
-    """Copies of the factors in host memory; of others none."""
+    sources: tuple[_Seen | _Copied, ...]
     merged: _Seen
 
     def serves(self, state: tuple[object, ...], sources: tuple[Tensor, ...]) -> bool:
         return (
             state == self.state
             and all(seen.is_still(source) for seen, source in zip(self.sources, sources, strict=True))
-            and all(torch.equal(copy, source) for copy, source in zip(self.numbers, sources[1:], strict=False))
             and self.merged.is_still(self.merged.tensor)  # nobody wrote into what we handed out
         )
 
@@ -82,32 +92,27 @@ class Kept:
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
-        self._is_serving = False
-
-    @contextmanager
-    def serving(self) -> Iterator[None]:
-        """The layer's own forward: inside, :meth:`weight` may be the one that is kept."""
-        self._is_serving = True
-        try:
-            yield
-        finally:
-            self._is_serving = False
+        self.is_serving = False
+        """Whether the layer's own forward is under way: then :meth:`weight` may be the one that is kept."""
 
     def weight(self, base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         """W + ΔW: kept where the layer's own forward asks and no gradient flows through it, else computed."""
         sources = (base, lora_A, lora_B)
         gradient = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        if gradient or not self._is_serving or not all(map(_can_be_watched, sources)):
+        if gradient or not self.is_serving or _is_written_past_counters(base):
             return effective_weight(base, lora_A, lora_B, scaling)
         state = (_trainings, scaling, _stream(base))
         entry = self._entry
         if entry is None or not entry.serves(state, sources):
+            if not all(map(_has_its_own_memory, sources)):
+                return effective_weight(base, lora_A, lora_B, scaling)
             _watch_optimizers()
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve outside
-                seen = tuple(map(_Seen.of, sources))  # before computing: what is written meanwhile counts as a change
-                numbers = tuple(factor.clone() for factor in sources[1:] if factor.device.type == "cpu")
+                # Before computing: what is written meanwhile counts as a change. Factors are small enough to compare.
+                look = _Copied.of if base.device.type == "cpu" else _Seen.of
+                seen = (_Seen.of(base), look(lora_A), look(lora_B))
                 merged = effective_weight(base, lora_A, lora_B, scaling)
-            entry = self._entry = _Entry(state, seen, numbers, _Seen.of(merged))
+            entry = self._entry = _Entry(state, seen, _Seen.of(merged))
         return entry.merged.tensor
 
     def train(self) -> None:
@@ -126,15 +131,18 @@ class Kept:
         return Kept, ()
 
 
-def _can_be_watched(source: Tensor) -> bool:
-    """A Parameter with memory of its own, and not where others write past its counter: sharding, a graph's capture."""
+def _is_written_past_counters(base: Tensor) -> bool:
+    """While tensors may be sharded over processes, or a graph is captured."""
+    in_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return in_processes or (base.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _has_its_own_memory(source: Tensor) -> bool:
+    """A Parameter that shares its memory with no other tensor or process."""
     if type(source) is not nn.Parameter or source.is_inference():
         return False
-    if source.is_cuda:
-        hidden = torch.cuda.is_current_stream_capturing()
-    else:
-        hidden = cast(Any, source).is_shared() or source.untyped_storage().nbytes() != source.nbytes
-    return not hidden and not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    shared = not source.is_cuda and cast(Any, source).is_shared()  # on CUDA every tensor says that it is
+    return not shared and source.untyped_storage().nbytes() == source.nbytes
 
 
 def _stream(tensor: Tensor) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
@@ -139,15 +138,21 @@ class AdaptedLayer(Swapped):
         if lora is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         is_eager, kept = not torch.compiler.is_compiling() and not is_tracing(), held(layer).kept
-        if is_eager and torch.is_grad_enabled() and (lora.lora_A.requires_grad or lora.lora_B.requires_grad):
-            kept.train()
-        inputs = (*args, *kwargs.values())
-        if len(inputs) == 1 and (args or "input" in kwargs):
-            y = _forward_in_training(layer, self._convlora_base, lora, inputs[0])
-            if y is not None:
-                return y
-        with kept.serving() if is_eager else nullcontext():
+        if layer.training or torch.is_grad_enabled():
+            if is_eager and torch.is_grad_enabled() and (lora.lora_A.requires_grad or lora.lora_B.requires_grad):
+                kept.train()
+            inputs = (*args, *kwargs.values())
+            if len(inputs) == 1 and (args or "input" in kwargs):
+                y = _forward_in_training(layer, self._convlora_base, lora, inputs[0])
+                if y is not None:
+                    return y
+        if not is_eager:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        kept.is_serving = True
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            kept.is_serving = False
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse a new ``weight``: the property would add ΔW to it once more.

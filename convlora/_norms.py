@@ -37,10 +37,11 @@ class FrozenNorm(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The norm's own forward; where it is torch's batch norm, one that saves no input for the backward."""
         norm = cast(nn.Module, self)
-        rest = _after_batch_norm(norm, self._convlora_base)
-        if rest is not None and len(args) == 1 and not kwargs and _is_constant(norm, args[0]):
-            cast(Any, norm)._check_input_dim(args[0])  # torch's own error for an input of other dimensions
-            return rest(_Constant.apply(args[0], *(getattr(norm, name) for name in BATCH_NORM)))
+        if torch.is_grad_enabled() and len(args) == 1 and not kwargs:
+            rest = _after_batch_norm(norm, self._convlora_base)
+            if rest is not None and _is_constant(norm, args[0]):
+                cast(Any, norm)._check_input_dim(args[0])  # torch's own error for an input of other dimensions
+                return rest(_Constant.apply(args[0], *(getattr(norm, name) for name in BATCH_NORM)))
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Self:
@@ -86,8 +87,7 @@ def _after_batch_norm(norm: nn.Module, cls: Any) -> Callable[[Tensor], Tensor] |
 def _is_constant(norm: nn.Module, x: Any) -> bool:
     """Whether a gradient passes through, and none is asked for scale or shift; for an input that the norm takes."""
     return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not is_transformed()
         and type(x) is Tensor
         and x.requires_grad

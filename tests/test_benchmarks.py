@@ -113,6 +113,7 @@ def trained_names(name, model):
     kinds = {
         "full": lambda key, module: True,
         "probe": lambda key, module: key.startswith(head),
+        "floor": lambda key, module: key.startswith(head),
         "norms": lambda key, module: key.startswith(head) or isinstance(module, nn.BatchNorm2d),
         "convlora": lambda key, module: key.startswith(head) or ".lora_" in key,
         "peft": lambda key, module: "modules_to_save.default" in key or ".lora_" in key,
@@ -131,7 +132,7 @@ def test_every_arm_trains_what_it_should_and_nothing_else(name):
     assert found.stuck == () and found.strayed == ()
     assert set(found.moved) == trained_names(name, bench.subject.model)
     statistics = any("running_mean" in key for key in found.buffers)
-    assert statistics == (name in ("full", "norms", "convlora-track", "peft", "loralib", "lycoris"))
+    assert statistics == (name in ("full", "norms", "convlora-track", "floor-track", "peft", "loralib", "lycoris"))
 
 
 def test_an_arm_that_trains_what_it_should_not_is_refused():

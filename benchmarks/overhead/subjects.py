@@ -131,6 +131,21 @@ def adapted(path: Way = "auto", norm: NormPolicy = "freeze") -> Callable[[nn.Mod
     return build
 
 
+def floor(norm: NormPolicy = "freeze") -> Callable[[nn.Module, int], Subject]:
+    """What every way of training each layer pays: the gradient goes back to the first convolution's output.
+
+    The head alone is trained, on the base's own convolutions; norms are as this library has them.
+    """
+
+    def build(model: nn.Module, rank: int) -> Subject:
+        layers = list(convolutions(model).values())
+        convlora.inject(model, rank, target_modules=(), norm=norm)
+        layers[0].register_forward_hook(lambda layer, inputs, y: y.requires_grad_() if torch.is_grad_enabled() else y)
+        return Subject(model, len(layers), write=lambda folder: convlora.save_adapter(model, folder))
+
+    return build
+
+
 def unmerged(model: nn.Module, rank: int) -> Subject:
     """This library's adapter beside the base, with factors that change something."""
     subject = adapted()(model, rank)
