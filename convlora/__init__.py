@@ -1,7 +1,9 @@
 """LoRA adapters for the convolutions of any PyTorch network: inject, train, merge, save."""
 
 from ._adapters import add_adapter, delete_adapter, disable_adapter, set_adapter
+from ._algebra import Approximation, extract, shrink
 from ._checkpoint import load_adapter, save_adapter
+from ._combine import combine_adapters
 from ._inject import adapter_parameters, inject, remove, summary, trainable_parameters
 from ._layer import base_weight
 from ._merge import merge, unmerge
@@ -12,6 +14,7 @@ from .errors import CheckpointError, ConvLoraError, StateError, TargetError, Uns
 __version__ = "0.1.0"
 
 __all__ = [
+    "Approximation",
     "CheckpointError",
     "ConvLoraError",
     "LayerPlan",
@@ -22,8 +25,10 @@ __all__ = [
     "adapter_parameters",
     "add_adapter",
     "base_weight",
+    "combine_adapters",
     "delete_adapter",
     "disable_adapter",
+    "extract",
     "inject",
     "load_adapter",
     "merge",
@@ -31,6 +36,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "set_adapter",
+    "shrink",
     "summary",
     "trainable_parameters",
     "unmerge",

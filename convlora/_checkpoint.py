@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ._adapters import check_new
 from ._checks import check_model, check_values
-from ._inject import apply, drop, remove
+from ._inject import applied
 from ._manifest import (
     FORMAT,
     TENSORS,
@@ -154,15 +154,8 @@ def load_adapter(
         check_intact(root, before)
     check_fits(manifest, root, check_base)
     tensors = _read_tensors(manifest)
-    try:
-        apply(plan, root)
+    with applied(plan, root):
         _copy_tensors(tensors, manifest, root, plan.adapter_name)
-    except BaseException:
-        if isinstance(before, Injection):
-            drop(before, plan.adapter_name)
-        elif list(injections(root)):
-            remove(root)
-        raise
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from ._state import (
     check_whole,
     holders_of,
     injected,
+    injections,
     the_adapter,
     the_injection,
     to_the_end,
@@ -146,6 +148,21 @@ def apply(plan: Plan, model: M) -> M:
     return model
 
 
+@contextmanager
+def applied(plan: Plan, root: nn.Module) -> Iterator[None]:
+    """The plan carried out; taken back where the block that gives the adapter its numbers fails."""
+    before = vars(root).get(RECORD)
+    try:
+        apply(plan, root)
+        yield
+    except BaseException:
+        if isinstance(before, Injection):
+            drop(before, plan.adapter_name)
+        elif list(injections(root)):
+            remove(root)
+        raise
+
+
 def _names(plan: Plan) -> tuple[str, ...]:
     return (*(layer.name for layer in plan.layers), *plan.modules_to_save, *plan.norms)
 
@@ -190,10 +207,13 @@ def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) 
     plan = adapter.plan
     trained = {module for name in plan.modules_to_save for module in model.get_submodule(name).modules()}
     owned = trained | {norm for norm, policy in adapter.norms.items() if policy == "track"}
+    with_bias = {model.get_submodule(name) for name in plan.biases}
     copies: dict[int, Tensor] = {}  # by identity: tensors shared between modules stay shared
     places = {(place.module, place.name): place for place in injection.places}
     for module in (m for m in model.modules() if not isinstance(m, (Adapters, LoRA))):
         parameters = module._parameters if module in owned else {}
+        if module in with_bias:
+            parameters = {"bias": module._parameters["bias"]}
         for name, now in (*parameters.items(), *module._buffers.items()):
             if now is None and name in parameters:
                 continue
@@ -203,7 +223,7 @@ def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) 
                 injection.places.append(place)
             base = place.of(BASE)
             if base is not None and id(base) not in copies:
-                copies[id(base)] = _own_copy(base, module in trained)
+                copies[id(base)] = _own_copy(base, module in trained | with_bias)
             place.kept[plan.adapter_name] = None if base is None else copies[id(base)]
 
 

@@ -134,13 +134,15 @@ def places_of(model: nn.Module) -> dict[str, Place]:
 def own_keys(model: nn.Module, plan: Plan, buffers: Iterable[str]) -> set[str]:
     """Keys of the state dict that belong to the adapter besides its factors.
 
-    All of the modules trained in full, tracked norm layers, and the buffers named.
+    All of the modules trained in full, tracked norm layers, the biases and the buffers named.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     owners = {module for name in plan.modules_to_save for module in modules[name].modules()}
     owners |= {modules[name] for name in plan.norms if plan.norm == "track"}
     owners = {module for module in owners if not isinstance(module, (Adapters, LoRA))}  # another adapter's factors
-    return {key for key in tensors_of(model) if modules.get(key.rpartition(".")[0]) in owners} | set(buffers)
+    inside = {key for key in tensors_of(model) if modules.get(key.rpartition(".")[0]) in owners}
+    with_bias = {modules[name] for name in plan.biases}
+    return inside | {dotted(n, "bias") for n, m in modules.items() if m in with_bias} | set(buffers)
 
 
 def base_keys(state: Mapping[str, Tensor], own: set[str]) -> list[str]:

@@ -69,9 +69,13 @@ def _pattern_key(name: str, plan: Plan) -> str:
 def _peft_predicts_the_same(model: nn.Module, adapter: Adapter) -> bool:
     """Whether stock peft rebuilds these layers faithfully: its conv branch drops groups, dilation, padding mode."""
     shared = {n.module for n in modules_of(model) if len(n.names) > 1}
-    return bool(adapter.layers) and all(
-        layer not in shared and has_parameter(layer) and _peft_knows(plan, original_class(layer))
-        for plan, layer in zip(adapter.plan.layers, adapter.layers, strict=True)
+    return (
+        bool(adapter.layers)
+        and not adapter.plan.biases
+        and all(
+            layer not in shared and has_parameter(layer) and _peft_knows(plan, original_class(layer))
+            for plan, layer in zip(adapter.plan.layers, adapter.layers, strict=True)
+        )
     )
 
 

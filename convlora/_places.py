@@ -52,6 +52,10 @@ class Place:
             return self.kept.get(owner, self.now)
         return self.kept.get(BASE, self.now)
 
+    def own(self, owner: str) -> Tensor | None:
+        """The owner's own tensor; None where it has the base's."""
+        return self.of(owner) if owner in self.kept or owner == self.owner else None
+
     def put(self, owner: str) -> None:
         """Put the owner's tensor, or the base's where it has none, into the module; bit for bit, the same object.
 

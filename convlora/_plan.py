@@ -66,8 +66,9 @@ class Plan:
         modules_to_save: names of the modules trained in full, such as the head, and ``head_found_by`` how.
         norms: names of the norm layers that the policy ``norm`` concerns.
         path: which way the layers take in training.
+        biases: names of adapted layers whose bias is trained and belongs to the adapter.
         others: all other modules with parameters, so that each parameter of the model is accounted for.
-        base_parameters: of the whole base model; ``saved_parameters``: of ``modules_to_save`` together.
+        base_parameters: of the whole base model; ``saved_parameters``: of ``modules_to_save`` and ``biases``.
         state: planned, injected or merged.
     """
 
@@ -87,6 +88,7 @@ class Plan:
     saved_parameters: int
     others: tuple[Part, ...] = ()
     path: Path = "auto"
+    biases: tuple[str, ...] = ()
     state: str = "planned"
 
     @property
@@ -117,6 +119,7 @@ class Plan:
         """The plan that :meth:`to_json` wrote; raises TypeError or KeyError where the data are another thing."""
         layers = {key: tuple(_layer_from_json(item) for item in data[key]) for key in ("layers", "skipped")}
         names = {key: tuple(data[key]) for key in ("modules_to_save", "norms")}
+        names["biases"] = tuple(data.get("biases", ()))
         others = tuple(Part(**item) for item in data["others"])
         return cls(**{**data, **layers, **names, "others": others})
 
@@ -144,6 +147,7 @@ class Plan:
         return [
             f"adapted layers: {len(self.layers)}, left alone: {len(self.skipped)}",
             f"trained in full: {saved} ({self.head_found_by}), {self.saved_parameters:,} parameters",
+            *([f"biases trained besides: of {len(self.biases)} layers"] if self.biases else []),
             f"norm layers with statistics: {len(self.norms)}, {moves}",
             f"frozen besides: {self._besides()}",
             f"trainable: {self.trainable_parameters:,} of {self.base_parameters + self.adapter_parameters:,} "

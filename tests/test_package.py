@@ -15,6 +15,7 @@ PROJECT = ROOT.parent
 FLOORS = [
     "errors",
     "_functional",
+    "_lowrank",
     "_swap",
     "_computed",
     "_convolution",
@@ -34,6 +35,8 @@ FLOORS = [
     "_merge",
     "_peft_format",
     "_manifest",
+    "_algebra",
+    "_combine",
     "_checkpoint",
     "__init__",
 ]

@@ -1,0 +1,284 @@
+"""A new adapter out of several on the same base: their weighted sum, or a merge of what they agree on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ._adapters import check_new
+from ._algebra import Approximation, LayerError, exactly, put_factors
+from ._checks import checked_rank
+from ._inject import applied
+from ._layer import LoRA
+from ._lowrank import Spectrum
+from ._places import BASE, Place
+from ._plan import LayerPlan, Plan
+from ._planner import make_plan
+from ._state import Adapter, Injection, check_enabled, check_intact, the_adapter, the_injection
+from .errors import StateError, TargetError
+
+Method = Literal["exact", "svd", "ties", "dare"]
+Parts = dict[str, tuple[LoRA, float]]
+"""One layer's factors and their weight, by adapter."""
+
+
+def combine_adapters(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    adapter_name: str,
+    *,
+    method: Method = "exact",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> Approximation:
+    """Add an adapter that is made of others: ΔW = Σ weight · ΔW of each. It waits for ``set_adapter``.
+
+    >>> convlora.combine_adapters(model, {"tumour": 0.7, "stain": 0.3}, "both")
+    >>> print(convlora.combine_adapters(model, {"tumour": 1, "stain": 1}, "ties", method="ties", rank=16, density=0.2))
+
+    What they have besides factors is combined, too, in the same way by every method:
+
+    - modules trained in full: base + Σ weight · (each − base), so an average where the weights sum to 1;
+    - running mean and variance: those of the adapters' data mixed in proportion to the weights' sizes, the spread
+      between the means included; other floating buffers: their average; counters: those of the largest weight.
+
+    A module that one adapter trains in full and another gives factors cannot be combined.
+
+    Args:
+        model: an injected model.
+        weights: names of adapters, each with its weight; any finite number but 0.
+        adapter_name: names the new one.
+        method: ``"exact"`` puts the factors side by side, so the ranks add up, beyond what a layer's plan would allow
+            if need be. ``"svd"`` takes the nearest of a lower rank. ``"ties"`` keeps each adapter's largest entries,
+            elects a sign for each entry and averages those that have it (Yadav et al. 2023, arXiv:2306.01708).
+            ``"dare"`` drops entries at random and scales up the rest (Yu et al. 2023, arXiv:2311.03099). The last two
+            work on the dense change and then take the nearest of a lower rank.
+        rank: for all but ``"exact"``; default the largest that the layer has in any of the adapters.
+        density: for ``"ties"`` and ``"dare"``, the share of entries that each adapter keeps, above 0 to 1; default 0.2
+            and 0.5.
+        seed: of what ``"dare"`` draws.
+
+    Returns:
+        Each layer's rank, and how far its factors are from the change that the method asks for.
+
+    Raises:
+        TargetError: an argument is out of range, or belongs to another method.
+        StateError: no such adapter, or one of the new name; the adapters do not go together; the model is merged, or
+            its adapters are disabled.
+
+    Whatever is raised, the model is as it was.
+    """
+    density = _checked(method, rank, density)
+    root, injection = the_injection(model)
+    check_new(injection, adapter_name)
+    check_intact(root, injection)
+    check_enabled(injection)
+    adapters = {name: the_adapter(injection, name) for name in _checked_weights(weights)}
+    shares = {name: float(weights[name]) for name in adapters}
+    plan = _planned(root, adapters, adapter_name)
+    parts = {layer.name: _parts(root.get_submodule(layer.name), adapters, shares) for layer in plan.layers}
+    with torch.inference_mode(False), torch.no_grad():
+        combined = _METHODS[method](parts, rank, density, seed)
+        layers = [replace(p, rank=len(A), alpha=float(len(A)), note="") for p, (A, _) in _with(plan, combined)]
+        top = max((layer.rank for layer in layers), default=1)
+        plan = replace(plan, layers=tuple(layers), rank=top, alpha=float(top))
+        others = {
+            id(place): mixed for place in injection.places if (mixed := _mixed(place, injection, shares)) is not None
+        }
+        with applied(plan, root):
+            for layer, (A, B) in _with(plan, combined):
+                put_factors(root.get_submodule(layer.name), adapter_name, A, B)
+            for place in injection.places:
+                own = place.own(adapter_name)
+                if own is not None and id(place) in others:
+                    own.copy_(others[id(place)])
+    return Approximation(tuple(LayerError(p.name, p.rank, *combined[p.name][2:]) for p in layers))
+
+
+Combined = dict[str, tuple[Tensor, Tensor, float, float]]
+"""Of each layer: lora_A, lora_B for a scaling of 1, what they lose, and ‖ΔW‖."""
+
+
+def _with(plan: Plan, combined: Combined) -> Iterator[tuple[LayerPlan, tuple[Tensor, Tensor]]]:
+    return ((layer, combined[layer.name][:2]) for layer in plan.layers)
+
+
+def _checked(method: str, rank: int | None, density: float | None) -> float:
+    """The density; everything that does not belong together is refused."""
+    if method not in _METHODS:
+        raise TargetError(f"method={method!r}; it must be one of {', '.join(map(repr, _METHODS))}.")
+    if rank is not None:
+        checked_rank(rank, "rank")
+        if method == "exact":
+            raise TargetError(f"rank={rank} belongs to the methods that approximate; method='exact' adds the ranks up.")
+    if density is not None and method not in _DENSITIES:
+        raise TargetError(f"density={density} belongs to method='ties' and 'dare', not to {method!r}.")
+    density = _DENSITIES.get(method, 1.0) if density is None else density
+    if not 0.0 < density <= 1.0:
+        raise TargetError(f"density={density}; it is a share of entries, above 0 to 1.")
+    return density
+
+
+def _checked_weights(weights: Mapping[str, float]) -> Mapping[str, float]:
+    if not weights:
+        raise TargetError("weights names no adapter. Nothing was changed.")
+    for name, weight in weights.items():
+        if not math.isfinite(weight) or weight == 0:
+            raise TargetError(f"weights[{name!r}]={weight}; it must be a finite number other than 0.")
+    return weights
+
+
+def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str) -> Plan:
+    """All layers and modules of any of the adapters; ranks are not decided yet.
+
+    Raises:
+        StateError: a module is trained in full in one and adapted in another.
+    """
+    adapted = {layer: name for name, each in adapters.items() for layer in each.layers}
+    saved: dict[str, nn.Module] = {}
+    for name, each in adapters.items():
+        for key in each.plan.modules_to_save:
+            saved[key] = root.get_submodule(key)
+            for inner in saved[key].modules():
+                if inner in adapted:
+                    raise StateError(
+                        f"{key} is trained in full in {name!r} and has factors in {adapted[inner]!r}; such adapters "
+                        "cannot be combined. Nothing was changed."
+                    )
+    tracked = any(each.plan.norm == "track" for each in adapters.values())
+    first = next(iter(adapters.values())).plan
+    plan = make_plan(
+        root,
+        1,
+        adapter_name,
+        target_modules=exactly(dict.fromkeys(p.name for each in adapters.values() for p in each.plan.layers)) or (),
+        modules_to_save=exactly(saved),
+        norm="track" if tracked else "freeze",
+        path=first.path,
+    )
+    return replace(plan, head_found_by=first.head_found_by, use_rslora=False)
+
+
+def _parts(layer: nn.Module, adapters: Mapping[str, Adapter], shares: Mapping[str, float]) -> Parts:
+    return {
+        name: (each.loras[each.layers.index(layer)], shares[name])
+        for name, each in adapters.items()
+        if layer in each.layers
+    }
+
+
+def _terms(parts: Parts) -> list[tuple[Tensor, Tensor, float]]:
+    return [(lora.lora_A, lora.lora_B, share * lora.scaling) for lora, share in parts.values()]
+
+
+def _own_rank(parts: Parts) -> int:
+    return max(lora.lora_A.shape[0] for lora, _ in parts.values())
+
+
+def _exact(every: Mapping[str, Parts], rank: int | None, density: float, seed: int) -> Combined:
+    found: Combined = {}
+    for name, parts in every.items():
+        terms = _terms(parts)
+        rows, columns = terms[0][1].shape[0], terms[0][0][0].numel()
+        if sum(len(A) for A, _, _ in terms) > min(rows, columns):  # more than any matrix of this shape has
+            spectrum = Spectrum.of_sum(terms)
+            full = min(rows, columns)
+            found[name] = (*spectrum.factors(full, 1.0), spectrum.lost(full), spectrum.size)
+        else:
+            A, B = torch.cat([A for A, _, _ in terms]), torch.cat([factor * B for _, B, factor in terms], dim=1)
+            found[name] = (A, B, 0.0, Spectrum.of_sum([(A, B, 1.0)]).size)
+    return found
+
+
+def _svd(every: Mapping[str, Parts], rank: int | None, density: float, seed: int) -> Combined:
+    return {name: _nearest(Spectrum.of_sum(_terms(parts)), parts, rank) for name, parts in every.items()}
+
+
+def _nearest(spectrum: Spectrum, parts: Parts, rank: int | None) -> tuple[Tensor, Tensor, float, float]:
+    fitting = min(rank or _own_rank(parts), max(spectrum.room, 1))
+    return (*spectrum.factors(fitting, 1.0), spectrum.lost(fitting), spectrum.size)
+
+
+def _ties(every: Mapping[str, Parts], rank: int | None, density: float, seed: int) -> Combined:
+    """Trim, elect a sign, average those that agree. Trimmed over an adapter's layers together, as in the paper."""
+    names = dict.fromkeys(name for parts in every.values() for name in parts)
+    least = {name: _threshold([p[name][0] for p in every.values() if name in p], density) for name in names}
+
+    def merged(parts: Parts) -> Tensor:
+        trimmed = []
+        for name, (lora, share) in parts.items():
+            delta = lora.delta_weight()
+            trimmed.append(share * torch.where(delta.abs() >= least[name], delta, 0.0))
+        stack = torch.stack(trimmed)
+        agrees = stack.sign() == stack.sum(0).sign()
+        agrees &= stack != 0
+        return torch.where(agrees, stack, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
+
+    return {name: _nearest(Spectrum.of(merged(parts)), parts, rank) for name, parts in every.items()}
+
+
+def _threshold(loras: list[LoRA], density: float) -> Tensor:
+    """The size of the smallest entry among the largest ``density`` of an adapter's change."""
+    sizes = torch.cat([lora.delta_weight().abs().flatten() for lora in loras])
+    kept = max(1, round(density * sizes.numel()))
+    return sizes.kthvalue(sizes.numel() - kept + 1).values
+
+
+def _dare(every: Mapping[str, Parts], rank: int | None, density: float, seed: int) -> Combined:
+    """Drop at random, scale up what is left: the expected change is the adapters' weighted sum."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def thinned(parts: Parts) -> Tensor:
+        deltas = []
+        for lora, share in parts.values():
+            delta = lora.delta_weight()
+            keep = torch.rand(delta.shape, generator=generator).to(delta.device) < density
+            deltas.append(share / density * torch.where(keep, delta, 0.0))
+        return torch.stack(deltas).sum(0)
+
+    return {name: _nearest(Spectrum.of(thinned(parts)), parts, rank) for name, parts in every.items()}
+
+
+_METHODS: dict[str, Callable[[Mapping[str, Parts], int | None, float, int], Combined]] = {
+    "exact": _exact,
+    "svd": _svd,
+    "ties": _ties,
+    "dare": _dare,
+}
+_DENSITIES = {"ties": 0.2, "dare": 0.5}
+
+
+def _mixed(place: Place, injection: Injection, weights: Mapping[str, float]) -> Tensor | None:
+    """What the combination has in this place; None where one of the adapters, or the base, has nothing there."""
+    base = place.of(BASE)
+    tensors = [place.of(name) for name in weights]
+    theirs = [t.to(base.device) for t in tensors if t is not None and base is not None]
+    if base is None or len(theirs) < len(weights):
+        return None
+    by_weight = torch.tensor(list(weights.values()), dtype=torch.float64, device=base.device)
+    if place.is_parameter:
+        return base.double() + _sum(by_weight, [t.double() - base.double() for t in theirs])
+    leading, shares = theirs[int(by_weight.abs().argmax())], by_weight.abs() / by_weight.abs().sum()
+    means = _means_beside(place, injection, weights) if place.name == "running_var" else []
+    spread = [(mean - _sum(shares, means)).square() for mean in means]
+    same = all(torch.equal(t, leading) for t in theirs) and not any(each.any() for each in spread)
+    if same or not base.is_floating_point():
+        return leading
+    return _sum(shares, [t.double() for t in theirs]) + (_sum(shares, spread) if spread else 0.0)
+
+
+def _sum(weights: Tensor, tensors: list[Tensor]) -> Tensor:
+    return torch.stack([weight * tensor for weight, tensor in zip(weights, tensors, strict=True)]).sum(0)
+
+
+def _means_beside(place: Place, injection: Injection, names: Iterable[str]) -> list[Tensor]:
+    """The running means that go with running variances; none where one has none."""
+    beside = [each for each in injection.places if each.module is place.module and each.name == "running_mean"]
+    means = [mean.double() for each in beside for name in names if (mean := each.of(name)) is not None]
+    return means if len(means) == len(list(names)) else []
