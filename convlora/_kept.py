@@ -43,19 +43,18 @@ class _Seen:
     tensor: Tensor
     memory: Tensor
     version: int
+    form: tuple[object, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Seen:
-        return cls(tensor, tensor.detach(), tensor._version)
+        return cls(tensor, tensor.detach(), tensor._version, _form(tensor))
 
     def is_still(self, tensor: Tensor) -> bool:
-        return (
-            tensor is self.tensor
-            and tensor._version == self.version
-            and tensor.data_ptr() == self.memory.data_ptr()
-            and (tensor.shape, tensor.stride(), tensor.dtype)
-            == (self.memory.shape, self.memory.stride(), self.memory.dtype)
-        )
+        return tensor is self.tensor and tensor._version == self.version and _form(tensor) == self.form
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ class _Copied:
         return cls(tensor.detach().clone())
 
     def is_still(self, tensor: Tensor) -> bool:
-        same = (tensor.dtype, tensor.device) == (self.numbers.dtype, self.numbers.device)
-        return same and torch.equal(tensor, self.numbers)
+        numbers = self.numbers
+        return tensor.dtype is numbers.dtype and tensor.device == numbers.device and torch.equal(tensor, numbers)
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,12 @@ class _Entry:
     merged: _Seen
 
     def serves(self, state: tuple[object, ...], sources: tuple[Tensor, ...]) -> bool:
-        return (
-            state == self.state
-            and all(seen.is_still(source) for seen, source in zip(self.sources, sources, strict=True))
-            and self.merged.is_still(self.merged.tensor)  # nobody wrote into what we handed out
-        )
+        if state != self.state:
+            return False
+        for seen, source in zip(self.sources, sources, strict=True):  # each forward of each layer comes by here
+            if not seen.is_still(source):
+                return False
+        return self.merged.is_still(self.merged.tensor)  # nobody wrote into what we handed out
 
 
 class Kept:
@@ -98,7 +98,7 @@ class Kept:
     def weight(self, base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         """W + ΔW: kept where the layer's own forward asks and no gradient flows through it, else computed."""
         sources = (base, lora_A, lora_B)
-        gradient = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        gradient = torch.is_grad_enabled() and (base.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
         if gradient or not self.is_serving or _is_written_past_counters(base):
             return effective_weight(base, lora_A, lora_B, scaling)
         state = (_trainings, scaling, _stream(base))
