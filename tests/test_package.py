@@ -13,6 +13,7 @@ PROJECT = ROOT.parent
 
 # Each room may use only rooms above it in this list.
 FLOORS = [
+    "_version",
     "errors",
     "_functional",
     "_lowrank",
@@ -35,9 +36,12 @@ FLOORS = [
     "_merge",
     "_peft_format",
     "_manifest",
+    "_card",
+    "_hub",
     "_algebra",
     "_combine",
     "_checkpoint",
+    "_push",
     "__init__",
 ]
 
