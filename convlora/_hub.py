@@ -119,8 +119,8 @@ def _network_errors() -> tuple[type[BaseException], ...]:
 
 
 def _reason(cause: BaseException) -> str:
-    """The first line of the error at the bottom that says anything."""
-    while cause.__cause__ is not None:
+    """The first line of what the hub answered, or else of the error at the bottom."""
+    while cause.__cause__ is not None and getattr(cause, "response", None) is None:
         cause = cause.__cause__
     lines = str(cause).split("\n")
     return next((line.strip().rstrip(".") for line in lines if line.strip()), type(cause).__name__)
