@@ -85,6 +85,10 @@ def _fetching(api: HfApi, repo_id: str, revision: str | None, token: Token) -> I
     from huggingface_hub import errors
 
     at = f"{repo_id} is no path here, and on the Hugging Face Hub ({api.endpoint})"
+
+    def fail_to_read(cause: BaseException) -> NoReturn:
+        _fail(f"{at} it cannot be read ({_reason(cause)}). If it is private, {_LOG_IN}.", cause)
+
     try:
         yield
     except errors.GatedRepoError as cause:
@@ -94,6 +98,8 @@ def _fetching(api: HfApi, repo_id: str, revision: str | None, token: Token) -> I
     except errors.RevisionNotFoundError as cause:
         _fail(f"{at} it has no revision {revision!r}.", cause)
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as cause:
+        if _status(cause) in (401, 403):
+            fail_to_read(cause)
         _fail(
             f"{repo_id} is no path here and not in the cache, and the Hugging Face Hub ({api.endpoint}) cannot be "
             f"reached ({_reason(cause)}). Where there is a network, run `hf download {repo_id} {TENSORS} {CONFIG} "
@@ -103,7 +109,7 @@ def _fetching(api: HfApi, repo_id: str, revision: str | None, token: Token) -> I
     except errors.EntryNotFoundError as cause:
         _fail(f"{at} it holds no {TENSORS}{_what_is_there(api, repo_id, revision, token)}.", cause)
     except _network_errors() as cause:
-        _fail(f"{at} it cannot be read ({_reason(cause)}). If it is private, {_LOG_IN}.", cause)
+        fail_to_read(cause)
 
 
 def _fail(message: str, cause: BaseException) -> NoReturn:
@@ -116,6 +122,16 @@ def _network_errors() -> tuple[type[BaseException], ...]:
 
     families = [cls for cls in errors.HfHubHTTPError.__mro__ if cls.__name__ == "HTTPError"]
     return (OSError, ValueError, *families)
+
+
+def _status(cause: BaseException | None) -> int | None:
+    """The HTTP status that is behind an error, if the hub answered at all."""
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if response is not None:
+            return int(response.status_code)
+        cause = cause.__cause__
+    return None
 
 
 def _reason(cause: BaseException) -> str:
@@ -194,7 +210,7 @@ def _sending(api: HfApi, repo_id: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except _network_errors() as cause:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
+        status = _status(cause)
         if status in (401, 403):
             fail(f"{at} may not be written ({_reason(cause)}): {_LOG_IN}.", cause)
         if status is not None or isinstance(cause, ValueError):

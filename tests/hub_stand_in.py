@@ -29,6 +29,8 @@ class Repository:
 
     private: bool = False
     gated: bool = False
+    closed: bool = False
+    """Whether the token for reading is not for this one."""
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
@@ -186,6 +188,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404 if token else 401, "RepoNotFound", "Repository not found")
         if found.gated and not token:
             raise Refusal(401, "GatedRepo", "Access to this model is restricted.")
+        if found.closed and token == READ:
+            raise Refusal(403, message="Your token is not for this repository")
         return found
 
     def _may_write(self) -> None:

@@ -14,7 +14,7 @@ from hub_stand_in import READ, WRITE, serving
 import convlora
 from convlora import CheckpointError, StateError, TargetError
 
-constants = pytest.importorskip("huggingface_hub.constants")
+pytest.importorskip("huggingface_hub.hf_api")
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 REPO = "clinic/tumour"
 
@@ -28,16 +28,21 @@ def hub(monkeypatch, tmp_path):
 
 
 def point_to(monkeypatch, url, cache):
-    # As HF_ENDPOINT and the other variables would have it, had huggingface_hub not been imported yet.
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # the hub's newer storage, all its own
+    """As HF_ENDPOINT and the other variables would have it, had huggingface_hub not been imported yet."""
+    set_constant(monkeypatch, "ENDPOINT", url)
+    set_constant(monkeypatch, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+    set_constant(monkeypatch, "HF_HUB_CACHE", str(cache))
+    set_constant(monkeypatch, "HF_TOKEN_PATH", str(cache / "no token"))
+    set_constant(monkeypatch, "HF_HUB_DISABLE_XET", True)  # the hub's newer storage, which has a client of its own
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no token"))
+
+
+def set_constant(monkeypatch, name, value):
+    """In every module of huggingface_hub that has it: older releases import them one by one."""
+    for module in [module for key, module in sys.modules.items() if key.split(".")[0] == "huggingface_hub"]:
+        if name in vars(module):
+            monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture
@@ -207,6 +212,11 @@ def test_gated(hub, net):
     refused(net, r"is gated: ask for access on its page, then give a token=")
 
 
+def test_a_token_for_other_repositories(hub, net):
+    hub.create(REPO, closed=True)
+    refused(net, r"cannot be read \(.*Your token is not for this repository.*give a token=", token=READ)
+
+
 def test_no_such_revision(hub, net):
     hub.create(REPO)
     refused(net, r"has no revision 'v2'", revision="v2")
@@ -253,7 +263,7 @@ def test_offline_mode_serves_what_is_in_the_cache_and_says_what_to_do_about_the_
     convlora.push_to_hub(model, REPO, token=WRITE)
     convlora.load_adapter(copy.deepcopy(base), REPO)
     hub.log.clear()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    set_constant(monkeypatch, "HF_HUB_OFFLINE", True)
     how = rf"offline mode is enabled.*HF_HUB_OFFLINE.*run `hf download clinic/b {TENSORS} {CONFIG} --local-dir adapter`"
     refused(base, rf"clinic/b is no path here and not in the cache, .* cannot be reached \(.*{how}", "clinic/b")
     with pytest.raises(CheckpointError, match=r"cannot be reached \(.*HF_HUB_OFFLINE.*Nothing was uploaded"):
