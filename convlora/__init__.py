@@ -9,9 +9,9 @@ from ._layer import base_weight
 from ._merge import merge, unmerge
 from ._plan import LayerPlan, Plan
 from ._planner import plan
+from ._push import push_to_hub
+from ._version import __version__ as __version__
 from .errors import CheckpointError, ConvLoraError, StateError, TargetError, UnsupportedLayerError
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Approximation",
@@ -33,6 +33,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "plan",
+    "push_to_hub",
     "remove",
     "save_adapter",
     "set_adapter",

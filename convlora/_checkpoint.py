@@ -3,7 +3,7 @@
 ``adapter_model.safetensors`` is whole in itself: factors, modules trained in full, buffers that moved, and in its
 header the manifest (the plan, and a digest of every tensor of the base and of the adapter). One file means one
 atomic rename: a save that is cut short leaves the old adapter readable. ``adapter_config.json`` beside it is for
-people and for Hugging Face peft, whose key and field names both files use.
+people and for Hugging Face peft, whose key and field names both files use, and ``README.md`` a model card.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._adapters import check_new
+from ._card import CARD, About, card, checked_about, is_replaceable
 from ._checks import check_model, check_values
+from ._hub import local_directory
 from ._inject import applied
 from ._manifest import (
+    CONFIG,
     FORMAT,
     TENSORS,
     Manifest,
@@ -44,23 +47,31 @@ from ._places import BASE
 from ._state import RECORD, Adapter, Injection, check_intact, check_plain, injections, the_adapter, the_injection
 from .errors import CheckpointError, StateError
 
-CONFIG = "adapter_config.json"
-
 M = TypeVar("M", bound=nn.Module)
 State = dict[str, Tensor]
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    base_model: str | None = None,
+) -> Path:
     """Write everything that training changed: factors, head, and norm statistics that moved; a few MB.
 
     >>> convlora.save_adapter(model, "tumour/")
 
-    The directory is made where missing; an adapter already in it is replaced atomically. Works merged, too.
+    The directory is made where missing; an adapter already in it is replaced atomically. Works merged, too. Beside it
+    goes a model card, README.md; one that you have edited, or that is another's, is left as it is.
 
     Args:
         model: an injected model.
         directory: where to write.
         adapter_name: one of the model's adapters; default the active one.
+        metrics: what the card says of how good it is: ``{"accuracy": 0.95}``.
+        base_model: the base's name on the Hugging Face Hub, for the card: ``"timm/resnet50.a1_in1k"``.
 
     Returns:
         The directory.
@@ -69,10 +80,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         StateError: the model holds no adapter, or several injected parts; a module was replaced since injection; or
             a parameter of the base requires a gradient, so that training it would be lost.
         CheckpointError: the directory cannot be written; what was there before is still there.
+        TargetError: a metric is no finite number, or ``base_model`` no name on the hub.
 
     Warns:
-        UserWarning: every lora_B is zero, as when the optimizer was made before the injection.
+        UserWarning: every lora_B is zero, as when the optimizer was made before the injection; or README.md was left
+            as it is.
     """
+    return write_adapter(model, directory, adapter_name, checked_about(metrics, base_model))
+
+
+def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None, about: About) -> Path:
+    """What :func:`save_adapter` does, with a card that says this; a warning names the caller's caller's line."""
     root, injection = the_injection(model)
     adapter = the_adapter(injection, adapter_name)
     check_intact(root, injection)
@@ -82,30 +100,40 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         _check_nothing_lost(root, injection)
         tensors = {key: _for_disk(tensor) for key, tensor in _adapter_state(root, adapter, own).items()}
         base = tensors_as(root, BASE)
-        config = peft_config(root, adapter)
+        config = peft_config(root, adapter) | {"base_model_name_or_path": about.base_model}
+    digests = {key: digest(base[key]) for key in base_keys(base, own)}
     manifest = {
         "format": FORMAT,
         "plan": adapter.plan.to_json(),
-        "base": {key: digest(base[key]) for key in base_keys(base, own)},
+        "base": digests,
         "adapter": {key: digest(tensor) for key, tensor in tensors.items()},
         "buffers": sorted(buffers),
     }
     _warn_if_untrained(adapter)
     path = Path(directory)
+    texts = {CONFIG: json.dumps(config, indent=2) + "\n"}
+    has_new_card = is_replaceable(path / CARD)
+    if has_new_card:
+        texts[CARD] = card(adapter.plan, digests, tensors, about)
     try:
-        _write(path, tensors, manifest, config)
+        _write(path, tensors, manifest, texts)
     except (OSError, SafetensorError) as cause:  # safetensors wraps a full disk in its own
         raise CheckpointError(f"{path} cannot be written ({cause}). What was there before is still there.") from cause
+    if not has_new_card:
+        _warn_of_old_card(path / CARD)
     return path
 
 
-def _write(path: Path, tensors: State, manifest: dict[str, Any], config: dict[str, Any]) -> None:
+def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[str, str]) -> None:
     header = {"format": "pt", "convlora": json.dumps(manifest)}
     path.mkdir(parents=True, exist_ok=True)
-    with _replacing(path / TENSORS) as first, _replacing(path / CONFIG) as second:
+    with ExitStack() as files:
+        first = files.enter_context(_replacing(path / TENSORS))
         save_file({PREFIX + key: tensor for key, tensor in tensors.items()}, first, metadata=header)
-        second.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        first.chmod(second.stat().st_mode)  # safetensors makes files for their owner alone
+        for name, text in texts.items():
+            beside = files.enter_context(_replacing(path / name))
+            beside.write_text(text, encoding="utf-8", newline="\n")
+            first.chmod(beside.stat().st_mode)  # safetensors makes files for their owner alone
 
 
 def _warn_if_untrained(adapter: Adapter) -> None:
@@ -114,26 +142,43 @@ def _warn_if_untrained(adapter: Adapter) -> None:
         warnings.warn(
             "every lora_B is zero: nothing was trained. Was the optimizer made before convlora.inject? Make it after, "
             "from convlora.trainable_parameters(model).",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
+def _warn_of_old_card(file: Path) -> None:
+    warnings.warn(
+        f"{file} was edited, or not written by convlora, and is left as it is: it may not describe this adapter. "
+        "Delete it to have a new one.",
+        stacklevel=4,
+    )
+
+
 def load_adapter(
-    model: M, directory: str | os.PathLike[str], adapter_name: str | None = None, *, check_base: bool = True
+    model: M,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    check_base: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> M:
     """Inject a saved adapter into a base model, in place; it then predicts bit for bit as when saved.
 
     >>> model = timm.create_model("resnet50", pretrained=True, num_classes=1)
-    >>> convlora.load_adapter(model, "tumour/")
+    >>> convlora.load_adapter(model, "tumour/")                   # or "user/repo" on the Hugging Face Hub
 
     Where the base carries adapters already, the loaded one comes beside them and waits for ``set_adapter``.
 
     Args:
         model: the base as it was built for training.
-        directory: what :func:`save_adapter` wrote.
+        directory: what :func:`save_adapter` wrote; or, where nothing is at that path, a repository on the hub,
+            ``"user/repo"``, of which the adapter's two files are downloaded once and kept in the hub's cache.
         adapter_name: another name for the adapter; default the saved one.
         check_base: refuse a base whose tensors differ from those that the adapter was trained on. Tensors in
             another dtype than then are not compared. False loads onto any base of the same architecture.
+        revision: a branch, tag or commit of the repository; default its main branch.
+        token: for a private or gated repository, as huggingface_hub takes it; default the one you logged in with.
 
     Returns:
         The same object; factors and head are trainable as after :func:`convlora.inject`.
@@ -145,7 +190,7 @@ def load_adapter(
     Whatever is raised, the model is as it was.
     """
     root = _root(model)
-    manifest = read_manifest(Path(directory))
+    manifest = read_manifest(local_directory(directory, revision, token))
     plan = manifest.plan if adapter_name is None else replace(manifest.plan, adapter_name=adapter_name)
     check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
     before = vars(root).get(RECORD)

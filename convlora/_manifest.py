@@ -27,6 +27,7 @@ from ._swap import original_class
 from .errors import CheckpointError, TargetError
 
 TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 FORMAT = 1
 SHOWN = 8
 """How many mismatches an error lists."""
@@ -162,6 +163,12 @@ def digest(tensor: Tensor) -> str:
     size = host.numel() * host.element_size()
     data = (ctypes.c_char * size).from_address(host.data_ptr()) if size else b""
     return f"{str(tensor.dtype).removeprefix('torch.')}:{hashlib.blake2b(data, digest_size=8).hexdigest()}"
+
+
+def fingerprint(base: Mapping[str, str]) -> str:
+    """One short digest of a base, 16 hex digits, over the digests of its tensors by key; their order is no matter."""
+    text = "\n".join(f"{key} {each}" for key, each in sorted(base.items()))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def check_fits(manifest: Manifest, model: nn.Module, check_base: bool) -> None:

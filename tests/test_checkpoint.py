@@ -15,7 +15,7 @@ from torch import nn
 import convlora
 from convlora import CheckpointError, StateError
 
-TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 PREFIX = "base_model.model."
 FACTOR = PREFIX + "stem.lora_A.weight"
 
@@ -70,7 +70,7 @@ def test_loaded_then_removed_is_the_base(saved, images):
 
 def test_file_holds_the_adapter_alone_and_no_pickle(saved):
     _, directory, _ = saved
-    assert files_in(directory) == [CONFIG, TENSORS]
+    assert files_in(directory) == [CARD, CONFIG, TENSORS]
     with safe_open(directory / TENSORS, framework="pt") as file:
         keys = set(file.keys())
     assert "base_model.model.stem.lora_A.weight" in keys
@@ -244,7 +244,7 @@ def test_failed_save_keeps_the_old_adapter(saved, images, monkeypatch):
     monkeypatch.setattr(room, "save_file", fails)
     with pytest.raises(CheckpointError, match=r"cannot be written .*No space left.*still there"):
         convlora.save_adapter(model, directory)
-    assert files_in(directory) == [CONFIG, TENSORS]
+    assert files_in(directory) == [CARD, CONFIG, TENSORS]
     assert torch.equal(convlora.load_adapter(base, directory).eval()(images), expected)
 
 
@@ -253,7 +253,7 @@ def test_saving_again_replaces(saved, images):
     model = convlora.load_adapter(copy.deepcopy(base), directory)
     randomise(model)
     convlora.save_adapter(model, directory)
-    assert files_in(directory) == [CONFIG, TENSORS]
+    assert files_in(directory) == [CARD, CONFIG, TENSORS]
     assert torch.equal(convlora.load_adapter(base, directory).eval()(images), model.eval()(images))
 
 
@@ -310,5 +310,5 @@ def test_full_disk_keeps_the_old_adapter(saved, images):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, old)
-    assert files_in(directory) == [CONFIG, TENSORS]
+    assert files_in(directory) == [CARD, CONFIG, TENSORS]
     assert torch.equal(convlora.load_adapter(base, directory).eval()(images), expected)
