@@ -9,7 +9,8 @@ from __future__ import annotations
 import heapq
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -124,31 +125,36 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Mod
     """
     check_model(model)
     root = _root(model)
-    kernels = {n.name: kernel for n in _targets.modules_of(root) if (kernel := _kernel(n.module)) is not None}
-    if not kernels:
-        raise TargetError(f"{type(model).__name__} has no convolution and no linear layer.")
-    flags = [(p, p.requires_grad) for p in root.parameters()]
     totals: dict[str, Tensor] = {}
-    try:
-        with base_alone(root), torch.inference_mode(False), torch.enable_grad():
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            for kernel in kernels.values():
-                kernel.requires_grad_(True)
+    with base_alone(root), torch.inference_mode(False), torch.enable_grad():
+        kernels = {n.name: kernel for n in _targets.modules_of(root) if (kernel := _kernel(n.module)) is not None}
+        if not kernels:
+            raise TargetError(f"{type(model).__name__} has no convolution and no linear layer.")
+        with _alone_requiring_grad(kernels.values(), root):
             for batch in batches:
                 value = loss(model, batch)
                 if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
                     raise TargetError("loss must return a scalar tensor that depends on the weights.")
                 grads = torch.autograd.grad(value, list(kernels.values()), allow_unused=True)
                 for (name, kernel), grad in zip(kernels.items(), grads, strict=True):
-                    new = torch.zeros_like(kernel) if grad is None else grad.detach()
-                    totals[name] = totals[name] + new if name in totals else new
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+                    totals[name] = totals.get(name, torch.zeros_like(kernel)) + (0 if grad is None else grad.detach())
     if not totals:
         raise TargetError("batches holds no batch (an iterator that was used up already?).")
     return {name: float((kernels[name].detach() * total).abs().double().mean()) for name, total in totals.items()}
+
+
+@contextmanager
+def _alone_requiring_grad(wanted: Iterable[nn.Parameter], root: nn.Module) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _root(model: nn.Module) -> nn.Module:

@@ -67,8 +67,11 @@ def dora_scale(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, m
 
 
 def scaled_output(y: Tensor, scale: Tensor, bias: Tensor | None, channel_dim: int) -> Tensor:
-    """``y · scale + bias``, both for the channels in ``channel_dim``, in y's dtype."""
+    """The output with scaled weights, of one that has the bias in it already, in y's dtype; a scale of 1 moves no bit.
+
+    The channels, as many as there are scales, are in ``channel_dim``.
+    """
     shape = [1] * y.ndim
     shape[channel_dim] = -1
-    y = y * scale.to(y.dtype).view(shape)
-    return y if bias is None else y + bias.to(y.dtype).view(shape)
+    scale = scale.to(y.dtype).view(shape)
+    return y * scale if bias is None else y * scale + bias.to(y.dtype).view(shape) * (1 - scale)

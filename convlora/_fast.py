@@ -24,32 +24,17 @@ def is_plain(layer: nn.Module, cls: Any) -> bool:
 
 
 def linear(
-    layer: nn.Module,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    path: Path,
-    with_bias: bool = True,
+    layer: nn.Module, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, path: Path
 ) -> Tensor | None:
     """A linear layer's adapted forward with a branch beside the base, where autograd needs no dense gradient."""
     if is_transformed() or path not in ("auto", "branch") or not lora_A.requires_grad:
         return None
     A, B = lora_A.to(weight.dtype), (scaling * lora_B).to(weight.dtype)
-    bias = cast("Tensor | None", layer.bias) if with_bias else None
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, A), B)
+    return F.linear(x, weight, cast("Tensor | None", layer.bias)) + F.linear(F.linear(x, A), B)
 
 
 def convolution(
-    layer: nn.Module,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    path: Path,
-    with_bias: bool = True,
+    layer: nn.Module, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, path: Path
 ) -> Tensor | None:
     """The adapted forward of a plain convolution with the own autograd behind it.
 
@@ -74,8 +59,7 @@ def convolution(
     if path == "auto":
         choice = choose if torch.compiler.is_compiling() else choose_once  # compilers warn of what remembers
         path = choice(_shapes(layer, x, geometry, lora_A.shape[0]))
-    bias = layer.bias if with_bias else None
-    return convolve(x, weight, lora_A, lora_B, bias, scaling, geometry, path)
+    return convolve(x, weight, lora_A, lora_B, layer.bias, scaling, geometry, path)
 
 
 def _is_batch(layer: _ConvNd, x: object, weight: Tensor) -> bool:

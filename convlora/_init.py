@@ -11,7 +11,8 @@ convolution, depthwise and grouped too, ``(C_in, C_out / groups · kH · kW)`` f
   2024, arXiv:2410.07170); B zero. The ranks stay as planned; the paper also moves them between layers.
 
 PiSSA and OLoRA take their product away from the base's weight. Here the base stays as it is, and the factors are
-anchored instead: the change is scaling · (B @ A − B0 @ A0), the same function of the same trained numbers.
+anchored instead: the change is scaling · (B @ A − B0 @ A0), the same function of the same trained numbers, and exactly
+zero at the start.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _from_data(plan: Plan, root: nn.Module, layers: Mapping[str, nn.Module], dat
         raise TargetError("init_data holds no batch (an iterator that was used up already?). Nothing was changed.")
     for fault, names in {
         "does not reach": [name for name, each in met.items() if not each.patches],
-        "is not finite in": [name for name, each in met.items() if not each.covariance.isfinite().all()],
+        "is not finite in": [name for name, each in met.items() if not each.covariance.diagonal().isfinite().all()],
     }.items():
         if names:
             raise TargetError(
@@ -185,7 +186,7 @@ def _padded(conv: _ConvNd, image: Tensor) -> Tensor:
     return F.pad(image[None], conv._reversed_padding_repeated_twice, mode)[0]
 
 
-EXACT_UP_TO = 1024
+EXACT_UP_TO = 512
 """The largest matrix that is decomposed in full; a larger one by subspace iteration, in a fraction of the time."""
 
 
@@ -197,7 +198,7 @@ def _leading(covariance: Tensor, rank: int) -> Tensor:
         return vectors.flip(1)[:, :rank].T
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(size, min(size, 2 * rank + 16), generator=generator).to(covariance)
-    for _ in range(16):
+    for _ in range(8):
         basis = torch.linalg.qr(covariance @ basis).Q
     vectors = torch.linalg.eigh(basis.T @ covariance @ basis).eigenvectors
     return (basis @ vectors.flip(1)[:, :rank]).T

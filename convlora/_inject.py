@@ -89,8 +89,8 @@ def inject(
         dropout: probability of dropping an input of the adapter's branch in training; 0 ≤ dropout < 1.
         use_rslora: scale by alpha / √rank (Kalajdzievski 2023).
         use_dora: train the weight's size per output channel apart from its direction (Liu et al. 2024).
-        init: how the factors begin: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` (B zero: the output does not change
-            by a bit); ``"pissa"``, ``"olora"``, from the base's weight (it does by rounding); ``"eva"``, from data.
+        init: how the factors begin: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``; ``"pissa"``, ``"olora"`` from the
+            base's weight; ``"eva"`` from data. See ``docs/variants.md``.
         init_data: for ``"eva"``, a few batches as the model takes them: tensors, tuples that begin with one, or dicts.
             The base sees them in eval mode, and the model is as it was afterwards.
         budget: how many numbers the factors may hold together, the head not counted: ``"1%"`` or 0.01 of the base's

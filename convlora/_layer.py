@@ -90,25 +90,39 @@ class LoRA(nn.Module):
         return self.lora_A.shape[0] * (2 if self.anchored else 1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A ``(rank, ...)`` and B ``(C_out, rank)`` with ΔW = scaling · B @ A; anchored, [A; A0] and [B, −B0]."""
+        """A ``(rank, ...)`` and B ``(C_out, rank)`` with ΔW = scaling · B @ A.
+
+        Anchored, B @ A − B0 @ A0 = (B − B0) @ A + B0 @ (A − A0): written so, it is exactly zero at the start.
+        """
         if not self.anchored:
             return self.lora_A, self.lora_B
-        A0, B0 = self._buffers["lora_A0"], self._buffers["lora_B0"]
-        return torch.cat([self.lora_A, cast(Tensor, A0)]), torch.cat([self.lora_B, -cast(Tensor, B0)], dim=1)
+        A, B, (A0, B0) = self.lora_A, self.lora_B, self._anchor()
+        return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+
+    def stored_factors(self) -> tuple[Tensor, Tensor]:
+        """As :meth:`factors`; anchored, [A; A0] and [B, −B0], which holds all bits of the four."""
+        if not self.anchored:
+            return self.lora_A, self.lora_B
+        A0, B0 = self._anchor()
+        return torch.cat([self.lora_A, A0]), torch.cat([self.lora_B, -B0], dim=1)
+
+    def _anchor(self) -> tuple[Tensor, Tensor]:
+        return cast("tuple[Tensor, Tensor]", (self._buffers["lora_A0"], self._buffers["lora_B0"]))
 
     def sources(self) -> tuple[Tensor, ...]:
         """All tensors that the effective weight is computed from besides the base's."""
         return cast("tuple[Tensor, ...]", (*self._parameters.values(), *self._buffers.values()))
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Write numbers into the factors; an anchored adapter takes both of a change, as :meth:`factors` gives them."""
+        """Write numbers into the factors, in the form of :meth:`stored_factors`."""
         rank = self.lora_A.shape[0]
         with torch.no_grad():
             self.lora_A.copy_(lora_A[:rank])
             self.lora_B.copy_(lora_B[:, :rank])
             if self.anchored:
-                cast(Tensor, self.lora_A0).copy_(lora_A[rank:])
-                cast(Tensor, self.lora_B0).copy_(-lora_B[:, rank:])
+                A0, B0 = self._anchor()
+                A0.copy_(lora_A[rank:])
+                B0.copy_(-lora_B[:, rank:])
 
     def replace_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Put other factors, of any rank, in the place of all that there are; may be run twice."""
@@ -122,9 +136,7 @@ class LoRA(nn.Module):
     def is_fresh(self) -> bool:
         """Whether the factors still change nothing."""
         if self.anchored:
-            return torch.equal(self.lora_A, cast(Tensor, self.lora_A0)) and torch.equal(
-                self.lora_B, cast(Tensor, self.lora_B0)
-            )
+            return all(map(torch.equal, (self.lora_A, self.lora_B), self._anchor()))
         return not self.lora_B.any()
 
     def delta_weight(self) -> Tensor:
@@ -138,7 +150,7 @@ class LoRA(nn.Module):
         return effective_weight(base, *self.factors(), self.scaling)
 
     def scaled_output(self, layer: nn.Module, y: Tensor, base: Tensor) -> Tensor:
-        """With DoRA, the output of a layer that computed y with W + ΔW and without its bias."""
+        """With DoRA, the output of a layer that computed y with W + ΔW."""
         scale = dora_scale(base, *self.factors(), self.scaling, self.lora_magnitude)
         return scaled_output(y, scale, cast("Tensor | None", layer.bias), -1 if isinstance(layer, nn.Linear) else 1)
 
@@ -283,20 +295,17 @@ def _forward_in_training(layer: nn.Module, cls: type[nn.Module], lora: LoRA, x: 
     forward = convolution if is_plain(layer, cls) else linear if cls.forward is nn.Linear.forward else None
     if forward is None:
         return None
-    if lora.use_dora:
-        y = forward(layer, x, base, *lora.factors(), lora.scaling, lora.path, with_bias=False)
-        return None if y is None else lora.scaled_output(layer, y, base)
-    return forward(layer, x, base, *lora.factors(), lora.scaling, lora.path)
+    y = forward(layer, x, base, *lora.factors(), lora.scaling, lora.path)
+    return lora.scaled_output(layer, y, base) if lora.use_dora and y is not None else y
 
 
 def _forward_with_dropout(layer: nn.Module, base: Tensor, lora: LoRA, x: Tensor) -> Tensor:
     delta, dropped = lora.delta_weight().to(base.dtype), F.dropout(x, lora.dropout)
-    bias = None if lora.use_dora else cast("Tensor | None", layer.bias)
     if isinstance(layer, nn.Linear):
-        y = F.linear(x, base, bias) + F.linear(dropped, delta)
+        y = F.linear(x, base, layer.bias) + F.linear(dropped, delta)
     else:
         convolve = cast("Callable[..., Tensor]", layer._conv_forward)
-        y = convolve(x, base, bias) + convolve(dropped, delta, None)
+        y = convolve(x, base, layer.bias) + convolve(dropped, delta, None)
     return lora.scaled_output(layer, y, base) if lora.use_dora else y
 
 

@@ -43,7 +43,7 @@ def _put_back(buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]]
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """The model's output for what a loader gives: a tensor, a tuple or list that begins with it, a dict of arguments."""
+    """The model's output for what a loader gives: a tensor, a sequence that begins with one, or a dict of arguments."""
     like = next(iter((*model.parameters(), *model.buffers())), None)
 
     def moved(value: Any) -> Any:
