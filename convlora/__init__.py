@@ -2,6 +2,7 @@
 
 from ._adapters import add_adapter, delete_adapter, disable_adapter, set_adapter
 from ._algebra import Approximation, extract, shrink
+from ._budget import sensitivity
 from ._checkpoint import load_adapter, save_adapter
 from ._combine import combine_adapters
 from ._inject import adapter_parameters, inject, remove, summary, trainable_parameters
@@ -36,6 +37,7 @@ __all__ = [
     "push_to_hub",
     "remove",
     "save_adapter",
+    "sensitivity",
     "set_adapter",
     "shrink",
     "summary",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from ._checks import check_model
-from ._inject import apply, drop
+from ._inject import begin, drop
 from ._planner import Options, make_plan
 from ._state import (
     RECORD,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 
-def add_adapter(model: M, adapter_name: str, rank: int = 8, **options: Unpack[Options]) -> M:
+def add_adapter(model: M, adapter_name: str, rank: int | None = None, **options: Unpack[Options]) -> M:
     """Put another adapter beside those that the model carries, with a rank, targets, head and norms of its own.
 
     >>> convlora.add_adapter(model, "lymph node", rank=4)
@@ -60,7 +60,7 @@ def add_adapter(model: M, adapter_name: str, rank: int = 8, **options: Unpack[Op
     root, injection = the_injection(model)
     check_new(injection, adapter_name)
     check_intact(root, injection)
-    apply(make_plan(root, rank, adapter_name, **options), root)
+    begin(make_plan(root, rank, adapter_name, **options), root, options.get("init_data"))
     return model
 
 

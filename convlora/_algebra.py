@@ -19,7 +19,7 @@ from ._lowrank import Spectrum, tolerance_of
 from ._manifest import base_keys, places_of, tensors_as
 from ._places import BASE
 from ._plan import LayerPlan, Plan
-from ._planner import make_plan
+from ._planner import MORE_THAN_ANY, make_plan
 from ._state import (
     check_enabled,
     check_intact,
@@ -33,8 +33,6 @@ from ._state import (
 )
 from ._targets import Targets
 from .errors import TargetError
-
-MORE_THAN_ANY = 2**31
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,9 @@ def shrink(
 
     >>> print(convlora.shrink(model, energy=0.99))
 
-    The factors are new parameters: an optimizer has to be made again. No rank is raised.
+    The factors are new parameters: an optimizer has to be made again. No rank is raised; but an adapter that began
+    with PiSSA or OLoRA is a change of twice its rank, and becomes one whose factors hold all of it. DoRA's magnitudes
+    stay; the errors are those of ΔW before them.
 
     Args:
         model: an injected model.
@@ -140,13 +140,14 @@ def shrink(
     old, layers, errors, smaller = adapter.plan, [], [], []
     with torch.inference_mode(False), torch.no_grad():
         for planned, lora in zip(old.layers, adapter.loras, strict=True):
-            spectrum = Spectrum.of_sum([(lora.lora_A, lora.lora_B, lora.scaling)])
-            fitting = min(goal.rank_of(spectrum), planned.rank)
-            pair = (lora.lora_A, lora.lora_B) if fitting == planned.rank else spectrum.factors(fitting, lora.scaling)
-            lost = 0.0 if fitting == planned.rank else spectrum.lost(fitting)
+            A, B = lora.factors()
+            spectrum = Spectrum.of_sum([(A, B, lora.scaling)])
+            fitting = min(goal.rank_of(spectrum), lora.rank)
+            pair = (A, B) if fitting == lora.rank else spectrum.factors(fitting, lora.scaling)
+            lost = 0.0 if fitting == lora.rank else spectrum.lost(fitting)
             alpha = planned.alpha * scaling_of(1.0, planned.rank, old.use_rslora)
             alpha /= scaling_of(1.0, fitting, old.use_rslora)  # the same scaling
-            layers.append(replace(planned, rank=fitting, alpha=alpha))
+            layers.append(replace(planned, rank=fitting, alpha=alpha, anchored=False))
             errors.append(LayerError(planned.name, fitting, lost, spectrum.size))
             smaller.append(pair)
     top = max((layer.rank for layer in layers), default=old.rank)
@@ -154,10 +155,7 @@ def shrink(
 
     def put() -> None:
         for lora, (lora_A, lora_B) in zip(adapter.loras, smaller, strict=True):
-            for name, new in (("lora_A", lora_A), ("lora_B", lora_B)):
-                now = lora.get_parameter(name)
-                if now.shape != new.shape:
-                    setattr(lora, name, nn.Parameter(new.to(now.dtype), requires_grad=now.requires_grad))
+            lora.replace_factors(lora_A, lora_B)
         adapter.plan = plan
 
     to_the_end(put)

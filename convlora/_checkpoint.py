@@ -137,10 +137,10 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[
 
 
 def _warn_if_untrained(adapter: Adapter) -> None:
-    factors = [lora.lora_B for lora in adapter.loras]
-    if factors and not any(factor.any() for factor in factors):
+    if adapter.loras and all(lora.is_fresh() for lora in adapter.loras):
+        what = "factor is as it began" if any(p.anchored for p in adapter.plan.layers) else "lora_B is zero"
         warnings.warn(
-            "every lora_B is zero: nothing was trained. Was the optimizer made before convlora.inject? Make it after, "
+            f"every {what}: nothing was trained. Was the optimizer made before convlora.inject? Make it after, "
             "from convlora.trainable_parameters(model).",
             stacklevel=4,
         )
@@ -246,7 +246,10 @@ def _adapter_state(root: nn.Module, adapter: Adapter, own: set[str]) -> State:
 
 def _factors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     for plan, lora in zip(adapter.plan.layers, adapter.loras, strict=True):
-        for (key, shape), factor in zip(factor_shapes(plan).items(), (lora.lora_A, lora.lora_B), strict=True):
+        magnitudes = (lora.lora_magnitude,) if lora.use_dora else ()
+        for (key, shape), factor in zip(
+            factor_shapes(plan).items(), (*lora.stored_factors(), *magnitudes), strict=True
+        ):
             yield key, factor.view(shape)
 
 
@@ -284,9 +287,12 @@ def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_n
     own = own_keys(root, manifest.plan, manifest.buffers)
     with torch.inference_mode(False), torch.no_grad():
         for plan, lora in zip(manifest.plan.layers, adapter.loras, strict=True):
-            key = next(iter(factor_shapes(plan)))
-            lora.to(tensors[key].dtype)  # as trained: another dtype would predict other bits
-        own_tensors = _adapter_state(root, adapter, own)
+            A, B, *magnitudes = (tensors[key] for key in factor_shapes(plan))
+            lora.to(A.dtype)  # as trained: another dtype would predict other bits
+            lora.set_factors(A, B.flatten(1))
+            for magnitude in magnitudes:
+                lora.lora_magnitude.copy_(magnitude.flatten())
+        own_tensors = {key: tensor for key, tensor in _adapter_state(root, adapter, own).items() if key in own}
         for key, tensor in own_tensors.items():
             tensor.copy_(tensors[key])
         for key, place in places_of(root).items():

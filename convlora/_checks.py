@@ -8,9 +8,10 @@ from numbers import Integral, Real
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ._computed import has_parameter
 from ._layer import CHILD, AdaptedLayer, Adapters, supports_dropout
 from ._paths import PATHS
-from ._plan import LayerPlan, Plan
+from ._plan import INITS, LayerPlan, Plan
 from ._targets import Named, is_conv2d
 from .errors import TargetError, UnsupportedLayerError
 
@@ -31,6 +32,27 @@ def check_values(rank: int, alpha: float | None, norm: str, dropout: float, path
     if hasattr(Adapters(), adapter_name):
         raise TargetError(f"adapter_name={adapter_name!r} is taken by torch's ModuleDict; choose another.")
     return rank
+
+
+def check_init(init: str) -> None:
+    """One of those that there are."""
+    if init not in INITS:
+        raise TargetError(f"init={init!r}; it must be one of {', '.join(map(repr, INITS))}.")
+
+
+def check_variant(n: Named, init: str, use_dora: bool) -> None:
+    """A layer that the variants asked for are defined for."""
+    if use_dora and not has_parameter(n.module):
+        raise UnsupportedLayerError(
+            f"{n.name}: its weight is computed (weight_norm, spectral_norm), and DoRA's magnitudes need one that "
+            "stays. Use use_dora=False or exclude_modules. Nothing was changed."
+        )
+    if init == "eva" and not isinstance(n.module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise UnsupportedLayerError(
+            f"{n.name}: init='eva' needs to know what the kernels meet, as in nn.Linear and torch's convolutions that "
+            f"are not transposed; this is a {type(n.module).__name__}. Use another init or exclude_modules. "
+            "Nothing was changed."
+        )
 
 
 def check_any_conv(adaptable: list[Named], model: nn.Module) -> None:
@@ -117,6 +139,7 @@ def check_adaptable(n: Named, dropout: float) -> None:
 def check_plan(plan: Plan) -> None:
     """A plan that comes from a file: every value as :func:`plan` would have made it."""
     check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
+    check_init(plan.init)
     if not isinstance(plan.use_rslora, bool):
         raise TargetError(f"use_rslora={plan.use_rslora!r}; it must be true or false.")
     names = [layer.name for layer in plan.layers]
@@ -130,6 +153,8 @@ def check_plan(plan: Plan) -> None:
     for layer in plan.layers:
         checked_rank(layer.rank, f"rank of {layer.name}")
         check_alpha(layer.alpha, f"alpha of {layer.name}")
+        if not isinstance(layer.anchored, bool) or not isinstance(layer.use_dora, bool):
+            raise TargetError(f"{layer.name}: anchored and use_dora must be true or false.")
         sizes = layer.weight_shape
         if (
             len(sizes) < 2

@@ -151,6 +151,12 @@ def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str
                         f"{key} is trained in full in {name!r} and has factors in {adapted[inner]!r}; such adapters "
                         "cannot be combined. Nothing was changed."
                     )
+    with_dora = [name for name, each in adapters.items() if each.plan.use_dora]
+    if with_dora:
+        raise StateError(
+            f"{', '.join(with_dora)}: DoRA's magnitudes make a change that is no product of factors; such adapters "
+            "cannot be combined. Nothing was changed."
+        )
     tracked = any(each.plan.norm == "track" for each in adapters.values())
     first = next(iter(adapters.values())).plan
     plan = make_plan(
@@ -174,11 +180,11 @@ def _parts(layer: nn.Module, adapters: Mapping[str, Adapter], shares: Mapping[st
 
 
 def _terms(parts: Parts) -> list[tuple[Tensor, Tensor, float]]:
-    return [(lora.lora_A, lora.lora_B, share * lora.scaling) for lora, share in parts.values()]
+    return [(*lora.factors(), share * lora.scaling) for lora, share in parts.values()]
 
 
 def _own_rank(parts: Parts) -> int:
-    return max(lora.lora_A.shape[0] for lora, _ in parts.values())
+    return max(lora.rank for lora, _ in parts.values())
 
 
 def _exact(every: Mapping[str, Parts], rank: int | None, density: float, seed: int) -> Combined:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ._layer import CHILD, Adapters, LoRA, attach, detach, held
+from ._budget import Budget
+from ._dora import channel_norms
+from ._init import Factors, first_factors
+from ._layer import CHILD, Adapters, LoRA, attach, base_weight, detach, held
 from ._norms import keeps_statistics, set_policy
 from ._paths import Path
 from ._places import BASE, Place
-from ._plan import LayerPlan, NormPolicy, Plan
+from ._plan import Init, LayerPlan, NormPolicy, Plan
 from ._planner import Pattern, plan
 from ._state import (
     RECORD,
@@ -38,7 +41,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def inject(
     model: M,
-    rank: int = 8,
+    rank: int | None = None,
     *,
     alpha: float | None = None,
     target_modules: Targets = None,
@@ -49,6 +52,11 @@ def inject(
     norm: NormPolicy = "freeze",
     dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
+    init: Init = "kaiming",
+    init_data: Iterable[Any] | None = None,
+    budget: Budget | None = None,
+    importance: Mapping[str, float] | None = None,
     path: Path = "auto",
     adapter_name: str = "default",
 ) -> M:
@@ -65,7 +73,7 @@ def inject(
 
     Args:
         model: any module; convolutions of every dimension and geometry, transposed too, and linear layers.
-        rank: r, at least 1.
+        rank: r, at least 1; default 8. With a budget the largest that a layer may get, default any.
         alpha: the update is scaled by alpha / rank. Default: 2 · rank, so a scaling of 2 at every rank.
         target_modules: which layers; default every ``nn.Conv2d``. A type, a glob (``"layer4.*"``, ``"*.conv2"``),
             a compiled regular expression (matched in full), a predicate ``(name, module) -> bool``, or several of
@@ -80,6 +88,15 @@ def inject(
             ``model.train()``; ``"track"`` lets the statistics move, and they belong to the adapter.
         dropout: probability of dropping an input of the adapter's branch in training; 0 ≤ dropout < 1.
         use_rslora: scale by alpha / √rank (Kalajdzievski 2023).
+        use_dora: train the weight's size per output channel apart from its direction (Liu et al. 2024).
+        init: how the factors begin: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``; ``"pissa"``, ``"olora"`` from the
+            base's weight; ``"eva"`` from data. See ``docs/variants.md``.
+        init_data: for ``"eva"``, a few batches as the model takes them: tensors, tuples that begin with one, or dicts.
+            The base sees them in eval mode, and the model is as it was afterwards.
+        budget: how many numbers the factors may hold together, the head not counted: ``"1%"`` or 0.01 of the base's
+            parameters, or a whole number. Ranks are as equal as that allows.
+        importance: with a budget, a score for each layer by name, as :func:`convlora.sensitivity` gives them; ranks are
+            then in proportion to the scores.
         path: how a plain convolution computes in training: ``"auto"`` chooses from each layer's shapes among
             ``"fused"``, ``"weight"`` and ``"branch"``. They differ in time, memory and rounding only.
         adapter_name: names the adapter in the state dict; no dots.
@@ -94,32 +111,45 @@ def inject(
 
     Whatever is raised, the model is as it was.
     """
-    return apply(
-        plan(
-            model,
-            rank,
-            alpha=alpha,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            rank_pattern=rank_pattern,
-            alpha_pattern=alpha_pattern,
-            modules_to_save=modules_to_save,
-            norm=norm,
-            dropout=dropout,
-            use_rslora=use_rslora,
-            path=path,
-            adapter_name=adapter_name,
-        ),
+    planned = plan(
         model,
+        rank,
+        alpha=alpha,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        modules_to_save=modules_to_save,
+        norm=norm,
+        dropout=dropout,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        init=init,
+        budget=budget,
+        importance=importance,
+        path=path,
+        adapter_name=adapter_name,
     )
+    return begin(planned, model, init_data)
 
 
-def apply(plan: Plan, model: M) -> M:
+def begin(plan: Plan, model: M, init_data: Iterable[Any] | None) -> M:
+    """Carry out a plan for an adapter that is to be trained: its factors begin as ``plan.init`` says."""
+    refuse_meta(model)
+    return apply(plan, model, first_factors(plan, model, init_data))
+
+
+def apply(plan: Plan, model: M, factors: Mapping[str, Factors] | None = None) -> M:
     """Carry out a plan on a plain base, or beside the adapters that it carries, at rest then.
 
     On any error, an interrupt included, the model is as it was.
+
+    Args:
+        plan: what to do.
+        model: the base.
+        factors: what layers' factors begin as, by layer name; else A as a fresh layer's, B zero.
     """
-    _refuse_meta(model)
+    refuse_meta(model)
     injection = vars(model).get(RECORD, Injection())
     adapter = Adapter(
         plan=plan,
@@ -130,7 +160,8 @@ def apply(plan: Plan, model: M) -> M:
     first = not injection.adapters
     try:
         with torch.inference_mode(False):  # its tensors could not be trained
-            loras = [_new_factors(layer, p, plan) for layer, p in zip(adapter.layers, plan.layers, strict=True)]
+            given = factors or {}
+            loras = [_new_factors(m, p, plan, given) for m, p in zip(adapter.layers, plan.layers, strict=True)]
             injection.adapters[plan.adapter_name] = adapter
             if first:
                 _freeze_base(injection, model)
@@ -167,9 +198,19 @@ def _names(plan: Plan) -> tuple[str, ...]:
     return (*(layer.name for layer in plan.layers), *plan.modules_to_save, *plan.norms)
 
 
-def _new_factors(layer: nn.Module, planned: LayerPlan, plan: Plan) -> LoRA:
+def _new_factors(layer: nn.Module, planned: LayerPlan, plan: Plan, given: Mapping[str, Factors]) -> LoRA:
     like = next(p for p in layer.parameters() if p.is_floating_point())
-    return LoRA(planned.weight_shape, like, planned.rank, plan.scaling(planned), plan.dropout, plan.path)
+    scaling, anchored = plan.scaling(planned), planned.anchored
+    lora = LoRA(planned.weight_shape, like, planned.rank, scaling, plan.dropout, plan.path, anchored)
+    if planned.name in given:
+        A, B = given[planned.name]
+        A = A.reshape(planned.rank, *planned.weight_shape[1:])
+        lora.set_factors(*((torch.cat([A, A]), torch.cat([B, -B], dim=1)) if anchored else (A, B)))
+    if planned.use_dora:
+        base = base_weight(layer).detach().to(lora.lora_A.dtype)
+        groups = planned.transposed_groups
+        lora.give_magnitudes(channel_norms(base, planned.weight_shape[0], groups), groups)
+    return lora
 
 
 def _norm_policies(plan: Plan, model: nn.Module) -> dict[nn.Module, NormPolicy]:
@@ -179,7 +220,7 @@ def _norm_policies(plan: Plan, model: nn.Module) -> dict[nn.Module, NormPolicy]:
     return policies | {module: "track" for module in saved if keeps_statistics(module)}
 
 
-def _refuse_meta(model: nn.Module) -> None:
+def refuse_meta(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise UnsupportedLayerError(
@@ -323,7 +364,7 @@ def summary(model: nn.Module, adapter_name: str | None = None) -> Plan:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The active adapter's lora_A and lora_B of every layer, for an optimizer group of their own.
+    """The active adapter's lora_A and lora_B, and DoRA's magnitudes, of every layer: an optimizer group of their own.
 
     Raises:
         StateError: there is no adapter.

@@ -8,14 +8,13 @@ or a numpy view; on an accelerator the same holds for the factors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-from ._functional import effective_weight
 
 _trainings = 0
 """Counts what may be followed by writes that leave no trace on a tensor: forwards of adapted layers that ask for
@@ -95,23 +94,32 @@ class Kept:
         self.is_serving = False
         """Whether the layer's own forward is under way: then :meth:`weight` may be the one that is kept."""
 
-    def weight(self, base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        """W + ΔW: kept where the layer's own forward asks and no gradient flows through it, else computed."""
-        sources = (base, lora_A, lora_B)
-        gradient = torch.is_grad_enabled() and (base.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
+    def weight(
+        self, base: Tensor, factors: tuple[Tensor, ...], scaling: float, compute: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """W + ΔW: kept where the layer's own forward asks and no gradient flows through it, else computed.
+
+        Args:
+            base: W.
+            factors: all other tensors that ``compute`` reads.
+            scaling: what multiplies B @ A.
+            compute: makes the effective weight of W.
+        """
+        sources = (base, *factors)
+        gradient = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         if gradient or not self.is_serving or _is_written_past_counters(base):
-            return effective_weight(base, lora_A, lora_B, scaling)
+            return compute(base)
         state = (_trainings, scaling, _stream(base))
         entry = self._entry
         if entry is None or not entry.serves(state, sources):
-            if not all(map(_has_its_own_memory, sources)):
-                return effective_weight(base, lora_A, lora_B, scaling)
+            if type(base) is not nn.Parameter or not all(map(_has_its_own_memory, sources)):
+                return compute(base)
             _watch_optimizers()
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve outside
                 # Before computing: what is written meanwhile counts as a change. Factors are small enough to compare.
-                look = _Copied.of if base.device.type == "cpu" else _Seen.of
-                seen = (_Seen.of(base), look(lora_A), look(lora_B))
-                merged = effective_weight(base, lora_A, lora_B, scaling)
+                look: type[_Copied] | type[_Seen] = _Copied if base.device.type == "cpu" else _Seen
+                seen = (_Seen.of(base), *(look.of(factor) for factor in factors))
+                merged = compute(base)
             entry = self._entry = _Entry(state, seen, _Seen.of(merged))
         return entry.merged.tensor
 
@@ -138,8 +146,8 @@ def _is_written_past_counters(base: Tensor) -> bool:
 
 
 def _has_its_own_memory(source: Tensor) -> bool:
-    """A Parameter that shares its memory with no other tensor or process."""
-    if type(source) is not nn.Parameter or source.is_inference():
+    """A plain tensor that shares its memory with no other tensor or process."""
+    if type(source) not in (nn.Parameter, Tensor) or source.is_inference():
         return False
     shared = not source.is_cuda and cast(Any, source).is_shared()  # on CUDA every tensor says that it is
     return not shared and source.untyped_storage().nbytes() == source.nbytes

@@ -37,6 +37,10 @@ class Spectrum:
         """Of a dense change, shaped like the weight."""
         matrix = delta.detach().flatten(1)
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        if matrix.shape[1] > 2 * matrix.shape[0]:  # wide: what is left of the rows decomposes faster
+            Q, R = torch.linalg.qr(matrix.T)
+            U, S, V = torch.linalg.svd(R.T, full_matrices=False)
+            return cls(U, S, V @ Q.T, tuple(delta.shape))
         U, S, V = torch.linalg.svd(matrix, full_matrices=False)
         return cls(U, S, V, tuple(delta.shape))
 

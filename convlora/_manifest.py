@@ -151,7 +151,7 @@ def base_keys(state: Mapping[str, Tensor], own: set[str]) -> list[str]:
     return [key for key in state if key not in own and not _FACTOR.fullmatch(key)]
 
 
-_FACTOR = re.compile(rf"(.*\.)?{CHILD}\.[^.]+\.lora_[AB]")
+_FACTOR = re.compile(rf"(.*\.)?{CHILD}\.[^.]+\.lora_(A|B|A0|B0|magnitude)")
 
 
 def digest(tensor: Tensor) -> str:

@@ -15,6 +15,10 @@ from ._functional import factor_count, scaling_of
 from ._paths import Path
 
 NormPolicy = Literal["freeze", "track"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"]
+INITS: tuple[Init, ...] = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
+ANCHORED: tuple[Init, ...] = ("pissa", "olora")
+"""Those that begin with factors whose product is not zero: it is kept, and taken away again."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class LayerPlan:
     """One layer: what it is and what it gets. ``rank`` 0 means that it is left alone, and ``note`` says why.
 
     ``weight_shape`` is ``(C_out, C_in / groups, kH, kW)`` or ``(out_features, in_features)``; ``geometry`` holds a
-    convolution's stride, padding, dilation, groups and padding_mode.
+    convolution's stride, padding, dilation, groups and padding_mode. ``anchored``: the factors' first product is kept
+    and taken away from the change. ``use_dora``: the weight's size per output channel is trained apart.
     """
 
     name: str
@@ -32,6 +37,8 @@ class LayerPlan:
     alpha: float
     note: str = ""
     geometry: dict[str, Any] = field(default_factory=dict)
+    anchored: bool = False
+    use_dora: bool = False
 
     @property
     def base_parameters(self) -> int:
@@ -40,8 +47,29 @@ class LayerPlan:
 
     @property
     def adapter_parameters(self) -> int:
-        """Numbers in the two factors."""
-        return factor_count(self.weight_shape, self.rank) if self.rank else 0
+        """Numbers that are trained: the two factors, and with DoRA the magnitudes."""
+        return self.parameters_at(self.rank)
+
+    def parameters_at(self, rank: int) -> int:
+        """The same at another rank."""
+        return factor_count(self.weight_shape, rank) + self.magnitudes if rank else 0
+
+    @property
+    def transposed_groups(self) -> int:
+        """The groups of a transposed convolution; 0 for every other layer."""
+        return int(self.geometry["groups"]) if self.geometry.get("transposed") else 0
+
+    @property
+    def magnitudes(self) -> int:
+        """How many magnitudes DoRA has here: one for each output channel."""
+        groups = self.transposed_groups
+        channels = self.weight_shape[1] * groups if groups else self.weight_shape[0]
+        return channels if self.use_dora else 0
+
+    @property
+    def stored_rank(self) -> int:
+        """The rank of the change in a file: twice the factors' where they are anchored."""
+        return self.rank * (2 if self.anchored else 1)
 
 
 @dataclass(frozen=True)
@@ -66,6 +94,7 @@ class Plan:
         modules_to_save: names of the modules trained in full, such as the head, and ``head_found_by`` how.
         norms: names of the norm layers that the policy ``norm`` concerns.
         path: which way the layers take in training.
+        init: how the factors began.
         biases: names of adapted layers whose bias is trained and belongs to the adapter.
         others: all other modules with parameters, so that each parameter of the model is accounted for.
         base_parameters: of the whole base model; ``saved_parameters``: of ``modules_to_save`` and ``biases``.
@@ -88,12 +117,18 @@ class Plan:
     saved_parameters: int
     others: tuple[Part, ...] = ()
     path: Path = "auto"
+    init: Init = "kaiming"
     biases: tuple[str, ...] = ()
     state: str = "planned"
 
     @property
+    def use_dora(self) -> bool:
+        """Whether the layers' sizes per output channel are trained apart."""
+        return any(layer.use_dora for layer in self.layers)
+
+    @property
     def adapter_parameters(self) -> int:
-        """Numbers in all factors."""
+        """Numbers in all factors, and magnitudes with DoRA."""
         return sum(layer.adapter_parameters for layer in self.layers)
 
     @property
@@ -127,8 +162,9 @@ class Plan:
         return "\n".join([self._title(), *self._table(), *self._footer()])
 
     def _title(self) -> str:
-        scaling = f"alpha {self.alpha:g}{', rsLoRA' if self.use_rslora else ''}"
-        return f"{self.model}: adapter {self.adapter_name!r}, rank {self.rank}, {scaling} ({self.state})"
+        kinds = [("rsLoRA", self.use_rslora), ("DoRA", self.use_dora), (self.init, self.init != "kaiming")]
+        what = ", ".join([f"rank {self.rank}", f"alpha {self.alpha:g}", *(name for name, there in kinds if there)])
+        return f"{self.model}: adapter {self.adapter_name!r}, {what} ({self.state})"
 
     def _table(self) -> list[str]:
         rows = [("layer", "kind", "weight", "rank", "base", "adapter", "")]

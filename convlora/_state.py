@@ -40,9 +40,9 @@ class Adapter:
         return [lora_of(layer, self.plan.adapter_name) for layer in self.layers]
 
     def factors(self) -> Iterator[nn.Parameter]:
-        """lora_A and lora_B of every layer."""
+        """lora_A and lora_B of every layer, and DoRA's magnitudes."""
         for lora in self.loras:
-            yield from (lora.lora_A, lora.lora_B)
+            yield from lora.parameters()
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import convlora
-from convlora import _kept, _layer, _paths
+from convlora import _layer, _paths
 from convlora._convolution import Geometry, convolve
 
 PATHS = ["auto", "fused", "weight", "branch"]
@@ -252,8 +252,8 @@ def test_the_choice_follows_the_shapes():
 def computed(monkeypatch):
     """A list that grows with every effective weight that is computed."""
     calls = []
-    compute = _kept.effective_weight
-    monkeypatch.setattr(_kept, "effective_weight", lambda *args: calls.append(1) or compute(*args))
+    compute = _layer.effective_weight
+    monkeypatch.setattr(_layer, "effective_weight", lambda *args: calls.append(1) or compute(*args))
     return calls
 
 
