@@ -477,6 +477,43 @@ def test_dora_with_dropout_keeps_the_expected_output(kind):
     assert draws.std(0).max() > 0
 
 
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init": "pissa"}, {"use_dora": True, "init": "olora"}])
+def test_layers_whose_kernels_lie_in_flat_rows(options):
+    layers = pytest.importorskip("timm.layers")
+    torch.manual_seed(0)
+    layer, routing = layers.CondConv2d(6, 8, 3, num_experts=3), torch.rand(2, 3)
+    x = torch.randn(2, 6, 7, 7)
+    expected, before = layer(x, routing), layer.weight.detach().clone()
+    convlora.inject(layer, 2, modules_to_save=None, target_modules=type(layer), **options)
+    assert torch.equal(layer(x, routing), expected)
+    nudge(layer, 0.1)
+    lora = layer.convlora["default"]
+    rows = before.view(24, -1) + lora.delta_weight().view(24, -1)
+    if lora.use_dora:
+        rows = lora.lora_magnitude[:, None] * rows / rows.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(layer.weight, rows.view_as(before))
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*jit:FutureWarning")
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init": "pissa"}, {"use_dora": True, "init": "olora"}])
+def test_variants_compile_trace_and_export(options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2))
+    x = torch.randn(2, 3, 8, 8)
+    convlora.inject(model, 2, modules_to_save=None, **options)
+    nudge(model)
+    expected = model(x)
+    expected.square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(x).square().sum().backward()
+    for name, grad in grads.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, grad)
+    for other in (compiled, torch.jit.trace(model, x), torch.export.export(model.eval(), (x,)).module()):
+        torch.testing.assert_close(other(x), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_kept_weight_follows_the_magnitudes():
     layer, x = adapt(nn.Conv2d(4, 6, 3), use_dora=True), torch.randn(2, 4, 5, 5)
     with torch.no_grad():
