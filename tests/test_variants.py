@@ -329,6 +329,18 @@ def test_stock_peft_loads_the_variants_and_predicts_the_same(tmp_path, options):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{"init": "pissa"}, {"use_dora": True}, {"use_dora": True, "init": "olora"}])
+def test_stock_peft_reads_the_variants_of_linear_layers(tmp_path, options):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)).eval(), torch.randn(4, 8)
+    model = convlora.inject(copy.deepcopy(base), 2, target_modules=nn.Linear, modules_to_save=None, **options)
+    nudge(model)
+    convlora.save_adapter(model, tmp_path)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base, tmp_path)(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layer, x", [(nn.Conv2d(8, 12, 3, 2, 1), (2, 8, 9, 9)), (nn.Linear(8, 12), (3, 8))])
 def test_dora_is_pefts(layer, x):
     peft, x = pytest.importorskip("peft"), torch.randn(x)
