@@ -246,11 +246,9 @@ def _adapter_state(root: nn.Module, adapter: Adapter, own: set[str]) -> State:
 
 def _factors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     for plan, lora in zip(adapter.plan.layers, adapter.loras, strict=True):
-        magnitudes = (lora.lora_magnitude,) if lora.use_dora else ()
-        for (key, shape), factor in zip(
-            factor_shapes(plan).items(), (*lora.stored_factors(), *magnitudes), strict=True
-        ):
-            yield key, factor.view(shape)
+        tensors = (*lora.stored_factors(), *((lora.lora_magnitude,) if lora.use_dora else ()))
+        for (key, shape), tensor in zip(factor_shapes(plan).items(), tensors, strict=True):
+            yield key, tensor.view(shape)
 
 
 def _for_disk(tensor: Tensor) -> Tensor:

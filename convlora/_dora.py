@@ -36,14 +36,17 @@ def channel_scale(magnitude: Tensor, weight: Tensor, rows: int, groups: int) -> 
     return magnitude / torch.where(norms > 0, norms, 1)
 
 
-def scaled_weight(weight: Tensor, scale: Tensor, rows: int, groups: int) -> Tensor:
-    """Each output channel's kernel times its scale, in the weight's memory format."""
+def scaled_weight(weight: Tensor, scale: Tensor, rows: int, groups: int, is_flat: bool = False) -> Tensor:
+    """Each output channel's kernel times its scale, in the weight's memory format.
+
+    ``is_flat``: several kernels are in one row of the weight, as in timm's CondConv2d.
+    """
     if groups:
         each = scale.view(groups, 1, -1).expand(groups, rows // groups, weight.shape[1]).reshape(rows, -1)
         return weight * each.view(*each.shape, *[1] * (weight.ndim - 2))
-    if weight.shape[0] == rows:
-        return weight * scale.view(-1, *[1] * (weight.ndim - 1))
-    return weight * scale.repeat_interleave(weight.numel() // rows).view(weight.shape)  # kernels in flat rows
+    if is_flat:
+        return weight * scale.repeat_interleave(weight.numel() // rows).view(weight.shape)
+    return weight * scale.view(-1, *[1] * (weight.ndim - 1))
 
 
 def dora_weight(
@@ -54,7 +57,7 @@ def dora_weight(
         wide = weight.to(torch.promote_types(weight.dtype, lora_A.dtype))
         changed, rows = effective_weight(wide, lora_A, lora_B, scaling), lora_B.shape[0]
         scale = channel_scale(magnitude, changed, rows, groups)
-        return scaled_weight(changed, scale, rows, groups).to(weight.dtype)
+        return scaled_weight(changed, scale, rows, groups, weight.ndim != lora_A.ndim).to(weight.dtype)
 
 
 def dora_scale(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor) -> Tensor:

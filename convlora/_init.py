@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -112,15 +113,12 @@ def _matrix(planned: LayerPlan, layer: nn.Module) -> Tensor:
 def _from_data(plan: Plan, root: nn.Module, layers: Mapping[str, nn.Module], data: Iterable[Any]) -> dict[str, Factors]:
     met = {p.name: _Met(layers[p.name], p) for p in plan.layers}
     batches = 0
-    with base_alone(root):
-        handles = [met[name].watch(layer) for name, layer in layers.items()]
-        try:
-            for batch in data:
-                run_batch(root, batch)
-                batches += 1
-        finally:
-            for handle in handles:
-                handle.remove()
+    with base_alone(root), ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(met[name].watch(layer).remove)
+        for batch in data:
+            run_batch(root, batch)
+            batches += 1
     if not batches:
         raise TargetError("init_data holds no batch (an iterator that was used up already?). Nothing was changed.")
     for fault, names in {

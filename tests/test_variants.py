@@ -329,6 +329,18 @@ def test_stock_peft_loads_the_variants_and_predicts_the_same(tmp_path, options):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{"init": "pissa"}, {"use_dora": True}, {"use_dora": True, "init": "olora"}])
+def test_stock_peft_reads_the_variants_of_linear_layers(tmp_path, options):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)).eval(), torch.randn(4, 8)
+    model = convlora.inject(copy.deepcopy(base), 2, target_modules=nn.Linear, modules_to_save=None, **options)
+    nudge(model)
+    convlora.save_adapter(model, tmp_path)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base, tmp_path)(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layer, x", [(nn.Conv2d(8, 12, 3, 2, 1), (2, 8, 9, 9)), (nn.Linear(8, 12), (3, 8))])
 def test_dora_is_pefts(layer, x):
     peft, x = pytest.importorskip("peft"), torch.randn(x)
@@ -475,6 +487,43 @@ def test_dora_with_dropout_keeps_the_expected_output(kind):
     # Five standard errors of the mean.
     assert ((draws.mean(0) - expected).abs() <= 5 * draws.std(0) / 500**0.5 + 1e-5).all()
     assert draws.std(0).max() > 0
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init": "pissa"}, {"use_dora": True, "init": "olora"}])
+def test_layers_whose_kernels_lie_in_flat_rows(options):
+    layers = pytest.importorskip("timm.layers")
+    torch.manual_seed(0)
+    layer, routing = layers.CondConv2d(6, 8, 3, num_experts=3), torch.rand(2, 3)
+    x = torch.randn(2, 6, 7, 7)
+    expected, before = layer(x, routing), layer.weight.detach().clone()
+    convlora.inject(layer, 2, modules_to_save=None, target_modules=type(layer), **options)
+    assert torch.equal(layer(x, routing), expected)
+    nudge(layer, 0.1)
+    lora = layer.convlora["default"]
+    rows = before.view(24, -1) + lora.delta_weight().view(24, -1)
+    if lora.use_dora:
+        rows = lora.lora_magnitude[:, None] * rows / rows.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(layer.weight, rows.view_as(before))
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*jit:FutureWarning")
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init": "pissa"}, {"use_dora": True, "init": "olora"}])
+def test_variants_compile_trace_and_export(options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2))
+    x = torch.randn(2, 3, 8, 8)
+    convlora.inject(model, 2, modules_to_save=None, **options)
+    nudge(model)
+    expected = model(x)
+    expected.square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(x).square().sum().backward()
+    for name, grad in grads.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, grad)
+    for other in (compiled, torch.jit.trace(model, x), torch.export.export(model.eval(), (x,)).module()):
+        torch.testing.assert_close(other(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_kept_weight_follows_the_magnitudes():
