@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ._adapters import check_new
 from ._checks import check_model, check_values
+from ._foreign import read_foreign
 from ._inject import applied
 from ._manifest import (
     FORMAT,
@@ -41,6 +42,7 @@ from ._manifest import (
 from ._merge import unmerged
 from ._peft_format import PREFIX, dotted, factor_shapes, peft_config
 from ._places import BASE
+from ._plan import Plan
 from ._state import RECORD, Adapter, Injection, check_intact, check_plain, injections, the_adapter, the_injection
 from .errors import CheckpointError, StateError
 
@@ -127,13 +129,16 @@ def load_adapter(
     >>> convlora.load_adapter(model, "tumour/")
 
     Where the base carries adapters already, the loaded one comes beside them and waits for ``set_adapter``.
+    LoRA checkpoints of Hugging Face peft and LoCon files of kohya's scripts and LyCORIS are read too, where they
+    predict the same here; ``docs/peft.md`` says which.
 
     Args:
         model: the base as it was built for training.
-        directory: what :func:`save_adapter` wrote.
-        adapter_name: another name for the adapter; default the saved one.
+        directory: what :func:`save_adapter` wrote; or peft's directory; or a ``.safetensors`` file.
+        adapter_name: another name for the adapter; default the saved one, or ``"default"``.
         check_base: refuse a base whose tensors differ from those that the adapter was trained on. Tensors in
-            another dtype than then are not compared. False loads onto any base of the same architecture.
+            another dtype than then are not compared. False loads onto any base of the same architecture. The files
+            of other libraries do not say what base they are for.
 
     Returns:
         The same object; factors and head are trainable as after :func:`convlora.inject`.
@@ -145,18 +150,24 @@ def load_adapter(
     Whatever is raised, the model is as it was.
     """
     root = _root(model)
-    manifest = read_manifest(Path(directory))
+    foreign = read_foreign(Path(directory), root, adapter_name or "default")
+    manifest = foreign[0] if foreign else read_manifest(Path(directory))
     plan = manifest.plan if adapter_name is None else replace(manifest.plan, adapter_name=adapter_name)
     check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
     before = vars(root).get(RECORD)
     if isinstance(before, Injection):
         check_new(before, plan.adapter_name)
         check_intact(root, before)
-    check_fits(manifest, root, check_base)
-    tensors = _read_tensors(manifest)
+    if foreign is None:
+        check_fits(manifest, root, check_base)
+    install(plan, foreign[1] if foreign else _read_tensors(manifest), manifest, root)
+    return model
+
+
+def install(plan: Plan, tensors: State, manifest: Manifest, root: nn.Module) -> None:
+    """Carry out a plan that fits the model, and give the adapter its numbers; all or nothing."""
     with applied(plan, root):
         _copy_tensors(tensors, manifest, root, plan.adapter_name)
-    return model
 
 
 def _root(model: nn.Module) -> nn.Module:

@@ -37,6 +37,10 @@ FLOORS = [
     "_manifest",
     "_algebra",
     "_combine",
+    "_rebuilt",
+    "_peft_reader",
+    "_locon",
+    "_foreign",
     "_checkpoint",
     "__init__",
 ]
