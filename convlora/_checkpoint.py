@@ -179,6 +179,14 @@ def _root(model: nn.Module) -> nn.Module:
     return model
 
 
+def adapter_tensors(root: nn.Module, injection: Injection, adapter: Adapter) -> tuple[State, frozenset[str]]:
+    """Copies of an adapter's tensors by their keys in the file, and the keys of the buffers among them that moved."""
+    buffers = _moved_buffers(root, injection, adapter)
+    own = own_keys(root, adapter.plan, buffers)
+    tensors = {key: tensor.detach().clone() for key, tensor in _adapter_state(root, adapter, own).items()}
+    return tensors, frozenset(buffers)
+
+
 def _moved_buffers(root: nn.Module, injection: Injection, adapter: Adapter) -> set[str]:
     """Keys of the base's persistent buffers whose numbers are no longer the base's in this adapter."""
     names = {module: name for name, module in root.named_modules()}

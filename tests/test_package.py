@@ -42,6 +42,8 @@ FLOORS = [
     "_locon",
     "_foreign",
     "_checkpoint",
+    "_peft_layer",
+    "peft",
     "__init__",
 ]
 
