@@ -57,6 +57,8 @@ def from_locon_tensors(tensors: Mapping[str, Tensor], root: nn.Module, origin: s
         fault = fault or layer_fault(layer, named, unlike, "what wrote the file")
         if not fault and not {"lora_down.weight", "lora_up.weight"} <= parts.keys():
             fault = f"{name}: one of lora_down and lora_up is missing"
+        if not fault and not _core_fits(parts):
+            fault = f"{name}: its Tucker core {tuple(parts['lora_mid.weight'].shape)} fits no factor beside it"
         if not fault and layer in factors:
             fault = f"{name}: {layer} is in the file twice"
         if fault:
@@ -98,6 +100,11 @@ def _unlike_lycoris(layer: nn.Module) -> str:
     """What LyCORIS, which computes with W + ΔW, drops of a convolution."""
     mode = cast(_ConvNd, layer).padding_mode
     return f"padding_mode {mode!r}, which LyCORIS drops" if mode != "zeros" else ""
+
+
+def _core_fits(parts: Mapping[str, Tensor]) -> bool:
+    core, down = parts.get("lora_mid.weight"), parts["lora_down.weight"]
+    return core is None or (core.ndim > 1 and down.ndim > 1 and down.flatten(1).shape[0] == core.shape[1])
 
 
 def _factors(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Factors:

@@ -21,6 +21,16 @@ STOCK, REGISTERED, ALONE = "LORA", "CONVLORA", "CONVLORA_ALONE"
 """Types of file: read by stock peft; by peft with convlora's layers registered; by convlora alone."""
 
 
+FAITHFUL = {"timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame"}
+"""Subclasses whose own forward treats the weight as torch's does, so that a branch of the same class is exact."""
+
+
+def is_faithful(kind: type[nn.Module]) -> bool:
+    """Whether W + ΔW in a layer of this class is the layer and a branch beside it: torch's own, and a few known."""
+    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return kind in plain or f"{kind.__module__}.{kind.__qualname__}" in FAITHFUL
+
+
 def factor_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
     """Key and shape in the file of a layer's two factors: peft keeps a convolution's lora_B as a 1×1 convolution."""
     spatial = (1,) * len(layer.weight_shape[2:])
@@ -99,7 +109,7 @@ def faults_for_any_peft(model: nn.Module, adapter: Adapter) -> Iterator[str]:
             yield f"{end}: peft, which matches the ends of names, would train {hit[0]}, too"
     for layer_plan, layer in zip(plan.layers, adapter.layers, strict=True):
         kind = original_class(layer)
-        if kind is not nn.Linear and not issubclass(kind, _ConvNd):
+        if not (is_faithful(kind) or issubclass(kind, _ConvNd)):
             yield f"{layer_plan.name}: a {layer_plan.kind}, which peft does not know"
         elif not has_parameter(layer):
             yield f"{layer_plan.name}: its weight is computed from others"
@@ -109,10 +119,9 @@ def faults_for_stock_peft(adapter: Adapter) -> Iterator[str]:
     """The layers that stock peft would not rebuild faithfully: its branch drops groups, dilation and padding mode."""
     for plan, layer in zip(adapter.plan.layers, adapter.layers, strict=True):
         kind = original_class(layer)
-        if kind is nn.Linear:
-            continue
-        if kind not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if not is_faithful(kind):
             yield f"{plan.name}: a {plan.kind}; peft's branch would be another one"
+        if not is_faithful(kind) or issubclass(kind, nn.Linear):
             continue
         g, ones = plan.geometry, [1] * len(plan.weight_shape[2:])
         plain = {"groups": 1, "dilation": ones, "padding_mode": "zeros"}

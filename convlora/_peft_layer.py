@@ -23,6 +23,7 @@ from ._computed import has_parameter
 from ._fast import convolution, is_plain
 from ._functional import delta_weight, effective_weight, is_tracing, scaling_of
 from ._kept import Kept
+from ._peft_format import is_faithful
 from ._peft_reader import unlike_peft
 from .errors import UnsupportedLayerError
 
@@ -42,7 +43,7 @@ class Factor(nn.Module):
 
 def differs_from_stock(layer: nn.Module) -> bool:
     """Whether stock peft's layer for this convolution would predict another thing than convlora's."""
-    return not is_plain(layer, type(layer)) or bool(unlike_peft(layer))
+    return not is_faithful(type(layer)) or bool(unlike_peft(layer))
 
 
 class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
@@ -115,8 +116,8 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
             config.built(layer)
         elif config is not None and differs_from_stock(layer):
             raise UnsupportedLayerError(
-                f"Adapter {adapter_name!r}: this model has convlora's layers, and what peft would save of them predicts "
-                "another thing in stock peft. Pass its LoraConfig through convlora.peft.register first."
+                f"Adapter {adapter_name!r}: this model has convlora's layers, and what peft would save of them "
+                "predicts another thing in stock peft. Pass its LoraConfig through convlora.peft.register first."
             )
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = scaling_of(lora_alpha, r, use_rslora)

@@ -18,7 +18,7 @@ from ._checks import check_adaptable, check_plan
 from ._computed import has_parameter, weight_shape
 from ._fast import is_plain
 from ._manifest import SHOWN, Manifest, base_keys, check_fits, form_of, own_keys, tensors_as
-from ._peft_format import dotted, factor_shapes
+from ._peft_format import dotted, factor_shapes, is_faithful
 from ._places import BASE
 from ._plan import LayerPlan, Plan
 from ._planner import geometry, make_plan
@@ -147,7 +147,7 @@ def layer_fault(name: str, named: Mapping[str, Named], differs: Callable[[nn.Mod
         return ""
     if not has_parameter(n.module):
         return f"{name}: its weight is computed from others, which {whose} does not know"
-    if not (is_plain(n.module, kind) or kind.forward is nn.Linear.forward):
+    if not (is_faithful(kind) or is_plain(n.module, kind) or kind.forward is nn.Linear.forward):
         return f"{name}: a {kind.__name__} with a forward of its own, in which {whose} would predict another thing"
     differences = "" if differs is None or isinstance(n.module, nn.Linear) else differs(n.module)
     return f"{name}: {differences}" if differences else ""
