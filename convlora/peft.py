@@ -48,7 +48,7 @@ except ImportError as cause:
 
 C = TypeVar("C")
 SUPPORTED = "0.15.0 to 0.21.2"
-"""The releases of peft that the tests were run with: the oldest and the newest."""
+"""The oldest and the newest release of peft that the tests were run with."""
 
 
 class ConvLoraConfig(LoraConfig):  # type: ignore[misc]
@@ -87,7 +87,7 @@ def register(lora_config: C | None = None) -> C | None:
     >>> model = peft.get_peft_model(base, config)
 
     They serve depthwise, grouped, dilated, transposed and padded convolutions and subclasses with a forward of their
-    own, merge exactly, unmerge bit for bit, and train as fast as injected ones. Linear layers stay peft's. What
+    own, merge exactly, unmerge bit for bit, and have the autograd of injected ones. Linear layers stay peft's. What
     ``save_pretrained`` writes is read by stock peft where that predicts the same, and refused by it where it would not;
     after any call of ``register`` in a process, ``PeftModel.from_pretrained`` reads such files too.
 

@@ -87,14 +87,18 @@ def test_stock_peft_loads_the_dense_part_of_a_mobilenet(tmp_path, train):
         (nn.Conv1d(8, 6, 3, 2, 1), 1),
         (nn.Conv2d(8, 6, 3, padding="same"), 2),
         (nn.Conv3d(8, 6, (1, 3, 2), (2, 1, 1), (0, 1, 1)), 3),
+        (timm.layers.Conv2dSame(8, 6, 3, 2), 2),
     ],
 )
-def test_stock_peft_loads_plain_convolutions_of_every_dimension(tmp_path, conv, dims):
-    base = nn.Sequential(conv)
+def test_plain_convolutions_of_every_dimension_go_to_stock_peft_and_back(tmp_path, conv, dims):
+    base, images = nn.Sequential(conv), torch.randn(2, 8, *[6] * dims)
     model = convlora.inject(copy.deepcopy(base), 2, target_modules=type(conv), modules_to_save=None)
     randomise(model)
-    convlora.save_adapter(model, tmp_path)
-    assert same(peft.PeftModel.from_pretrained(base, tmp_path), model, torch.randn(2, 8, *[5] * dims))
+    convlora.save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert same(theirs, model, images)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert same(model, convlora.load_adapter(base, tmp_path / "theirs"), images)
 
 
 @pytest.mark.parametrize(

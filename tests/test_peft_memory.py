@@ -119,6 +119,8 @@ def test_registered_layers_live_peft_s_whole_life(tmp_path, name):
     for by in (again, None):
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, config=by)
         assert near(predict(loaded), expected)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)
+    assert near(predict(loaded), expected)
     assert near(predict(convlora.load_adapter(copy.deepcopy(base), tmp_path)), expected)
 
     model.merge_adapter()
@@ -197,6 +199,10 @@ def test_several_adapters_per_sample_together_and_combined(odd, small):
     model.set_adapter("sum")
     assert near(predict(model, small), both)
     model.delete_adapter("sum")
+    model.add_weighted_adapter(["two"], [1.0], "line", combination_type="linear")
+    model.set_adapter("line")
+    assert near(predict(model, small), alone["two"])
+    model.delete_adapter("line")
     model.set_adapter("two")
     assert near(predict(model, small), alone["two"])  # peft's own linear layer does not unmerge to the bit
     assert near(predict(pickle.loads(pickle.dumps(model)), small), alone["two"])
