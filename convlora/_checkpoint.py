@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ._adapters import check_new
 from ._card import CARD, About, card, checked_about, is_replaceable
 from ._checks import check_model, check_values
+from ._foreign import read_foreign
 from ._hub import local_directory
 from ._inject import applied
 from ._manifest import (
@@ -44,6 +45,7 @@ from ._manifest import (
 from ._merge import unmerged
 from ._peft_format import PREFIX, dotted, factor_shapes, peft_config
 from ._places import BASE
+from ._plan import Plan
 from ._state import RECORD, Adapter, Injection, check_intact, check_plain, injections, the_adapter, the_injection
 from .errors import CheckpointError, StateError
 
@@ -169,14 +171,18 @@ def load_adapter(
     >>> convlora.load_adapter(model, "tumour/")                   # or "user/repo" on the Hugging Face Hub
 
     Where the base carries adapters already, the loaded one comes beside them and waits for ``set_adapter``.
+    LoRA checkpoints of Hugging Face peft and LoCon files of kohya's scripts and LyCORIS are read too, where they
+    predict the same here; ``docs/peft.md`` says which.
 
     Args:
         model: the base as it was built for training.
-        directory: what :func:`save_adapter` wrote; or, where nothing is at that path, a repository on the hub,
-            ``"user/repo"``, of which the adapter's two files are downloaded once and kept in the hub's cache.
-        adapter_name: another name for the adapter; default the saved one.
+        directory: what :func:`save_adapter` wrote; or peft's directory; or a ``.safetensors`` file; or, where nothing
+            is at that path, a repository on the hub, ``"user/repo"``, of which the adapter's two files are downloaded
+            once and kept in the hub's cache.
+        adapter_name: another name for the adapter; default the saved one, or ``"default"``.
         check_base: refuse a base whose tensors differ from those that the adapter was trained on. Tensors in
-            another dtype than then are not compared. False loads onto any base of the same architecture.
+            another dtype than then are not compared. False loads onto any base of the same architecture. The files
+            of other libraries do not say what base they are for.
         revision: a branch, tag or commit of the repository; default its main branch.
         token: for a private or gated repository, as huggingface_hub takes it; default the one you logged in with.
 
@@ -190,18 +196,25 @@ def load_adapter(
     Whatever is raised, the model is as it was.
     """
     root = _root(model)
-    manifest = read_manifest(local_directory(directory, revision, token))
+    path = local_directory(directory, revision, token)
+    foreign = read_foreign(path, root, adapter_name or "default")
+    manifest = foreign[0] if foreign else read_manifest(path)
     plan = manifest.plan if adapter_name is None else replace(manifest.plan, adapter_name=adapter_name)
     check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
     before = vars(root).get(RECORD)
     if isinstance(before, Injection):
         check_new(before, plan.adapter_name)
         check_intact(root, before)
-    check_fits(manifest, root, check_base)
-    tensors = _read_tensors(manifest)
+    if foreign is None:
+        check_fits(manifest, root, check_base)
+    install(plan, foreign[1] if foreign else _read_tensors(manifest), manifest, root)
+    return model
+
+
+def install(plan: Plan, tensors: State, manifest: Manifest, root: nn.Module) -> None:
+    """Carry out a plan that fits the model, and give the adapter its numbers; all or nothing."""
     with applied(plan, root):
         _copy_tensors(tensors, manifest, root, plan.adapter_name)
-    return model
 
 
 def _root(model: nn.Module) -> nn.Module:
@@ -211,6 +224,14 @@ def _root(model: nn.Module) -> nn.Module:
         return the_injection(model)[0]
     check_plain(model)
     return model
+
+
+def adapter_tensors(root: nn.Module, injection: Injection, adapter: Adapter) -> tuple[State, frozenset[str]]:
+    """Copies of an adapter's tensors by their keys in the file, and the keys of the buffers among them that moved."""
+    buffers = _moved_buffers(root, injection, adapter)
+    own = own_keys(root, adapter.plan, buffers)
+    tensors = {key: tensor.detach().clone() for key, tensor in _adapter_state(root, adapter, own).items()}
+    return tensors, frozenset(buffers)
 
 
 def _moved_buffers(root: nn.Module, injection: Injection, adapter: Adapter) -> set[str]:

@@ -146,8 +146,6 @@ def check_plan(plan: Plan) -> None:
     for name in (*names, *plan.modules_to_save, *plan.norms, *plan.biases):
         if not isinstance(name, str):
             raise TargetError(f"{name!r} is no layer name.")
-    if not set(plan.biases) <= set(names):
-        raise TargetError(f"the bias of {min(set(plan.biases) - set(names))} is listed, and the layer is not.")
     if len(set(names)) < len(names):
         raise TargetError("a layer is listed twice.")
     for layer in plan.layers:

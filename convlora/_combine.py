@@ -168,7 +168,8 @@ def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str
         norm="track" if tracked else "freeze",
         path=first.path,
     )
-    return replace(plan, head_found_by=first.head_found_by, use_rslora=False)
+    biases = dict.fromkeys(name for each in adapters.values() for name in each.plan.biases)
+    return replace(plan, head_found_by=first.head_found_by, use_rslora=False, biases=tuple(biases))
 
 
 def _parts(layer: nn.Module, adapters: Mapping[str, Adapter], shares: Mapping[str, float]) -> Parts:

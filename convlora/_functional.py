@@ -64,13 +64,13 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
     Args:
         weight: as many numbers as ``(C_out, *lora_A.shape[1:])`` has.
         lora_A: ``(rank, C_in / groups, kH, kW)``.
-        lora_B: ``(C_out, rank)``.
+        lora_B: ``(C_out, rank)``, or ``(C_out, rank, 1, 1)`` as peft keeps it.
         scaling: what multiplies B @ A.
     """
     with no_autocast(lora_A.device.type):
         last = weight.ndim > 2 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
         rows, A = (weight.movedim(1, -1), lora_A.movedim(1, -1)) if last else (weight, lora_A)
-        base, A, B = rows.reshape(lora_B.shape[0], -1), A.flatten(1), lora_B
+        base, A, B = rows.reshape(lora_B.shape[0], -1), A.flatten(1), lora_B.flatten(1)
         if weight.dtype != lora_A.dtype:
             wide = torch.promote_types(weight.dtype, lora_A.dtype)
             base, A, B = base.to(wide), A.to(wide), B.to(wide)

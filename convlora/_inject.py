@@ -195,7 +195,7 @@ def applied(plan: Plan, root: nn.Module) -> Iterator[None]:
 
 
 def _names(plan: Plan) -> tuple[str, ...]:
-    return (*(layer.name for layer in plan.layers), *plan.modules_to_save, *plan.norms)
+    return (*(layer.name for layer in plan.layers), *plan.modules_to_save, *plan.norms, *plan.biases)
 
 
 def _new_factors(layer: nn.Module, planned: LayerPlan, plan: Plan, given: Mapping[str, Factors]) -> LoRA:
@@ -253,7 +253,7 @@ def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) 
     places = {(place.module, place.name): place for place in injection.places}
     for module in (m for m in model.modules() if not isinstance(m, (Adapters, LoRA))):
         parameters = module._parameters if module in owned else {}
-        if module in with_bias:
+        if module in with_bias - owned:
             parameters = {"bias": module._parameters["bias"]}
         for name, now in (*parameters.items(), *module._buffers.items()):
             if now is None and name in parameters:
@@ -264,7 +264,7 @@ def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) 
                 injection.places.append(place)
             base = place.of(BASE)
             if base is not None and id(base) not in copies:
-                copies[id(base)] = _own_copy(base, module in trained | with_bias)
+                copies[id(base)] = _own_copy(base, module in trained or (module in with_bias and name == "bias"))
             place.kept[plan.adapter_name] = None if base is None else copies[id(base)]
 
 

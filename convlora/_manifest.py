@@ -200,6 +200,9 @@ def _layer_faults(plan: Plan, model: nn.Module) -> Iterator[str]:
     for name in (*plan.modules_to_save, *plan.norms):
         if name not in modules:
             yield f"  {name}: no such module in the model"
+    for name in plan.biases:
+        if name not in modules or modules[name]._parameters.get("bias") is None:
+            yield f"  {name}.bias: no such bias in the model"
 
 
 def _differences(layer: LayerPlan, module: nn.Module, shape: tuple[int, ...]) -> str:
@@ -222,7 +225,7 @@ def _tensor_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, Ten
     expected = {key: Form(shape, "float") for p in plan.layers for key, shape in factor_shapes(p).items()}
     for key in own_keys(model, plan, buffers):
         tensor = state.get(key)  # a buffer that is None takes what there is
-        expected[key] = manifest.forms.get(key, Form((), "float")) if tensor is None else _form(tensor)
+        expected[key] = manifest.forms.get(key, Form((), "float")) if tensor is None else form_of(tensor)
     for key in sorted({*expected, *manifest.forms}):
         there, here = manifest.forms.get(key, "nothing"), expected.get(key, "nothing")
         if there != here:
@@ -242,7 +245,8 @@ def _number_faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[
             yield f"  {key}: the base's numbers differ"
 
 
-def _form(tensor: Tensor) -> Form:
+def form_of(tensor: Tensor) -> Form:
+    """The form that a tensor has."""
     return Form(tuple(tensor.shape), _kind(tensor.dtype))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ._computed import has_parameter
 from ._functional import scaling_of
@@ -17,6 +19,22 @@ from ._targets import modules_of
 
 PREFIX = "base_model.model."
 """What peft puts before every key of the base."""
+STOCK, REGISTERED, ALONE = "LORA", "CONVLORA", "CONVLORA_ALONE"
+"""Types of file: read by stock peft; by peft with convlora's layers registered; by convlora alone."""
+
+
+FAITHFUL = {"timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame"}
+"""Subclasses whose own forward treats the weight as torch's does, so that a branch of the same class is exact."""
+
+
+def is_faithful(kind: type[nn.Module]) -> bool:
+    """Whether W + ΔW in a layer of this class is the layer and a branch beside it: torch's own, and a few known."""
+    return is_torchs_own(kind) or f"{kind.__module__}.{kind.__qualname__}" in FAITHFUL
+
+
+def is_torchs_own(kind: type[nn.Module]) -> bool:
+    """Whether it is torch's plain convolution or linear layer itself."""
+    return kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def factor_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
@@ -55,8 +73,7 @@ def peft_config(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     names = "|".join(re.escape(p.name) for p in plan.layers)
     tracked = plan.norms if plan.norm == "track" else ()
     return {
-        # Stock peft refuses a type that it does not know: an error there, never a wrong prediction.
-        "peft_type": "LORA" if _peft_predicts_the_same(model, adapter) else "CONVLORA",
+        "peft_type": peft_type(model, adapter),
         "base_model_name_or_path": None,
         "task_type": None,
         "inference_mode": True,
@@ -87,22 +104,56 @@ def _pattern_key(name: str, plan: Plan) -> str:
     return f"^{re.escape(name)}$" if any(re.match(rf"(.*\.)?({name})$", other) for other in others) else name
 
 
-def _peft_predicts_the_same(model: nn.Module, adapter: Adapter) -> bool:
-    """Whether stock peft rebuilds these layers faithfully: its conv branch drops groups, dilation, padding mode."""
-    shared = {n.module for n in modules_of(model) if len(n.names) > 1}
-    return (
-        bool(adapter.layers)
-        and not adapter.plan.biases
-        and all(
-            layer not in shared and has_parameter(layer) and _peft_knows(plan, original_class(layer))
-            for plan, layer in zip(adapter.plan.layers, adapter.layers, strict=True)
-        )
-    )
+def peft_type(model: nn.Module, adapter: Adapter) -> str:
+    """What peft is told that the file is: one that stock peft reads, or a type that it refuses.
+
+    An error there, never a wrong prediction. ``REGISTERED`` is read by peft once ``convlora.peft.register`` has taught
+    it convlora's layers; ``ALONE`` never is.
+    """
+    if any(faults_for_any_peft(model, adapter)):
+        return ALONE
+    if not any(faults_for_stock_peft(adapter)):
+        return STOCK
+    return ALONE if adapter.plan.use_dora else REGISTERED  # the registered layers know no magnitudes
 
 
-def _peft_knows(plan: LayerPlan, kind: type[nn.Module]) -> bool:
-    if kind is nn.Linear:
-        return True
-    g = plan.geometry
-    plain = {"dilation": [1, 1], "groups": 1, "padding_mode": "zeros"}
-    return kind is nn.Conv2d and isinstance(g["padding"], list) and all(g[key] == value for key, value in plain.items())
+def faults_for_any_peft(model: nn.Module, adapter: Adapter) -> Iterator[str]:
+    """What of an adapter has no place in peft's files, whoever builds the layers."""
+    plan = adapter.plan
+    names = {n.module: n.names for n in modules_of(model)}
+    trained = [*plan.modules_to_save, *(plan.norms if plan.norm == "track" else ())]
+    if not adapter.layers:
+        yield "no layer is adapted, and peft needs one"
+    for name in plan.biases:
+        yield f"{name}: its bias is trained by itself"
+    for name in (*(p.name for p in plan.layers), *trained):
+        others = set(names[adapter.modules[name]]) - {name}
+        if others:
+            yield f"{name}: the same module as {', '.join(sorted(others))}; peft replaces one of the two alone"
+    for end in trained:
+        hit = [n for all_names in names.values() for n in all_names if n.endswith(end) and n not in trained]
+        if hit:
+            yield f"{end}: peft, which matches the ends of names, would train {hit[0]}, too"
+    for layer_plan, layer in zip(plan.layers, adapter.layers, strict=True):
+        kind = original_class(layer)
+        if not (is_faithful(kind) or issubclass(kind, _ConvNd)):
+            yield f"{layer_plan.name}: a {layer_plan.kind}, which peft does not know"
+        elif not has_parameter(layer):
+            yield f"{layer_plan.name}: its weight is computed from others"
+
+
+def faults_for_stock_peft(adapter: Adapter) -> Iterator[str]:
+    """The layers that stock peft would not rebuild faithfully: its branch drops groups, dilation and padding mode."""
+    for plan, layer in zip(adapter.plan.layers, adapter.layers, strict=True):
+        kind = original_class(layer)
+        if not is_faithful(kind):
+            yield f"{plan.name}: a {plan.kind}; peft's branch would be another one"
+        if plan.use_dora and not is_torchs_own(kind):
+            yield f"{plan.name}: DoRA in a {plan.kind}, whose own forward peft's leaves out"
+        if not is_faithful(kind) or issubclass(kind, nn.Linear):
+            continue
+        g, ones = plan.geometry, [1] * len(plan.weight_shape[2:])
+        plain = {"groups": 1, "dilation": ones, "padding_mode": "zeros"}
+        for key, value in plain.items():
+            if g[key] != value:
+                yield f"{plan.name}: {key} {g[key]!r}, which peft's branch drops"

@@ -95,7 +95,7 @@ class Plan:
         norms: names of the norm layers that the policy ``norm`` concerns.
         path: which way the layers take in training.
         init: how the factors began.
-        biases: names of adapted layers whose bias is trained and belongs to the adapter.
+        biases: names of modules, adapted or not, whose bias alone is trained and belongs to the adapter.
         others: all other modules with parameters, so that each parameter of the model is accounted for.
         base_parameters: of the whole base model; ``saved_parameters``: of ``modules_to_save`` and ``biases``.
         state: planned, injected or merged.
@@ -183,7 +183,7 @@ class Plan:
         return [
             f"adapted layers: {len(self.layers)}, left alone: {len(self.skipped)}",
             f"trained in full: {saved} ({self.head_found_by}), {self.saved_parameters:,} parameters",
-            *([f"biases trained besides: of {len(self.biases)} layers"] if self.biases else []),
+            *([f"biases trained besides: of {len(self.biases)} modules"] if self.biases else []),
             f"norm layers with statistics: {len(self.norms)}, {moves}",
             f"frozen besides: {self._besides()}",
             f"trainable: {self.trainable_parameters:,} of {self.base_parameters + self.adapter_parameters:,} "

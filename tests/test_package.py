@@ -44,8 +44,14 @@ FLOORS = [
     "_hub",
     "_algebra",
     "_combine",
+    "_rebuilt",
+    "_peft_reader",
+    "_locon",
+    "_foreign",
     "_checkpoint",
     "_push",
+    "_peft_layer",
+    "peft",
     "__init__",
 ]
 

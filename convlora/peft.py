@@ -1,0 +1,258 @@
+"""Hugging Face peft, both ways in memory, and convlora's layers inside peft.
+
+This and ``_peft_layer`` are the only files that import peft: ``pip install "convlora[peft]"``. Files need neither:
+:func:`convlora.save_adapter` and :func:`convlora.load_adapter` write and read peft's by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ._adapters import set_adapter
+from ._checkpoint import adapter_tensors, install
+from ._checks import check_model
+from ._inject import remove
+from ._manifest import Manifest
+from ._peft_format import (
+    PREFIX,
+    REGISTERED,
+    STOCK,
+    dotted,
+    faults_for_any_peft,
+    faults_for_stock_peft,
+    peft_config,
+)
+from ._peft_reader import from_peft_tensors
+from ._plan import Plan
+from ._rebuilt import rebuild
+from ._state import check_enabled, check_intact, check_plain, check_unmerged, injections, the_injection
+from .errors import StateError, TargetError, UnsupportedLayerError
+
+try:
+    from peft import LoraConfig, PeftModel, __version__, get_peft_model, get_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
+
+    from ._peft_layer import ConvLoraLayer, differs_from_stock
+except ImportError as cause:
+    raise ImportError(
+        f"convlora.peft needs Hugging Face peft 0.15 or newer ({cause}): pip install 'convlora[peft]'."
+    ) from cause
+
+C = TypeVar("C")
+SUPPORTED = "0.15.0 to 0.21.2"
+"""The oldest and the newest release of peft that the tests were run with."""
+
+
+class ConvLoraConfig(LoraConfig):  # type: ignore[misc]
+    """peft's LoraConfig, whose convolutions become convlora's layers; made by :func:`register`."""
+
+    _differs: bool | None = None
+    """Whether stock peft would build another layer than one of those built; None while none was built."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._teach()
+
+    def _teach(self) -> None:
+        self._register_custom_module({_ConvNd: self._build})
+
+    def _build(self, target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
+        layer = ConvLoraLayer(target, adapter_name, **kwargs)
+        self.built(layer.get_base_layer())
+        return layer
+
+    def built(self, layer: nn.Module) -> None:
+        """A layer carries an adapter of this configuration."""
+        self._differs = bool(self._differs) or differs_from_stock(layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As peft writes it; with a type that stock peft refuses unless it would predict the same."""
+        fields: dict[str, Any] = super().to_dict()
+        fields["peft_type"] = STOCK if self._differs is False else REGISTERED
+        return fields
+
+
+def register(lora_config: C | None = None) -> C | None:
+    """Let ``get_peft_model`` build convlora's layers for every convolution that a configuration targets.
+
+    >>> config = convlora.peft.register(LoraConfig(target_modules=["conv1", "conv2"]))
+    >>> model = peft.get_peft_model(base, config)
+
+    They serve depthwise, grouped, dilated, transposed and padded convolutions and subclasses with a forward of their
+    own, merge exactly, unmerge bit for bit, and have the autograd of injected ones. Linear layers stay peft's. What
+    ``save_pretrained`` writes is read by stock peft where that predicts the same, and refused by it where it would not;
+    after any call of ``register`` in a process, ``PeftModel.from_pretrained`` reads such files too.
+
+    Args:
+        lora_config: a ``peft.LoraConfig``, changed in place; None only teaches peft to read the files.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TargetError: it is no LoraConfig.
+        UnsupportedLayerError: this peft lacks the hook for layers of others.
+    """
+    if not hasattr(LoraConfig, "_register_custom_module"):
+        raise UnsupportedLayerError(
+            f"peft {__version__} has no LoraConfig._register_custom_module, by which it takes layers of others. "
+            f"convlora.peft.register was tested with peft {SUPPORTED}; from_peft and to_peft need no hook."
+        )
+    PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(REGISTERED, ConvLoraConfig)
+    if lora_config is None or isinstance(lora_config, ConvLoraConfig):
+        return lora_config
+    if type(lora_config) is not LoraConfig:
+        raise TargetError(f"{type(lora_config).__name__} is no peft.LoraConfig. Nothing was changed.")
+    taught = cast(Any, lora_config)
+    taught.__class__ = ConvLoraConfig
+    taught._teach()
+    return lora_config
+
+
+def from_peft(peft_model: PeftModel) -> nn.Module:
+    """Turn a PeftModel into its base with convlora's adapters in the place of peft's: all of them, by their names.
+
+    >>> model = convlora.peft.from_peft(peft_model)      # predicts the same; the PeftModel is empty afterwards
+
+    peft has frozen the base, and does not remember what was trainable before: neither does ``convlora.remove`` here.
+
+    Returns:
+        The base, the object that was given to ``get_peft_model``.
+
+    Raises:
+        TargetError: it is no PeftModel.
+        StateError: it is merged or disabled, or computes with several adapters at once.
+        CheckpointError: an adapter is not plain LoRA, or would not predict the same; every reason is named.
+
+    Whatever is raised, the model is as it was.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise TargetError(f"{type(peft_model).__name__} is no peft.PeftModel. Nothing was changed.")
+    active = list(peft_model.active_adapters)
+    base: nn.Module = peft_model.get_base_model()
+    _check_at_rest(base, active)
+    every = {
+        name: (config.to_dict(), get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
+        for name, config in peft_model.peft_config.items()
+    }
+    with _taken_off(base):
+        check_model(base)
+        check_plain(base)
+        ready = {
+            name: rebuild(from_peft_tensors(config, tensors, base, f"adapter {name!r}"), base, name)
+            for name, (config, tensors) in every.items()
+        }
+        _install(base, {name: (m.plan, tensors, m) for name, (m, tensors) in ready.items()}, active[0])
+        vars(base).pop("peft_config", None)
+    return base
+
+
+Adapters = Mapping[str, tuple[Plan, dict[str, Tensor], Manifest]]
+
+
+def _install(base: nn.Module, adapters: Adapters, active: str) -> None:
+    try:
+        for plan, tensors, manifest in adapters.values():
+            install(plan, tensors, manifest, base)
+        set_adapter(base, active)
+    except BaseException:
+        if list(injections(base)):
+            remove(base)
+        raise
+
+
+def _check_at_rest(base: nn.Module, active: list[str]) -> None:
+    if len(active) != 1:
+        raise StateError(f"The PeftModel computes with {active}; set_adapter one of them first. Nothing was changed.")
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise StateError(f"{name} is merged; call unmerge_adapter first. Nothing was changed.")
+        if isinstance(module, BaseTunerLayer) and module.disable_adapters:
+            raise StateError(f"{name}: its adapters are disabled; enable them first. Nothing was changed.")
+
+
+@contextmanager
+def _taken_off(base: nn.Module) -> Iterator[None]:
+    """peft's wrappers replaced by what they wrap; put back where the block fails."""
+    wrappers = [
+        (parent, name, child)
+        for parent in base.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, (BaseTunerLayer, ModulesToSaveWrapper))
+    ]
+    try:
+        for parent, name, child in wrappers:
+            is_layer = isinstance(child, BaseTunerLayer)
+            parent._modules[name] = child.get_base_layer() if is_layer else child.original_module
+        yield
+    except BaseException:
+        for parent, name, child in wrappers:
+            parent._modules[name] = child
+        raise
+
+
+def to_peft(model: nn.Module) -> PeftModel:
+    """Turn an injected model into a stock PeftModel that predicts the same, with all its adapters.
+
+    >>> peft_model = convlora.peft.to_peft(model)        # the model is its base afterwards
+    >>> peft_model.save_pretrained("tumour/")
+
+    In training the two differ where norm layers are frozen: peft lets their statistics move.
+
+    Raises:
+        UnsupportedLayerError: stock peft would not predict the same; each layer is named with the reason.
+        StateError: no adapter; merged; inside a ``disable_adapter`` block.
+
+    Whatever is raised, the model is as it was.
+    """
+    root, injection = the_injection(model)
+    check_unmerged(injection)
+    check_enabled(injection)
+    check_intact(root, injection)
+    active = injection.active
+    every, configs, faults = {}, {}, []
+    for name, adapter in injection.adapters.items():
+        tensors, buffers = adapter_tensors(root, injection, adapter)
+        every[name] = (adapter.plan, tensors, Manifest(Path(name), adapter.plan, {}, {}, buffers, {}))
+        configs[name] = {**peft_config(root, adapter), "inference_mode": False}
+        faults += [*faults_for_any_peft(root, adapter), *faults_for_stock_peft(adapter)]
+        faults += [f"{key}: a buffer that moved, and peft keeps one for all" for key in buffers if len(configs) > 1]
+    if faults:
+        raise UnsupportedLayerError(
+            "\n".join(["Stock peft would not predict the same:", *(f"  {fault}" for fault in dict.fromkeys(faults))])
+            + "\nSave it with convlora.save_adapter and load that in peft after convlora.peft.register(), where its "
+            "layers are convlora's; or merge it. Nothing was changed."
+        )
+    training = root.training
+    remove(root)
+    try:
+        return _in_peft(root, configs, {name: tensors for name, (_, tensors, _) in every.items()}, active, training)
+    except BaseException:
+        with _taken_off(root):
+            vars(root).pop("peft_config", None)
+            _install(root, every, active)
+        raise
+
+
+def _in_peft(
+    root: nn.Module, configs: Mapping[str, Any], every: Mapping[str, Mapping[str, Tensor]], active: str, training: bool
+) -> PeftModel:
+    peft_model = get_peft_model(root, LoraConfig(**configs[active]), adapter_name=active)
+    for name, config in configs.items():
+        if name != active:
+            peft_model.add_adapter(name, LoraConfig(**config))
+    for name, tensors in every.items():
+        keys = {dotted(PREFIX[:-1], key): tensor for key, tensor in tensors.items()}
+        strange = set_peft_model_state_dict(peft_model, keys, adapter_name=name).unexpected_keys
+        if strange:
+            raise UnsupportedLayerError(f"peft {__version__} has no place for {strange[0]}.")
+    peft_model.set_adapter(active)
+    return peft_model.train(training)
