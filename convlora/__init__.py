@@ -9,6 +9,7 @@ from ._layer import base_weight
 from ._merge import merge, unmerge
 from ._plan import LayerPlan, Plan
 from ._planner import plan
+from ._use import use_adapters
 from .errors import CheckpointError, ConvLoraError, StateError, TargetError, UnsupportedLayerError
 
 __version__ = "0.1.0"
@@ -40,4 +41,5 @@ __all__ = [
     "summary",
     "trainable_parameters",
     "unmerge",
+    "use_adapters",
 ]

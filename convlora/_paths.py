@@ -82,3 +82,16 @@ def estimate(s: Shapes) -> dict[Path, float]:
     low_rank = 2 * mix + 2 * project
     branch = cost(2 * g * rank, 2 * g) + (cost(2 * s.outputs * s.fan_in * thin, 3 * x) if s.input_grad else 0.0)
     return {"fused": merge + low_rank, "weight": merge + dense, "branch": branch + low_rank}
+
+
+def branch_wins(s: Shapes, adapters: int) -> bool:
+    """Whether, in inference, a branch for each sample costs less than W + ΔW and a part of the batch for each adapter.
+
+    Args:
+        s: the layer and the whole batch.
+        adapters: how many the batch goes to.
+    """
+    weight, x, g = s.out_channels * s.fan_in, s.inputs * s.in_channels, s.outputs * s.out_channels
+    branch = 2 * g * s.rank + 2 * s.outputs * s.fan_in * max(s.rank, THIN) + BALANCE * s.width * (x + 2 * g)
+    parts = adapters * (2 * weight * s.rank + BALANCE * s.width * 3 * weight) + BALANCE * s.width * 2 * g
+    return branch < parts
