@@ -101,7 +101,8 @@ def _looking(parts: Parts, blocks: list[Block]) -> Iterator[None]:
     """Modules that would not look for a route by themselves do so meanwhile; in other threads to no effect."""
     modules = [m for each in blocks for m in each.places if not isinstance(m, (AdaptedLayer, FrozenNorm, TrackedNorm))]
     for module in modules:
-        check_swappable(blocks[0].name(module), module, Routed)
+        if not isinstance(module, Routed):
+            check_swappable(type(module).__name__, module, Routed)
     block = object()
 
     def leave() -> None:
