@@ -89,15 +89,17 @@ def estimate(s: Shapes) -> dict[Path, float]:
     return {"fused": merge + low_rank, "weight": merge + dense, "branch": branch + low_rank}
 
 
-def branch_wins(s: Shapes, adapters: int) -> bool:
+def branch_wins(s: Shapes, adapters: int, scattered: bool) -> bool:
     """Whether, in inference, a branch for each sample costs less than W + ΔW and a part of the batch for each adapter.
 
     Args:
         s: the layer and the whole batch.
         adapters: how many the batch goes to.
+        scattered: whether their samples do not lie side by side, so that each part is gathered and put back.
     """
     weight, x, g = s.out_channels * s.fan_in, s.inputs * s.in_channels, s.outputs * s.out_channels
     branch = 2 * g * s.rank + 2 * s.outputs * s.fan_in * max(s.rank, THIN) + BALANCE * s.width * (x + 2 * g)
     part = PART * (2 * weight * s.rank + BALANCE * s.width * 3 * weight)
-    parts = adapters * part + BALANCE * s.width * 2 * g
+    copies = PART * (x + g) if scattered else g
+    parts = adapters * part + BALANCE * s.width * 2 * copies
     return branch < parts

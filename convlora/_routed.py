@@ -74,6 +74,11 @@ class Mixture:
         """The largest."""
         return max(lora.lora_A.shape[0] for lora in self.loras if lora is not None)
 
+    @property
+    def is_scattered(self) -> bool:
+        """Whether some samples of one kind do not lie side by side."""
+        return not all(kind.is_run for kind in self.kinds)
+
     def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """A ``(N, rank, …)`` and scaling · B ``(N, C_out, rank)`` of each sample; zeros beyond its own rank."""
         one = next(lora for lora in self.loras if lora is not None)
@@ -130,7 +135,9 @@ def _convolution(layer: _ConvNd, x: Tensor, mixture: Mixture) -> Tensor | None:
     if prepared is None:
         return None
     x, geometry = prepared
-    if layer.groups == 1 and not branch_wins(shapes_of(layer, x, geometry, mixture.rank), len(mixture.kinds)):
+    if layer.groups == 1 and not branch_wins(
+        shapes_of(layer, x, geometry, mixture.rank), len(mixture.kinds), mixture.is_scattered
+    ):
         return None
     with no_autocast(x.device.type):
         if layer.groups > 1:

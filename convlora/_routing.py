@@ -61,11 +61,15 @@ class Kind:
     rows: tuple[int, ...]
     """Where they are in the batch."""
 
+    @property
+    def is_run(self) -> bool:
+        """Whether they lie side by side."""
+        return self.rows[-1] - self.rows[0] + 1 == len(self.rows)
+
     def take(self, tensor: Tensor) -> Tensor:
         """Their part of a batch; a view where they lie side by side."""
-        first, last = self.rows[0], self.rows[-1]
-        if last - first + 1 == len(self.rows):
-            return tensor[first : last + 1]
+        if self.is_run:
+            return tensor[self.rows[0] : self.rows[-1] + 1]
         return tensor.index_select(0, torch.tensor(self.rows, device=tensor.device))
 
 
@@ -156,11 +160,7 @@ class Route:
                     f"{self.block.name(module)} does not give one output for each sample, so it cannot be routed: run "
                     "its adapters one after another with convlora.set_adapter."
                 )
-            together = torch.cat(leaves)
-            if rows != sorted(rows):
-                order = torch.tensor(rows, device=together.device).argsort()
-                together = together.index_select(0, order)
-            joined.append(together)
+            joined.append(torch.cat(leaves) if rows == sorted(rows) else _put_back(leaves, kinds, len(rows)))
         return pytree.tree_unflatten(joined, structure)
 
     @contextmanager
@@ -197,6 +197,13 @@ class Route:
                 "adapters of this batch, so it cannot be routed: run them one after another with convlora.set_adapter."
             )
         return kinds[0].owner
+
+
+def _put_back(parts: tuple[Tensor, ...], kinds: list[Kind], count: int) -> Tensor:
+    together = parts[0].new_empty(count, *parts[0].shape[1:])
+    for part, kind in zip(parts, kinds, strict=True):
+        together.index_copy_(0, torch.tensor(kind.rows, device=part.device), part)
+    return together
 
 
 @contextmanager
