@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from threading import RLock
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -137,8 +138,9 @@ class Routed(Swapped):
 
     _convlora_prefix: ClassVar[str] = "Routed"
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's own forward for each part of the batch that has the same tensors."""
+        """The base's own forward for each part of the batch that has the same tensors; not compiled."""
         module, base = cast(nn.Module, self), _base(self)
         route = route_of(module)
         if route is None:
