@@ -32,7 +32,7 @@ from benchmarks.overhead.subjects import make_base
 from benchmarks.overhead.tables import Row, as_text, figure, machine, wrapped
 from convlora import _paths
 from convlora._convolution import Geometry, convolve
-from convlora._fast import _padding, _shapes, is_plain
+from convlora._fast import _padding, is_plain, shapes_of
 from convlora._layer import AdaptedLayer, active_adapter
 from convlora._paths import Shapes
 from convlora._swap import original_class
@@ -125,7 +125,7 @@ def _case(layer: Any, x: Tensor) -> Case | None:
         size, padding = (*size[:2], size[2] + top + bottom, size[3] + left + right), (0, 0)
     geometry = Geometry(layer.stride, padding, layer.dilation, layer.groups)
     seen = torch.empty(1, dtype=x.dtype).expand(size).requires_grad_(x.requires_grad)
-    shapes = _shapes(layer, seen, geometry, lora.lora_A.shape[0])
+    shapes = shapes_of(layer, seen, geometry, lora.lora_A.shape[0])
     weight = (layer.out_channels, layer.in_channels, *layer.kernel_size)
     return Case(weight, geometry, size, shapes)
 

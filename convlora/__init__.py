@@ -11,6 +11,7 @@ from ._merge import merge, unmerge
 from ._plan import LayerPlan, Plan
 from ._planner import plan
 from ._push import push_to_hub
+from ._use import use_adapters
 from ._version import __version__ as __version__
 from .errors import CheckpointError, ConvLoraError, StateError, TargetError, UnsupportedLayerError
 
@@ -43,4 +44,5 @@ __all__ = [
     "summary",
     "trainable_parameters",
     "unmerge",
+    "use_adapters",
 ]

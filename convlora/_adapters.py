@@ -20,6 +20,7 @@ from ._state import (
     check_intact,
     check_outside_blocks,
     check_unmerged,
+    check_unrouted,
     injected,
     the_adapter,
     the_injection,
@@ -115,6 +116,7 @@ def delete_adapter(model: M, adapter_name: str) -> M:
     check_unmerged(injection)
     check_intact(root, injection)
     check_enabled(injection)
+    check_unrouted(injection)
     if adapter_name == injection.active:
         raise StateError(
             f"{adapter_name!r} is the active adapter; set_adapter another first, or convlora.remove(model) for the "
@@ -141,6 +143,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     parts = [(root, each) for _, root, each in injected(model) if each.blocks or not each.disabled]
     for root, injection in parts:
         check_unmerged(injection)
+        check_unrouted(injection)
         check_intact(root, injection)
 
     block = object()

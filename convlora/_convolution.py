@@ -77,10 +77,10 @@ class _Convolution(torch.autograd.Function):
         with no_autocast(x.device.type):
             if path == "branch":
                 hidden = _project(x, lora_A.to(x.dtype), geometry)
-                y = _conv(x, weight.to(x.dtype), bias, geometry)
+                y = conv(x, weight.to(x.dtype), bias, geometry)
                 y = _add_mix(y, (scaling * lora_B).to(x.dtype), hidden)
             else:
-                y = _conv(x, effective_weight(weight, lora_A, lora_B, scaling).to(x.dtype), bias, geometry)
+                y = conv(x, effective_weight(weight, lora_A, lora_B, scaling).to(x.dtype), bias, geometry)
         ctx.save_for_backward(x, weight, lora_A, lora_B, bias, hidden)
         ctx.scaling, ctx.geometry, ctx.path = scaling, geometry, path
         return y
@@ -117,18 +117,18 @@ class _Convolution(torch.autograd.Function):
         return grad_x, None, grad_A, grad_B, grad_bias, None, None, None
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
     bias = None if bias is None else bias.to(x.dtype)
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
 
 
-def _is_pointwise(kernel: Sequence[int], geometry: Geometry) -> bool:
+def is_pointwise(kernel: Sequence[int], geometry: Geometry) -> bool:
     """A 1×1 kernel without padding and groups: a matrix product over channels."""
     return all(k == 1 for k in kernel) and not any(geometry.padding) and geometry.groups == 1
 
 
-def _sampled(x: Tensor, stride: Ints) -> Tensor:
+def sampled(x: Tensor, stride: Ints) -> Tensor:
     """The positions that a 1×1 kernel of this stride reads."""
     steps = tuple(slice(None, None, s) for s in (1, 1, *stride))
     return x[steps] if any(s > 1 for s in stride) else x
@@ -136,9 +136,9 @@ def _sampled(x: Tensor, stride: Ints) -> Tensor:
 
 def _project(x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
     """h = A ∗ x: ``(N, rank, *spatial_out)``."""
-    if _is_pointwise(lora_A.shape[2:], geometry):
-        return _mix(lora_A.flatten(1), _sampled(x, geometry.stride))
-    return _conv(x, lora_A, None, geometry)
+    if is_pointwise(lora_A.shape[2:], geometry):
+        return _mix(lora_A.flatten(1), sampled(x, geometry.stride))
+    return conv(x, lora_A, None, geometry)
 
 
 def _input_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -147,14 +147,14 @@ def _input_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Ten
 
 def _add_input_grad(grad: Tensor, t: Tensor, x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
     """``grad``, in place, and the gradient that reaches x through A."""
-    if _is_pointwise(lora_A.shape[2:], geometry) and not any(s > 1 for s in geometry.stride):
+    if is_pointwise(lora_A.shape[2:], geometry) and not any(s > 1 for s in geometry.stride):
         return _add_mix(grad, lora_A.flatten(1).T, t)
     return grad.add_(_input_grad(t, x, lora_A, geometry))
 
 
 def _weight_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    if _is_pointwise(weight.shape[2:], geometry):
-        return _outer(g, _sampled(x, geometry.stride)).view(weight.shape)
+    if is_pointwise(weight.shape[2:], geometry):
+        return _outer(g, sampled(x, geometry.stride)).view(weight.shape)
     return _convolution_backward(g, x, weight, geometry, 1)
 
 

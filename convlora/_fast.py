@@ -42,27 +42,35 @@ def convolution(
     mode, a base that is trained), or an input that the layer will refuse: there the base's own forward computes.
     """
     layer = cast(_ConvNd, layer)
-    if not torch.is_grad_enabled() or weight.requires_grad or is_transformed() or not _is_batch(layer, x, weight):
+    if not torch.is_grad_enabled() or weight.requires_grad or is_transformed() or not is_batch(layer, x, weight):
         return None
     if not (lora_A.requires_grad or lora_B.requires_grad or x.requires_grad):
         return None
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else weight.dtype
-    stride, dilation = _each(layer, layer.stride), _each(layer, layer.dilation)
-    padding = _padding(layer)
-    if padding is None or (dtype != weight.dtype and x.dtype == torch.float64):
+    if dtype != weight.dtype and x.dtype == torch.float64:
         return None
-    x = x.to(dtype)
-    if layer.padding_mode != "zeros":
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        padding = (0,) * len(padding)
-    geometry = Geometry(stride, padding, dilation, layer.groups)
+    prepared = prepare(layer, x.to(dtype))
+    if prepared is None:
+        return None
+    x, geometry = prepared
     if path == "auto":
         choice = choose if torch.compiler.is_compiling() else choose_once  # compilers warn of what remembers
-        path = choice(_shapes(layer, x, geometry, lora_A.shape[0]))
+        path = choice(shapes_of(layer, x, geometry, lora_A.shape[0]))
     return convolve(x, weight, lora_A, lora_B, layer.bias, scaling, geometry, path)
 
 
-def _is_batch(layer: _ConvNd, x: object, weight: Tensor) -> bool:
+def prepare(layer: _ConvNd, x: Tensor) -> tuple[Tensor, Geometry] | None:
+    """The input, padded where the mode is not zeros, and how the kernel goes over it; None for uneven padding."""
+    padding = _padding(layer)
+    if padding is None:
+        return None
+    if layer.padding_mode != "zeros":
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = (0,) * len(padding)
+    return x, Geometry(_each(layer, layer.stride), padding, _each(layer, layer.dilation), layer.groups)
+
+
+def is_batch(layer: _ConvNd, x: object, weight: Tensor) -> bool:
     """Whether the input is a batch that the layer takes as it is or, under autocast, in another dtype."""
     return (
         type(x) in (Tensor, nn.Parameter)
@@ -87,7 +95,7 @@ def _padding(layer: _ConvNd) -> tuple[int, ...] | None:
     return _each(layer, 0 if isinstance(layer.padding, str) else layer.padding)
 
 
-def _shapes(layer: _ConvNd, x: Tensor, geometry: Geometry, rank: int) -> Shapes:
+def shapes_of(layer: _ConvNd, x: Tensor, geometry: Geometry, rank: int) -> Shapes:
     sizes = zip(x.shape[2:], layer.kernel_size, *geometry[:3], strict=True)
     outputs = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
     return Shapes(

@@ -24,6 +24,7 @@ from ._state import (
     Adapter,
     Injection,
     activate,
+    check_unrouted,
     check_whole,
     holders_of,
     injected,
@@ -151,6 +152,7 @@ def apply(plan: Plan, model: M, factors: Mapping[str, Factors] | None = None) ->
     """
     refuse_meta(model)
     injection = vars(model).get(RECORD, Injection())
+    check_unrouted(injection)
     adapter = Adapter(
         plan=plan,
         modules={name: model.get_submodule(name) for name in _names(plan)},
@@ -288,6 +290,7 @@ def remove(model: M) -> M:
     """
     found = injected(model)
     for _, root, injection in found:
+        check_unrouted(injection)
         check_whole(root)
         for module in (*injection.norms, *injection.layers):
             check_restorable(module)

@@ -21,6 +21,8 @@ from ._fast import convolution, is_plain, linear
 from ._functional import delta_weight, effective_weight, is_tracing
 from ._kept import Kept
 from ._paths import Path
+from ._routed import layer_forward
+from ._routing import route_of
 from ._swap import Swapped, original_class, restore, swap
 from .errors import StateError
 
@@ -219,6 +221,9 @@ class AdaptedLayer(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own forward with the effective weight; with dropout in training, base plus branch."""
         layer = cast(nn.Module, self)
+        route = route_of(layer)
+        if route is not None:
+            return layer_forward(layer, self._convlora_base, held(layer)._modules, route, args, kwargs)
         lora = active_adapter(layer)
         if lora is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -363,7 +368,12 @@ def lora_of(layer: nn.Module, adapter_name: str) -> LoRA:
 
 def active_adapter(layer: nn.Module) -> LoRA | None:
     """The factors that the layer computes with; None for the base alone."""
-    adapters = held(layer)
+    adapters, route = held(layer), route_of(layer)
+    if route is not None:
+        owner = route.the_owner(
+            layer, "weight", lambda owner: (id(adapters._modules.get(owner)), *route.own(layer, owner))
+        )
+        return cast("LoRA | None", adapters._modules.get(owner))
     return None if adapters.active is None else cast("LoRA | None", adapters._modules.get(adapters.active))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ._computed import compute
 from ._layer import fold, unfold
-from ._state import Injection, check_enabled, check_intact, injected, to_the_end
+from ._state import Injection, check_enabled, check_intact, check_unrouted, injected, to_the_end
 from ._swap import check_restorable
 from .errors import StateError
 
@@ -39,6 +39,7 @@ def merge(model: M) -> M:
     for root, injection in parts:
         check_intact(root, injection)
         check_enabled(injection)
+        check_unrouted(injection)
         for layer in injection.layers:
             check_restorable(layer)
     # Outside inference mode: its tensors could never be trained or saved.

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from ._functional import is_transformed
 from ._plan import NormPolicy
+from ._routed import batch_norm
+from ._routing import Route, route_of
 from ._swap import Swapped, restore, swap
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ class FrozenNorm(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The norm's own forward; where it is torch's batch norm, one that saves no input for the backward."""
         norm = cast(nn.Module, self)
+        route = route_of(norm)
+        if route is not None:
+            return _forward_routed(norm, self._convlora_base, route, args, kwargs)
         if torch.is_grad_enabled() and len(args) == 1 and not kwargs:
             rest = _after_batch_norm(norm, self._convlora_base)
             if rest is not None and _is_constant(norm, args[0]):
@@ -84,6 +89,20 @@ def _after_batch_norm(norm: nn.Module, cls: Any) -> Callable[[Tensor], Tensor] |
     return None
 
 
+def _forward_routed(norm: nn.Module, cls: type[nn.Module], route: Route, args: Any, kwargs: Any) -> Any:
+    """Each sample with its own adapter's statistics."""
+    route.check(norm)
+    rest = _after_batch_norm(norm, cls)
+    if rest is not None and len(args) == 1 and not kwargs:
+        cast(Any, norm)._check_input_dim(args[0])
+        return rest(batch_norm(norm, route, args[0]))
+
+    def alone(owner: str, *args: Any, **kwargs: Any) -> Any:
+        return route.run_with(norm, owner, cls.forward, *args, **kwargs)
+
+    return route.split(norm, alone, route.kinds(lambda owner: route.own(norm, owner)), args, kwargs)
+
+
 def _is_constant(norm: nn.Module, x: Any) -> bool:
     """Whether a gradient passes through, and none is asked for scale or shift; for an input that the norm takes."""
     return (
@@ -104,6 +123,9 @@ class TrackedNorm(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The norm's own forward; run again inside a backward, it leaves the statistics as they are."""
+        route = route_of(cast(nn.Module, self))
+        if route is not None:
+            return _forward_routed(cast(nn.Module, self), self._convlora_base, route, args, kwargs)
         if _inside_backward():
             with _spared(cast(nn.Module, self)):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -56,6 +56,8 @@ class Injection:
     """Whether the base computes alone for now."""
     blocks: set[object] = field(default_factory=set)
     """``disable_adapter`` blocks that are open; a copy that is made inside one has none to leave."""
+    routed: set[object] = field(default_factory=set)
+    """``use_adapters`` blocks that are open, in any thread."""
     merged: bool = False
     """Whether merged weights are in the base's place."""
     places: list[Place] = field(default_factory=list)
@@ -73,7 +75,7 @@ class Injection:
         return list(dict.fromkeys(norm for each in self.adapters.values() for norm in each.norms))
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"blocks": set()}
+        return vars(self) | {"blocks": set(), "routed": set()}
 
     @property
     def state(self) -> str:
@@ -239,6 +241,12 @@ def check_enabled(injection: Injection) -> None:
             "Adapters are disabled: this copy was made inside a disable_adapter block. "
             f"convlora.set_adapter(model, {injection.active!r}) enables them. Nothing was changed."
         )
+
+
+def check_unrouted(injection: Injection) -> None:
+    """Raise StateError while a ``use_adapters`` block is open in any thread: it computes with what is there."""
+    if injection.routed:
+        raise StateError("A use_adapters block is open; leave every one of them first. Nothing was changed.")
 
 
 def to_the_end(step: Callable[[], None]) -> None:

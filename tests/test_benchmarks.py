@@ -11,7 +11,7 @@ from torch import nn
 pytest.importorskip("timm")
 pytest.importorskip("peft")
 
-from benchmarks import paths
+from benchmarks import paths, routing
 from benchmarks.overhead import __main__ as overhead
 from benchmarks.overhead import measuring
 from benchmarks.overhead.arms import INFERENCE, TRAINING
@@ -331,3 +331,24 @@ def test_the_suggestion_loses_no_more_than_the_present_constants_and_leaves_them
 def test_constants_stay_where_all_are_equal():
     found = paths.suggest([layer([1.0, 1.0, 1.0])])
     assert (found.balance, found.thin) == (_paths.BALANCE, _paths.THIN)
+
+
+def test_the_routing_benchmark_compares_every_way_and_prints_the_machine(capsys):
+    small = ["--model", NETWORK, "--batch", "4", "--size", "32", "--adapters", "2", "4", "--rank", "2", "--rounds", "2"]
+    routing.main(small)
+    text = capsys.readouterr().out
+    for name in (routing.ROUTED, routing.TURNS, routing.PEFT, routing.BASE):
+        assert len([line for line in text.splitlines() if name in line and " ms " in line]) == 2
+    assert "threads" in text and torch.__version__ in text
+
+
+def test_peft_adapter_names_and_routing_get_the_same_network(monkeypatch):
+    """The same numbers in both: then both predict the same, so the times are of the same work."""
+    base, images = make_base(NETWORK).eval(), torch.randn(4, 3, 32, 32)
+    monkeypatch.setattr(nn.init, "normal_", lambda tensor, std: tensor.data.fill_(0.01))
+    found = routing.ways(base, 2, 2)
+    with torch.inference_mode():
+        mine, peft = (found[name](["a0", "a1", "a1", "a0"], images) for name in (routing.ROUTED, routing.PEFT))
+        plain = base(images)
+    torch.testing.assert_close(mine, peft, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(mine, plain, rtol=1e-3, atol=1e-5)
