@@ -174,7 +174,7 @@ def predict(
     check_minimums(batch_size=batch_size)
     recipe = experiment.read_recipe(adapter)
     recipe = dataclasses.replace(recipe, weights=weights or recipe.weights, batch_size=batch_size, workers=0)
-    split = HistoDataset(test_file(data), require_labels=False)
+    split = HistoDataset(test_file(data), require_labels=False, split="test")
     logits, accuracy = experiment.predict_split(adapter, split, recipe)
     write_text(out, report.submission_csv(split.ids.tolist(), logits))
     if accuracy is not None:
