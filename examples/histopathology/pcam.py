@@ -21,7 +21,7 @@ from .errors import ExampleError
 from .layout import PATCH, brief, open_file, read_source
 from .rows import NO_CENTRE, Handle, Rows, choose
 
-NOTE = "PCam names no centre: all images count as one hospital, and methods that need centres cannot be compared"
+NOTE = "PCam names no centre: all images count as one hospital, so no shift between hospitals can be measured"
 _SHAPE = (PATCH, PATCH, 3)
 _WORDS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
 
@@ -95,7 +95,7 @@ def find(files: list[Path]) -> dict[str, Path]:
         if split in found:
             raise ExampleError(f"{path.parent}: {found[split].name} and {path.name} are both the {split} split.")
         found[split] = path
-    return found
+    return {split: found[split] for split in _WORDS if split in found}
 
 
 def labels_path(path: Path) -> Path:

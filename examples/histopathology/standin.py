@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,12 +32,9 @@ from .errors import ExampleError
 from .files import write_text
 from .hospitals import Slide, choose_slide, spread
 from .layout import PATCH, SPLITS
-from .stain import Floats, intensity
+from .stain import intensity
 from .tissue import Tissue, without_margin
 from .writing import SplitWriter, refuse_to_overwrite
-
-if TYPE_CHECKING:
-    from .data import HistoDataset  # imports torch
 
 VERSION = 2
 SOURCE = "synthetic stand-in, no real tissue"
@@ -114,18 +111,6 @@ def make_standin(
                         progress(done)
     write_text(path, json.dumps(note, indent=2) + "\n")
     return path
-
-
-def colour_statistics(dataset: HistoDataset, n: int = 1000) -> tuple[Floats, Floats]:
-    """Mean and standard deviation of R, G, B, each ``(3,)``, over n evenly spaced images of a split."""
-    indices = np.unique(np.linspace(0, len(dataset) - 1, min(n, len(dataset))).astype(int))
-    total, squares = np.zeros(3), np.zeros(3)
-    for start in range(0, len(indices), _CHUNK):
-        pixels = dataset.read(indices[start : start + _CHUNK].tolist()).astype(np.float64)
-        total += pixels.mean(axis=(2, 3)).sum(axis=0)
-        squares += (pixels**2).mean(axis=(2, 3)).sum(axis=0)
-    mean = total / len(indices)
-    return mean, np.sqrt(squares / len(indices) - mean**2)
 
 
 def render_patch(seed: int, split: str, index: int) -> Patch:

@@ -13,7 +13,7 @@ from examples.histopathology.data import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
 from examples.histopathology.hospitals import HOSPITALS, PUBLISHED, _slide
 from examples.histopathology.nuclei import FIBROBLAST, LYMPHOCYTE, choose_cells, draw, tumour_kind
-from examples.histopathology.standin import colour_statistics, make_standin, render_patch
+from examples.histopathology.standin import make_standin, render_patch
 from examples.histopathology.tissue import Tissue, without_margin
 from examples.histopathology.writing import SplitWriter
 
@@ -157,14 +157,6 @@ def test_colours_are_the_challenges():
             # Spreads stay below green's published one: see benchmarks/colours.py.
             np.testing.assert_allclose(images.std((0, 2, 3)), PUBLISHED[split][1], atol=0.03)
     assert (means["val"] < means["test"]).all() and means["test"][2] > means["test"][0]  # paler, and bluer
-
-
-def test_colour_statistics_are_those_of_the_pooled_pixels(made):
-    data = HistoDataset(made / "train.h5")
-    pixels = data.read(range(40)).astype(np.float64)
-    mean, std = colour_statistics(data, 1000)
-    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-10)
-    np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-8)
 
 
 def test_the_same_request_is_not_rendered_twice(made, monkeypatch):
