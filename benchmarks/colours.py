@@ -62,9 +62,9 @@ def _draw(seed: int, split: str) -> tuple[Floats, list[Slide], Floats]:
         slide = choose_slide(rng, seed, split)
         tissue = Tissue(rng, slide.microns, slide.tumour, slide.tumour_eosin)
         tissue.grow(index % 2)
-        both = np.stack([tissue.haematoxylin, tissue.eosin], -1)
-        soft = without_margin(gaussian_filter(both, (slide.blur, slide.blur, 0)))[::_STEP, ::_STEP]
-        amounts.append(soft.reshape(-1, 2))
+        both = np.stack([tissue.haematoxylin, tissue.eosin])
+        soft = without_margin(gaussian_filter(both, (0, slide.blur, slide.blur)))[:, ::_STEP, ::_STEP]
+        amounts.append(soft.reshape(2, -1).T)
         slides.append(slide)
     return np.stack(amounts), slides, np.random.default_rng(seed).standard_normal((PATCHES, 2))
 

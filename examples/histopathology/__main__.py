@@ -60,7 +60,7 @@ class Options:
     """What the main job, ``train`` and ``compare`` share; None means the default of the chosen size of run."""
 
     data: Annotated[
-        Path | None, typer.Option(help="Folder with train.h5, val.h5, test.h5. Default: make a stand-in.")
+        Path | None, typer.Option(help="Folder of the challenge's, WILDS's or PCam's files. Default: a stand-in.")
     ] = None
     slides: Annotated[Path | None, typer.Option(help="Folder of tissue pictures to cut and run on.")] = None
     backbone: Annotated[str, typer.Option(help="lite0 (no network needed) or a timm model name.")] = "lite0"
@@ -166,7 +166,7 @@ def compare(
 @plain_errors
 def predict(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run wrote.")],
-    data: Annotated[Path, typer.Argument(help="HDF5 file, or a folder with test.h5.")],
+    data: Annotated[Path, typer.Argument(help="HDF5 file, or a folder with a test split.")],
     out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("submission.csv"),
     weights: Annotated[Path | None, typer.Option(help="Where the backbone's weights lie now.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,

@@ -273,8 +273,8 @@ _NORMAL_SHARES = (0.28, 0.15, 0.10, 0.15, 0.08, 0.16, 0.08)
 
 
 def without_margin(canvas: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The patch of a canvas: ``(120, 120, ...)`` to ``(96, 96, ...)``."""
-    return canvas[_MARGIN : _MARGIN + PATCH, _MARGIN : _MARGIN + PATCH]
+    """The patch of a canvas: ``(..., 120, 120)`` to ``(..., 96, 96)``."""
+    return canvas[..., _MARGIN : _MARGIN + PATCH, _MARGIN : _MARGIN + PATCH]
 
 
 def _scatter(rng: np.random.Generator, spacing: float) -> Floats:
@@ -282,7 +282,7 @@ def _scatter(rng: np.random.Generator, spacing: float) -> Floats:
     grid = _hexagons(int(np.ceil(0.75 * _CANVAS / spacing)) + 1)
     turn = rng.uniform(0, np.pi)
     cos, sin = np.cos(turn) * spacing, np.sin(turn) * spacing
-    points = grid @ np.array([[cos, -sin], [sin, cos]])
+    points = np.stack([cos * grid[:, 0] + sin * grid[:, 1], cos * grid[:, 1] - sin * grid[:, 0]], 1)
     points += _CANVAS / 2 + rng.uniform(-spacing / 2, spacing / 2, 2)
     points += rng.normal(0, 0.2 * spacing, points.shape)
     inside: Floats = points[((points >= 0) & (points < _CANVAS)).all(axis=1)]
