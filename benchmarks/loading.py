@@ -9,7 +9,8 @@ other load on the machine falls on both. The file is in the page cache after the
 measures the reader, not the disk.
 
 ``--generate`` times `standin.make_standin` as it is called, files included, with each number of processes, in
-alternating rounds, and prints each as a ratio to the first.
+alternating rounds, and prints each as a ratio to the first; CPU time a patch, because that hardly depends on
+what else the machine does.
 """
 
 from __future__ import annotations
@@ -95,27 +96,35 @@ def compare(batched: HistoDataset, workers: int, rounds: int) -> None:
         print(f"  {name:15s}{statistics.median(counted):9,.0f} images/s ({min(counted):,.0f}–{max(counted):,.0f})")
 
 
-def patches_per_second(patches: int, processes: int) -> float:
-    """One stand-in of this many train patches, written whole; patches a second of wall time."""
+def make_patches(patches: int, processes: int) -> tuple[float, float]:
+    """One stand-in of this many train patches, written whole: patches a second, and CPU milliseconds a patch."""
     sizes = {"train": patches, "val": 1, "test": 1}
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), cpu_seconds()
         make_standin(folder, sizes, dtype="uint8", processes=processes)
-        return sum(sizes.values()) / (time.perf_counter() - start)
+        count = sum(sizes.values())
+        return count / (time.perf_counter() - start), 1000 * (cpu_seconds() - busy) / count
+
+
+def cpu_seconds() -> float:
+    """What this process and its ended children have used."""
+    return sum(os.times()[:4])
 
 
 def compare_generation(patches: int, processes: list[int], rounds: int) -> None:
-    """Time the stand-in with each number of processes in alternating rounds; print speeds and ratios."""
-    speeds: dict[int, list[float]] = {count: [] for count in processes}
+    """Make the stand-in with each number of processes in alternating rounds; print speeds, ratios and CPU time."""
+    runs: dict[int, list[tuple[float, float]]] = {count: [] for count in processes}
     for _ in range(rounds):
         for count in processes:
-            speeds[count].append(patches_per_second(patches, count))
-    first = statistics.median(speeds[processes[0]])
+            runs[count].append(make_patches(patches, count))
+    first = statistics.median(speed for speed, _ in runs[processes[0]])
     print(f"\nmaking the stand-in, {patches:,} patches, ratio to {processes[0]}")
-    for count, values in speeds.items():
-        middle = statistics.median(values)
-        spread = f"({min(values):,.0f}–{max(values):,.0f})"
-        print(f"  processes {count:3d}{middle:9,.0f} patches/s {spread} {middle / first:6.2f}")
+    for count, measured in runs.items():
+        speeds, busy = zip(*measured, strict=True)
+        middle = statistics.median(speeds)
+        spread = f"({min(speeds):,.0f}–{max(speeds):,.0f})"
+        print(f"  processes {count:3d}{middle:9,.0f} patches/s {spread} {middle / first:6.2f}", end="")
+        print(f"   {statistics.median(busy):.1f} ms of CPU a patch")
 
 
 def main() -> None:
