@@ -1,11 +1,16 @@
-"""Images a second: batched reads of `HistoDataset` against opening the file for each image.
+"""Images a second: batched reads against opening the file for each image, and making the stand-in.
 
     python -m benchmarks.loading --images 4000 --workers 0 2
+    python -m benchmarks.loading --generate 2000 --processes 1 2
 
-The other way is the one of public notebooks: `h5py.File` opened, indexed and closed in each
+The other way of reading is the one of public notebooks: `h5py.File` opened, indexed and closed in each
 ``__getitem__``. Both give the same tensors, through the same DataLoader settings; rounds alternate, so that
 other load on the machine falls on both. The file is in the page cache after the first, uncounted round: this
 measures the reader, not the disk.
+
+``--generate`` times `standin.make_standin` as it is called, files included, with each number of processes, in
+alternating rounds, and prints each as a ratio to the first; CPU time a patch, because that hardly depends on
+what else the machine does.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from examples.histopathology.data import HistoDataset, find_splits
+from examples.histopathology.standin import make_standin
 from examples.histopathology.writing import SplitWriter
 
 BATCH = 32
@@ -90,21 +96,67 @@ def compare(batched: HistoDataset, workers: int, rounds: int) -> None:
         print(f"  {name:15s}{statistics.median(counted):9,.0f} images/s ({min(counted):,.0f}–{max(counted):,.0f})")
 
 
+def make_patches(patches: int, processes: int) -> tuple[float, float]:
+    """One stand-in of this many train patches, written whole: patches a second, and CPU milliseconds a patch."""
+    sizes = {"train": patches, "val": 1, "test": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        start, busy = time.perf_counter(), cpu_seconds()
+        make_standin(folder, sizes, dtype="uint8", processes=processes)
+        count = sum(sizes.values())
+        return count / (time.perf_counter() - start), 1000 * (cpu_seconds() - busy) / count
+
+
+def cpu_seconds() -> float:
+    """What this process and its ended children have used."""
+    return sum(os.times()[:4])
+
+
+def compare_generation(patches: int, processes: list[int], rounds: int) -> None:
+    """Make the stand-in with each number of processes in alternating rounds; print speeds, ratios and CPU time."""
+    runs: dict[int, list[tuple[float, float]]] = {count: [] for count in processes}
+    for _ in range(rounds):
+        for count in processes:
+            runs[count].append(make_patches(patches, count))
+    first = statistics.median(speed for speed, _ in runs[processes[0]])
+    print(f"\nmaking the stand-in, {patches:,} patches, ratio to {processes[0]}")
+    for count, measured in runs.items():
+        speeds, busy = zip(*measured, strict=True)
+        middle = statistics.median(speeds)
+        spread = f"({min(speeds):,.0f}–{max(speeds):,.0f})"
+        print(f"  processes {count:3d}{middle:9,.0f} patches/s {spread} {middle / first:6.2f}", end="")
+        print(f"   {statistics.median(busy):.1f} ms of CPU a patch")
+
+
 def main() -> None:
-    """Read the options, make data where none is given, and compare at each number of workers."""
+    """Read the options, make data where none is given, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with train.h5; random pixels if absent")
     parser.add_argument("--images", type=int, default=4000, help="how many to read, or make (110 kB each)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of loader processes")
+    parser.add_argument("--generate", type=int, metavar="N", help="time the making of N stand-in patches instead")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to make them")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if options.generate:
+        compare_generation(options.generate, options.processes, options.rounds)
+    else:
+        compare_reading(options)
+    print(f"median (min–max) of {options.rounds} rounds; {machine()}")
+
+
+def compare_reading(options: argparse.Namespace) -> None:
+    """Make data where none is given, and compare at each number of workers."""
     with tempfile.TemporaryDirectory() as folder:
         path = find_splits(options.data)["train"] if options.data else make_split(Path(folder), options.images)
         dataset = HistoDataset(path, limit=options.images)
         for workers in options.workers:
             compare(dataset, workers, options.rounds)
-    print(
-        f"\n{len(dataset):,} images, batch {BATCH}, median (min–max) of {options.rounds} rounds; "
+    print(f"\n{len(dataset):,} images, batch {BATCH}")
+
+
+def machine() -> str:
+    """Cores, threads and versions."""
+    return (
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
         f"Python {platform.python_version()}, torch {torch.__version__}, h5py {h5py.__version__}, "
         f"HDF5 {h5py.version.hdf5_version}"

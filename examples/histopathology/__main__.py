@@ -15,10 +15,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 import convlora
 
-from . import experiment, report, slides, standin
+from . import experiment, inspection, report, sheet, slides, standin
 from .backbones import check_backbone
 from .data import HistoDataset, find_splits, open_splits
 from .errors import ExampleError
@@ -59,7 +60,7 @@ class Options:
     """What the main job, ``train`` and ``compare`` share; None means the default of the chosen size of run."""
 
     data: Annotated[
-        Path | None, typer.Option(help="Folder with train.h5, val.h5, test.h5. Default: make a stand-in.")
+        Path | None, typer.Option(help="Folder of the challenge's, WILDS's or PCam's files. Default: a stand-in.")
     ] = None
     slides: Annotated[Path | None, typer.Option(help="Folder of tissue pictures to cut and run on.")] = None
     backbone: Annotated[str, typer.Option(help="lite0 (no network needed) or a timm model name.")] = "lite0"
@@ -165,7 +166,7 @@ def compare(
 @plain_errors
 def predict(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run wrote.")],
-    data: Annotated[Path, typer.Argument(help="HDF5 file, or a folder with test.h5.")],
+    data: Annotated[Path, typer.Argument(help="HDF5 file, or a folder with a test split.")],
     out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("submission.csv"),
     weights: Annotated[Path | None, typer.Option(help="Where the backbone's weights lie now.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
@@ -174,7 +175,7 @@ def predict(
     check_minimums(batch_size=batch_size)
     recipe = experiment.read_recipe(adapter)
     recipe = dataclasses.replace(recipe, weights=weights or recipe.weights, batch_size=batch_size, workers=0)
-    split = HistoDataset(test_file(data), require_labels=False)
+    split = HistoDataset(test_file(data), require_labels=False, split="test")
     logits, accuracy = experiment.predict_split(adapter, split, recipe)
     write_text(out, report.submission_csv(split.ids.tolist(), logits))
     if accuracy is not None:
@@ -205,6 +206,50 @@ def make_data(
         raise ExampleError(f"{flags} is of the stand-in; with --slides the pictures decide. Leave it out.")
     else:
         cut_slides(slides, out, dtype)
+    console.print(f"wrote {out}", soft_wrap=True)
+
+
+@app.command("inspect")
+@plain_errors
+def inspect_data(
+    data: Annotated[Path, typer.Argument(help="Folder of splits (challenge, WILDS or PCam), or one HDF5 file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the figures and the page.")] = Path("runs/inspect"),
+    limit: Annotated[int | None, typer.Option(help="Look at this many images of each split only.")] = None,
+    seed: Annotated[int, typer.Option(help="Which samples are shown.")] = 0,
+) -> None:
+    """Say what a data set holds: layout, counts, labels, centres, colours; and draw it."""
+    check_minimums(limit=limit, seed=seed)
+    splits = inspection.open_all(data, limit)
+    facts = {name: inspection.find_facts(name, split) for name, split in splits.items()}
+    for each in facts.values():
+        for line in each.lines():
+            console.print(line, soft_wrap=True, highlight=False)
+    table = Table("split", "centre", "images", "mean R G B", "std R G B", title="Colours", box=None)
+    for row in inspection.colour_rows(facts):
+        table.add_row(*row)
+    console.print(table)
+    for path in inspection.write(out, facts, inspection.draw(splits, facts, seed)):
+        console.print(f"{path}", soft_wrap=True)
+
+
+@app.command("sheet")
+@plain_errors
+def contact_sheet(
+    out: Annotated[Path, typer.Argument(help="PNG file to write.")],
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder of H&E pictures, or one (scikit-image's, which is IHC).")
+    ] = None,
+    patch: Annotated[int, typer.Option(help="Side of a patch in the pictures' pixels.")] = 96,
+    columns: Annotated[int, typer.Option(help="Patches a row.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the stand-in and of the choice.")] = 0,
+    bare: Annotated[bool, typer.Option("--bare", help="The stand-in alone.")] = False,
+    colours: Annotated[int | None, typer.Option(help="Palette of so many colours, for a small file.")] = None,
+) -> None:
+    """Show the stand-in's patches beside real tissue."""
+    check_minimums(patch=patch, columns=columns, seed=seed, colours=colours)
+    if colours is not None and colours > 256:
+        raise ExampleError(f"--colours {colours}: a palette holds at most 256.")
+    sheet.write_sheet(sheet.make_sheet(pictures, columns, patch, seed, bare), out, colours)
     console.print(f"wrote {out}", soft_wrap=True)
 
 

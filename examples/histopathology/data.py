@@ -1,6 +1,7 @@
-"""Reading the challenge's splits: `HistoDataset` is one, `open_splits` gives a folder's three.
+"""Reading a split: `HistoDataset` is one, whatever its layout; `open_splits` gives a folder's three.
 
-What a file holds and what is checked of it is in `layout`; `writing` makes such files.
+Three layouts are told apart by what is there: the challenge's HDF5 (`challenge`), the WILDS Camelyon17 folder
+(`wilds`) and PCam's HDF5 (`pcam`). `writing` makes files in the challenge's.
 """
 
 from __future__ import annotations
@@ -8,52 +9,55 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from . import challenge, pcam, wilds
 from .errors import ExampleError
-from .layout import SHAPE, SPLITS, open_file, read_image, read_row, read_source, sorted_keys
+from .layout import SHAPE, SPLITS
+from .rows import NO_CENTRE, Rows
 
 Transform = Callable[[Tensor], Tensor]
 Sample = tuple[Tensor, Tensor, int]
 
 # Room for the rounding of whoever wrote the file; 0..255 stored as floats is far outside.
 _RANGE_SLACK = 1e-3
-_LIMIT_SEED = 0
 
 
 class HistoDataset(Dataset[Sample]):
-    """One split, in the order of its integer keys.
+    """One split, in the order of its ids.
 
     >>> split = HistoDataset("data/train.h5")          # doctest: +SKIP
     >>> image, label, index = split[0]                 # doctest: +SKIP
     >>> image.shape, label, split.ids[index]           # doctest: +SKIP
     (torch.Size([3, 96, 96]), tensor(1.), 0)
 
-    Every key, shape, dtype, label and centre is checked here, once (about 0.1 ms an image); pixels when
-    they are read. The file is opened again in each worker process and never pickled.
+    Every id, shape, dtype, label and centre is checked here, once (about 0.1 ms an image); pixels when
+    they are read. Files are opened again in each worker process and never pickled.
 
     Args:
-        path: an HDF5 file in the challenge's layout.
+        path: an HDF5 file of the challenge or of PCam's images, or a WILDS folder or its ``metadata.csv``.
         transform: applied to each image, ``(3, 96, 96)`` float32 in [0, 1], after reading.
         require_labels: raise when a label is absent; otherwise one absent label makes `labels` None.
         limit: keep this many images, the same random choice each time, so that a file sorted by class
             or by centre still gives all of them. None keeps all.
+        split: "train", "val" or "test": which rows of a WILDS table. A file is one split already.
 
     Attributes:
-        ids: ``(n,)`` int64, the keys.
+        path: as given; of a WILDS folder, its table.
+        layout: which of the three was found, in words.
+        ids: ``(n,)`` int64: keys, rows, or WILDS's index.
         labels: ``(n,)`` int64 of 0 and 1, or None.
-        centres: ``(n,)`` int64; -1 where the file names none.
+        centres: ``(n,)`` int64; -1 where none is named.
         source: what made the file, where it says so (a stand-in, cut slides), else None.
+        rows: what the layout gives, see `rows.Rows`.
 
     Raises:
-        ExampleError: no such file; not HDF5 or truncated; no images; a key that is no decimal integer; a
+        ExampleError: no such file; not HDF5 or truncated; no images; an id that is no whole number; a
             wrong shape or dtype; a label outside {0, 1} or, where required, absent; a limit below 1.
     """
 
@@ -63,20 +67,14 @@ class HistoDataset(Dataset[Sample]):
         transform: Transform | None = None,
         require_labels: bool = True,
         limit: int | None = None,
+        split: str | None = None,
     ) -> None:
-        self.path = Path(path)
         self.transform = transform
-        self._file: h5py.File | None = None
-        self._pid = -1
-        with open_file(self.path) as file:
-            self.source: str | None = read_source(file)
-            self._keys, self.ids = sorted_keys(file, self.path)
-            if limit is not None:
-                self._keep(limit)
-            rows = [read_row(file.id, key, self.path) for key in self._keys]
-        labels = [label for label, _ in rows]
-        self.labels = _labels(labels, self.ids, self.path, require_labels)
-        self.centres = torch.tensor([centre for _, centre in rows], dtype=torch.int64)
+        self.rows = _open_rows(Path(path), split, limit)
+        self.path, self.layout, self.source = self.rows.path, self.rows.layout, self.rows.source
+        self.ids = self.rows.ids
+        self.labels = _labels(self.rows, require_labels)
+        self.centres = torch.from_numpy(self.rows.centres)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,7 +82,7 @@ class HistoDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Image ``(3, 96, 96)`` float32 in [0, 1] (or what `transform` makes of it), label, index.
 
-        The label is a float32 scalar, NaN where the file has none. ``ids[index]`` is the image's key.
+        The label is a float32 scalar, NaN where the file has none. ``ids[index]`` is the image's id.
 
         Raises:
             ExampleError: the pixels cannot be read, are not finite, or lie outside [0, 1].
@@ -97,15 +95,16 @@ class HistoDataset(Dataset[Sample]):
         images = torch.from_numpy(self.read(indices))
         return [self._sample(image, int(i)) for image, i in zip(images, indices, strict=True)]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None, "_pid": -1}
+    @property
+    def has_centres(self) -> bool:
+        """Whether every image names its hospital."""
+        return bool((self.centres != NO_CENTRE).all())
 
     def read(self, indices: Sequence[int]) -> npt.NDArray[np.float32]:
         """Pixels alone, without transform: ``(len(indices), 3, 96, 96)`` float32 in [0, 1]."""
         out = np.empty((len(indices), *SHAPE), np.float32)
-        handle = self._handle()
-        for row, index in zip(out, indices, strict=True):
-            read_image(handle, self._keys[index], row, self.path)
+        for image, index in zip(out, indices, strict=True):
+            self.rows.read(index, image)
         self._check_range(out, indices)
         return out
 
@@ -113,21 +112,6 @@ class HistoDataset(Dataset[Sample]):
         label = float("nan") if self.labels is None else float(self.labels[index])
         image = image if self.transform is None else self.transform(image)
         return image, torch.tensor(label), index % len(self)
-
-    def _keep(self, limit: int) -> None:
-        if limit < 1:
-            raise ExampleError(f"limit={limit}: keep at least one image of {self.path}, or None for all.")
-        if limit < len(self.ids):
-            chosen = np.random.default_rng(_LIMIT_SEED).choice(len(self.ids), limit, replace=False)
-            chosen.sort()
-            self._keys, self.ids = self._keys[chosen], self.ids[chosen]
-
-    def _handle(self) -> Any:
-        # A handle inherited by fork shares the parent's file position and HDF5 state: open an own one.
-        if self._file is None or self._pid != os.getpid():
-            self._file = open_file(self.path)
-            self._pid = os.getpid()
-        return self._file.id
 
     def _check_range(self, images: npt.NDArray[np.float32], indices: Sequence[int]) -> None:
         flat = images.reshape(len(images), -1)
@@ -137,26 +121,57 @@ class HistoDataset(Dataset[Sample]):
         if not inside.all():
             bad = int(np.argmin(inside))
             raise ExampleError(
-                f"{self.path}: img of key {self.ids[indices[bad]]} has values from {low[bad]:g} to "
+                f"{self.path}: {self.rows.name(indices[bad])} has values from {low[bad]:g} to "
                 f"{high[bad]:g}; floating images must be finite and in [0, 1]. Divide by 255, or store uint8."
             )
+
+
+def require_centres(dataset: HistoDataset, purpose: str) -> Tensor:
+    """The centres ``(n,)`` of a split, for what cannot do without.
+
+    Args:
+        dataset: a split.
+        purpose: what needs them, the beginning of the error.
+
+    Raises:
+        ExampleError: an image without a centre; in PCam that is every one.
+    """
+    if not dataset.has_centres:
+        nameless = int((dataset.centres == NO_CENTRE).sum())
+        raise ExampleError(
+            f"{purpose} needs to know the hospitals, and {dataset.path} ({dataset.layout}) names none for "
+            f"{nameless:,} of {len(dataset):,} images. Use the challenge's or WILDS's data, or another method."
+        )
+    return dataset.centres
 
 
 def find_splits(directory: str | os.PathLike[str]) -> dict[str, Path]:
     """The file of each split that a folder holds, by split name.
 
-    ``train.h5``, or else the one ``.h5`` or ``.hdf5`` file with "train" in its stem, in any case.
+    Challenge: ``train.h5``, or else the one ``.h5`` or ``.hdf5`` file with "train" in its stem, in any case. PCam:
+    the images' file, ``..._train_x.h5``. WILDS: ``metadata.csv`` for each split that it lists.
 
     Raises:
-        ExampleError: no such folder, or several files that could be the same split.
+        ExampleError: no such folder, several files that could be the same split, or files of two layouts.
     """
     folder = Path(directory)
     if not folder.is_dir():
         what = "a file, not a folder" if folder.exists() else "no such folder"
-        raise ExampleError(f"{folder}: {what}. Give the folder that holds train.h5, val.h5 and test.h5.")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in {".h5", ".hdf5"})
-    found = {split: _find_split(split, files) for split in SPLITS}
-    return {split: path for split, path in found.items() if path is not None}
+        raise ExampleError(f"{folder}: {what}. Give the folder that holds the splits. {_LAYOUTS}")
+    files = sorted(folder.iterdir())
+    found = {"PCam": pcam.find(files)}
+    names = {path.name for path in found["PCam"].values()}
+    names |= {pcam.labels_path(path).name for path in found["PCam"].values()}
+    found["the challenge"] = challenge.find([path for path in files if path.name not in names])
+    found["WILDS"] = wilds.find(folder) if wilds.is_wilds(folder) else {}
+    present = {layout: paths for layout, paths in found.items() if paths}
+    if len(present) > 1:
+        listed = "; ".join(
+            f"{', '.join(dict.fromkeys(path.name for path in paths.values()))} of {layout}"
+            for layout, paths in present.items()
+        )
+        raise ExampleError(f"{folder}: files of {len(present)} layouts ({listed}). Keep each in a folder of its own.")
+    return next(iter(present.values()), {})
 
 
 def open_splits(
@@ -167,7 +182,7 @@ def open_splits(
     """Train, validation and test sets of a folder; the test set alone may come without labels.
 
     Args:
-        directory: holds one file per split, see `find_splits`.
+        directory: holds one file per split or a WILDS table, see `find_splits`.
         limit: at most this many images of each split.
         transforms: by split name; a split that is not named gets none.
 
@@ -175,35 +190,49 @@ def open_splits(
         ExampleError: a split is missing, and whatever `HistoDataset` raises.
     """
     paths = find_splits(directory)
-    missing = [f"{split}.h5" for split in SPLITS if split not in paths]
+    missing = [split for split in SPLITS if split not in paths]
     if missing:
-        found = ", ".join(path.name for path in paths.values()) or "no split"
-        raise ExampleError(f"{directory}: no {', '.join(missing)} (found: {found}). All three are needed.")
+        raise ExampleError(_missing_splits(Path(directory), missing, paths))
     transforms = transforms or {}
-    return {
-        split: HistoDataset(paths[split], transforms.get(split), require_labels=split != "test", limit=limit)
-        for split in SPLITS
-    }
+    return {split: HistoDataset(paths[split], transforms.get(split), split != "test", limit, split) for split in SPLITS}
 
 
-def _find_split(split: str, files: list[Path]) -> Path | None:
-    exact = [p for p in files if p.name == f"{split}.h5"]
-    candidates = exact or [p for p in files if split in p.stem.lower()]
-    if len(candidates) > 1:
-        names = ", ".join(p.name for p in candidates)
-        raise ExampleError(
-            f"{candidates[0].parent}: {names} could each be the {split} split. Rename the right one {split}.h5."
-        )
-    return candidates[0] if candidates else None
+_LAYOUTS = (
+    "That is train.h5, val.h5 and test.h5, or PCam's camelyonpatch_level_2_split_*_x.h5 and *_y.h5, or WILDS's "
+    "metadata.csv and patches/."
+)
 
 
-def _labels(labels: list[int | None], ids: npt.NDArray[np.int64], path: Path, required: bool) -> torch.Tensor | None:
-    present = [label for label in labels if label is not None]
-    if len(present) == len(labels):
+def _open_rows(path: Path, split: str | None, limit: int | None) -> Rows:
+    if path.is_dir():
+        path = path / wilds.TABLE
+    if path.name != wilds.TABLE:
+        return pcam.PcamRows(path, limit) if pcam.is_pcam(path) else challenge.ChallengeRows(path, limit)
+    if split not in SPLITS:
+        raise ExampleError(f"{path} holds all splits; say which one is meant: {', '.join(SPLITS)}.")
+    return wilds.WildsRows(path, split, limit)
+
+
+def _missing_splits(folder: Path, missing: list[str], paths: dict[str, Path]) -> str:
+    found = ", ".join(dict.fromkeys(path.name for path in paths.values())) or "no split"
+    names = ", ".join(missing if _is_table(paths) else [f"{split}.h5" for split in missing])
+    inner = [path.parent for path in sorted(folder.glob(f"*/{wilds.TABLE}"))] if not paths else []
+    hint = f" {inner[0]} looks like a WILDS folder: give that one." if inner else f" {_LAYOUTS}" if not paths else ""
+    return f"{folder}: no {names} (found: {found}). All three are needed.{hint}"
+
+
+def _is_table(paths: dict[str, Path]) -> bool:
+    return any(path.name == wilds.TABLE for path in paths.values())
+
+
+def _labels(rows: Rows, required: bool) -> Tensor | None:
+    present = [label for label in rows.labels if label is not None]
+    if len(present) == len(rows.labels):
         return torch.tensor(present, dtype=torch.int64)
     if required:
+        first = rows.labels.index(None)
         raise ExampleError(
-            f"{path}: key {ids[labels.index(None)]} has no label ({len(labels) - len(present)} of "
-            f"{len(labels)} have none). Only the test split may come without."
+            f"{rows.path}: {rows.name(first).removeprefix('img of ')} has no label ({len(rows.labels) - len(present)} "
+            f"of {len(rows.labels)} have none). Only the test split may come without."
         )
     return None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -29,6 +29,11 @@ SHAPE = (3, PATCH, PATCH)
 DTYPES = ("float16", "float32", "float64", "uint8")
 
 Array = npt.NDArray[Any]
+
+_EXPECTED = (
+    "A split has one group per image, named 0, 1, 2, ..., and nothing else at its top; "
+    "or, as PCam has it, one array `x` of all images."
+)
 
 
 def open_file(path: Path) -> h5py.File:
@@ -63,7 +68,7 @@ def sorted_keys(file: h5py.File, path: Path) -> tuple[Array, npt.NDArray[np.int6
     for name in names:
         # More than 18 digits would not fit an int64.
         if not (name.isascii() and name.isdecimal() and len(name) <= 18):
-            raise ExampleError(f"{path}: key {name!r} is no decimal integer.{_layout_hint(names)}")
+            raise ExampleError(f"{path}: key {name!r} is no decimal integer. {_EXPECTED}")
     ids = np.array([int(name) for name in names], np.int64)
     order = np.argsort(ids, kind="stable")
     ids, keys = ids[order], np.array(names, "S")[order]
@@ -74,26 +79,29 @@ def sorted_keys(file: h5py.File, path: Path) -> tuple[Array, npt.NDArray[np.int6
     return keys, ids
 
 
-def _layout_hint(names: list[str]) -> str:
-    if {"x", "y"} & set(names):
-        return " This looks like PCam, with all images in one array; the layout here is one group per image."
-    return " A split has one group per image, named 0, 1, 2, ..., and nothing else at its top."
+class Row(NamedTuple):
+    """Label (None where absent), centre (-1 where absent) and stored dtype of one image."""
+
+    label: int | None
+    centre: int
+    dtype: str
 
 
-def read_row(file: Any, key: bytes, path: Path) -> tuple[int | None, int]:
-    """Label (None where absent) and centre (-1 where absent) of one image, its shape and dtype checked."""
+def read_row(file: Any, key: bytes, path: Path) -> Row:
+    """What is known of one image without its pixels; its shape and dtype are checked."""
     name = key.decode()
     try:
         group = h5g.open(file, key)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ExampleError(f"{path}: key {name} is no group. Each image is one, with img in it.") from error
     with _reading(path, name):
-        _check_image(_child(group, b"img"), name, path)
+        dtype = _check_image(_child(group, b"img"), name, path)
         label = _child(group, b"label")
         metadata = _child(group, b"metadata")
-        return (
+        return Row(
             None if label is None else _as_label(_values(label), name, path),
             -1 if metadata is None else _as_centre(_values(metadata), name, path),
+            dtype,
         )
 
 
@@ -138,7 +146,7 @@ def _values(data: Any) -> Array:
     return values.reshape(-1)
 
 
-def _check_image(image: Any | None, name: str, path: Path) -> None:
+def _check_image(image: Any | None, name: str, path: Path) -> str:
     if image is None:
         raise ExampleError(f"{path}: key {name} has no img. Each image is a group with img {SHAPE} in it.")
     if tuple(image.shape) != SHAPE:
@@ -147,6 +155,7 @@ def _check_image(image: Any | None, name: str, path: Path) -> None:
         )
     if image.dtype.name not in DTYPES:
         raise ExampleError(f"{path}: img of key {name} has dtype {image.dtype.name}; store one of {', '.join(DTYPES)}.")
+    return str(image.dtype.name)
 
 
 def _as_label(values: Array, name: str, path: Path) -> int:

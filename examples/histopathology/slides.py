@@ -261,7 +261,7 @@ def _cut(
     if not labels.any():
         raise ExampleError(f"{slide.path}: all patches have the same haematoxylin density; nothing to tell apart.")
     for (y, x), label in zip(corners, labels, strict=True):
-        image = _resized(picture[y : y + patch, x : x + patch])
+        image = resized(picture[y : y + patch, x : x + patch])
         writer.add(image.transpose(2, 0, 1), int(label), np.array([slide.centre, number, x, y], np.int64))
     return len(corners)
 
@@ -274,7 +274,7 @@ def _corners(picture: Bytes, path: Path, patch: int, stride: int | None) -> list
     steps = [stride] if stride is not None else [max(1, s * patch // PATCH) for s in STRIDES]
     for step in steps:
         grid = [(y, x) for y in range(0, height - patch + 1, step) for x in range(0, width - patch + 1, step)]
-        corners = [(y, x) for y, x in grid if _is_tissue(picture[y : y + patch, x : x + patch])]
+        corners = [(y, x) for y, x in grid if is_tissue(picture[y : y + patch, x : x + patch])]
         if len(corners) >= ENOUGH:
             break
     if len(corners) < _FEWEST_PATCHES:
@@ -285,7 +285,8 @@ def _corners(picture: Bytes, path: Path, patch: int, stride: int | None) -> list
     return corners
 
 
-def _is_tissue(pixels: Bytes) -> bool:
+def is_tissue(pixels: Bytes) -> bool:
+    """Whether a patch is more than glass."""
     return bool(pixels.mean() <= _BACKGROUND * 255)
 
 
@@ -306,7 +307,8 @@ def _haematoxylin(picture: Bytes, path: Path, corners: Sequence[tuple[int, int]]
     return density
 
 
-def _resized(pixels: Bytes) -> Bytes:
+def resized(pixels: Bytes) -> Bytes:
+    """A square of any size as 96×96, each pixel the mean of what it covers."""
     if pixels.shape[0] == PATCH:
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((PATCH, PATCH), Image.Resampling.BOX))

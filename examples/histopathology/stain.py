@@ -10,6 +10,7 @@ of length 1. Sources:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ HAEMATOXYLIN = (0.65, 0.70, 0.29)
 EOSIN = (0.07, 0.99, 0.11)
 DAB = (0.27, 0.57, 0.78)
 
+_LN10 = math.log(10)
 # Half a step of an 8-bit picture: a black pixel gets a finite density, 2.7.
 _DARKEST = 0.5 / 255
 # A plane needs more than a handful of pixels; below this the percentiles rest on single ones.
@@ -56,7 +58,8 @@ def optical_density(intensity: Floats, white: npt.ArrayLike = 1.0) -> Floats:
 
 def intensity(density: Floats, white: npt.ArrayLike = 1.0) -> Floats:
     """Beer-Lambert, the other way: ``I = I0 · 10^-OD``, ``(..., 3)`` to ``(..., 3)``."""
-    light: Floats = np.asarray(white) * np.power(10.0, -density)
+    # As exp, which numpy computes in vectors; its power takes ten times as long.
+    light: Floats = np.asarray(white) * np.exp(density * -_LN10)
     return light
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,16 +30,13 @@ from scipy.ndimage import gaussian_filter
 
 from .errors import ExampleError
 from .files import write_text
-from .hospitals import HOSPITALS, Hospital, Slide, choose_slide
+from .hospitals import Slide, choose_slide, spread
 from .layout import PATCH, SPLITS
-from .stain import Floats, intensity
+from .stain import intensity
 from .tissue import Tissue, without_margin
 from .writing import SplitWriter, refuse_to_overwrite
 
-if TYPE_CHECKING:
-    from .data import HistoDataset  # imports torch
-
-VERSION = 1
+VERSION = 2
 SOURCE = "synthetic stand-in, no real tissue"
 NOTE = "standin.json"
 
@@ -48,7 +45,7 @@ Job = tuple[int, str, int]
 Row = tuple[npt.NDArray[np.uint8], int, npt.NDArray[np.int64]]
 
 _CHUNK = 32
-_FEWEST_FOR_A_POOL = 64
+_FEWEST_FOR_A_POOL = 300
 
 
 @dataclass(frozen=True)
@@ -116,44 +113,35 @@ def make_standin(
     return path
 
 
-def colour_statistics(dataset: HistoDataset, n: int = 1000) -> tuple[Floats, Floats]:
-    """Mean and standard deviation of R, G, B, each ``(3,)``, over n evenly spaced images of a split."""
-    indices = np.unique(np.linspace(0, len(dataset) - 1, min(n, len(dataset))).astype(int))
-    total, squares = np.zeros(3), np.zeros(3)
-    for start in range(0, len(indices), _CHUNK):
-        pixels = dataset.read(indices[start : start + _CHUNK].tolist()).astype(np.float64)
-        total += pixels.mean(axis=(2, 3)).sum(axis=0)
-        squares += (pixels**2).mean(axis=(2, 3)).sum(axis=0)
-    mean = total / len(indices)
-    return mean, np.sqrt(squares / len(indices) - mean**2)
-
-
 def render_patch(seed: int, split: str, index: int) -> Patch:
     """Render patch `index` of a split; depends on nothing but the three arguments."""
     code = SPLITS.index(split)  # seeds the patch: another order of SPLITS would be other patches
     rng = np.random.default_rng([seed, code, index, 0])
     slide = choose_slide(rng, seed, split)
-    hospital = HOSPITALS[slide.centre]
     label = _label(seed, code, index)
-    tissue = Tissue(rng, hospital.microns, slide.tumour_size)
-    tumour = tissue.grow_tumour(label)
-    tissue.grow_normal(~tumour)
-    image = _photograph(rng, tissue, slide, hospital)
+    tissue = Tissue(rng, slide.microns, slide.tumour, slide.tumour_eosin)
+    tumour = tissue.grow(label)
+    image = _photograph(rng, tissue, slide)
     position = rng.integers(0, 1000, 2) * PATCH
     metadata = np.array([slide.centre, slide.number, *position], np.int64)
     return Patch(image, label, metadata, without_margin(tumour))
 
 
-def _photograph(rng: np.random.Generator, tissue: Tissue, slide: Slide, hospital: Hospital) -> npt.NDArray[np.uint8]:
-    """Light through the tissue, the lens, the sensor and the compression: ``(3, 96, 96)`` uint8."""
-    # The microtome's thickness differs from place to place; sinuses and crevices stay empty.
-    thickness = np.exp(rng.normal(0, 0.18))
-    amounts = thickness * np.stack([tissue.haematoxylin, tissue.eosin], -1)
-    light = intensity(amounts.astype(np.float32) @ slide.stains.astype(np.float32), slide.white.astype(np.float32))
-    sharp = gaussian_filter(light, (hospital.blur, hospital.blur, 0), truncate=3)
-    noisy = without_margin(sharp) + rng.normal(0, 0.008, (PATCH, PATCH, 1))
-    pixels = np.rint(np.clip(noisy, 0, 1) * 255).astype(np.uint8)
-    return np.ascontiguousarray(_jpeg(pixels, hospital.jpeg).transpose(2, 0, 1))
+def _photograph(rng: np.random.Generator, tissue: Tissue, slide: Slide) -> npt.NDArray[np.uint8]:
+    """Light through the stains, through a lens that is not always in focus, onto a sensor, into a JPEG."""
+    haematoxylin, eosin = (spread(rng)[:, None] * slide.stains).astype(np.float32)
+    # Not as a matrix product: its threads would fight over the cores with the other workers'.
+    density = np.multiply.outer(haematoxylin, tissue.haematoxylin) + np.multiply.outer(eosin, tissue.eosin)
+    light = intensity(density, slide.white.astype(np.float32)[:, None, None])
+    blur = slide.blur * rng.uniform(0.85, 1.2) + (rng.uniform(0.3, 1.0) if rng.random() < 0.08 else 0.0)
+    soft = gaussian_filter(light, (0, blur, blur), truncate=3)
+    sharp = np.ascontiguousarray(without_margin(soft))
+    ramp = np.linspace(-0.5, 0.5, PATCH, dtype=np.float32)
+    down, right = rng.normal(0, 0.02, 2).astype(np.float32)
+    sharp *= 1 + down * ramp[:, None] + right * ramp
+    sharp += np.float32(0.008) * rng.standard_normal((PATCH, PATCH), np.float32)
+    pixels = np.rint(np.clip(sharp, 0, 1) * 255).astype(np.uint8)
+    return np.ascontiguousarray(_jpeg(pixels.transpose(1, 2, 0), slide.jpeg).transpose(2, 0, 1))
 
 
 def _jpeg(pixels: npt.NDArray[np.uint8], quality: int) -> npt.NDArray[np.uint8]:

@@ -1,13 +1,14 @@
 """Tissue of a lymph node, with and without tumour, as concentrations of two stains.
 
 Morphology, at about 1 µm a pixel: lymphocyte nuclei 7-8 µm, round and dense; tumour nuclei 10-20 µm,
-pleomorphic, vesicular with nucleoli, in nests with more eosin. Distractors: large pale histiocyte nuclei and
-germinal-centre cells in normal tissue; tumour that stays outside the central 32×32, label 0.
+pleomorphic, vesicular with nucleoli, in sheets, nests or small groups with more eosin. What makes it hard is what
+makes it hard on glass: reactive cells as large and as pale as a low-grade tumour's (histiocytes, also packed
+with pink cytoplasm as in a granuloma, germinal-centre cells, immunoblasts, plump endothelium), tumour that
+fills a corner of the centre only, and tumour up to the edge of the central 32×32 with label 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,44 +17,29 @@ import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
 from .layout import PATCH
+from .nuclei import (
+    CENTROBLAST,
+    ENDOTHELIUM,
+    FIBROBLAST,
+    HISTIOCYTE,
+    IMMUNOBLAST,
+    LYMPHOCYTE,
+    PLASMA_CELL,
+    Cells,
+    Nucleus,
+    choose_cells,
+    draw,
+)
 from .stain import Floats
+
+Mask = npt.NDArray[np.bool_]
 
 # Room around the patch, so that nuclei cut by its border and the blur at it look like any other.
 _MARGIN = 12
 _CANVAS = PATCH + 2 * _MARGIN
 _CENTRE_HALF = 16
-# Half the length of the largest tumour nucleus there can be, in pixels: from outside, none reaches the centre.
-_CLEARANCE = 18
-
-
-@dataclass(frozen=True)
-class Nucleus:
-    """A kind of nucleus. Ranges are (low, high) of a uniform draw per nucleus.
-
-    Attributes:
-        diameter: micrometres, of a circle of the same area.
-        aspect: length over width.
-        irregular: depth of the outline's waves, as a share of the radius.
-        density: of haematoxylin.
-        vesicular: how much paler the inside is than the membrane, 0 to 1.
-        nucleoli: how many at most.
-        chromatin: contrast of the texture.
-    """
-
-    diameter: tuple[float, float]
-    aspect: tuple[float, float]
-    irregular: float
-    density: tuple[float, float]
-    vesicular: float
-    nucleoli: int
-    chromatin: float
-
-
-LYMPHOCYTE = Nucleus((6.8, 8.2), (1.0, 1.25), 0.04, (0.68, 0.92), 0.05, 0, 0.22)
-CENTROBLAST = Nucleus((9.0, 12.0), (1.0, 1.3), 0.06, (0.42, 0.60), 0.35, 1, 0.25)
-HISTIOCYTE = Nucleus((11.0, 15.0), (1.2, 1.8), 0.10, (0.26, 0.38), 0.40, 1, 0.18)
-FIBROBLAST = Nucleus((6.5, 9.0), (2.6, 5.0), 0.06, (0.50, 0.75), 0.10, 0, 0.18)
-TUMOUR = Nucleus((10.0, 20.0), (1.0, 1.6), 0.10, (0.38, 0.70), 0.45, 2, 0.30)
+# Of the patches of label 0, those that hold tumour outside their centre.
+_SHARE_OUTSIDE = 0.35
 
 
 class Tissue:
@@ -62,107 +48,170 @@ class Tissue:
     Args:
         rng: decides everything.
         microns: per pixel.
-        tumour_size: factor on the diameter of tumour nuclei.
+        tumour: the nuclei of this slide's tumour.
+        tumour_eosin: of its cytoplasm.
 
     Attributes:
         haematoxylin, eosin: ``(120, 120)`` float32, the patch and a margin of 12 pixels.
     """
 
-    def __init__(self, rng: np.random.Generator, microns: float, tumour_size: float) -> None:
+    def __init__(self, rng: np.random.Generator, microns: float, tumour: Nucleus, tumour_eosin: float) -> None:
         self.rng = rng
         self.scale = 1.0 / microns
-        self.tumour_size = tumour_size
+        self.tumour = tumour
+        self.tumour_eosin = tumour_eosin
         self.haematoxylin: Floats = np.full((_CANVAS, _CANVAS), 0.03, np.float32)
         self.eosin: Floats = np.zeros((_CANVAS, _CANVAS), np.float32)
 
-    def grow_tumour(self, label: int) -> npt.NDArray[np.bool_]:
-        """Nests of tumour, where the label wants them; returns their mask on the canvas."""
-        region = self._tumour_region(label)
+    def grow(self, label: int) -> Mask:
+        """Tumour where the label wants it and lymph node in the rest; returns the tumour's mask on the canvas."""
+        region, seed = self._tumour_region(label)
         if region.any():
-            self._cytoplasm(region, eosin=0.28, haematoxylin=0.08, grain=0.20)
+            self._cytoplasm(region, eosin=self.tumour_eosin, haematoxylin=0.07, grain=self.rng.uniform(0.15, 0.35))
             self._cleft_around(region)
-            self._nuclei(TUMOUR, region, spacing=self.rng.uniform(17, 23) * self.tumour_size, keep=0.9)
-            self._nuclei(LYMPHOCYTE, region, spacing=16, keep=self.rng.uniform(0, 0.25))
+            self._tumour_nuclei(region, seed)
+            self._nuclei(LYMPHOCYTE, region, spacing=15, keep=self.rng.uniform(0, 0.35))
+        self._grow_normal(~region)
+        if self.rng.random() < 0.05:
+            self._fold()
         return region
 
-    def grow_normal(self, region: npt.NDArray[np.bool_]) -> None:
-        """Lymph node in the rest of the canvas: one kind of tissue, or two side by side."""
-        kinds = self.rng.choice(len(_NORMAL), 2, p=_NORMAL_SHARES)
-        border = _noise(self.rng, "coarse") > self.rng.uniform(-1.2, 1.2)
-        _NORMAL[kinds[0]](self, region & border)
-        _NORMAL[kinds[1]](self, region & ~border)
-        if self.rng.random() < 0.25:
-            self._holes(region, radius=(4, 10), count=2)
+    # -- normal tissue ---------------------------------------------------------------------------------------
 
-    def lymphoid(self, region: npt.NDArray[np.bool_]) -> None:
-        """Sheets of lymphocytes with hardly any cytoplasm."""
+    def lymphoid(self, region: Mask) -> None:
+        """Sheets of lymphocytes with hardly any cytoplasm, a few large cells among them."""
         self._cytoplasm(region, eosin=0.12, haematoxylin=0.04, grain=0.35)
-        self._nuclei(LYMPHOCYTE, region, spacing=self.rng.uniform(9.0, 12.0), keep=self.rng.uniform(0.75, 0.95))
-        self._nuclei(HISTIOCYTE, region, spacing=24, keep=0.25)
+        self._nuclei(LYMPHOCYTE, region, spacing=self.rng.uniform(8.5, 12.0), keep=self.rng.uniform(0.7, 0.95))
+        self._nuclei(HISTIOCYTE, region, spacing=24, keep=self.rng.uniform(0, 0.4))
+        self._nuclei(IMMUNOBLAST, region, spacing=26, keep=self.rng.uniform(0, 0.4))
 
-    def sinus(self, region: npt.NDArray[np.bool_]) -> None:
-        """Distractor: large pale histiocytes with foamy cytoplasm, and lymphocytes between them."""
-        self._cytoplasm(region, eosin=0.18, haematoxylin=0.02, grain=0.40)
-        self._nuclei(HISTIOCYTE, region, spacing=self.rng.uniform(17, 24), keep=0.85)
-        self._nuclei(LYMPHOCYTE, region, spacing=11, keep=self.rng.uniform(0.15, 0.5))
+    def sinus(self, region: Mask) -> None:
+        """Large pale histiocytes with foamy cytoplasm, and lymphocytes between them."""
+        self._cytoplasm(region, eosin=self.rng.uniform(0.14, 0.24), haematoxylin=0.02, grain=0.40)
+        self._nuclei(HISTIOCYTE, region, spacing=self.rng.uniform(16, 24), keep=0.85)
+        self._nuclei(LYMPHOCYTE, region, spacing=11, keep=self.rng.uniform(0.1, 0.5))
 
-    def germinal_centre(self, region: npt.NDArray[np.bool_]) -> None:
-        """Distractor: cells between lymphocyte and tumour in size and in paleness."""
+    def granuloma(self, region: Mask) -> None:
+        """Packed histiocytes with cytoplasm as pink as a tumour's; even nuclei, hardly a nucleolus."""
+        self._cytoplasm(region, eosin=self.rng.uniform(0.20, 0.30), haematoxylin=0.05, grain=0.25)
+        self._nuclei(HISTIOCYTE, region, spacing=self.rng.uniform(14, 19), keep=0.9)
+        self._nuclei(LYMPHOCYTE, region, spacing=15, keep=self.rng.uniform(0, 0.3))
+
+    def germinal_centre(self, region: Mask) -> None:
+        """Cells between lymphocyte and tumour in size and in paleness."""
         self._cytoplasm(region, eosin=0.15, haematoxylin=0.06, grain=0.30)
-        self._nuclei(CENTROBLAST, region, spacing=self.rng.uniform(13, 16.5), keep=0.85)
-        self._nuclei(LYMPHOCYTE, region, spacing=12, keep=0.3)
+        self._nuclei(CENTROBLAST, region, spacing=self.rng.uniform(12.5, 16.5), keep=0.85)
+        self._nuclei(LYMPHOCYTE, region, spacing=12, keep=self.rng.uniform(0.15, 0.4))
+        self._nuclei(HISTIOCYTE, region, spacing=30, keep=0.3)
 
-    def stroma(self, region: npt.NDArray[np.bool_]) -> None:
+    def plasma_cells(self, region: Mask) -> None:
+        """Medullary cords: plasma cells with a good deal of cytoplasm, immunoblasts, small vessels."""
+        self._cytoplasm(region, eosin=0.19, haematoxylin=0.09, grain=0.30)
+        self._nuclei(PLASMA_CELL, region, spacing=self.rng.uniform(11, 14.5), keep=0.85)
+        self._nuclei(IMMUNOBLAST, region, spacing=22, keep=self.rng.uniform(0.1, 0.5))
+
+    def stroma(self, region: Mask) -> None:
         """Bundles of collagen along one direction, with spindle nuclei in line."""
         name = ("fibre-x", "fibre-y")[self.rng.integers(2)]
         uneven = np.clip(1 + 0.35 * _noise(self.rng, "coarse"), 0.2, None)
         bundles = np.clip(0.24 + 0.11 * _noise(self.rng, name) + 0.03 * _noise(self.rng, "fine"), 0.02, 1) * uneven
-        self.eosin[region] = bundles[region]
+        np.copyto(self.eosin, bundles, where=region)
         lean = 0.0 if name == "fibre-x" else np.pi / 2
         self._nuclei(FIBROBLAST, region, spacing=15, keep=self.rng.uniform(0.4, 0.8), lean=lean)
         self._nuclei(LYMPHOCYTE, region, spacing=12, keep=self.rng.uniform(0.0, 0.35))
 
-    def fat(self, region: npt.NDArray[np.bool_]) -> None:
+    def fat(self, region: Mask) -> None:
         """Empty round cells with thin walls, and a few lymphocytes."""
         self.lymphoid(region)
         self._holes(region, radius=(14, 30), count=12)
 
-    def _tumour_region(self, label: int) -> npt.NDArray[np.bool_]:
+    def _grow_normal(self, region: Mask) -> None:
+        """One kind of tissue, or two side by side."""
+        kinds = self.rng.choice(len(_NORMAL), 2, p=_NORMAL_SHARES)
+        border = _noise(self.rng, "coarse") > self.rng.uniform(-1.2, 1.2)
+        for kind, part in zip(kinds, (region & border, region & ~border), strict=True):
+            if part.any():
+                _NORMAL[kind](self, part)
+        if self.rng.random() < 0.2:
+            self._venule(region)
+        if self.rng.random() < 0.2:
+            self._holes(region, radius=(4, 10), count=2)
+
+    def _venule(self, region: Mask) -> None:
+        """A vessel cut across: a lumen, and a ring of plump nuclei along its wall."""
         y, x = _grid()
+        cy, cx = self.rng.uniform(-_CANVAS / 2, _CANVAS / 2, 2)
+        lumen = self.rng.uniform(3, 8) * self.scale
+        distance = np.sqrt((y - cy) ** 2 + (x - cx) ** 2)
+        wall = lumen + 6 * self.scale
+        ring = np.clip(wall + 4 - distance, 0, 1) * region
+        pale = np.clip(lumen + 0.5 - distance, 0, 1) * region
+        self.haematoxylin *= 1 - 0.9 * ring
+        self.eosin += ring * (0.22 - self.eosin)
+        self.eosin *= 1 - pale
+        count = max(4, int(2 * np.pi * wall / (13 * self.scale)))
+        turn = np.arange(count) * (2 * np.pi / count) + self.rng.uniform(0, 2 * np.pi)
+        turn += self.rng.normal(0, 0.15, count)
+        around = np.stack([cy + wall * np.sin(turn), cx + wall * np.cos(turn)], 1) + _CANVAS / 2
+        inside = ((around >= 0) & (around < _CANVAS)).all(axis=1)
+        centres, turn = around[inside], turn[inside]
+        lies = region[centres[:, 0].astype(int), centres[:, 1].astype(int)]
+        self._stain(ENDOTHELIUM, choose_cells(self.rng, ENDOTHELIUM, centres[lies], self.scale, turn[lies] + np.pi / 2))
+
+    # -- tumour ----------------------------------------------------------------------------------------------
+
+    def _tumour_region(self, label: int) -> tuple[Mask, Floats | None]:
+        """The mask of the tumour, and for label 1 a point in the centre where a nucleus of it must lie."""
         nests = _noise(self.rng, "coarse")
         if label:
-            cy, cx = self.rng.uniform(-10, 10, 2)
-            distance = (y - cy) ** 2 + (x - cx) ** 2
+            # Squared: small groups are as common as sheets that fill the patch.
+            share = 0.06 + 0.94 * self.rng.random() ** 2
+            point = self.rng.uniform(1 - _CENTRE_HALF, _CENTRE_HALF - 1, 2)
+            y, x = _grid()
+            distance = (y - point[0]) ** 2 + (x - point[1]) ** 2
             field = nests + 3 * np.exp(-distance / (2 * 18.0**2))
-            region = field > np.quantile(field, 1 - self.rng.uniform(0.35, 1.0))
-            seen: npt.NDArray[np.bool_] = region | (distance < 9**2)
-            return seen
-        if self.rng.random() > 0.3:
-            return np.zeros((_CANVAS, _CANVAS), np.bool_)
-        outside = np.maximum(np.abs(x), np.abs(y)) > _CENTRE_HALF + _CLEARANCE
-        # A wavy ring inside the square limit: a straight edge would give the label away.
-        around = np.sqrt(y**2 + x**2) + 6 * _noise(self.rng, "coarse") > 46
-        away: npt.NDArray[np.bool_] = outside & around & (nests > self.rng.uniform(-1.2, 0.4))
-        return away
+            seen: Mask = (field > np.quantile(field, 1 - share)) | (distance < 8**2)
+            return seen, point + _CANVAS / 2
+        if self.rng.random() > _SHARE_OUTSIDE:
+            return np.zeros((_CANVAS, _CANVAS), np.bool_), None
+        # A wavy edge, and rounded corners: a straight one would give the label away.
+        apart = _from_centre() - np.abs(4 * _noise(self.rng, "coarse")) > 0.5
+        away: Mask = apart & (nests > self.rng.uniform(-1.5, 0.6))
+        return away, None
 
-    def _cytoplasm(self, region: npt.NDArray[np.bool_], eosin: float, haematoxylin: float, grain: float) -> None:
-        texture = 0.6 * _noise(self.rng, "medium") + 0.4 * _noise(self.rng, "fine")
-        pink = eosin * self.rng.uniform(0.8, 1.25) * np.clip(1 + grain * texture, 0.05, None)
-        # Crevices between cells let the glass show.
-        pink *= np.clip(1.6 + 0.9 * _noise(self.rng, "medium"), 0.08, 1)
-        self.eosin[region] = pink[region]
-        self.haematoxylin[region] = haematoxylin * np.clip(1 + 0.3 * texture, 0, None)[region]
+    def _tumour_nuclei(self, region: Mask, seed: Floats | None) -> None:
+        kind = self.tumour
+        mean = sum(kind.diameter) / 2
+        centres = self._places(region, spacing=mean * self.rng.uniform(1.1, 1.5), keep=0.92)
+        if seed is not None:
+            apart = ((centres - seed) ** 2).sum(1) > (0.8 * mean * self.scale) ** 2
+            centres = np.concatenate([seed[None], centres[apart]])
+        cells = choose_cells(self.rng, kind, centres, self.scale, None)
+        if seed is None:  # from outside, no nucleus may reach into the centre
+            gap = _from_centre()[centres[:, 0].astype(int), centres[:, 1].astype(int)]
+            cells = cells.keep(gap > cells.reach(kind) + 1)
+        self._stain(kind, cells)
 
-    def _cleft_around(self, region: npt.NDArray[np.bool_]) -> None:
+    def _cleft_around(self, region: Mask) -> None:
         # Nests shrink away from the stroma when a block is fixed, on some slides more than on others.
-        if self.rng.random() < 0.5:
-            soft = gaussian_filter(region.astype(np.float32), 2.0)
+        if self.rng.random() < 0.4:
+            soft = gaussian_filter(region.astype(np.float32), 2.0, truncate=3)
             self.eosin *= 1 - 0.5 * np.exp(-(((soft - 0.35) / 0.15) ** 2))
 
-    def _holes(self, region: npt.NDArray[np.bool_], radius: tuple[float, float], count: int) -> None:
+    # -- layers ----------------------------------------------------------------------------------------------
+
+    def _cytoplasm(self, region: Mask, eosin: float, haematoxylin: float, grain: float) -> None:
+        texture = 0.6 * _noise(self.rng, "medium") + 0.4 * _noise(self.rng, "fine")
+        pink = np.maximum(1 + grain * texture, 0.05) * (eosin * self.rng.uniform(0.8, 1.25))
+        # Crevices between cells let the glass show.
+        pink *= np.clip(1.6 + 0.9 * _noise(self.rng, "medium"), 0.08, 1)
+        np.copyto(self.eosin, pink, where=region)
+        np.copyto(self.haematoxylin, haematoxylin * np.maximum(1 + 0.3 * texture, 0), where=region)
+
+    def _holes(self, region: Mask, radius: tuple[float, float], count: int) -> None:
         y, x = _grid()
         holes = np.zeros((_CANVAS, _CANVAS), np.float32)
-        for cy, cx in self.rng.uniform(-_CANVAS / 2, _CANVAS / 2, (count, 2)):
+        for cy, cx in self.rng.uniform(-_CANVAS / 2, _CANVAS / 2, (count, 2)).astype(np.float32):
             wanted = self.rng.uniform(*radius) * self.scale
             distance = np.sqrt((y - cy) ** 2 + (x - cx) ** 2)
             # Cells touch but do not merge: a later one shrinks to fit between earlier ones and the region's edge.
@@ -174,112 +223,95 @@ class Tissue:
         self.eosin *= keep
         self.haematoxylin *= keep
 
-    def _nuclei(
-        self, kind: Nucleus, region: npt.NDArray[np.bool_], spacing: float, keep: float, lean: float | None = None
-    ) -> None:
+    def _fold(self) -> None:
+        """A crease: along a band the section lies double."""
+        y, x = _grid()
+        turn = self.rng.uniform(0, np.pi)
+        across = np.cos(turn) * y + np.sin(turn) * x + 4 * _noise(self.rng, "coarse")
+        band = np.abs(across - self.rng.uniform(-50, 50)) < self.rng.uniform(3, 8)
+        double = 1 + 0.8 * gaussian_filter(band.astype(np.float32), 1.0, truncate=3)
+        self.haematoxylin *= double
+        self.eosin *= double
+
+    def _nuclei(self, kind: Nucleus, region: Mask, spacing: float, keep: float, lean: float | None = None) -> None:
         """Scatter nuclei of one kind over a region, `spacing` micrometres apart, a share `keep` of the places."""
+        self._stain(kind, choose_cells(self.rng, kind, self._places(region, spacing, keep), self.scale, lean))
+
+    def _places(self, region: Mask, spacing: float, keep: float) -> Floats:
         centres = _scatter(self.rng, spacing * self.scale)
         inside = region[centres[:, 0].astype(int), centres[:, 1].astype(int)]
-        centres = centres[inside & (self.rng.random(len(centres)) < keep)]
-        if len(centres):
-            size = self.scale * (self.tumour_size if kind is TUMOUR else 1.0)
-            self._paste(centres, *_draw_nuclei(self.rng, kind, centres, size, lean), kind.chromatin)
+        chosen: Floats = centres[inside & (self.rng.random(len(centres)) < keep)]
+        return chosen
 
-    def _paste(self, centres: Floats, bodies: Floats, density: Floats, chromatin: float) -> None:
-        side = bodies.shape[1]
-        layer = np.zeros((_CANVAS + 2 * side, _CANVAS + 2 * side), np.float32)
-        solid = np.zeros_like(layer)
-        corners = np.floor(centres).astype(int) - side // 2 + side
-        for (y, x), body, dense in zip(corners.tolist(), bodies, density, strict=True):
-            window = np.s_[y : y + side, x : x + side]
-            np.maximum(layer[window], dense, out=layer[window])
-            np.maximum(solid[window], body, out=solid[window])
-        crop = np.s_[side : side + _CANVAS, side : side + _CANVAS]
-        dots = np.clip(1 + chromatin * _noise(self.rng, "fine"), 0.3, 1.8)
-        self.haematoxylin = np.maximum(self.haematoxylin * (1 - 0.7 * solid[crop]), layer[crop] * dots)
-        self.eosin *= 1 - 0.55 * solid[crop]
+    def _stain(self, kind: Nucleus, cells: Cells) -> None:
+        """Lay nuclei over what is there: they push the cytoplasm aside."""
+        if not len(cells.centres):
+            return
+        windows = draw(self.rng, kind, cells)
+        side = windows.shape[-1]
+        layer = np.zeros((2, _CANVAS + 2 * side, _CANVAS + 2 * side), np.float32)
+        corners = np.floor(cells.centres).astype(int) - side // 2 + side
+        for (y, x), window in zip(corners.tolist(), windows, strict=True):
+            place = layer[:, y : y + side, x : x + side]
+            np.maximum(place, window, out=place)
+        solid, dense = layer[:, side : side + _CANVAS, side : side + _CANVAS]
+        dots = np.clip(1 + kind.chromatin * _noise(self.rng, "fine"), 0.3, 1.8)
+        self.haematoxylin = np.maximum(self.haematoxylin * (1 - 0.7 * solid), dense * dots)
+        self.eosin *= 1 - 0.55 * solid
 
 
-_NORMAL = (Tissue.lymphoid, Tissue.sinus, Tissue.germinal_centre, Tissue.stroma, Tissue.fat)
-_NORMAL_SHARES = (0.38, 0.17, 0.12, 0.21, 0.12)
+_NORMAL = (
+    Tissue.lymphoid,
+    Tissue.sinus,
+    Tissue.granuloma,
+    Tissue.germinal_centre,
+    Tissue.plasma_cells,
+    Tissue.stroma,
+    Tissue.fat,
+)
+_NORMAL_SHARES = (0.28, 0.15, 0.10, 0.15, 0.08, 0.16, 0.08)
 
 
 def without_margin(canvas: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The patch of a canvas: ``(120, 120, ...)`` to ``(96, 96, ...)``."""
-    return canvas[_MARGIN : _MARGIN + PATCH, _MARGIN : _MARGIN + PATCH]
+    """The patch of a canvas: ``(..., 120, 120)`` to ``(..., 96, 96)``."""
+    return canvas[..., _MARGIN : _MARGIN + PATCH, _MARGIN : _MARGIN + PATCH]
 
 
 def _scatter(rng: np.random.Generator, spacing: float) -> Floats:
     """Points ``(n, 2)`` on the canvas, from a turned and jittered hexagonal grid: spread, but not in rows."""
-    reach = int(np.ceil(_CANVAS / spacing)) + 1
-    i, j = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1)
-    points = spacing * np.stack([i * np.sqrt(0.75), j + 0.5 * (i % 2)], 1)
+    grid = _hexagons(int(np.ceil(0.75 * _CANVAS / spacing)) + 1)
     turn = rng.uniform(0, np.pi)
-    points = points @ np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    points += _CANVAS / 2 + rng.uniform(-spacing, spacing, 2) + rng.normal(0, 0.2 * spacing, points.shape)
+    cos, sin = np.cos(turn) * spacing, np.sin(turn) * spacing
+    points = np.stack([cos * grid[:, 0] + sin * grid[:, 1], cos * grid[:, 1] - sin * grid[:, 0]], 1)
+    points += _CANVAS / 2 + rng.uniform(-spacing / 2, spacing / 2, 2)
+    points += rng.normal(0, 0.2 * spacing, points.shape)
     inside: Floats = points[((points >= 0) & (points < _CANVAS)).all(axis=1)]
     return inside
 
 
-def _draw_nuclei(
-    rng: np.random.Generator, kind: Nucleus, centres: Floats, scale: float, lean: float | None
-) -> tuple[Floats, Floats]:
-    """Bodies in [0, 1] and haematoxylin densities, each ``(n, side, side)``, of n nuclei at once.
-
-    The outline is an ellipse whose radius waves with the angle; each nucleus lies in its own small window,
-    so the cost goes with the nuclei's area and not with the canvas.
-    """
-    n = len(centres)
-    radius = rng.uniform(*kind.diameter, n) * scale / 2
-    stretch = np.sqrt(rng.uniform(*kind.aspect, n))
-    angle = rng.uniform(0, np.pi, n) if lean is None else lean + rng.normal(0, 0.25, n)
-    side = 2 * int(np.ceil((radius * stretch).max() * (1 + 2 * kind.irregular) + 1)) + 1
-    across, along = _own_axes(centres - np.floor(centres), angle, side)
-    z = (along / stretch[:, None, None] + 1j * across * stretch[:, None, None]) / radius[:, None, None]
-    distance = np.abs(z) + 1e-6
-    reach = distance / _outline(rng, z / distance, kind.irregular)
-    body = np.clip((1 - reach) * radius[:, None, None] + 0.5, 0, 1)
-    pale = kind.vesicular * np.clip((0.95 - reach) / 0.3, 0, 1)
-    density = rng.uniform(*kind.density, n)[:, None, None] * (1 - pale)
-    for _ in range(kind.nucleoli):
-        density = density + _nucleolus(rng, z, radius)
-    return body.astype(np.float32), (body * density).astype(np.float32)
-
-
-def _own_axes(fraction: Floats, angle: npt.ArrayLike, side: int) -> tuple[Floats, Floats]:
-    """Pixel coordinates across and along each nucleus, ``(n, side, side)``, from its sub-pixel centre."""
-    steps = np.arange(side) - side // 2 + 0.5
-    y = (steps - fraction[:, :1])[:, :, None]
-    x = (steps - fraction[:, 1:])[:, None, :]
-    cos, sin = (np.asarray(f(angle))[:, None, None] for f in (np.cos, np.sin))
-    return cos * y - sin * x, sin * y + cos * x
-
-
-def _outline(rng: np.random.Generator, direction: npt.NDArray[Any], depth: float) -> Floats:
-    """Radius by direction (unit complex numbers), about 1, with two and three bumps."""
-    phase = np.exp(1j * rng.uniform(0, 2 * np.pi, (2, len(direction), 1, 1)))
-    square = direction * direction
-    waves: Floats = ((square * phase[0]).real + (square * direction * phase[1]).real) * depth
-    return 1 + waves
-
-
-def _nucleolus(rng: np.random.Generator, z: npt.NDArray[Any], radius: Floats) -> Floats:
-    """A dark dot within half the radius of each nucleus's centre; about a third of the nuclei go without."""
-    n = len(z)
-    place = 0.5 * np.sqrt(rng.random(n)) * np.exp(1j * rng.uniform(0, 2 * np.pi, n))
-    strength = 0.6 * rng.uniform(0.5, 1.0, n) * (rng.random(n) < 0.67)
-    # 1.1 pixels wide in every nucleus, so relatively larger in small ones.
-    width = 1.1 / radius
-    away = np.abs(z - place[:, None, None]) / width[:, None, None]
-    dot: Floats = strength[:, None, None] * np.exp(-0.5 * away**2)
-    return dot
+@cache
+def _hexagons(reach: int) -> Floats:
+    """Points of a hexagonal grid, one apart, within `reach` of the origin."""
+    i, j = np.mgrid[-2 * reach : 2 * reach + 1, -2 * reach : 2 * reach + 1].reshape(2, -1)
+    points = np.stack([i * np.sqrt(0.75), j + 0.5 * (i % 2)], 1)
+    near: Floats = points[np.hypot(*points.T) <= reach]
+    return near
 
 
 @cache
 def _grid() -> tuple[Floats, Floats]:
     """Rows and columns, ``(120, 1)`` and ``(1, 120)``, in pixels from the canvas's middle."""
-    steps = np.arange(_CANVAS, dtype=np.float32) - (_CANVAS - 1) / 2
+    steps = np.arange(_CANVAS, dtype=np.float32) - np.float32((_CANVAS - 1) / 2)
     return steps[:, None], steps[None, :]
+
+
+@cache
+def _from_centre() -> Floats:
+    """How far each pixel lies from the central 32×32, ``(120, 120)``, in pixels; 0 or less within."""
+    y, x = (np.abs(steps) - _CENTRE_HALF for steps in _grid())
+    outside = np.hypot(np.maximum(y, 0), np.maximum(x, 0))
+    distance: Floats = np.where(outside > 0, outside, np.maximum(y, x))
+    return distance
 
 
 _NOISE_SIDE = 512
@@ -294,9 +326,9 @@ _NOISE_WIDTHS: dict[str, tuple[float, float]] = {
 
 def _noise(rng: np.random.Generator, name: str) -> Floats:
     """A random window, ``(120, 120)``, of a sheet made once: filtering anew would take most of the time."""
-    y, x = rng.integers(0, _NOISE_SIDE, 2)
-    window = _noise_sheet(name)[y : y + _CANVAS, x : x + _CANVAS]
-    return window[:: 1 - 2 * int(rng.integers(2)), :: 1 - 2 * int(rng.integers(2))]
+    y, x = rng.integers(0, 2 * _NOISE_SIDE, 2).tolist()
+    window = _noise_sheet(name)[y // 2 : y // 2 + _CANVAS, x // 2 : x // 2 + _CANVAS]
+    return window[:: 1 - 2 * (y % 2), :: 1 - 2 * (x % 2)]
 
 
 @cache

@@ -11,10 +11,13 @@ import pytest
 from examples.histopathology import standin
 from examples.histopathology.data import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.hospitals import HOSPITALS
-from examples.histopathology.standin import colour_statistics, make_standin, render_patch
+from examples.histopathology.hospitals import HOSPITALS, PUBLISHED, _slide
+from examples.histopathology.nuclei import FIBROBLAST, LYMPHOCYTE, choose_cells, draw, tumour_kind
+from examples.histopathology.standin import make_standin, render_patch
+from examples.histopathology.tissue import Tissue, without_margin
 from examples.histopathology.writing import SplitWriter
 
+TUMOUR = tumour_kind(1.0)
 SIZES = {"train": 40, "val": 12, "test": 12}
 
 
@@ -44,8 +47,9 @@ def assert_same(a, b):
     assert all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
-def test_the_bits_do_not_depend_on_the_number_of_processes(made, tmp_path):
-    make_standin(tmp_path, SIZES, processes=2)
+@pytest.mark.parametrize("processes", [2])
+def test_the_bits_do_not_depend_on_the_number_of_processes(made, tmp_path, processes):
+    make_standin(tmp_path, SIZES, processes=processes)
     assert_same(made, tmp_path)
 
 
@@ -99,20 +103,60 @@ def test_the_label_is_tumour_in_the_central_32_pixels():
     assert outside > 3  # the distractor: tumour that the label ignores
 
 
-def test_hospitals_differ_in_colour_as_the_challenges_do(made):
-    means = {split: colour_statistics(data, 40)[0] for split, data in open_splits(made).items()}
-    # Published: train .74 .59 .72, validation .61 .46 .59. A dozen patches scatter by about .03.
-    np.testing.assert_allclose(means["train"], [0.74, 0.59, 0.72], atol=0.08)
-    np.testing.assert_allclose(means["val"], [0.61, 0.46, 0.59], atol=0.08)
-    assert (means["val"] < means["test"]).all()
+def test_tumour_outside_the_centre_comes_close_and_no_nucleus_of_it_reaches_in():
+    region = np.ones((120, 120), bool)
+    near = 0
+    for seed in range(30):
+        tissue = Tissue(np.random.default_rng(seed), 1.0, tumour_kind(1.0), 0.25)
+        mask, seed_point = tissue._tumour_region(0)
+        assert seed_point is None and not without_margin(mask)[32:64, 32:64].any()
+        near += without_margin(mask)[28:68, 28:68].any()
+        tissue._tumour_nuclei(region, None)  # even where the region covers the centre
+        assert without_margin(tissue.haematoxylin)[32:64, 32:64].max() <= np.float32(0.03)
+        assert tissue.haematoxylin.max() > 0.3
+    assert near > 3
 
 
-def test_colour_statistics_are_those_of_the_pooled_pixels(made):
-    data = HistoDataset(made / "train.h5")
-    pixels = data.read(range(40)).astype(np.float64)
-    mean, std = colour_statistics(data, 1000)
-    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-10)
-    np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-8)
+def test_label_one_always_shows_a_tumour_nucleus_in_the_centre():
+    for seed in range(30):
+        tissue = Tissue(np.random.default_rng(seed), 1.0, tumour_kind(0.2), 0.25)
+        _, point = tissue._tumour_region(1)
+        tissue._tumour_nuclei(np.zeros((120, 120), bool), point)  # no region: the one nucleus alone
+        assert without_margin(tissue.haematoxylin)[32:64, 32:64].max() > 0.2
+
+
+@pytest.mark.parametrize("kind", [LYMPHOCYTE, TUMOUR, FIBROBLAST], ids=["lymphocyte", "tumour", "fibroblast"])
+def test_nuclei_have_the_area_of_their_diameter(kind):
+    rng = np.random.default_rng(0)
+    cells = choose_cells(rng, kind, rng.uniform(20, 90, (200, 2)), 1.0, None)
+    bodies = draw(rng, kind, cells)[:, 0]
+    areas, wanted = bodies.sum((1, 2)), np.pi * cells.radius**2
+    # Two kinds of waves of depth d add d² of the area; pixels and the soft edge cost a few percent of a small one.
+    np.testing.assert_allclose(areas.mean(), (wanted * (1 + kind.irregular**2)).mean(), rtol=0.05)
+    border = np.concatenate([bodies[:, 0], bodies[:, -1], bodies[:, :, 0], bodies[:, :, -1]])
+    assert border.max() == 0  # the window holds all of it
+
+
+def test_slides_of_a_hospital_differ_in_stain_scan_and_tumour():
+    slides = [_slide(0, 4, number) for number in range(HOSPITALS[4].slides)]
+    for name in ("jpeg", "blur", "microns", "tumour_eosin"):
+        assert len({getattr(slide, name) for slide in slides}) > 5
+    assert len({slide.tumour.diameter for slide in slides}) == len(slides)
+    assert _slide(0, 4, 0) is _slide(0, 4, 0) and (_slide(1, 4, 0).white != _slide(0, 4, 0).white).any()
+
+
+def test_colours_are_the_challenges():
+    means = {}
+    for split in SIZES:
+        images = np.stack([render_patch(0, split, index).image for index in range(200)]) / 255
+        means[split] = images.mean((0, 2, 3))
+        if split in PUBLISHED:
+            # Published to .005; 200 patches whose means differ by .09 have a standard error of .006, and the few
+            # slides that a hospital sent move its mean by about .01.
+            np.testing.assert_allclose(means[split], PUBLISHED[split][0], atol=0.02)
+            # Spreads stay below green's published one: see benchmarks/colours.py.
+            np.testing.assert_allclose(images.std((0, 2, 3)), PUBLISHED[split][1], atol=0.03)
+    assert (means["val"] < means["test"]).all() and means["test"][2] > means["test"][0]  # paler, and bluer
 
 
 def test_the_same_request_is_not_rendered_twice(made, monkeypatch):

@@ -1,0 +1,201 @@
+"""The WILDS Camelyon17 folder as `Rows`: ``metadata.csv`` and a PNG for each patch.
+
+The table's first column, without a name, is the index; ``patient`` (three digits, leading zeros kept), ``node``,
+``x_coord`` and ``y_coord`` name the picture; ``tumor`` is the label, ``center`` the hospital. As the WILDS package
+does, centre 1 is validation and centre 2 test, whatever ``split`` says; of the other centres, ``split`` 0 is
+train. Their rows of ``split`` 1 are WILDS's validation *within* the training hospitals and are left out.
+
+P. W. Koh et al. WILDS: a benchmark of in-the-wild distribution shifts. ICML 2021, arXiv:2012.07421.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from .errors import ExampleError
+from .layout import PATCH, SPLITS
+from .rows import Ids, Rows, choose
+
+TABLE = "metadata.csv"
+COLUMNS = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
+CENTRES = {1: "val", 2: "test"}
+_SIZE = (PATCH, PATCH)
+_OWN_SPLITS = {0: "train", 1: None}
+_LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "": None}
+
+
+class WildsRows(Rows):
+    """One split of the folder.
+
+    Args:
+        path: ``metadata.csv``.
+        split: "train", "val" or "test".
+        limit: see `rows.choose`.
+
+    Raises:
+        ExampleError: a column is missing, a row is faulty (the first is named by its line), no row of the split,
+            a patient's folder of pictures is not there.
+    """
+
+    layout = "WILDS Camelyon17 folder"
+
+    def __init__(self, path: Path, split: str, limit: int | None = None) -> None:
+        super().__init__(path)
+        table = _Table(path)
+        lines = table.lines_of(split)
+        if not lines:
+            raise ExampleError(f"{path}: no row of the {split} split. {_rule(split)}")
+        ids = table.ids(lines)
+        order = np.argsort(ids)
+        self.ids = ids[order][choose(len(ids), limit, path)]
+        entries = [table.entry(lines[i]) for i in order[choose(len(ids), limit, path)]]
+        self.labels = [entry.label for entry in entries]
+        self.centres = np.array([entry.centre for entry in entries], np.int64)
+        self._names = [entry.picture for entry in entries]
+        _check_folders(path, self._names)
+        self.dtypes["uint8"] = len(entries)
+        self.shape = (*_SIZE, 3)
+        left_out = len(table.lines_of(None))
+        if split == "train" and left_out:
+            self.notes = [f"{left_out:,} rows of split 1 left out: WILDS's validation within the training hospitals"]
+
+    def read(self, index: int, out: npt.NDArray[np.float32]) -> None:
+        """Read one image into `out`, channel first."""
+        path = self.path.parent / self._names[index]
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except FileNotFoundError as error:
+            raise ExampleError(
+                f"{path}: no such picture, but {self.path} lists it. Unpack the archive again."
+            ) from error
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            raise ExampleError(f"{path}: cannot be read as a PNG ({error}). Unpack the archive again.") from error
+        if pixels.shape[:2] != _SIZE:
+            raise ExampleError(f"{path}: {pixels.shape[1]}×{pixels.shape[0]} pixels; WILDS patches are 96×96.")
+        np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=out)
+
+    def name(self, index: int) -> str:
+        """The image by its file."""
+        return self._names[index]
+
+
+class _Entry(NamedTuple):
+    picture: str
+    label: int | None
+    centre: int
+
+
+class _Table:
+    """The table's cells as text, half a million lines in a second; numbers are made of those that are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise ExampleError(f"{path}: no such file. A WILDS folder holds metadata.csv and patches/.")
+        self.path = path
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            self._cells = list(reader)
+        missing = [name for name in COLUMNS if name not in header]
+        if missing:
+            raise ExampleError(
+                f"{path}: no column {', '.join(missing)} (found: {', '.join(header)}). WILDS Camelyon17 has an index, "
+                f"then {', '.join(COLUMNS[:5])}, slide, center, split."
+            )
+        self._columns = [header.index(name) for name in COLUMNS]
+        short = next((i for i, cells in enumerate(self._cells) if len(cells) != len(header)), None)
+        if short is not None:
+            raise self._fault(short, f"{len(self._cells[short])} cells, {len(header)} columns")
+        self._splits = self._read_splits()
+
+    def lines_of(self, split: str | None) -> list[int]:
+        """The lines of a split; None asks for those that belong to none."""
+        return [line for line, each in enumerate(self._splits) if each == split]
+
+    def splits(self) -> set[str | None]:
+        """The splits that a line belongs to."""
+        return set(self._splits)
+
+    def ids(self, lines: list[int]) -> Ids:
+        """The index of these lines, each once."""
+        ids = np.array([self._whole(line, self._cells[line][0], "the index") for line in lines], np.int64)
+        values, counts = np.unique(ids, return_counts=True)
+        if (counts > 1).any():
+            raise ExampleError(f"{self.path}: {counts.max()} rows have the index {values[counts.argmax()]}. Keep one.")
+        return ids
+
+    def entry(self, line: int) -> _Entry:
+        """Picture, label and centre of a line."""
+        patient, node, x, y, tumour, centre, _ = (self._cells[line][column].strip() for column in self._columns)
+        where = f"patient_{patient}_node_{self._whole(line, node, 'node')}"
+        x, y = (str(self._whole(line, text, name)) for text, name in ((x, "x_coord"), (y, "y_coord")))
+        if tumour not in _LABELS:
+            raise self._fault(line, f"tumor is {tumour!r}; it must be 0 or 1, or empty in the test split")
+        picture = f"patches/{where}/patch_{where}_x_{x}_y_{y}.png"
+        return _Entry(picture, _LABELS[tumour], self._whole(line, centre, "center"))
+
+    def _read_splits(self) -> list[str | None]:
+        centre, split = self._columns[-2:]
+        known: dict[tuple[str, str], str | None] = {}
+        for line, cells in enumerate(self._cells):
+            pair = cells[centre], cells[split]
+            if pair not in known:
+                known[pair] = self._split(line, *pair)
+        return [known[cells[centre], cells[split]] for cells in self._cells]
+
+    def _split(self, line: int, centre: str, split: str) -> str | None:
+        by_centre = CENTRES.get(self._whole(line, centre, "center"))
+        if by_centre is not None:
+            return by_centre
+        own = self._whole(line, split, "split")
+        if own not in _OWN_SPLITS:
+            raise self._fault(line, f"split is {own}; WILDS has 0 (train) and 1 (validation in the same hospitals)")
+        return _OWN_SPLITS[own]
+
+    def _whole(self, line: int, text: str, column: str) -> int:
+        try:
+            value = float(text)  # pandas writes 2.0 where a column once held a gap
+            if value.is_integer():
+                return int(value)
+        except ValueError:
+            pass
+        raise self._fault(line, f"{column} is {text!r}, not a whole number")
+
+    def _fault(self, line: int, what: str) -> ExampleError:
+        return ExampleError(f"{self.path}, line {line + 2}: {what}.")
+
+
+def is_wilds(folder: Path) -> bool:
+    """Whether a folder holds WILDS's table."""
+    return (folder / TABLE).is_file()
+
+
+def find(folder: Path) -> dict[str, Path]:
+    """The table, for each split that a row of it belongs to."""
+    splits = _Table(folder / TABLE).splits()
+    return {split: folder / TABLE for split in SPLITS if split in splits}
+
+
+def _rule(split: str) -> str:
+    centres = {name: centre for centre, name in CENTRES.items()}
+    return (
+        f"It is center {centres[split]}."
+        if split in centres
+        else "It is split 0 of the centers that are neither 1 nor 2."
+    )
+
+
+def _check_folders(path: Path, names: list[str]) -> None:
+    # Each patient's folder once: to look for half a million pictures one by one would take minutes on a slow disk.
+    for name in sorted({name.rpartition("/")[0] for name in names}):
+        if not (path.parent / name).is_dir():
+            patient = name.split("_")[1]
+            lost = " Were the patient's leading zeros lost (004 became 4)?" if len(patient) < 3 else ""
+            raise ExampleError(f"{path.parent / name}: no such folder, but {path.name} lists pictures in it.{lost}")
