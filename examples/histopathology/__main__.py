@@ -24,6 +24,7 @@ from .data import HistoDataset, find_splits, open_splits
 from .errors import ExampleError
 from .files import write_text
 from .methods import METHODS, Method, find_methods
+from .processes import PRECISIONS, Job, is_first_process, make_accelerator
 from .training import Recipe, default_workers, pick_device
 
 SMALL_SIZES = {"train": 960, "val": 320, "test": 320}
@@ -48,7 +49,7 @@ CAVEATS = {
     "says nothing about tumours. Patches overlap, so chance moves the figures more than their number suggests.",
 }
 
-console = Console()
+console = Console(quiet=not is_first_process())
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 MethodsOption = Annotated[str, typer.Option("--methods", help=f"Comma-separated, of {', '.join(METHODS)}.")]
@@ -77,6 +78,8 @@ class Options:
     seed: Annotated[int, typer.Option(help="Head, shuffling, augmentation, stand-in.")] = 0
     workers: Annotated[int | None, typer.Option(help="Loader processes (0 on a CPU).")] = None
     limit: Annotated[int | None, typer.Option(help="At most this many patches of each split.")] = None
+    precision: Annotated[str, typer.Option(help="Of the training steps: fp32 or bf16.")] = "fp32"
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what an ended run left in --out.")] = False
     out: Annotated[Path, typer.Option(help="Folder for everything written.")] = Path("runs/histopathology")
 
     def recipe(self) -> Recipe:
@@ -133,7 +136,7 @@ def main(ctx: typer.Context, options: Options, methods: MethodsOption = "probe,l
     and write table.md, submission.csv, results.json and report.html.
     """
     if ctx.invoked_subcommand is None:
-        job(options, find_methods(methods.split(",")), seeds=1)
+        run(options, find_methods(methods.split(",")), seeds=1)
         return
     given = [name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
     if given:
@@ -147,7 +150,7 @@ def train(
     options: Options, method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "lora"
 ) -> None:
     """Train one method."""
-    job(options, find_methods([method]), seeds=1)
+    run(options, find_methods([method]), seeds=1)
 
 
 @app.command()
@@ -158,7 +161,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Trainings of each method, from --seed up.")] = 3,
 ) -> None:
     """Train each method with several seeds and report mean, spread and paired differences."""
-    job(options, find_methods(methods.split(",")), seeds)
+    run(options, find_methods(methods.split(",")), seeds)
 
 
 @app.command()
@@ -208,23 +211,27 @@ def make_data(
     console.print(f"wrote {out}", soft_wrap=True)
 
 
-def job(options: Options, methods: Sequence[Method], seeds: int) -> None:
+def run(options: Options, methods: Sequence[Method], seeds: int) -> None:
     """Train every method with every seed and write the report."""
     recipe = check(options, seeds)
-    transforms = experiment.make_transforms(recipe)
-    splits = open_splits(find_data(options), options.limit, transforms)
+    experiment.make_transforms(recipe)  # tries the backbone and the image size
+    job = Job(options.out, console, make_accelerator(recipe.precision), options.resume)
+    folder = job.first_decides(lambda: find_data(options))
+    splits = open_splits(folder, options.limit)
     recipes = [dataclasses.replace(recipe, seed=recipe.seed + k) for k in range(seeds)]
-    adapters = options.out / "adapters"
     try:
         results = [
-            experiment.run_method(method, splits, each, adapters / f"{method.name}-seed{each.seed}", console)
+            experiment.run_method(method, splits, each, f"{method.name}-seed{each.seed}", job)
             for each in recipes
             for method in methods
         ]
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; the best adapters so far are in {adapters}", err=True)
+        where = options.out / "adapters"
+        typer.echo(f"interrupted; the best adapters so far are in {where}; --resume goes on", err=True)
         raise typer.Exit(130) from None
-    finish(options, splits, recipe, results)
+    if job.is_first:
+        finish(options, splits, recipe, results)
+    job.wait()
 
 
 def finish(
@@ -239,7 +246,7 @@ def finish(
     for note in whole.notes():
         console.print(f"· {note}", highlight=False)
     console.print(f"submission.csv is by {whole.best.method}, seed {whole.best.seed}: the lowest validation loss")
-    for name in ("report.html", "table.md", "results.json", "submission.csv", "adapters"):
+    for name in ("report.html", "table.md", "results.json", "submission.csv", "adapters", "logs"):
         console.print(f"{options.out / name}", soft_wrap=True)
 
 
@@ -264,6 +271,8 @@ def check(options: Options, seeds: int) -> Recipe:
         find_splits(options.data)
     if options.out.exists() and not options.out.is_dir():
         raise ExampleError(f"--out {options.out} is a file; name a folder.")
+    if recipe.precision not in PRECISIONS:
+        raise ExampleError(f"--precision {recipe.precision}: give one of {', '.join(PRECISIONS)}.")
     check_backbone(recipe.backbone)
     return recipe
 

@@ -5,6 +5,7 @@ image size that the adapter needs.
 """
 
 import dataclasses
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import convlora
@@ -22,8 +22,10 @@ from .backbones import Normalisation, check_input, load_backbone
 from .data import HistoDataset, Transform
 from .errors import ExampleError
 from .files import replacing_directory, write_text
+from .loading import View, make_loader
 from .methods import Method
-from .training import Epoch, Recipe, accuracy, fit, make_loader, pick_device, place, predict
+from .processes import Job
+from .training import Epoch, Recipe, accuracy, fit, pick_device, place, predict
 from .transforms import eval_transform, train_transform
 from .verify import Proofs, prove
 
@@ -76,44 +78,109 @@ def make_transforms(recipe: Recipe) -> dict[str, Transform]:
     return {"train": train_transform(recipe.image_size, normalisation), "val": evaluation, "test": evaluation}
 
 
-def run_method(
-    method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, folder: Path, console: Console
-) -> Result:
-    """Train a method, save its best adapter in ``folder``, load it back on a fresh base, prove it, test it.
+def make_views(splits: Mapping[str, HistoDataset], recipe: Recipe) -> dict[str, View]:
+    """The splits through their transforms, whose draws are of the recipe's seed."""
+    transforms = make_transforms(recipe)
+    return {name: View(split, transforms[name], recipe.seed) for name, split in splits.items()}
+
+
+def run_method(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, name: str, job: Job) -> Result:
+    """Train a method, save its best adapter, load it back on a fresh base, prove it, test it.
+
+    What is written lies in the job's folder: ``adapters/NAME``, ``checkpoints/NAME.pt``, ``logs/NAME.csv`` and, when
+    all is done, ``results/NAME.json``. A job that resumes reads that where it is there.
 
     Args:
         method: what to adapt.
-        splits: "train", "val" and "test", with their transforms set.
+        splits: "train", "val" and "test".
         recipe: everything else.
-        folder: of the adapter; replaced whole at each improvement.
-        console: where progress goes.
+        name: of what is written.
+        job: where, and with how many processes.
 
     Raises:
         ExampleError: as `training.fit` and `backbones.load_backbone`.
     """
-    device = pick_device()
+    folder, file = job.out / "adapters" / name, job.out / "results" / f"{name}.json"
+    identity = identity_of(method, recipe, splits)
+    done = job.first_decides(lambda: read_result(file, identity, folder) if job.resume else _forget(file))
+    if done is not None:
+        job.console.print(f"{name}: done already", highlight=False)
+        return done
+    device = job.accelerator.device
     model, _ = open_backbone(recipe)
     model = place(method.prepare(model, recipe.rank), device)
-    name = f"{method.name} seed {recipe.seed}"
+    views = make_views(splits, recipe)
     fitted = fit(
-        model, splits, recipe, save=lambda best: save(best, folder, method, recipe), console=console, name=name
+        model,
+        views,
+        recipe,
+        save=lambda: save(model, folder, method, recipe),
+        job=job,
+        name=name,
+        identity={key: value for key, value in identity.items() if key != "epochs"},  # more may be asked for
     )
-    loader = make_loader(splits["test"], recipe)
-    logits, proofs = prove(fitted.model, load(folder, recipe, device), loader)
-    console.print(f"{name}: {proofs}", highlight=False)
-    return Result(
-        method=method.name,
-        seed=recipe.seed,
-        adapter=folder,
-        history=fitted.history,
-        best_epoch=fitted.best_epoch,
-        trainable=sum(p.numel() for p in convlora.trainable_parameters(fitted.model)),
-        parameters=sum(p.numel() for p in fitted.model.parameters()),
-        adapter_bytes=(folder / "adapter_model.safetensors").stat().st_size,
-        test_accuracy=accuracy(logits, _labels(splits["test"])),
-        test_logits=logits,
-        proofs=proofs,
-    )
+
+    def finished() -> Result:
+        loader = make_loader(views["test"], recipe.batch_size, workers=recipe.workers)
+        logits, proofs = prove(model, load(folder, recipe, device), loader)
+        job.console.print(f"{name}: {proofs}", highlight=False)
+        result = Result(
+            method=method.name,
+            seed=recipe.seed,
+            adapter=folder,
+            history=fitted.history,
+            best_epoch=fitted.best_epoch,
+            trainable=sum(p.numel() for p in convlora.trainable_parameters(model)),
+            parameters=sum(p.numel() for p in model.parameters()),
+            adapter_bytes=(folder / "adapter_model.safetensors").stat().st_size,
+            test_accuracy=accuracy(logits, _labels(splits["test"])),
+            test_logits=logits,
+            proofs=proofs,
+        )
+        write_result(file, identity, result)
+        return result
+
+    return job.first_decides(finished)
+
+
+def identity_of(method: Method, recipe: Recipe, splits: Mapping[str, HistoDataset]) -> dict[str, Any]:
+    """What a training depends on, as plain values; a result or checkpoint of anything else is not of this one."""
+    asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(recipe).items()}
+    return {**asked, "method": method.name, **{name: _digest(split) for name, split in splits.items()}}
+
+
+def _digest(split: HistoDataset) -> str:
+    """A split by its ids, labels and centres; its pixels are taken at its word."""
+    columns = (torch.as_tensor(split.ids), _labels(split), torch.as_tensor(split.centres))
+    digest = hashlib.sha256(b"".join(column.numpy().tobytes() for column in columns))
+    return f"{len(split)} patches, {digest.hexdigest()[:12]}"
+
+
+def _forget(file: Path) -> None:
+    file.unlink(missing_ok=True)
+
+
+def write_result(file: Path, identity: Mapping[str, Any], result: Result) -> None:
+    """Write ``results/NAME.json``: a training that is done, whole."""
+    kept = {**vars(result), "test_logits": result.test_logits.tolist(), "proofs": vars(result.proofs)}
+    kept |= {"history": [vars(epoch) for epoch in result.history], "adapter": result.adapter.name}
+    write_text(file, json.dumps({"identity": dict(identity), "result": kept}) + "\n")
+
+
+def read_result(file: Path, identity: Mapping[str, Any], adapter: Path) -> Result | None:
+    """What `write_result` left of this very training; None where there is none, or of another one."""
+    if not file.is_file():
+        return None
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored["identity"] != json.loads(json.dumps(dict(identity))):
+            return None
+        kept = dict(stored["result"])
+        kept["history"] = [Epoch(**epoch) for epoch in kept["history"]]
+        kept["proofs"] = Proofs(**kept["proofs"])
+        return Result(**{**kept, "test_logits": torch.tensor(kept["test_logits"]), "adapter": adapter})
+    except (KeyError, TypeError, ValueError) as fault:
+        raise ExampleError(f"{file} is damaged ({fault!r}); delete it to run this training again.") from fault
 
 
 def save(model: nn.Module, folder: Path, method: Method, recipe: Recipe) -> None:
@@ -145,8 +212,8 @@ def read_recipe(folder: Path) -> Recipe:
 
 def predict_split(folder: Path, split: HistoDataset, recipe: Recipe) -> tuple[Tensor, float | None]:
     """Logits ``(N,)`` of a saved adapter on a split, and the accuracy where it has labels."""
-    split.transform = make_transforms(recipe)["test"]
-    logits, labels = predict(load(folder, recipe, pick_device()), make_loader(split, recipe))
+    view = View(split, make_transforms(recipe)["test"])
+    logits, labels = predict(load(folder, recipe, pick_device()), make_loader(view, recipe.batch_size))
     return logits, accuracy(logits, labels)
 
 

@@ -55,13 +55,16 @@ def test_main_job_writes_everything_and_says_where(finished):
     printed, out = finished
     assert sorted(path.name for path in out.iterdir()) == [
         "adapters",
+        "checkpoints",
+        "logs",
         "report.html",
+        "results",
         "results.json",
         "submission.csv",
         "table.md",
     ]
-    for path in out.iterdir():
-        assert str(path) in printed
+    for name in ("adapters", "logs", "report.html", "results.json", "submission.csv", "table.md"):
+        assert str(out / name) in printed
     for name in ("probe", "lora", "lora-track"):
         assert f"| {name} |" in (out / "table.md").read_text()
         assert name in printed
