@@ -20,10 +20,11 @@ import convlora
 
 from . import experiment, report, slides, standin
 from .backbones import check_backbone
+from .catalogue import find_methods, names
 from .data import HistoDataset, find_splits, open_splits
 from .errors import ExampleError
 from .files import write_text
-from .methods import METHODS, Method, find_methods
+from .method import MODIFIERS, Method, modified
 from .processes import PRECISIONS, Job, is_first_process, make_accelerator
 from .training import Recipe, default_workers, pick_device
 
@@ -52,7 +53,13 @@ CAVEATS = {
 console = Console(quiet=not is_first_process())
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-MethodsOption = Annotated[str, typer.Option("--methods", help=f"Comma-separated, of {', '.join(METHODS)}.")]
+MethodsOption = Annotated[
+    str,
+    typer.Option(
+        "--methods", help=f"Comma-separated, of {', '.join(names())}, or YAML files; +{', +'.join(MODIFIERS)} compose."
+    ),
+]
+DEFAULT = "probe,probe-augmented,lora,lora-track"
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Options:
     ] = False
     epochs: Annotated[int | None, typer.Option(help="At most this many (6; 50 with --full).")] = None
     image_size: Annotated[int | None, typer.Option(help="Side in pixels (128; 224 with --full).")] = None
-    rank: Annotated[int, typer.Option(help="Of the LoRA factors.")] = 8
+    rank: Annotated[int | None, typer.Option(help="Of every method's factors, in place of its own (8).")] = None
     lr: Annotated[float | None, typer.Option(help="For every method (1e-3; 1e-4 with --full).")] = None
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32
     seed: Annotated[int, typer.Option(help="Head, shuffling, augmentation, stand-in.")] = 0
@@ -129,7 +136,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.callback(invoke_without_command=True)
 @with_options
-def main(ctx: typer.Context, options: Options, methods: MethodsOption = "probe,lora,lora-track") -> None:
+def main(ctx: typer.Context, options: Options, methods: MethodsOption = DEFAULT) -> None:
     """LoRA against a linear probe on tumour patches from unseen hospitals.
 
     Without a sub-command: make the data if none is given, train each method once, prove each saved adapter,
@@ -147,7 +154,8 @@ def main(ctx: typer.Context, options: Options, methods: MethodsOption = "probe,l
 @app.command()
 @with_options
 def train(
-    options: Options, method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "lora"
+    options: Options,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(names())}, or a YAML file.")] = "lora",
 ) -> None:
     """Train one method."""
     run(options, find_methods([method]), seeds=1)
@@ -157,7 +165,7 @@ def train(
 @with_options
 def compare(
     options: Options,
-    methods: MethodsOption = "probe,lora,lora-track",
+    methods: MethodsOption = DEFAULT,
     seeds: Annotated[int, typer.Option(help="Trainings of each method, from --seed up.")] = 3,
 ) -> None:
     """Train each method with several seeds and report mean, spread and paired differences."""
@@ -172,13 +180,15 @@ def predict(
     out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("submission.csv"),
     weights: Annotated[Path | None, typer.Option(help="Where the backbone's weights lie now.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
+    how: Annotated[str, typer.Option(help="Comma-separated, of ensemble, balanced, adabn.")] = "",
 ) -> None:
     """Predict with a saved adapter and write a submission."""
     check_minimums(batch_size=batch_size)
-    recipe = experiment.read_recipe(adapter)
+    recipe, method = experiment.read_card(adapter)
+    method = modified(method, [word for word in how.split(",") if word])
     recipe = dataclasses.replace(recipe, weights=weights or recipe.weights, batch_size=batch_size, workers=0)
     split = HistoDataset(test_file(data), require_labels=False)
-    logits, accuracy = experiment.predict_split(adapter, split, recipe)
+    logits, accuracy = experiment.predict_split(adapter, split, recipe, method)
     write_text(out, report.submission_csv(split.ids.tolist(), logits))
     if accuracy is not None:
         console.print(f"accuracy {accuracy:.4f} on {len(split):,} patches")
@@ -214,14 +224,14 @@ def make_data(
 def run(options: Options, methods: Sequence[Method], seeds: int) -> None:
     """Train every method with every seed and write the report."""
     recipe = check(options, seeds)
-    experiment.make_transforms(recipe)  # tries the backbone and the image size
+    experiment.check_backbone_takes(recipe)
     job = Job(options.out, console, make_accelerator(recipe.precision), options.resume)
     folder = job.first_decides(lambda: find_data(options))
     splits = open_splits(folder, options.limit)
     recipes = [dataclasses.replace(recipe, seed=recipe.seed + k) for k in range(seeds)]
     try:
         results = [
-            experiment.run_method(method, splits, each, f"{method.name}-seed{each.seed}", job)
+            experiment.run_method(method, splits, each, job, suffix=f"-seed{each.seed}")
             for each in recipes
             for method in methods
         ]

@@ -1,14 +1,16 @@
 """One method from a fresh backbone to its proven test logits, and a saved adapter back to predictions.
 
-An adapter folder holds what ``convlora.save_adapter`` writes and ``run.json``, which names the backbone and the
-image size that the adapter needs.
+An adapter folder holds what ``convlora.save_adapter`` writes and ``run.json``, which names the backbone, the image size
+and the method that the adapter was trained by.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,17 @@ from torch import Tensor, nn
 import convlora
 
 from .backbones import Normalisation, check_input, load_backbone
+from .catalogue import as_plain, method_from
 from .data import HistoDataset, Transform
 from .errors import ExampleError
+from .features import Features, features_of, head_alone, linear_head
 from .files import replacing_directory, write_text
-from .loading import View, make_loader
-from .methods import Method
+from .loading import Loader, View, make_loader
+from .method import Method, Predict
+from .prediction import predict_by
 from .processes import Job
-from .training import Epoch, Recipe, accuracy, fit, pick_device, place, predict
-from .transforms import eval_transform, train_transform
+from .training import Epoch, Recipe, accuracy, fit, pick_device, place
+from .transforms import VIEWS, eval_transform, train_transform
 from .verify import Proofs, prove
 
 CARD = "run.json"
@@ -34,7 +39,7 @@ CARD = "run.json"
 
 @dataclass(frozen=True)
 class Result:
-    """What one training gave. Accuracies are in [0, 1], None without labels; ``test_logits`` is ``(N,)``."""
+    """What one method gave with one seed. Accuracies are in [0, 1], None without labels; logits are ``(N,)``."""
 
     method: str
     seed: int
@@ -47,6 +52,9 @@ class Result:
     test_accuracy: float | None
     test_logits: Tensor
     proofs: Proofs
+    val_accuracy: float = math.nan
+    lr: float = 1e-3
+    transductive: bool = False
 
     @property
     def best(self) -> Epoch:
@@ -70,58 +78,133 @@ def open_backbone(recipe: Recipe) -> tuple[nn.Module, Normalisation]:
     return load_backbone(recipe.backbone, dropout=recipe.dropout, image_size=recipe.image_size, weights=recipe.weights)
 
 
-def make_transforms(recipe: Recipe) -> dict[str, Transform]:
-    """Each split's transform, from the backbone's own normalisation; tries the backbone and image size once."""
-    model, normalisation = open_backbone(recipe)
+def check_backbone_takes(recipe: Recipe) -> None:
+    """Try the backbone with the image size once, so that what cannot work fails before any training."""
+    model, _ = open_backbone(recipe)
     check_input(model, recipe.backbone, recipe.image_size)
-    evaluation = eval_transform(recipe.image_size, normalisation)
-    return {"train": train_transform(recipe.image_size, normalisation), "val": evaluation, "test": evaluation}
 
 
-def make_views(splits: Mapping[str, HistoDataset], recipe: Recipe) -> dict[str, View]:
-    """The splits through their transforms, whose draws are of the recipe's seed."""
-    transforms = make_transforms(recipe)
-    return {name: View(split, transforms[name], recipe.seed) for name, split in splits.items()}
+def centre_statistics(split: HistoDataset, most: int = 2000) -> dict[int, Normalisation]:
+    """Mean and deviation of each centre's own images, of at most so many, evenly spread."""
+    found = {}
+    for centre in sorted(set(torch.as_tensor(split.centres).tolist())):
+        own = (torch.as_tensor(split.centres) == centre).nonzero().flatten()
+        chosen = own[torch.linspace(0, len(own) - 1, min(most, len(own))).long()].tolist()
+        sums = torch.zeros(2, 3, dtype=torch.float64)
+        for start in range(0, len(chosen), 256):
+            images = torch.from_numpy(split.read(chosen[start : start + 256])).double()
+            sums += torch.stack([images.mean((2, 3)).sum(0), images.square().mean((2, 3)).sum(0)])
+        mean, square = sums / len(chosen)
+        std = (square - mean.square()).clamp(min=1e-6).sqrt()
+        found[int(centre)] = Normalisation("centre", f"{len(chosen)} images", tuple(mean.tolist()), tuple(std.tolist()))
+    return found
 
 
-def run_method(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, name: str, job: Job) -> Result:
-    """Train a method, save its best adapter, load it back on a fresh base, prove it, test it.
+class Transforms:
+    """The transforms of one method: by the backbone's normalisation, or by each centre's own."""
 
-    What is written lies in the job's folder: ``adapters/NAME``, ``checkpoints/NAME.pt``, ``logs/NAME.csv`` and, when
-    all is done, ``results/NAME.json``. A job that resumes reads that where it is there.
+    def __init__(self, method: Method, recipe: Recipe, normalisation: Normalisation) -> None:
+        self.method, self.recipe, self.normalisation = method, recipe, normalisation
+
+    def view(self, split: HistoDataset, *, train: bool = False, turn: int = 0) -> View:
+        """A split as this method sees it; for evaluation under one of the 8 turns and flips."""
+
+        def transform(normalisation: Normalisation) -> Transform:
+            size = self.recipe.image_size
+            if train:
+                return train_transform(size, normalisation, self.method.augment)  # type: ignore[no-any-return]
+            return eval_transform(size, normalisation, turn)  # type: ignore[no-any-return]
+
+        if self.method.normalise == "backbone":
+            return View(split, transform(self.normalisation), self.recipe.seed)
+        centres = {centre: transform(own) for centre, own in centre_statistics(split).items()}
+        return View(split, centres, self.recipe.seed)
+
+
+def make_views(splits: Mapping[str, HistoDataset], recipe: Recipe, method: Method) -> dict[str, View]:
+    """The splits as a method sees them, training draws by the recipe's seed."""
+    transforms = Transforms(method, recipe, open_backbone(recipe)[1])
+    return {name: transforms.view(split, train=name == "train") for name, split in splits.items()}
+
+
+def run_method(
+    method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, job: Job, *, suffix: str = ""
+) -> Result:
+    """Train what the method trains, or take the training that it shares with another, and predict its way.
+
+    What is written lies in the job's folder: the files of `train`, and ``predictions/NAME.json`` where the method
+    predicts otherwise than image by image. A job that resumes reads what is there.
 
     Args:
-        method: what to adapt.
+        method: what to train, and how to predict.
         splits: "train", "val" and "test".
         recipe: everything else.
-        name: of what is written.
         job: where, and with how many processes.
+        suffix: of the files' names, behind the method's.
 
     Raises:
         ExampleError: as `training.fit` and `backbones.load_backbone`.
     """
+    shared = dataclasses.replace(method, name=method.training, predict=Predict())
+    trained = train(shared, splits, recipe, job, f"{method.training}{suffix}")
+    if method.predict == Predict():
+        # the name may be another's whose training is the same
+        return dataclasses.replace(trained, method=method.name, transductive=method.transductive)
+    file = job.out / "predictions" / f"{method.name}{suffix}.json"
+    identity = {**identity_of(shared, recipe, splits), "predict": dataclasses.asdict(method.predict)}
+
+    def predicted() -> Result:
+        done = read_result(file, identity, trained.adapter) if job.resume else None
+        if done is not None:
+            return done
+        model = load(trained.adapter, recipe, job.accelerator.device)
+        val, _ = predict_by(method.predict, model, _loaders(method, splits["val"], recipe))
+        test, labels = predict_by(method.predict, model, _loaders(method, splits["test"], recipe))
+        result = dataclasses.replace(
+            trained,
+            method=method.name,
+            transductive=method.transductive,
+            val_accuracy=accuracy(val, _labels(splits["val"])) or 0.0,
+            test_logits=test,
+            test_accuracy=accuracy(test, labels),
+        )
+        write_result(file, identity, result)
+        return result
+
+    return job.first_decides(predicted)
+
+
+def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, job: Job, name: str) -> Result:
+    """Train a method, save its best adapter, load it back on a fresh base, prove it, test it image by image.
+
+    Writes ``adapters/NAME``, ``checkpoints/NAME.pt``, ``logs/NAME.csv`` and, when all is done, ``results/NAME.json``.
+    A training that this job has done, or where it resumes an earlier one, is read.
+    """
     folder, file = job.out / "adapters" / name, job.out / "results" / f"{name}.json"
     identity = identity_of(method, recipe, splits)
-    done = job.first_decides(lambda: read_result(file, identity, folder) if job.resume else _forget(file))
+    is_to_be_read = job.resume or name in job.done
+    done = job.first_decides(lambda: read_result(file, identity, folder) if is_to_be_read else _forget(file))
     if done is not None:
         job.console.print(f"{name}: done already", highlight=False)
         return done
     device = job.accelerator.device
-    model, _ = open_backbone(recipe)
+    model, normalisation = open_backbone(recipe)
     model = place(method.prepare(model, recipe.rank), device)
-    views = make_views(splits, recipe)
+    transforms = Transforms(method, recipe, normalisation)
+    trained, views = _what_trains(model, method, transforms, splits, recipe, job)
     fitted = fit(
-        model,
+        trained,
         views,
         recipe,
         save=lambda: save(model, folder, method, recipe),
         job=job,
         name=name,
         identity={key: value for key, value in identity.items() if key != "epochs"},  # more may be asked for
+        to_train_mode=method.to_train_mode,
     )
 
     def finished() -> Result:
-        loader = make_loader(views["test"], recipe.batch_size, workers=recipe.workers)
+        loader = make_loader(transforms.view(splits["test"]), recipe.batch_size, workers=recipe.workers)
         logits, proofs = prove(model, load(folder, recipe, device), loader)
         job.console.print(f"{name}: {proofs}", highlight=False)
         result = Result(
@@ -136,17 +219,51 @@ def run_method(method: Method, splits: Mapping[str, HistoDataset], recipe: Recip
             test_accuracy=accuracy(logits, _labels(splits["test"])),
             test_logits=logits,
             proofs=proofs,
+            val_accuracy=fitted.history[fitted.best_epoch].val_accuracy,
+            lr=recipe.lr,
+            transductive=method.transductive,
         )
         write_result(file, identity, result)
         return result
 
+    job.done.add(name)
     return job.first_decides(finished)
+
+
+def _what_trains(
+    model: nn.Module,
+    method: Method,
+    transforms: Transforms,
+    splits: Mapping[str, HistoDataset],
+    recipe: Recipe,
+    job: Job,
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The model and its images; or its head and their features, where those are the same in each epoch."""
+    head = linear_head(model) if method.frozen_backbone else None
+    augment = method.augment
+    fixed = augment.policy in ("none", "dihedral") and not augment.stain_jitter and recipe.precision == "fp32"
+    if head is None or not fixed:
+        return model, {name: transforms.view(splits[name], train=name == "train") for name in ("train", "val")}
+    cached = {}
+    for name in ("train", "val"):
+        turns = range(VIEWS) if name == "train" and augment.policy == "dihedral" else range(1)
+        views = [functools.partial(transforms.view, splits[name], turn=turn) for turn in turns]
+        key = f"{_digest(splits[name])} {splits[name].path.name} {recipe.image_size} {method.normalise} {len(turns)}"
+        features = features_of(model, head, views, key, recipe.batch_size, job)
+        cached[name] = Features(features, splits[name].labels, recipe.seed)
+    return head_alone(head, recipe.dropout), cached
+
+
+def _loaders(method: Method, split: HistoDataset, recipe: Recipe) -> Callable[[int], Loader]:
+    """Batches of a split under each of the 8 views."""
+    transforms = Transforms(method, recipe, open_backbone(recipe)[1])
+    return lambda turn: make_loader(transforms.view(split, turn=turn), recipe.batch_size, workers=recipe.workers)
 
 
 def identity_of(method: Method, recipe: Recipe, splits: Mapping[str, HistoDataset]) -> dict[str, Any]:
     """What a training depends on, as plain values; a result or checkpoint of anything else is not of this one."""
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(recipe).items()}
-    return {**asked, "method": method.name, **{name: _digest(split) for name, split in splits.items()}}
+    return {**asked, **method.training_parts(), **{name: _digest(split) for name, split in splits.items()}}
 
 
 def _digest(split: HistoDataset) -> str:
@@ -185,7 +302,7 @@ def read_result(file: Path, identity: Mapping[str, Any], adapter: Path) -> Resul
 
 def save(model: nn.Module, folder: Path, method: Method, recipe: Recipe) -> None:
     """Write the adapter and its ``run.json``; the folder is replaced only when both are whole."""
-    card = {"method": method.name, "recipe": dataclasses.asdict(recipe)}
+    card = {"method": method.name, "configuration": as_plain(method), "recipe": dataclasses.asdict(recipe)}
     with replacing_directory(folder) as partial:
         convlora.save_adapter(model, partial)
         write_text(partial / CARD, json.dumps(card, indent=2, default=str) + "\n")
@@ -197,23 +314,24 @@ def load(folder: Path, recipe: Recipe, device: torch.device) -> nn.Module:
     return place(convlora.load_adapter(model, folder), device)
 
 
-def read_recipe(folder: Path) -> Recipe:
-    """The recipe that an adapter was trained by, from its ``run.json``."""
+def read_card(folder: Path) -> tuple[Recipe, Method]:
+    """The recipe and the method that an adapter was trained by, from its ``run.json``."""
     path = folder / CARD
     if not path.is_file():
         raise ExampleError(f"no {CARD} in {folder}; give an adapter folder that `train` or the main job wrote.")
     try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-        weights = stored["weights"]
-        return Recipe(**{**stored, "weights": None if weights is None else Path(weights)})
+        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        stored, weights = card["recipe"], card["recipe"]["weights"]
+        recipe = Recipe(**{**stored, "weights": None if weights is None else Path(weights)})
+        return recipe, method_from(card["configuration"], card["method"], path)
     except (KeyError, TypeError, ValueError) as fault:
         raise ExampleError(f"{path} is damaged ({fault!r}); train again or restore the file.") from fault
 
 
-def predict_split(folder: Path, split: HistoDataset, recipe: Recipe) -> tuple[Tensor, float | None]:
-    """Logits ``(N,)`` of a saved adapter on a split, and the accuracy where it has labels."""
-    view = View(split, make_transforms(recipe)["test"])
-    logits, labels = predict(load(folder, recipe, pick_device()), make_loader(view, recipe.batch_size))
+def predict_split(folder: Path, split: HistoDataset, recipe: Recipe, method: Method) -> tuple[Tensor, float | None]:
+    """Logits ``(N,)`` of a saved adapter on a split by a method, and the accuracy where it has labels."""
+    model = load(folder, recipe, pick_device())
+    logits, labels = predict_by(method.predict, model, _loaders(method, split, recipe))
     return logits, accuracy(logits, labels)
 
 

@@ -24,7 +24,7 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 T = TypeVar("T")
 
 # The others wait while the first proves and tests an adapter; torch's own limit of ten minutes would end them.
-_PATIENCE = timedelta(hours=12)
+_PATIENCE = timedelta(hours=2)
 
 
 def make_accelerator(precision: str = "fp32") -> Accelerator:
@@ -63,12 +63,14 @@ class Job:
         out: the folder of everything written.
         console: where progress goes; the first process's alone is shown.
         resume: whether to go on from what an earlier run left in ``out``.
+        done: names of the trainings that this job has done.
     """
 
     out: Path
     console: Console = field(default_factory=lambda: Console(quiet=True))
     accelerator: Accelerator = field(default_factory=make_accelerator)
     resume: bool = False
+    done: set[str] = field(default_factory=set)
 
     @property
     def is_first(self) -> bool:

@@ -29,15 +29,16 @@ from torch import Tensor
 
 import convlora
 
+from .catalogue import find_method
 from .data import HistoDataset
 from .experiment import Result
 from .files import write_text
-from .methods import METHODS
 from .training import Epoch, pick_device
 
 HEADER = ("method", "test acc.", "val acc.", "val loss", "trainable", "share", "adapter", "s/epoch")
 # Okabe and Ito's colours, told apart by colour-blind readers; the dashes tell them apart in grey.
-_LINES = {"probe": ("#666666", ":"), "lora": ("#0072b2", "-"), "lora-track": ("#d55e00", "--")}
+_COLOURS = ("#0072b2", "#d55e00", "#666666", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_DASHES = ("-", "--", ":", "-.")
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "h5py")
 
 
@@ -73,7 +74,16 @@ class Report:
     def notes(self) -> list[str]:
         """The table's footnotes."""
         return [
-            "Every method saw the same patches, augmentation, order and learning rate, for the same seed.",
+            "Every method saw the same patches in the same order, for the same seed; what its images went through and "
+            "what it trained is said at each below.",
+            *(
+                [
+                    "Transductive: unlabelled test images, together, decide about each of them; such a row does not "
+                    "compare with one that sees one image at a time."
+                ]
+                if any(result.transductive for result in self.results)
+                else []
+            ),
             "Trainable: factors and head; share: of all parameters of the adapted model; adapter: "
             "adapter_model.safetensors. Seconds per epoch: the training pass, median over epochs.",
             "±: standard deviation over seeds." if len({r.seed for r in self.results}) > 1 else "One seed.",
@@ -86,12 +96,18 @@ class Report:
         names = dict.fromkeys(result.method for result in self.results)
         return {name: [r for r in self.results if r.method == name] for name in names}
 
+    def abouts(self) -> list[tuple[str, str]]:
+        """Each method's name and description."""
+        return [(name, find_method(name).about) for name in self._by_method()]
+
     def _paired_notes(self) -> list[str]:
         groups = self._by_method()
-        probe = groups.pop("probe", None)
+        # The control has the augmentation of the others, where it was run.
+        name = "probe-augmented" if "probe-augmented" in groups else "probe"
+        probe = groups.pop(name, None)
         if probe is None:
             return []
-        return [note for name, results in groups.items() for note in _differences(name, results, probe)]
+        return [note for other, results in groups.items() for note in _differences(other, results, name, probe)]
 
 
 def describe_split(name: str, split: HistoDataset) -> SplitFacts:
@@ -160,7 +176,7 @@ def html(report: Report) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.get_template("report.html.j2")
-    return template.render(report=report, header=HEADER, methods=METHODS, curves=curves(report.results))
+    return template.render(report=report, header=HEADER, curves=curves(report.results))
 
 
 def submission_csv(ids: Sequence[int], logits: Tensor) -> str:
@@ -184,9 +200,11 @@ def _curve(results: Sequence[Result], label: str, value: Callable[[Epoch], float
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel=label)
     named: set[str] = set()
+    order = list(dict.fromkeys(result.method for result in results))
     for result in results:
         epochs = range(1, len(result.history) + 1)
-        colour, dash = _LINES.get(result.method, ("black", "-"))
+        number = order.index(result.method)
+        colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)]
         legend = None if result.method in named else result.method
         named.add(result.method)
         marks = [result.best_epoch]  # the epoch whose model was kept
@@ -210,9 +228,9 @@ def _svg(figure: Figure, salt: str) -> Markup:
 def _row(results: Sequence[Result]) -> list[str]:
     first = results[0]
     return [
-        first.method,
+        f"{first.method} (transductive)" if first.transductive else first.method,
         _cell([r.test_accuracy for r in results]),
-        _cell([r.best.val_accuracy for r in results]),
+        _cell([r.val_accuracy for r in results]),
         _cell([r.best.val_loss for r in results]),
         f"{first.trainable:,}",
         f"{first.share:.2%}",
@@ -247,18 +265,18 @@ def _proof_notes(results: Sequence[Result]) -> list[str]:
     return failed or [held]
 
 
-def _differences(name: str, results: Sequence[Result], probe: Sequence[Result]) -> list[str]:
+def _differences(name: str, results: Sequence[Result], control_name: str, probe: Sequence[Result]) -> list[str]:
     """A method minus the probe, seed by seed, on validation and (with labels) test accuracy."""
     control = {result.seed: result for result in probe}
     pairs = [(result, control[result.seed]) for result in results if result.seed in control]
-    val = [a.best.val_accuracy - b.best.val_accuracy for a, b in pairs]
+    val = [a.val_accuracy - b.val_accuracy for a, b in pairs]
     test = [
         a.test_accuracy - b.test_accuracy
         for a, b in pairs
         if a.test_accuracy is not None and b.test_accuracy is not None
     ]
     kinds = (("validation", val), ("test", test))
-    return [_difference_note(f"{name} − probe, {kind} accuracy", values) for kind, values in kinds if values]
+    return [_difference_note(f"{name} − {control_name}, {kind} accuracy", values) for kind, values in kinds if values]
 
 
 def _difference_note(what: str, values: Sequence[float]) -> str:
@@ -277,6 +295,5 @@ def _result_data(result: Result) -> dict[str, Any]:
     return kept | {
         "share": result.share,
         "val_loss": result.best.val_loss,
-        "val_accuracy": result.best.val_accuracy,
         "seconds_per_epoch": result.seconds_per_epoch,
     }

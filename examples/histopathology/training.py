@@ -43,7 +43,8 @@ class Recipe:
     backbone: str = "lite0"
     weights: Path | None = None
     image_size: int = 128
-    rank: int = 8
+    rank: int | None = None
+    """For every method, in place of its own."""
     epochs: int = 6
     lr: float = 1e-3
     batch_size: int = 32

@@ -56,6 +56,7 @@ def test_main_job_writes_everything_and_says_where(finished):
     assert sorted(path.name for path in out.iterdir()) == [
         "adapters",
         "checkpoints",
+        "features",
         "logs",
         "report.html",
         "results",
@@ -65,11 +66,11 @@ def test_main_job_writes_everything_and_says_where(finished):
     ]
     for name in ("adapters", "logs", "report.html", "results.json", "submission.csv", "table.md"):
         assert str(out / name) in printed
-    for name in ("probe", "lora", "lora-track"):
+    for name in ("probe", "probe-augmented", "lora", "lora-track"):
         assert f"| {name} |" in (out / "table.md").read_text()
         assert name in printed
     proofs = [r["proofs"] for r in json.loads((out / "results.json").read_text())["results"]]
-    assert [(p["reload_bit_equal"], p["merge_same_labels"], p["patches"]) for p in proofs] == [(True, True, 24)] * 3
+    assert [(p["reload_bit_equal"], p["merge_same_labels"], p["patches"]) for p in proofs] == [(True, True, 24)] * 4
 
 
 def test_submission_has_every_id_in_order(finished):
@@ -134,7 +135,7 @@ def test_without_data_the_job_makes_its_own(tmp_path, monkeypatch):
         (["--lr", "nan"], "--lr nan: must be a positive number"),
         (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--backbone", "resnet51"], "did you mean"),
-        (["--methods", "probe,dora"], "unknown method dora; known: probe, lora, lora-track"),
+        (["--methods", "probe,dora"], "unknown method dora; known: full"),
         (["--methods", "lora,lora"], "twice"),
         (["--data", "absent"], "absent: no such folder"),
         (["--data", ".", "--slides", "."], "exclude each other"),

@@ -41,6 +41,7 @@ def result(method="lora", seed=0, val_loss=0.2, test_accuracy: float | None = 0.
         test_accuracy=test_accuracy,
         test_logits=torch.tensor([-1.0, 2.0, 0.5, -0.1]),
         proofs=PROOFS,
+        val_accuracy=0.7 + seed / 100,
     )
 
 

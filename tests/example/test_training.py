@@ -9,9 +9,9 @@ from toy_patches import write_toy
 import convlora
 from examples.histopathology import experiment, training
 from examples.histopathology.backbones import Normalisation
+from examples.histopathology.catalogue import find_method
 from examples.histopathology.data import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.methods import METHODS, find_methods
 from examples.histopathology.processes import Job
 from examples.histopathology.training import EarlyStopping, Recipe, accuracy, class_balance, fit
 from examples.histopathology.transforms import CROP_SCALE, eval_transform, train_transform
@@ -28,11 +28,11 @@ def toy(tmp_path_factory):
 
 
 def views(toy, recipe=RECIPE):
-    return experiment.make_views(open_splits(toy), recipe)
+    return experiment.make_views(open_splits(toy), recipe, find_method("lora"))
 
 
 def trained(name, toy, out, recipe=RECIPE, **options):
-    return experiment.run_method(METHODS[name], open_splits(toy), recipe, name, Job(out, **options))
+    return experiment.run_method(find_method(name), open_splits(toy), recipe, Job(out, **options))
 
 
 class Head(nn.Module):
@@ -102,7 +102,7 @@ def test_accuracy_needs_labels():
     assert accuracy(logits, torch.full((4,), math.nan)) is None
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["probe", "probe-augmented", "lora", "lora-track", "full", "norms"])
 def test_method_trains_reloads_bit_equal_and_merges(toy, tmp_path, name):
     result = trained(name, toy, tmp_path)
     assert result.proofs.reload_bit_equal
@@ -114,8 +114,8 @@ def test_method_trains_reloads_bit_equal_and_merges(toy, tmp_path, name):
         "adapter_model.safetensors",
         "run.json",
     ]
-    assert experiment.read_recipe(tmp_path / "adapters" / name) == RECIPE
-    assert (result.trainable == 1281) == (name == "probe")
+    assert experiment.read_card(tmp_path / "adapters" / name) == (RECIPE, find_method(name))
+    assert (result.trainable == 1281) == name.startswith("probe")
 
 
 def test_the_same_seed_gives_the_same_bits(toy, tmp_path):
@@ -125,12 +125,14 @@ def test_the_same_seed_gives_the_same_bits(toy, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_only_lora_track_moves_norm_statistics(toy, tmp_path):
-    for name, moves in (("probe", False), ("lora", False), ("lora-track", True)):
+def test_only_methods_that_track_move_norm_statistics(toy, tmp_path):
+    moving = {"probe": False, "lora": False, "lora-track": True, "full": False, "full-track": True, "norms": False}
+    for name, moves in moving.items():
         model, _ = experiment.open_backbone(RECIPE)
         before = model.bn2.running_mean.clone()
-        METHODS[name].prepare(model, rank=2)
-        fit(model, views(toy), RECIPE, job=Job(tmp_path))
+        find_method(name).prepare(model, rank=2)
+        recipe = dataclasses.replace(RECIPE, epochs=1)
+        fit(model, views(toy), recipe, job=Job(tmp_path), to_train_mode=find_method(name).to_train_mode)
         assert torch.equal(model.bn2.running_mean, before) != moves, name
 
 
@@ -146,17 +148,9 @@ def test_an_interrupted_run_leaves_the_best_adapter(toy, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trained("lora", toy, tmp_path)
     split = HistoDataset(toy / "test.h5")
-    logits, _ = experiment.predict_split(folder, split, experiment.read_recipe(folder))
+    logits, _ = experiment.predict_split(folder, split, *experiment.read_card(folder))
     assert len(logits) == 24
     assert [p.name for p in folder.parent.iterdir()] == ["lora"]
-
-
-def test_unknown_and_repeated_methods_are_refused():
-    assert [m.name for m in find_methods(["lora", "probe"])] == ["lora", "probe"]
-    with pytest.raises(ExampleError, match="unknown method dora; known: probe, lora, lora-track"):
-        find_methods(["lora", "dora"])
-    with pytest.raises(ExampleError, match="twice"):
-        find_methods(["lora", "lora"])
 
 
 def test_transforms_give_the_size_and_normalise():
