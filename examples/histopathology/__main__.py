@@ -18,9 +18,11 @@ from rich.progress import Progress
 
 import convlora
 
-from . import experiment, report, slides, standin
+from . import comparison, experiment, report, slides, standin
+from .ablation import variants
 from .backbones import check_backbone
 from .catalogue import find_methods, names
+from .comparison import parse_rates
 from .data import HistoDataset, find_splits, open_splits
 from .errors import ExampleError
 from .files import write_text
@@ -31,6 +33,7 @@ from .training import Recipe, default_workers, pick_device
 SMALL_SIZES = {"train": 960, "val": 320, "test": 320}
 FULL_SIZES = {"train": 100_000, "val": 34_904, "test": 85_054}  # the challenge's own
 FULL_RECIPE = {"epochs": 50, "image_size": 224, "lr": 1e-4}  # the report's
+SWEEP, SWEEP_FULL = [3e-4, 1e-3, 3e-3], [1e-4, 3e-4, 1e-3]  # the small run takes under 200 steps
 MINIMUMS = {
     "rank": 1,
     "epochs": 1,
@@ -161,15 +164,44 @@ def train(
     run(options, find_methods([method]), seeds=1)
 
 
+LrsOption = Annotated[
+    str | None,
+    typer.Option("--lrs", help="Learning rates to sweep (3e-4,1e-3,3e-3; 1e-4,3e-4,1e-3 with --full; or --lr alone)."),
+]
+
+
 @app.command()
 @with_options
 def compare(
     options: Options,
-    methods: MethodsOption = DEFAULT,
+    methods: MethodsOption = comparison.TABLE,
     seeds: Annotated[int, typer.Option(help="Trainings of each method, from --seed up.")] = 3,
+    lrs: LrsOption = None,
 ) -> None:
-    """Train each method with several seeds and report mean, spread and paired differences."""
-    run(options, find_methods(methods.split(",")), seeds)
+    """Sweep the learning rate of each method alike, run several seeds, report mean, spread and paired differences."""
+    run(options, find_methods(methods.split(",")), seeds, rates(options, lrs))
+
+
+@app.command()
+@with_options
+def ablation(
+    options: Options,
+    seeds: Annotated[int, typer.Option(help="Trainings of each variant, from --seed up.")] = 1,
+    lrs: LrsOption = None,
+) -> None:
+    """Ranks 1 to 64, stem, stages, 1×1, k×k, alpha, trained norms: accuracy against the share that trains."""
+    if options.rank is not None:
+        raise ExampleError("--rank: the ablation sets the ranks itself; leave it out.")
+    run(options, variants(), seeds, parse_rates(lrs) if lrs else [options.recipe().lr])
+
+
+def rates(options: Options, lrs: str | None) -> list[float]:
+    """The learning rates to sweep."""
+    if lrs and options.lr is not None:
+        raise ExampleError("--lr and --lrs exclude each other; give one.")
+    if lrs:
+        return parse_rates(lrs)
+    return [options.lr] if options.lr is not None else SWEEP_FULL if options.full else SWEEP
 
 
 @app.command()
@@ -221,37 +253,47 @@ def make_data(
     console.print(f"wrote {out}", soft_wrap=True)
 
 
-def run(options: Options, methods: Sequence[Method], seeds: int) -> None:
-    """Train every method with every seed and write the report."""
+def run(options: Options, methods: Sequence[Method], seeds: int, sweep: Sequence[float] = ()) -> None:
+    """Train every method with every seed, at the best rate of a sweep where one is given, and write the report."""
     recipe = check(options, seeds)
     experiment.check_backbone_takes(recipe)
     job = Job(options.out, console, make_accelerator(recipe.precision), options.resume)
     folder = job.first_decides(lambda: find_data(options))
     splits = open_splits(folder, options.limit)
-    recipes = [dataclasses.replace(recipe, seed=recipe.seed + k) for k in range(seeds)]
+    remarks: list[str] = []
     try:
-        results = [
-            experiment.run_method(method, splits, each, job, suffix=f"-seed{each.seed}")
-            for each in recipes
-            for method in methods
-        ]
+        if sweep:
+            results, sweeps = comparison.compare(methods, splits, recipe, sweep, seeds, job)
+            remarks = [f"Learning rate by validation loss on seed {recipe.seed}, {each}." for each in sweeps]
+        else:
+            results = [
+                experiment.run_method(method, splits, each, job, suffix=f"-seed{each.seed}")
+                for each in (dataclasses.replace(recipe, seed=recipe.seed + k) for k in range(seeds))
+                for method in methods
+            ]
     except KeyboardInterrupt:
         where = options.out / "adapters"
         typer.echo(f"interrupted; the best adapters so far are in {where}; --resume goes on", err=True)
         raise typer.Exit(130) from None
     if job.is_first:
-        finish(options, splits, recipe, results)
+        remarks += comparison.reported([method.name for method in methods], splits)
+        finish(options, splits, recipe, results, remarks)
     job.wait()
 
 
 def finish(
-    options: Options, splits: dict[str, HistoDataset], recipe: Recipe, results: Sequence[experiment.Result]
+    options: Options,
+    splits: dict[str, HistoDataset],
+    recipe: Recipe,
+    results: Sequence[experiment.Result],
+    remarks: Sequence[str],
 ) -> None:
     """Write and show the outputs of a job."""
     facts = [report.describe_split(name, split) for name, split in splits.items()]
-    whole = report.Report(results, facts, arguments(options, recipe, results), caveat(splits))
-    ids = splits["test"].ids.tolist()
-    report.write_report(whole, options.out, report.submission_csv(ids, whole.best.test_logits))
+    test = splits["test"]
+    given = arguments(options, recipe, results)
+    whole = report.Report(results, facts, given, caveat(splits), test.labels, remarks)
+    report.write_report(whole, options.out, report.submission_csv(test.ids.tolist(), whole.best.test_logits))
     console.print(report.rich_table(whole))
     for note in whole.notes():
         console.print(f"· {note}", highlight=False)
@@ -264,7 +306,8 @@ def arguments(options: Options, recipe: Recipe, results: Sequence[experiment.Res
     """Everything that was asked for, for the report."""
     seeds = sorted({result.seed for result in results})
     where = options.data or options.slides or "synthetic stand-in"
-    trained = {k: v for k, v in dataclasses.asdict(recipe).items() if k != "seed" and v is not None}
+    trained = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("seed", "lr") and v is not None}
+    trained["lr"] = ", ".join(f"{lr:g}" for lr in sorted({result.lr for result in results}))
     return {"data": str(where), "limit": options.limit or "none", **trained, "seeds": ", ".join(map(str, seeds))}
 
 

@@ -55,6 +55,7 @@ class Result:
     val_accuracy: float = math.nan
     lr: float = 1e-3
     transductive: bool = False
+    about: str = ""
 
     @property
     def best(self) -> Epoch:
@@ -149,7 +150,7 @@ def run_method(
     trained = train(shared, splits, recipe, job, f"{method.training}{suffix}")
     if method.predict == Predict():
         # the name may be another's whose training is the same
-        return dataclasses.replace(trained, method=method.name, transductive=method.transductive)
+        return dataclasses.replace(trained, method=method.name, transductive=method.transductive, about=method.about)
     file = job.out / "predictions" / f"{method.name}{suffix}.json"
     identity = {**identity_of(shared, recipe, splits), "predict": dataclasses.asdict(method.predict)}
 
@@ -164,6 +165,7 @@ def run_method(
             trained,
             method=method.name,
             transductive=method.transductive,
+            about=method.about,
             val_accuracy=accuracy(val, _labels(splits["val"])) or 0.0,
             test_logits=test,
             test_accuracy=accuracy(test, labels),
@@ -222,6 +224,7 @@ def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, jo
             val_accuracy=fitted.history[fitted.best_epoch].val_accuracy,
             lr=recipe.lr,
             transductive=method.transductive,
+            about=method.about,
         )
         write_result(file, identity, result)
         return result

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import convlora
 
-from .catalogue import find_method
+from .comparison import differences
 from .data import HistoDataset
 from .experiment import Result
 from .files import write_text
@@ -60,6 +60,10 @@ class Report:
     splits: Sequence[SplitFacts]
     arguments: Mapping[str, Any]
     caveat: str = ""
+    labels: Tensor | None = None
+    """Of the test set, for paired differences."""
+    remarks: Sequence[str] = ()
+    """Further footnotes."""
     environment: Mapping[str, Any] = field(default_factory=lambda: describe_environment())
 
     @property
@@ -89,6 +93,7 @@ class Report:
             "±: standard deviation over seeds." if len({r.seed for r in self.results}) > 1 else "One seed.",
             *([] if self.best.test_accuracy is None else [_sampling_error(len(self.best.test_logits))]),
             *self._paired_notes(),
+            *self.remarks,
             *_proof_notes(self.results),
         ]
 
@@ -98,16 +103,15 @@ class Report:
 
     def abouts(self) -> list[tuple[str, str]]:
         """Each method's name and description."""
-        return [(name, find_method(name).about) for name in self._by_method()]
+        return [(name, results[0].about) for name, results in self._by_method().items()]
 
     def _paired_notes(self) -> list[str]:
-        groups = self._by_method()
-        # The control has the augmentation of the others, where it was run.
-        name = "probe-augmented" if "probe-augmented" in groups else "probe"
-        probe = groups.pop(name, None)
-        if probe is None:
-            return []
-        return [note for other, results in groups.items() for note in _differences(other, results, name, probe)]
+        found = differences(self.results, self.labels)
+        explained = (
+            "Differences are paired by seed and patch; in brackets the 95 % interval over patches (percentile "
+            "bootstrap), which says nothing of other seeds and is too narrow where patches resemble each other."
+        )
+        return [*([explained] if found else []), *map(str, found)]
 
 
 def describe_split(name: str, split: HistoDataset) -> SplitFacts:
@@ -165,6 +169,7 @@ def as_data(report: Report) -> dict[str, Any]:
         "environment": dict(report.environment),
         "arguments": dict(report.arguments),
         "splits": [dataclasses.asdict(split) for split in report.splits],
+        "differences": [dataclasses.asdict(each) for each in differences(report.results, report.labels)],
         "best": {"method": report.best.method, "seed": report.best.seed},
         "results": [_result_data(result) for result in report.results],
     }
@@ -190,10 +195,44 @@ def submission_csv(ids: Sequence[int], logits: Tensor) -> str:
 
 def curves(results: Sequence[Result]) -> dict[str, Markup]:
     """Loss and accuracy over the epochs, each an ``<svg>`` element to put into a page."""
-    return {
+    drawn = {
         "Validation loss": _curve(results, "validation loss", lambda epoch: epoch.val_loss),
         "Validation accuracy": _curve(results, "validation accuracy", lambda epoch: epoch.val_accuracy),
     }
+    if len({result.method for result in results}) > 2 and all(r.test_accuracy is not None for r in results):
+        drawn["Test accuracy against trainable share"] = frontier(results)
+    return drawn
+
+
+def frontier(results: Sequence[Result]) -> Markup:
+    """Mean test accuracy against the share of parameters that train, with the line of what nothing beats on both.
+
+    Transductive methods are hollow, and have no part in the line.
+    """
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="trainable share", ylabel="test accuracy", xscale="log")
+    points = []
+    for name in dict.fromkeys(result.method for result in results):
+        own = [result for result in results if result.method == name]
+        share, height = own[0].share, statistics.mean(r.test_accuracy or 0.0 for r in own)
+        hollow = own[0].transductive
+        axes.plot(share, height, "o", color=_COLOURS[0], fillstyle="none" if hollow else "full", ms=4)
+        axes.annotate(name, (share, height), xytext=(3, 3), textcoords="offset points", fontsize=6)
+        if not hollow:
+            points.append((share, height))
+    line = pareto(points)
+    axes.step([x for x, _ in line], [y for _, y in line], where="post", color="#666666", lw=0.8, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure, "frontier")
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, gain) that no other beats on both, by cost."""
+    line: list[tuple[float, float]] = []
+    for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not line or gain > line[-1][1]:
+            line.append((cost, gain))
+    return line
 
 
 def _curve(results: Sequence[Result], label: str, value: Callable[[Epoch], float]) -> Markup:
@@ -263,28 +302,6 @@ def _proof_notes(results: Sequence[Result]) -> list[str]:
         f"by merging: {largest:.1g}."
     )
     return failed or [held]
-
-
-def _differences(name: str, results: Sequence[Result], control_name: str, probe: Sequence[Result]) -> list[str]:
-    """A method minus the probe, seed by seed, on validation and (with labels) test accuracy."""
-    control = {result.seed: result for result in probe}
-    pairs = [(result, control[result.seed]) for result in results if result.seed in control]
-    val = [a.val_accuracy - b.val_accuracy for a, b in pairs]
-    test = [
-        a.test_accuracy - b.test_accuracy
-        for a, b in pairs
-        if a.test_accuracy is not None and b.test_accuracy is not None
-    ]
-    kinds = (("validation", val), ("test", test))
-    return [_difference_note(f"{name} − {control_name}, {kind} accuracy", values) for kind, values in kinds if values]
-
-
-def _difference_note(what: str, values: Sequence[float]) -> str:
-    each = ", ".join(f"{value:+.3f}" for value in values)
-    if len(values) == 1:
-        return f"{what}: {each}, one seed."
-    spread = f"mean {statistics.mean(values):+.3f} ± {statistics.stdev(values):.3f}"
-    return f"{what}: {spread} over {len(values)} seeds ({each})."
 
 
 def _result_data(result: Result) -> dict[str, Any]:
