@@ -39,6 +39,13 @@ def put(saved: Mapping[str, Tensor], model: nn.Module) -> None:
             tensor.copy_(saved[name])
 
 
+def seed_generators(seed: int) -> None:
+    """Start every generator that a training may draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """Where every generator stands that a training may draw from: torch, its GPU, numpy, Python."""
     name, keys, *rest = np.random.get_state(legacy=True)

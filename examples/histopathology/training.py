@@ -27,7 +27,16 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset
 
-from .checkpoints import copies, moving, put, random_state, read_checkpoint, set_random_state, write_checkpoint
+from .checkpoints import (
+    copies,
+    moving,
+    put,
+    random_state,
+    read_checkpoint,
+    seed_generators,
+    set_random_state,
+    write_checkpoint,
+)
 from .data import Sample
 from .errors import ExampleError
 from .loading import Loader, begin_epoch, make_loader
@@ -197,7 +206,7 @@ def fit(
     """
     rank, world = int(job.accelerator.process_index), job.processes
     # Every method sees the same augmentation and dropout draws, whatever building its model consumed.
-    torch.manual_seed(recipe.seed + 1_000_003 * rank)
+    seed_generators(recipe.seed + 1_000_003 * rank)
     balance = class_balance(_labels(views["train"]))
     size = {"workers": recipe.workers, "rank": rank, "world": world}
     loaders = {

@@ -182,7 +182,7 @@ def test_missing_and_truncated_data_are_found_before_training(toy, tmp_path):
 
 
 def test_interruption_says_where_the_best_adapters_are(toy, tmp_path, monkeypatch):
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiment, "run_method", interrupted)
