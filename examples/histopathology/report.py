@@ -78,8 +78,7 @@ class Report:
     def notes(self) -> list[str]:
         """The table's footnotes."""
         return [
-            "Every method saw the same patches in the same order, for the same seed; what its images went through and "
-            "what it trained is said at each below.",
+            "Every method saw the same patches in the same order, for the same seed.",
             *(
                 [
                     "Transductive: unlabelled test images, together, decide about each of them; such a row does not "
@@ -158,7 +157,7 @@ def markdown(report: Report) -> str:
     lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in report.rows()]
     caveat = [f"**{report.caveat}**", ""] if report.caveat else []
-    notes = [f"- {note}" for note in report.notes()]
+    notes = [f"- {note}" for note in (*(f"{name}: {about}." for name, about in report.abouts()), *report.notes())]
     return "\n".join([*caveat, *lines, "", *notes, ""])
 
 
