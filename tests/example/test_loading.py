@@ -120,3 +120,18 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert [history["processes"] for history in histories] == [1, 2]
     # fp32 sums in another order, over two epochs of steps
     torch.testing.assert_close(*(torch.tensor(h["epochs"]) for h in histories), rtol=0, atol=1e-5)
+
+
+def test_logs_hold_each_epoch_once_also_after_a_resume(tmp_path):
+    from examples.histopathology.logs import Log
+    from examples.histopathology.training import Epoch
+
+    history = [Epoch(1.0, 2.0, 0.5, 1e-3, 3.0)]
+    for _ in range(2):  # as two runs would
+        log = Log(tmp_path, "x", history)
+        history.append(Epoch(0.5, 1.0, 0.6, 1e-3, 3.0))
+        log.write(history)
+        log.close()
+    lines = (tmp_path / "x.csv").read_text().splitlines()
+    assert lines[0] == "epoch,train_loss,val_loss,val_accuracy,lr,seconds"
+    assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3"]

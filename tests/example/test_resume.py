@@ -21,7 +21,7 @@ from examples.histopathology.training import Recipe, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RECIPE = Recipe(image_size=32, epochs=4, batch_size=16)
+RECIPE = Recipe(image_size=32, epochs=2, batch_size=16)
 PROBE = find_method("probe-augmented")
 HERE = Path(__file__).parent
 
@@ -70,11 +70,11 @@ def test_more_epochs_go_on_where_fewer_ended(toy, tmp_path):
         return experiment.run_method(PROBE, open_splits(toy), recipe, Job(out, resume=resume))
 
     run(tmp_path / "a", 1)
-    longer = run(tmp_path / "a", 3, resume=True)
-    whole = run(tmp_path / "b", 3)
+    longer = run(tmp_path / "a", 2, resume=True)
+    whole = run(tmp_path / "b", 2)
     assert torch.equal(longer.test_logits, whole.test_logits)
     assert [e.val_loss for e in longer.history] == [e.val_loss for e in whole.history]
-    assert len((tmp_path / "a" / "logs" / "probe-augmented.csv").read_text().splitlines()) == 4
+    assert len((tmp_path / "a" / "logs" / "probe-augmented.csv").read_text().splitlines()) == 3
 
 
 def test_a_training_that_is_done_is_read_and_not_run_again(toy, tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_training_is_refused_by_name(toy, tmp_path):
 
 def test_without_resume_a_training_begins_anew(toy, tmp_path):
     for _ in range(2):
-        result = experiment.run_method(PROBE, open_splits(toy), dataclasses.replace(RECIPE, epochs=2), Job(tmp_path))
+        result = experiment.run_method(PROBE, open_splits(toy), RECIPE, Job(tmp_path))
         assert len(result.history) == 2
 
 
@@ -139,8 +139,8 @@ def test_bf16_trains_near_fp32_and_leaves_the_model_in_fp32(toy, tmp_path):
         recipe = dataclasses.replace(RECIPE, epochs=1, precision=precision)
         job = Job(tmp_path / precision, accelerator=make_accelerator(precision))
         model, _ = experiment.open_backbone(recipe)
-        method = find_method("lora")
-        method.prepare(model, 4)
+        method = PROBE
+        method.prepare(model)
         views = experiment.make_views(open_splits(toy), recipe, method)
         losses[precision] = fit(model, views, recipe, job=job).history[0]
         assert {p.dtype for p in model.parameters()} == {torch.float32}
