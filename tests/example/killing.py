@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -85,17 +86,25 @@ def ended(pid: int) -> bool:
     return code == 0
 
 
-def kill_at_random(train: Callable[[], None], kills: int, seed: int, longest: float) -> int:
-    """Kill until so many kills struck a running training, then let it end; how many struck."""
+def kill_at_random(train: Callable[[Path], None], out: Path, kills: int, seed: int, longest: float) -> int:
+    """Kill until so many kills struck a running training, then let it end; how many struck.
+
+    A training that got through meanwhile must have come out as the undisturbed one, and begins anew.
+    """
     draws, struck = random.Random(seed), 0
     for _ in range(50 * kills):
         if struck == kills:
             break
-        pid = start(train)
+        pid = start(partial(train, out))
         time.sleep(draws.uniform(0, longest))
         os.kill(pid, signal.SIGKILL)
-        struck += not ended(pid)
-    ended(start(train))
+        if not ended(pid):
+            struck += 1
+            continue
+        if digest(out) != digest(out.with_name("whole")):
+            raise RuntimeError(f"after {struck} kills the training came out otherwise")
+        shutil.rmtree(out)
+    ended(start(partial(train, out)))
     return struck
 
 
@@ -156,7 +165,7 @@ def main() -> None:
     if mode == "random":
         kills, seed = int(sys.argv[3]), int(sys.argv[4])
         # Up to 0.6 of a whole training: some strike at its beginning, some in its middle, some at its end.
-        struck = kill_at_random(lambda: train(out / "killed", data), kills, seed, 0.6 * seconds)
+        struck = kill_at_random(partial(train, data=data), out / "killed", kills, seed, 0.6 * seconds)
     else:
         struck = kill_at_writes(lambda: train(out / "killed", data))
     print(json.dumps({"struck": struck, "whole": digest(out / "whole"), "killed": digest(out / "killed")}))
