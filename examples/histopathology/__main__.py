@@ -19,17 +19,22 @@ from rich.table import Table
 
 import convlora
 
-from . import experiment, inspection, report, sheet, slides, standin
+from . import comparison, experiment, inspection, report, sheet, slides, standin
+from .ablation import variants
 from .backbones import check_backbone
+from .catalogue import find_methods, names
+from .comparison import parse_rates
 from .data import HistoDataset, find_splits, open_splits
 from .errors import ExampleError
 from .files import write_text
-from .methods import METHODS, Method, find_methods
+from .method import MODIFIERS, Method, modified
+from .processes import PRECISIONS, Job, is_first_process, make_accelerator
 from .training import Recipe, default_workers, pick_device
 
 SMALL_SIZES = {"train": 960, "val": 320, "test": 320}
 FULL_SIZES = {"train": 100_000, "val": 34_904, "test": 85_054}  # the challenge's own
 FULL_RECIPE = {"epochs": 50, "image_size": 224, "lr": 1e-4}  # the report's
+SWEEP, SWEEP_FULL = [3e-4, 1e-3, 3e-3], [1e-4, 3e-4, 1e-3]  # the small run takes under 200 steps
 MINIMUMS = {
     "rank": 1,
     "epochs": 1,
@@ -49,10 +54,16 @@ CAVEATS = {
     "says nothing about tumours. Patches overlap, so chance moves the figures more than their number suggests.",
 }
 
-console = Console()
+console = Console(quiet=not is_first_process())
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-MethodsOption = Annotated[str, typer.Option("--methods", help=f"Comma-separated, of {', '.join(METHODS)}.")]
+MethodsOption = Annotated[
+    str,
+    typer.Option(
+        "--methods", help=f"Comma-separated, of {', '.join(names())}, or YAML files; +{', +'.join(MODIFIERS)} compose."
+    ),
+]
+DEFAULT = "probe,probe-augmented,lora,lora-track"
 
 
 @dataclass(frozen=True)
@@ -72,12 +83,14 @@ class Options:
     ] = False
     epochs: Annotated[int | None, typer.Option(help="At most this many (6; 50 with --full).")] = None
     image_size: Annotated[int | None, typer.Option(help="Side in pixels (128; 224 with --full).")] = None
-    rank: Annotated[int, typer.Option(help="Of the LoRA factors.")] = 8
+    rank: Annotated[int | None, typer.Option(help="Of every method's factors, in place of its own (8).")] = None
     lr: Annotated[float | None, typer.Option(help="For every method (1e-3; 1e-4 with --full).")] = None
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32
     seed: Annotated[int, typer.Option(help="Head, shuffling, augmentation, stand-in.")] = 0
     workers: Annotated[int | None, typer.Option(help="Loader processes (0 on a CPU).")] = None
     limit: Annotated[int | None, typer.Option(help="At most this many patches of each split.")] = None
+    precision: Annotated[str, typer.Option(help="Of the training steps: fp32 or bf16.")] = "fp32"
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what an ended run left in --out.")] = False
     out: Annotated[Path, typer.Option(help="Folder for everything written.")] = Path("runs/histopathology")
 
     def recipe(self) -> Recipe:
@@ -127,14 +140,14 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.callback(invoke_without_command=True)
 @with_options
-def main(ctx: typer.Context, options: Options, methods: MethodsOption = "probe,lora,lora-track") -> None:
+def main(ctx: typer.Context, options: Options, methods: MethodsOption = DEFAULT) -> None:
     """LoRA against a linear probe on tumour patches from unseen hospitals.
 
     Without a sub-command: make the data if none is given, train each method once, prove each saved adapter,
     and write table.md, submission.csv, results.json and report.html.
     """
     if ctx.invoked_subcommand is None:
-        job(options, find_methods(methods.split(",")), seeds=1)
+        run(options, find_methods(methods.split(",")), seeds=1)
         return
     given = [name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
     if given:
@@ -145,21 +158,51 @@ def main(ctx: typer.Context, options: Options, methods: MethodsOption = "probe,l
 @app.command()
 @with_options
 def train(
-    options: Options, method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "lora"
+    options: Options,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(names())}, or a YAML file.")] = "lora",
 ) -> None:
     """Train one method."""
-    job(options, find_methods([method]), seeds=1)
+    run(options, find_methods([method]), seeds=1)
+
+
+LrsOption = Annotated[
+    str | None,
+    typer.Option("--lrs", help="Learning rates to sweep (3e-4,1e-3,3e-3; 1e-4,3e-4,1e-3 with --full; or --lr alone)."),
+]
 
 
 @app.command()
 @with_options
 def compare(
     options: Options,
-    methods: MethodsOption = "probe,lora,lora-track",
+    methods: MethodsOption = comparison.TABLE,
     seeds: Annotated[int, typer.Option(help="Trainings of each method, from --seed up.")] = 3,
+    lrs: LrsOption = None,
 ) -> None:
-    """Train each method with several seeds and report mean, spread and paired differences."""
-    job(options, find_methods(methods.split(",")), seeds)
+    """Sweep the learning rate of each method alike, run several seeds, report mean, spread and paired differences."""
+    run(options, find_methods(methods.split(",")), seeds, rates(options, lrs))
+
+
+@app.command()
+@with_options
+def ablation(
+    options: Options,
+    seeds: Annotated[int, typer.Option(help="Trainings of each variant, from --seed up.")] = 1,
+    lrs: LrsOption = None,
+) -> None:
+    """Ranks 1 to 64, stem, stages, 1×1, k×k, alpha, trained norms: accuracy against the share that trains."""
+    if options.rank is not None:
+        raise ExampleError("--rank: the ablation sets the ranks itself; leave it out.")
+    run(options, variants(), seeds, parse_rates(lrs) if lrs else [options.recipe().lr])
+
+
+def rates(options: Options, lrs: str | None) -> list[float]:
+    """The learning rates to sweep."""
+    if lrs and options.lr is not None:
+        raise ExampleError("--lr and --lrs exclude each other; give one.")
+    if lrs:
+        return parse_rates(lrs)
+    return [options.lr] if options.lr is not None else SWEEP_FULL if options.full else SWEEP
 
 
 @app.command()
@@ -170,13 +213,15 @@ def predict(
     out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("submission.csv"),
     weights: Annotated[Path | None, typer.Option(help="Where the backbone's weights lie now.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
+    how: Annotated[str, typer.Option(help="Comma-separated, of ensemble, balanced, adabn.")] = "",
 ) -> None:
     """Predict with a saved adapter and write a submission."""
     check_minimums(batch_size=batch_size)
-    recipe = experiment.read_recipe(adapter)
+    recipe, method = experiment.read_card(adapter)
+    method = modified(method, [word for word in how.split(",") if word])
     recipe = dataclasses.replace(recipe, weights=weights or recipe.weights, batch_size=batch_size, workers=0)
     split = HistoDataset(test_file(data), require_labels=False, split="test")
-    logits, accuracy = experiment.predict_split(adapter, split, recipe)
+    logits, accuracy = experiment.predict_split(adapter, split, recipe, method)
     write_text(out, report.submission_csv(split.ids.tolist(), logits))
     if accuracy is not None:
         console.print(f"accuracy {accuracy:.4f} on {len(split):,} patches")
@@ -253,38 +298,52 @@ def contact_sheet(
     console.print(f"wrote {out}", soft_wrap=True)
 
 
-def job(options: Options, methods: Sequence[Method], seeds: int) -> None:
-    """Train every method with every seed and write the report."""
+def run(options: Options, methods: Sequence[Method], seeds: int, sweep: Sequence[float] = ()) -> None:
+    """Train every method with every seed, at the best rate of a sweep where one is given, and write the report."""
     recipe = check(options, seeds)
-    transforms = experiment.make_transforms(recipe)
-    splits = open_splits(find_data(options), options.limit, transforms)
-    recipes = [dataclasses.replace(recipe, seed=recipe.seed + k) for k in range(seeds)]
-    adapters = options.out / "adapters"
+    experiment.check_backbone_takes(recipe)
+    job = Job(options.out, console, make_accelerator(recipe.precision), options.resume)
+    folder = job.first_decides(lambda: find_data(options))
+    splits = open_splits(folder, options.limit)
+    remarks: list[str] = []
     try:
-        results = [
-            experiment.run_method(method, splits, each, adapters / f"{method.name}-seed{each.seed}", console)
-            for each in recipes
-            for method in methods
-        ]
+        if sweep:
+            results, sweeps = comparison.compare(methods, splits, recipe, sweep, seeds, job)
+            remarks = [f"Learning rate by validation loss on seed {recipe.seed}, {each}." for each in sweeps]
+        else:
+            results = [
+                experiment.run_method(method, splits, each, job, suffix=f"-seed{each.seed}")
+                for each in (dataclasses.replace(recipe, seed=recipe.seed + k) for k in range(seeds))
+                for method in methods
+            ]
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; the best adapters so far are in {adapters}", err=True)
+        where = options.out / "adapters"
+        typer.echo(f"interrupted; the best adapters so far are in {where}; --resume goes on", err=True)
         raise typer.Exit(130) from None
-    finish(options, splits, recipe, results)
+    if job.is_first:
+        remarks += comparison.reported([method.name for method in methods], splits)
+        finish(options, splits, recipe, results, remarks)
+    job.wait()
 
 
 def finish(
-    options: Options, splits: dict[str, HistoDataset], recipe: Recipe, results: Sequence[experiment.Result]
+    options: Options,
+    splits: dict[str, HistoDataset],
+    recipe: Recipe,
+    results: Sequence[experiment.Result],
+    remarks: Sequence[str],
 ) -> None:
     """Write and show the outputs of a job."""
     facts = [report.describe_split(name, split) for name, split in splits.items()]
-    whole = report.Report(results, facts, arguments(options, recipe, results), caveat(splits))
-    ids = splits["test"].ids.tolist()
-    report.write_report(whole, options.out, report.submission_csv(ids, whole.best.test_logits))
+    test = splits["test"]
+    given = arguments(options, recipe, results)
+    whole = report.Report(results, facts, given, caveat(splits), test.labels, remarks)
+    report.write_report(whole, options.out, report.submission_csv(test.ids.tolist(), whole.best.test_logits))
     console.print(report.rich_table(whole))
     for note in whole.notes():
         console.print(f"· {note}", highlight=False)
     console.print(f"submission.csv is by {whole.best.method}, seed {whole.best.seed}: the lowest validation loss")
-    for name in ("report.html", "table.md", "results.json", "submission.csv", "adapters"):
+    for name in ("report.html", "table.md", "results.json", "submission.csv", "adapters", "logs"):
         console.print(f"{options.out / name}", soft_wrap=True)
 
 
@@ -292,7 +351,8 @@ def arguments(options: Options, recipe: Recipe, results: Sequence[experiment.Res
     """Everything that was asked for, for the report."""
     seeds = sorted({result.seed for result in results})
     where = options.data or options.slides or "synthetic stand-in"
-    trained = {k: v for k, v in dataclasses.asdict(recipe).items() if k != "seed" and v is not None}
+    trained = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("seed", "lr") and v is not None}
+    trained["lr"] = ", ".join(f"{lr:g}" for lr in sorted({result.lr for result in results}))
     return {"data": str(where), "limit": options.limit or "none", **trained, "seeds": ", ".join(map(str, seeds))}
 
 
@@ -309,6 +369,8 @@ def check(options: Options, seeds: int) -> Recipe:
         find_splits(options.data)
     if options.out.exists() and not options.out.is_dir():
         raise ExampleError(f"--out {options.out} is a file; name a folder.")
+    if recipe.precision not in PRECISIONS:
+        raise ExampleError(f"--precision {recipe.precision}: give one of {', '.join(PRECISIONS)}.")
     check_backbone(recipe.backbone)
     return recipe
 

@@ -1,30 +1,37 @@
 """One method from a fresh backbone to its proven test logits, and a saved adapter back to predictions.
 
-An adapter folder holds what ``convlora.save_adapter`` writes and ``run.json``, which names the backbone and the
-image size that the adapter needs.
+An adapter folder holds what ``convlora.save_adapter`` writes and ``run.json``, which names the backbone, the image size
+and the method that the adapter was trained by.
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import convlora
 
 from .backbones import Normalisation, check_input, load_backbone
+from .catalogue import as_plain, method_from
 from .data import HistoDataset, Transform
 from .errors import ExampleError
+from .features import Features, features_of, head_alone, linear_head
 from .files import replacing_directory, write_text
-from .methods import Method
-from .training import Epoch, Recipe, accuracy, fit, make_loader, pick_device, place, predict
-from .transforms import eval_transform, train_transform
+from .loading import Loader, View, make_loader
+from .method import Method, Predict
+from .prediction import predict_by
+from .processes import Job
+from .training import Epoch, Recipe, accuracy, fit, pick_device, place
+from .transforms import VIEWS, eval_transform, train_transform
 from .verify import Proofs, prove
 
 CARD = "run.json"
@@ -32,7 +39,7 @@ CARD = "run.json"
 
 @dataclass(frozen=True)
 class Result:
-    """What one training gave. Accuracies are in [0, 1], None without labels; ``test_logits`` is ``(N,)``."""
+    """What one method gave with one seed. Accuracies are in [0, 1], None without labels; logits are ``(N,)``."""
 
     method: str
     seed: int
@@ -45,6 +52,10 @@ class Result:
     test_accuracy: float | None
     test_logits: Tensor
     proofs: Proofs
+    val_accuracy: float = math.nan
+    lr: float = 1e-3
+    transductive: bool = False
+    about: str = ""
 
     @property
     def best(self) -> Epoch:
@@ -68,57 +79,233 @@ def open_backbone(recipe: Recipe) -> tuple[nn.Module, Normalisation]:
     return load_backbone(recipe.backbone, dropout=recipe.dropout, image_size=recipe.image_size, weights=recipe.weights)
 
 
-def make_transforms(recipe: Recipe) -> dict[str, Transform]:
-    """Each split's transform, from the backbone's own normalisation; tries the backbone and image size once."""
-    model, normalisation = open_backbone(recipe)
+def check_backbone_takes(recipe: Recipe) -> None:
+    """Try the backbone with the image size once, so that what cannot work fails before any training."""
+    model, _ = open_backbone(recipe)
     check_input(model, recipe.backbone, recipe.image_size)
-    evaluation = eval_transform(recipe.image_size, normalisation)
-    return {"train": train_transform(recipe.image_size, normalisation), "val": evaluation, "test": evaluation}
+
+
+def centre_statistics(split: HistoDataset, most: int = 2000) -> dict[int, Normalisation]:
+    """Mean and deviation of each centre's own images, of at most so many, evenly spread."""
+    found = {}
+    for centre in sorted(set(torch.as_tensor(split.centres).tolist())):
+        own = (torch.as_tensor(split.centres) == centre).nonzero().flatten()
+        chosen = own[torch.linspace(0, len(own) - 1, min(most, len(own))).long()].tolist()
+        sums = torch.zeros(2, 3, dtype=torch.float64)
+        for start in range(0, len(chosen), 256):
+            images = torch.from_numpy(split.read(chosen[start : start + 256])).double()
+            sums += torch.stack([images.mean((2, 3)).sum(0), images.square().mean((2, 3)).sum(0)])
+        mean, square = sums / len(chosen)
+        std = (square - mean.square()).clamp(min=1e-6).sqrt()
+        found[int(centre)] = Normalisation("centre", f"{len(chosen)} images", tuple(mean.tolist()), tuple(std.tolist()))
+    return found
+
+
+class Transforms:
+    """The transforms of one method: by the backbone's normalisation, or by each centre's own."""
+
+    def __init__(self, method: Method, recipe: Recipe, normalisation: Normalisation) -> None:
+        self.method, self.recipe, self.normalisation = method, recipe, normalisation
+
+    def view(self, split: HistoDataset, *, train: bool = False, turn: int = 0) -> View:
+        """A split as this method sees it; for evaluation under one of the 8 turns and flips."""
+
+        def transform(normalisation: Normalisation) -> Transform:
+            size = self.recipe.image_size
+            if train:
+                return train_transform(size, normalisation, self.method.augment)  # type: ignore[no-any-return]
+            return eval_transform(size, normalisation, turn)  # type: ignore[no-any-return]
+
+        if self.method.normalise == "backbone":
+            return View(split, transform(self.normalisation), self.recipe.seed)
+        centres = {centre: transform(own) for centre, own in centre_statistics(split).items()}
+        return View(split, centres, self.recipe.seed)
+
+
+def make_views(splits: Mapping[str, HistoDataset], recipe: Recipe, method: Method) -> dict[str, View]:
+    """The splits as a method sees them, training draws by the recipe's seed."""
+    transforms = Transforms(method, recipe, open_backbone(recipe)[1])
+    return {name: transforms.view(split, train=name == "train") for name, split in splits.items()}
 
 
 def run_method(
-    method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, folder: Path, console: Console
+    method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, job: Job, *, suffix: str = ""
 ) -> Result:
-    """Train a method, save its best adapter in ``folder``, load it back on a fresh base, prove it, test it.
+    """Train what the method trains, or take the training that it shares with another, and predict its way.
+
+    What is written lies in the job's folder: the files of `train`, and ``predictions/NAME.json`` where the method
+    predicts otherwise than image by image. A job that resumes reads what is there.
 
     Args:
-        method: what to adapt.
-        splits: "train", "val" and "test", with their transforms set.
+        method: what to train, and how to predict.
+        splits: "train", "val" and "test".
         recipe: everything else.
-        folder: of the adapter; replaced whole at each improvement.
-        console: where progress goes.
+        job: where, and with how many processes.
+        suffix: of the files' names, behind the method's.
 
     Raises:
         ExampleError: as `training.fit` and `backbones.load_backbone`.
     """
-    device = pick_device()
-    model, _ = open_backbone(recipe)
+    shared = dataclasses.replace(method, name=method.training, predict=Predict())
+    trained = train(shared, splits, recipe, job, f"{method.training}{suffix}")
+    if method.predict == Predict():
+        # the name may be another's whose training is the same
+        return dataclasses.replace(trained, method=method.name, transductive=method.transductive, about=method.about)
+    file = job.out / "predictions" / f"{method.name}{suffix}.json"
+    identity = {**identity_of(shared, recipe, splits), "predict": dataclasses.asdict(method.predict)}
+
+    def predicted() -> Result:
+        done = read_result(file, identity, trained.adapter) if job.resume else None
+        if done is not None:
+            return done
+        model = load(trained.adapter, recipe, job.accelerator.device)
+        val, _ = predict_by(method.predict, model, _loaders(method, splits["val"], recipe))
+        test, labels = predict_by(method.predict, model, _loaders(method, splits["test"], recipe))
+        result = dataclasses.replace(
+            trained,
+            method=method.name,
+            transductive=method.transductive,
+            about=method.about,
+            val_accuracy=accuracy(val, _labels(splits["val"])) or 0.0,
+            test_logits=test,
+            test_accuracy=accuracy(test, labels),
+        )
+        write_result(file, identity, result)
+        return result
+
+    return job.first_decides(predicted)
+
+
+def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, job: Job, name: str) -> Result:
+    """Train a method, save its best adapter, load it back on a fresh base, prove it, test it image by image.
+
+    Writes ``adapters/NAME``, ``checkpoints/NAME.pt``, ``logs/NAME.csv`` and, when all is done, ``results/NAME.json``.
+    A training that this job has done, or where it resumes an earlier one, is read.
+    """
+    folder, file = job.out / "adapters" / name, job.out / "results" / f"{name}.json"
+    identity = identity_of(method, recipe, splits)
+    is_to_be_read = job.resume or name in job.done
+    done = job.first_decides(lambda: read_result(file, identity, folder) if is_to_be_read else _forget(file))
+    if done is not None:
+        job.console.print(f"{name}: done already", highlight=False)
+        return done
+    device = job.accelerator.device
+    model, normalisation = open_backbone(recipe)
     model = place(method.prepare(model, recipe.rank), device)
-    name = f"{method.name} seed {recipe.seed}"
+    transforms = Transforms(method, recipe, normalisation)
+    trained, views = _what_trains(model, method, transforms, splits, recipe, job)
     fitted = fit(
-        model, splits, recipe, save=lambda best: save(best, folder, method, recipe), console=console, name=name
+        trained,
+        views,
+        recipe,
+        save=lambda: save(model, folder, method, recipe),
+        job=job,
+        name=name,
+        identity={key: value for key, value in identity.items() if key != "epochs"},  # more may be asked for
+        to_train_mode=method.to_train_mode,
     )
-    loader = make_loader(splits["test"], recipe)
-    logits, proofs = prove(fitted.model, load(folder, recipe, device), loader)
-    console.print(f"{name}: {proofs}", highlight=False)
-    return Result(
-        method=method.name,
-        seed=recipe.seed,
-        adapter=folder,
-        history=fitted.history,
-        best_epoch=fitted.best_epoch,
-        trainable=sum(p.numel() for p in convlora.trainable_parameters(fitted.model)),
-        parameters=sum(p.numel() for p in fitted.model.parameters()),
-        adapter_bytes=(folder / "adapter_model.safetensors").stat().st_size,
-        test_accuracy=accuracy(logits, _labels(splits["test"])),
-        test_logits=logits,
-        proofs=proofs,
-    )
+
+    def finished() -> Result:
+        loader = make_loader(transforms.view(splits["test"]), recipe.batch_size, workers=recipe.workers)
+        logits, proofs = prove(model, load(folder, recipe, device), loader)
+        job.console.print(f"{name}: {proofs}", highlight=False)
+        result = Result(
+            method=method.name,
+            seed=recipe.seed,
+            adapter=folder,
+            history=fitted.history,
+            best_epoch=fitted.best_epoch,
+            trainable=sum(p.numel() for p in convlora.trainable_parameters(model)),
+            parameters=sum(p.numel() for p in model.parameters()),
+            adapter_bytes=(folder / "adapter_model.safetensors").stat().st_size,
+            test_accuracy=accuracy(logits, _labels(splits["test"])),
+            test_logits=logits,
+            proofs=proofs,
+            val_accuracy=fitted.history[fitted.best_epoch].val_accuracy,
+            lr=recipe.lr,
+            transductive=method.transductive,
+            about=method.about,
+        )
+        write_result(file, identity, result)
+        return result
+
+    job.done.add(name)
+    return job.first_decides(finished)
+
+
+def _what_trains(
+    model: nn.Module,
+    method: Method,
+    transforms: Transforms,
+    splits: Mapping[str, HistoDataset],
+    recipe: Recipe,
+    job: Job,
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The model and its images; or its head and their features, where those are the same in each epoch."""
+    head = linear_head(model) if method.frozen_backbone else None
+    augment = method.augment
+    fixed = augment.policy in ("none", "dihedral") and not augment.stain_jitter and recipe.precision == "fp32"
+    if head is None or not fixed:
+        return model, {name: transforms.view(splits[name], train=name == "train") for name in ("train", "val")}
+    cached = {}
+    for name in ("train", "val"):
+        turns = range(VIEWS) if name == "train" and augment.policy == "dihedral" else range(1)
+        views = [functools.partial(transforms.view, splits[name], turn=turn) for turn in turns]
+        key = f"{_digest(splits[name])} {splits[name].path.name} {recipe.image_size} {method.normalise} {len(turns)}"
+        features = features_of(model, head, views, key, recipe.batch_size, job)
+        cached[name] = Features(features, splits[name].labels, recipe.seed)
+    return head_alone(head, recipe.dropout), cached
+
+
+def _loaders(method: Method, split: HistoDataset, recipe: Recipe) -> Callable[[int], Loader]:
+    """Batches of a split under each of the 8 views."""
+    transforms = Transforms(method, recipe, open_backbone(recipe)[1])
+    return lambda turn: make_loader(transforms.view(split, turn=turn), recipe.batch_size, workers=recipe.workers)
+
+
+def identity_of(method: Method, recipe: Recipe, splits: Mapping[str, HistoDataset]) -> dict[str, Any]:
+    """What a training depends on, as plain values; a result or checkpoint of anything else is not of this one."""
+    asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(recipe).items()}
+    return {**asked, **method.training_parts(), **{name: _digest(split) for name, split in splits.items()}}
+
+
+def _digest(split: HistoDataset) -> str:
+    """A split by its ids, labels and centres; its pixels are taken at its word."""
+    columns = (torch.as_tensor(split.ids), _labels(split), torch.as_tensor(split.centres))
+    digest = hashlib.sha256(b"".join(column.numpy().tobytes() for column in columns))
+    return f"{len(split)} patches, {digest.hexdigest()[:12]}"
+
+
+def _forget(file: Path) -> None:
+    file.unlink(missing_ok=True)
+
+
+def write_result(file: Path, identity: Mapping[str, Any], result: Result) -> None:
+    """Write ``results/NAME.json``: a training that is done, whole."""
+    kept = {**vars(result), "test_logits": result.test_logits.tolist(), "proofs": vars(result.proofs)}
+    kept |= {"history": [vars(epoch) for epoch in result.history], "adapter": result.adapter.name}
+    write_text(file, json.dumps({"identity": dict(identity), "result": kept}) + "\n")
+
+
+def read_result(file: Path, identity: Mapping[str, Any], adapter: Path) -> Result | None:
+    """What `write_result` left of this very training; None where there is none, or of another one."""
+    if not file.is_file():
+        return None
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored["identity"] != json.loads(json.dumps(dict(identity))):
+            return None
+        kept = dict(stored["result"])
+        kept["history"] = [Epoch(**epoch) for epoch in kept["history"]]
+        kept["proofs"] = Proofs(**kept["proofs"])
+        return Result(**{**kept, "test_logits": torch.tensor(kept["test_logits"]), "adapter": adapter})
+    except (KeyError, TypeError, ValueError) as fault:
+        raise ExampleError(f"{file} is damaged ({fault!r}); delete it to run this training again.") from fault
 
 
 def save(model: nn.Module, folder: Path, method: Method, recipe: Recipe) -> None:
     """Write the adapter and its ``run.json``; the folder is replaced only when both are whole."""
-    card = {"method": method.name, "recipe": dataclasses.asdict(recipe)}
+    card = {"method": method.name, "configuration": as_plain(method), "recipe": dataclasses.asdict(recipe)}
     with replacing_directory(folder) as partial:
         convlora.save_adapter(model, partial)
         write_text(partial / CARD, json.dumps(card, indent=2, default=str) + "\n")
@@ -130,23 +317,24 @@ def load(folder: Path, recipe: Recipe, device: torch.device) -> nn.Module:
     return place(convlora.load_adapter(model, folder), device)
 
 
-def read_recipe(folder: Path) -> Recipe:
-    """The recipe that an adapter was trained by, from its ``run.json``."""
+def read_card(folder: Path) -> tuple[Recipe, Method]:
+    """The recipe and the method that an adapter was trained by, from its ``run.json``."""
     path = folder / CARD
     if not path.is_file():
         raise ExampleError(f"no {CARD} in {folder}; give an adapter folder that `train` or the main job wrote.")
     try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-        weights = stored["weights"]
-        return Recipe(**{**stored, "weights": None if weights is None else Path(weights)})
+        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        stored, weights = card["recipe"], card["recipe"]["weights"]
+        recipe = Recipe(**{**stored, "weights": None if weights is None else Path(weights)})
+        return recipe, method_from(card["configuration"], card["method"], path)
     except (KeyError, TypeError, ValueError) as fault:
         raise ExampleError(f"{path} is damaged ({fault!r}); train again or restore the file.") from fault
 
 
-def predict_split(folder: Path, split: HistoDataset, recipe: Recipe) -> tuple[Tensor, float | None]:
-    """Logits ``(N,)`` of a saved adapter on a split, and the accuracy where it has labels."""
-    split.transform = make_transforms(recipe)["test"]
-    logits, labels = predict(load(folder, recipe, pick_device()), make_loader(split, recipe))
+def predict_split(folder: Path, split: HistoDataset, recipe: Recipe, method: Method) -> tuple[Tensor, float | None]:
+    """Logits ``(N,)`` of a saved adapter on a split by a method, and the accuracy where it has labels."""
+    model = load(folder, recipe, pick_device())
+    logits, labels = predict_by(method.predict, model, _loaders(method, split, recipe))
     return logits, accuracy(logits, labels)
 
 

@@ -29,15 +29,16 @@ from torch import Tensor
 
 import convlora
 
+from .comparison import differences
 from .data import HistoDataset
 from .experiment import Result
 from .files import write_text
-from .methods import METHODS
 from .training import Epoch, pick_device
 
 HEADER = ("method", "test acc.", "val acc.", "val loss", "trainable", "share", "adapter", "s/epoch")
 # Okabe and Ito's colours, told apart by colour-blind readers; the dashes tell them apart in grey.
-_LINES = {"probe": ("#666666", ":"), "lora": ("#0072b2", "-"), "lora-track": ("#d55e00", "--")}
+_COLOURS = ("#0072b2", "#d55e00", "#666666", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_DASHES = ("-", "--", ":", "-.")
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "h5py")
 
 
@@ -59,6 +60,10 @@ class Report:
     splits: Sequence[SplitFacts]
     arguments: Mapping[str, Any]
     caveat: str = ""
+    labels: Tensor | None = None
+    """Of the test set, for paired differences."""
+    remarks: Sequence[str] = ()
+    """Further footnotes."""
     environment: Mapping[str, Any] = field(default_factory=lambda: describe_environment())
 
     @property
@@ -73,12 +78,21 @@ class Report:
     def notes(self) -> list[str]:
         """The table's footnotes."""
         return [
-            "Every method saw the same patches, augmentation, order and learning rate, for the same seed.",
+            "Every method saw the same patches in the same order, for the same seed.",
+            *(
+                [
+                    "Transductive: unlabelled test images, together, decide about each of them; such a row does not "
+                    "compare with one that sees one image at a time."
+                ]
+                if any(result.transductive for result in self.results)
+                else []
+            ),
             "Trainable: factors and head; share: of all parameters of the adapted model; adapter: "
             "adapter_model.safetensors. Seconds per epoch: the training pass, median over epochs.",
             "±: standard deviation over seeds." if len({r.seed for r in self.results}) > 1 else "One seed.",
             *([] if self.best.test_accuracy is None else [_sampling_error(len(self.best.test_logits))]),
             *self._paired_notes(),
+            *self.remarks,
             *_proof_notes(self.results),
         ]
 
@@ -86,12 +100,17 @@ class Report:
         names = dict.fromkeys(result.method for result in self.results)
         return {name: [r for r in self.results if r.method == name] for name in names}
 
+    def abouts(self) -> list[tuple[str, str]]:
+        """Each method's name and description."""
+        return [(name, results[0].about) for name, results in self._by_method().items()]
+
     def _paired_notes(self) -> list[str]:
-        groups = self._by_method()
-        probe = groups.pop("probe", None)
-        if probe is None:
-            return []
-        return [note for name, results in groups.items() for note in _differences(name, results, probe)]
+        found = differences(self.results, self.labels)
+        explained = (
+            "Differences are paired by seed and patch; in brackets the 95 % interval over patches (percentile "
+            "bootstrap), which says nothing of other seeds and is too narrow where patches resemble each other."
+        )
+        return [*([explained] if found else []), *map(str, found)]
 
 
 def describe_split(name: str, split: HistoDataset) -> SplitFacts:
@@ -138,7 +157,7 @@ def markdown(report: Report) -> str:
     lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in report.rows()]
     caveat = [f"**{report.caveat}**", ""] if report.caveat else []
-    notes = [f"- {note}" for note in report.notes()]
+    notes = [f"- {note}" for note in (*(f"{name}: {about}." for name, about in report.abouts()), *report.notes())]
     return "\n".join([*caveat, *lines, "", *notes, ""])
 
 
@@ -149,6 +168,7 @@ def as_data(report: Report) -> dict[str, Any]:
         "environment": dict(report.environment),
         "arguments": dict(report.arguments),
         "splits": [dataclasses.asdict(split) for split in report.splits],
+        "differences": [dataclasses.asdict(each) for each in differences(report.results, report.labels)],
         "best": {"method": report.best.method, "seed": report.best.seed},
         "results": [_result_data(result) for result in report.results],
     }
@@ -160,7 +180,7 @@ def html(report: Report) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.get_template("report.html.j2")
-    return template.render(report=report, header=HEADER, methods=METHODS, curves=curves(report.results))
+    return template.render(report=report, header=HEADER, curves=curves(report.results))
 
 
 def submission_csv(ids: Sequence[int], logits: Tensor) -> str:
@@ -174,19 +194,55 @@ def submission_csv(ids: Sequence[int], logits: Tensor) -> str:
 
 def curves(results: Sequence[Result]) -> dict[str, Markup]:
     """Loss and accuracy over the epochs, each an ``<svg>`` element to put into a page."""
-    return {
+    drawn = {
         "Validation loss": _curve(results, "validation loss", lambda epoch: epoch.val_loss),
         "Validation accuracy": _curve(results, "validation accuracy", lambda epoch: epoch.val_accuracy),
     }
+    if len({result.method for result in results}) > 2 and all(r.test_accuracy is not None for r in results):
+        drawn["Test accuracy against trainable share"] = frontier(results)
+    return drawn
+
+
+def frontier(results: Sequence[Result]) -> Markup:
+    """Mean test accuracy against the share of parameters that train, with the line of what nothing beats on both.
+
+    Transductive methods are hollow, and have no part in the line.
+    """
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="trainable share", ylabel="test accuracy", xscale="log")
+    points = []
+    for name in dict.fromkeys(result.method for result in results):
+        own = [result for result in results if result.method == name]
+        share, height = own[0].share, statistics.mean(r.test_accuracy or 0.0 for r in own)
+        hollow = own[0].transductive
+        axes.plot(share, height, "o", color=_COLOURS[0], fillstyle="none" if hollow else "full", ms=4)
+        axes.annotate(name, (share, height), xytext=(3, 3), textcoords="offset points", fontsize=6)
+        if not hollow:
+            points.append((share, height))
+    line = pareto(points)
+    axes.step([x for x, _ in line], [y for _, y in line], where="post", color="#666666", lw=0.8, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure, "frontier")
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, gain) that no other beats on both, by cost."""
+    line: list[tuple[float, float]] = []
+    for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not line or gain > line[-1][1]:
+            line.append((cost, gain))
+    return line
 
 
 def _curve(results: Sequence[Result], label: str, value: Callable[[Epoch], float]) -> Markup:
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel=label)
     named: set[str] = set()
+    order = list(dict.fromkeys(result.method for result in results))
     for result in results:
         epochs = range(1, len(result.history) + 1)
-        colour, dash = _LINES.get(result.method, ("black", "-"))
+        number = order.index(result.method)
+        colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)]
         legend = None if result.method in named else result.method
         named.add(result.method)
         marks = [result.best_epoch]  # the epoch whose model was kept
@@ -210,9 +266,9 @@ def _svg(figure: Figure, salt: str) -> Markup:
 def _row(results: Sequence[Result]) -> list[str]:
     first = results[0]
     return [
-        first.method,
+        f"{first.method} (transductive)" if first.transductive else first.method,
         _cell([r.test_accuracy for r in results]),
-        _cell([r.best.val_accuracy for r in results]),
+        _cell([r.val_accuracy for r in results]),
         _cell([r.best.val_loss for r in results]),
         f"{first.trainable:,}",
         f"{first.share:.2%}",
@@ -247,28 +303,6 @@ def _proof_notes(results: Sequence[Result]) -> list[str]:
     return failed or [held]
 
 
-def _differences(name: str, results: Sequence[Result], probe: Sequence[Result]) -> list[str]:
-    """A method minus the probe, seed by seed, on validation and (with labels) test accuracy."""
-    control = {result.seed: result for result in probe}
-    pairs = [(result, control[result.seed]) for result in results if result.seed in control]
-    val = [a.best.val_accuracy - b.best.val_accuracy for a, b in pairs]
-    test = [
-        a.test_accuracy - b.test_accuracy
-        for a, b in pairs
-        if a.test_accuracy is not None and b.test_accuracy is not None
-    ]
-    kinds = (("validation", val), ("test", test))
-    return [_difference_note(f"{name} − probe, {kind} accuracy", values) for kind, values in kinds if values]
-
-
-def _difference_note(what: str, values: Sequence[float]) -> str:
-    each = ", ".join(f"{value:+.3f}" for value in values)
-    if len(values) == 1:
-        return f"{what}: {each}, one seed."
-    spread = f"mean {statistics.mean(values):+.3f} ± {statistics.stdev(values):.3f}"
-    return f"{what}: {spread} over {len(values)} seeds ({each})."
-
-
 def _result_data(result: Result) -> dict[str, Any]:
     kept = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name != "test_logits"}
     kept["history"] = [dataclasses.asdict(epoch) for epoch in result.history]
@@ -277,6 +311,5 @@ def _result_data(result: Result) -> dict[str, Any]:
     return kept | {
         "share": result.share,
         "val_loss": result.best.val_loss,
-        "val_accuracy": result.best.val_accuracy,
         "seconds_per_epoch": result.seconds_per_epoch,
     }

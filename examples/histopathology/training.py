@@ -6,34 +6,43 @@ the validation loss (patience 5), early stopping (patience 10), the best model b
 One departure: the report's learning rate of 1e-4 is for its thousands of steps an epoch (``--full``). The small
 default run takes under 200 steps in all and uses 1e-3, for every method alike.
 
-On a CPU the same seed and number of workers give the same bits. Some CUDA kernels add in no fixed order.
+On a CPU the same seed gives the same bits, also where the training was ended at any moment and resumed from its
+checkpoint, which each epoch leaves. Some CUDA kernels add in no fixed order.
+
+Several processes share each batch; without dropout, whose draws are each process's own, they train what one would.
+In bf16, the training steps alone are: factors, optimizer and validation stay in fp32.
 """
 
-import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 
-import convlora
-
-from .data import HistoDataset
+from .checkpoints import (
+    copies,
+    moving,
+    put,
+    random_state,
+    read_checkpoint,
+    seed_generators,
+    set_random_state,
+    write_checkpoint,
+)
+from .data import Sample
 from .errors import ExampleError
-
-# Batches of (images, labels, indices).
-Batches: TypeAlias = "DataLoader[tuple[Tensor, Tensor, int]]"
+from .loading import Loader, begin_epoch, make_loader
+from .logs import Log
+from .processes import Job
+from .progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,8 @@ class Recipe:
     backbone: str = "lite0"
     weights: Path | None = None
     image_size: int = 128
-    rank: int = 8
+    rank: int | None = None
+    """For every method, in place of its own."""
     epochs: int = 6
     lr: float = 1e-3
     batch_size: int = 32
@@ -53,6 +63,7 @@ class Recipe:
     weight_decay: float = 1e-4
     lr_patience: int = 5
     stop_patience: int = 10
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -89,11 +100,55 @@ class EarlyStopping:
 
 @dataclass
 class Fit:
-    """A finished training: its history and the best model as it was in memory (its index is ``best_epoch``)."""
+    """A finished training: its history, and which epoch's numbers the model was left with."""
 
-    model: nn.Module
     history: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
+
+
+@dataclass
+class Training:
+    """One training between two epochs; all of it is in its checkpoint."""
+
+    model: nn.Module
+    optimiser: torch.optim.Optimizer
+    schedule: ReduceLROnPlateau
+    stopping: EarlyStopping
+    history: list[Epoch] = field(default_factory=list)
+    best_epoch: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    def took(self, epoch: Epoch) -> bool:
+        """Take in an epoch; whether it is the best so far."""
+        self.history.append(epoch)
+        self.schedule.step(epoch.val_loss)
+        improved = self.stopping.improved(epoch.val_loss)
+        if improved:
+            self.best_epoch, self.best = len(self.history) - 1, copies(moving(self.model))
+        return improved
+
+    def state(self, random_states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """All that the next epoch depends on; the sampler's state is the number of epochs done."""
+        return {
+            "model": copies(moving(self.model)),
+            "optimizer": self.optimiser.state_dict(),
+            "scheduler": self.schedule.state_dict(),
+            "stopping": asdict(self.stopping),
+            "random": list(random_states),
+            "sampler": {"epoch": len(self.history)},
+            "history": [asdict(epoch) for epoch in self.history],
+            "best": {"epoch": self.best_epoch, "model": self.best},
+        }
+
+    def restore(self, state: Mapping[str, Any], process: int) -> None:
+        """Back to what `state` gave, with the generators of one process."""
+        put(state["model"], self.model)
+        self.optimiser.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["scheduler"])
+        self.stopping = EarlyStopping(**state["stopping"])
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self.best_epoch, self.best = state["best"]["epoch"], state["best"]["model"]
+        set_random_state(state["random"][process])
 
 
 def pick_device() -> torch.device:
@@ -106,21 +161,6 @@ def pick_device() -> torch.device:
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """Move to the device in channels-last layout, in which CPUs and tensor cores convolve faster."""
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def make_loader(dataset: HistoDataset, recipe: Recipe, *, train: bool = False) -> Batches:
-    """Batches of ``(images, labels, indices)``; shuffled by the recipe's seed for training, else in order."""
-    return DataLoader(
-        dataset,
-        batch_size=recipe.batch_size,
-        shuffle=train,
-        # A last batch of one patch would stop BatchNorm in train mode.
-        drop_last=train and len(dataset) > recipe.batch_size,
-        num_workers=recipe.workers,
-        pin_memory=torch.cuda.is_available(),
-        # Seeds the shuffle and, through it, every worker's augmentation.
-        generator=torch.Generator().manual_seed(recipe.seed),
-    )
 
 
 def class_balance(labels: Tensor) -> Tensor:
@@ -136,46 +176,76 @@ def class_balance(labels: Tensor) -> Tensor:
 
 def fit(
     model: nn.Module,
-    splits: Mapping[str, HistoDataset],
+    views: Mapping[str, Dataset[Sample]],
     recipe: Recipe,
     *,
-    save: Callable[[nn.Module], None],
-    console: Console,
+    job: Job,
+    save: Callable[[], None] = lambda: None,
     name: str = "training",
+    identity: Mapping[str, Any] | None = None,
+    to_train_mode: Callable[[nn.Module], Any] = nn.Module.train,
 ) -> Fit:
-    """Train until the epochs or the patience end; ``save`` is called with each new best model.
+    """Train until the epochs or the patience end; the model is left with the numbers of its best epoch.
+
+    After each epoch the job's folder holds ``checkpoints/NAME.pt`` and ``logs/NAME.csv``. A job that resumes goes on
+    from the first, bit for bit on a CPU.
 
     Args:
         model: on its device; only its trainable parameters are optimised.
-        splits: "train" and "val", with their transforms set.
-        save: called once at least; what it saved last is the best model even after an interruption.
-        console: where progress goes.
-        name: shown on each line.
+        views: "train" and "val", with ``labels``.
+        recipe: learning rate, patience, epochs, and so on.
+        job: where and with how many processes.
+        save: called with each new best model in place, by the first process; before the checkpoint that counts it.
+        name: of the files, and shown on each line.
+        identity: what the training is of; a checkpoint of another is refused.
+        to_train_mode: puts the model in train mode.
 
     Raises:
-        ExampleError: one class only in the training labels, or a loss that is not finite.
+        ExampleError: one class only in the training labels, a loss that is not finite, a batch that the processes
+            cannot share, or a checkpoint of another training.
     """
+    rank, world = int(job.accelerator.process_index), job.processes
     # Every method sees the same augmentation and dropout draws, whatever building its model consumed.
-    torch.manual_seed(recipe.seed)
-    balance = class_balance(_labels(splits["train"]))
-    optimiser = torch.optim.Adam(convlora.trainable_parameters(model), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    seed_generators(recipe.seed + 1_000_003 * rank)
+    balance = class_balance(_labels(views["train"]))
+    size = {"workers": recipe.workers, "rank": rank, "world": world}
+    loaders = {
+        "train": make_loader(views["train"], recipe.batch_size, seed=recipe.seed, **size),
+        "val": make_loader(views["val"], recipe.batch_size, **size),
+    }
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     schedule = ReduceLROnPlateau(optimiser, patience=recipe.lr_patience)
-    loaders = {key: make_loader(splits[key], recipe, train=key == "train") for key in ("train", "val")}
-    stopping, result = EarlyStopping(recipe.stop_patience), Fit(model)
-    for number in range(recipe.epochs):
-        epoch = _epoch(model, loaders, optimiser, balance, console, f"{name} {number + 1}/{recipe.epochs}")
-        result.history.append(epoch)
-        schedule.step(epoch.val_loss)
-        if stopping.improved(epoch.val_loss):
-            save(model)
-            result.model, result.best_epoch = copy.deepcopy(model), number
-        if stopping.exhausted:
-            console.print(f"{name}: no better validation loss in {recipe.stop_patience} epochs, stopped early")
-            break
-    return result
+    training = Training(model, optimiser, schedule, EarlyStopping(recipe.stop_patience))
+    path, identity = job.out / "checkpoints" / f"{name}.pt", {**(identity or {}), "processes": world}
+    _resume_or_clear(training, path, identity, job)
+    log = Log(job.out / "logs", name, training.history) if job.is_first else None
+    wrapped = job.accelerator.prepare_model(_Logits(model))
+    try:
+        while len(training.history) < recipe.epochs and not training.stopping.exhausted:
+            number = len(training.history)
+            begin_epoch(loaders["train"], number)
+            line = f"{name} {number + 1}/{recipe.epochs}"
+            to_train_mode(model)
+            if training.took(_epoch(wrapped, loaders, optimiser, balance, job, line)) and job.is_first:
+                save()
+            random_states = job.gathered([random_state()])
+            if job.is_first:
+                write_checkpoint(path, identity, training.state(random_states))
+            if log is not None:
+                log.write(training.history)
+    finally:
+        job.accelerator.free_memory()
+        if log is not None:
+            log.close()
+    if len(training.history) < recipe.epochs:
+        job.console.print(f"{name}: no better validation loss in {recipe.stop_patience} epochs, stopped early")
+    put(training.best, model)
+    job.wait()
+    return Fit(training.history, training.best_epoch)
 
 
-def predict(model: nn.Module, loader: Batches) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
     """Logits and labels ``(N,)`` on the CPU in the loader's order, in eval mode; absent labels are NaN."""
     model.eval()
     device = next(model.parameters()).device
@@ -194,23 +264,46 @@ def accuracy(logits: Tensor, labels: Tensor) -> float | None:
     return float(((logits > 0) == labels.bool()).float().mean())
 
 
+class _Logits(nn.Module):
+    """The model as its processes share it; accelerate changes ``forward`` of this, and the model stays as it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images).squeeze(1)
+        return logits
+
+
+def _resume_or_clear(training: Training, path: Path, identity: Mapping[str, Any], job: Job) -> None:
+    """Go on from the checkpoint where the job resumes and there is one; else see to it that there is none."""
+    state = read_checkpoint(path, identity) if job.resume else None
+    if state is not None:
+        training.restore(state, int(job.accelerator.process_index))
+        job.console.print(f"{path.stem}: resumed after epoch {len(training.history)}", highlight=False)
+    job.wait()  # all have read before one writes
+    if state is None and job.is_first:
+        path.unlink(missing_ok=True)
+
+
 def _epoch(
-    model: nn.Module,
-    loaders: Mapping[str, Batches],
+    wrapped: nn.Module,
+    loaders: Mapping[str, Loader],
     optimiser: torch.optim.Optimizer,
     balance: Tensor,
-    console: Console,
+    job: Job,
     name: str,
 ) -> Epoch:
     """One training pass, then the validation loss and accuracy."""
     lr = optimiser.param_groups[0]["lr"]
     start = time.perf_counter()
-    train_loss = _train_pass(model, loaders["train"], optimiser, balance, console, name)
+    train_loss = _train_pass(wrapped, loaders["train"], optimiser, balance, job, name)
     seconds = time.perf_counter() - start
-    logits, labels = predict(model, loaders["val"])
+    logits, labels = _validate(job.accelerator.unwrap_model(wrapped).model, loaders["val"], job)
     val_loss = _finite(float(binary_cross_entropy_with_logits(logits, labels, pos_weight=balance)), name, lr)
     epoch = Epoch(train_loss, val_loss, accuracy(logits, labels) or 0.0, lr, seconds)
-    console.print(
+    job.console.print(
         f"{name}  loss train {train_loss:.3f}  val {val_loss:.3f}  val accuracy {epoch.val_accuracy:.3f}  "
         f"{seconds:.1f} s",
         highlight=False,
@@ -220,45 +313,41 @@ def _epoch(
 
 
 def _train_pass(
-    model: nn.Module,
-    loader: Batches,
+    wrapped: nn.Module,
+    loader: Loader,
     optimiser: torch.optim.Optimizer,
     balance: Tensor,
-    console: Console,
+    job: Job,
     name: str,
 ) -> float:
-    """The mean loss over one pass through the training set."""
-    model.train()
-    device = next(model.parameters()).device
+    """The mean loss over one pass through the training set, of all processes."""
+    device = next(wrapped.parameters()).device
     balance = balance.to(device)
     losses: list[float] = []
-    with _progress_bar(console, name, len(loader) * (loader.batch_size or 1)) as advance:
+    sampler: Any = loader.batch_sampler
+    with progress_bar(job.console, name, len(loader) * sampler.batch_size) as advance:
         for images, labels, _ in loader:
-            logits = model(_to(images, device)).squeeze(1)
+            logits = wrapped(_to(images, device))
             loss = binary_cross_entropy_with_logits(logits, labels.to(device), pos_weight=balance)
             losses.append(_finite(loss.item(), name, optimiser.param_groups[0]["lr"]))
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            job.accelerator.backward(loss)
             optimiser.step()
-            advance(len(images), losses[-1])
-    return sum(losses) / len(losses)
+            advance(len(images) * job.processes, losses[-1])
+    means = job.gathered([sum(losses) / len(losses)])
+    return sum(means) / len(means)
 
 
-@contextmanager
-def _progress_bar(console: Console, name: str, total: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar that goes away when done; yields a function to call with (images done, loss) after each step."""
-    words = TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[note]}")
-    columns = (TextColumn(name), BarColumn(), words, TimeRemainingColumn())
-    start = time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=total, note="")
-
-        def advance(images: int, loss: float) -> None:
-            progress.advance(task, images)
-            speed = progress.tasks[0].completed / (time.perf_counter() - start)
-            progress.update(task, note=f"{speed:.0f} images/s  loss {loss:.3f}")
-
-        yield advance
+def _validate(model: nn.Module, loader: Loader, job: Job) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the whole split, in its order, in every process."""
+    job.share_buffers(model)
+    nothing = (torch.empty(0), torch.empty(0))
+    parts = job.gathered([predict(model, loader) if len(loader) else nothing])
+    size = sum(len(labels) for _, labels in parts)
+    logits, labels = torch.empty(size), torch.empty(size)
+    for number, (own_logits, own_labels) in enumerate(parts):
+        logits[number :: len(parts)], labels[number :: len(parts)] = own_logits, own_labels
+    return logits, labels
 
 
 def _finite(loss: float, name: str, lr: float) -> float:
@@ -268,13 +357,16 @@ def _finite(loss: float, name: str, lr: float) -> float:
 
 
 def _to(images: Tensor, device: torch.device) -> Tensor:
-    return images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    if images.ndim == 4:
+        return images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return images.to(device, non_blocking=True)
 
 
-def _labels(dataset: HistoDataset) -> Tensor:
+def _labels(dataset: Any) -> Tensor:
     if dataset.labels is None:
         raise ExampleError("the training split has no labels; only the test split may lack them.")
-    return dataset.labels
+    labels: Tensor = dataset.labels
+    return labels
 
 
 def default_workers(device: torch.device) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import convlora
 
-from .training import Batches, predict
+from .loading import Loader
+from .training import predict
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Proofs:
         )
 
 
-def prove(trained: nn.Module, reloaded: nn.Module, loader: Batches) -> tuple[Tensor, Proofs]:
+def prove(trained: nn.Module, reloaded: nn.Module, loader: Loader) -> tuple[Tensor, Proofs]:
     """Test logits ``(N,)`` of the reloaded model, and how they compare.
 
     Args:

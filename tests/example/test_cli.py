@@ -55,18 +55,22 @@ def test_main_job_writes_everything_and_says_where(finished):
     printed, out = finished
     assert sorted(path.name for path in out.iterdir()) == [
         "adapters",
+        "checkpoints",
+        "features",
+        "logs",
         "report.html",
+        "results",
         "results.json",
         "submission.csv",
         "table.md",
     ]
-    for path in out.iterdir():
-        assert str(path) in printed
-    for name in ("probe", "lora", "lora-track"):
+    for name in ("adapters", "logs", "report.html", "results.json", "submission.csv", "table.md"):
+        assert str(out / name) in printed
+    for name in ("probe", "probe-augmented", "lora", "lora-track"):
         assert f"| {name} |" in (out / "table.md").read_text()
         assert name in printed
     proofs = [r["proofs"] for r in json.loads((out / "results.json").read_text())["results"]]
-    assert [(p["reload_bit_equal"], p["merge_same_labels"], p["patches"]) for p in proofs] == [(True, True, 24)] * 3
+    assert [(p["reload_bit_equal"], p["merge_same_labels"], p["patches"]) for p in proofs] == [(True, True, 24)] * 4
 
 
 def test_submission_has_every_id_in_order(finished):
@@ -93,13 +97,23 @@ def test_predict_and_train_do_without_test_labels(tmp_path):
     assert "accuracy" not in run("predict", adapter, data, "--out", tmp_path / "s.csv").stdout
 
 
-def test_compare_runs_every_seed_and_pairs_them(toy, tmp_path):
-    options = ["--methods", "probe,lora", "--seeds", "2", "--limit", "16"]
-    run("compare", "--data", toy, *SMALL, *options, "--out", tmp_path)
+def test_compare_sweeps_every_training_alike_and_pairs_seeds(toy, tmp_path):
+    methods = "probe,probe-dihedral,probe-dihedral+ensemble+balanced"
+    options = ["--methods", methods, "--seeds", "2", "--limit", "16", "--lrs", "1e-3,1e-2"]
+    command = ["compare", "--data", toy, *SMALL, *options, "--out", tmp_path]
+    run(*command)
     table = (tmp_path / "table.md").read_text()
     assert "±" in table
-    assert "lora − probe, test accuracy: mean" in table
-    assert len(list((tmp_path / "adapters").iterdir())) == 4
+    assert "probe-dihedral − probe, test accuracy:" in table
+    assert "| probe-dihedral+ensemble+balanced (transductive) |" in table
+    assert "Learning rate by validation loss on seed 0, probe: " in table
+    # two trainings, two rates on the first seed, one more seed at the better rate
+    assert len(list((tmp_path / "adapters").iterdir())) == 2 * (2 + 1)
+    assert len(list((tmp_path / "predictions").iterdir())) == 2
+    again = run(*command, "--resume")
+    assert again.stdout.count("done already") >= 6
+    assert "loss train" not in again.stdout
+    assert (tmp_path / "table.md").read_text() == table
 
 
 def test_stand_in_is_made_marked_and_called_no_evidence(tmp_path):
@@ -131,7 +145,7 @@ def test_without_data_the_job_makes_its_own(tmp_path, monkeypatch):
         (["--lr", "nan"], "--lr nan: must be a positive number"),
         (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--backbone", "resnet51"], "did you mean"),
-        (["--methods", "probe,dora"], "unknown method dora; known: probe, lora, lora-track"),
+        (["--methods", "probe,dora"], "unknown method dora; known: full"),
         (["--methods", "lora,lora"], "twice"),
         (["--data", "absent"], "absent: no such folder"),
         (["--data", ".", "--slides", "."], "exclude each other"),
@@ -139,6 +153,10 @@ def test_without_data_the_job_makes_its_own(tmp_path, monkeypatch):
         (["--slides", "absent"], "absent"),
         (["--epochs", "2", "train"], "put --epochs after `train`"),
         (["train", "--method", "dora"], "unknown method dora"),
+        (["compare", "--lrs", "1e-3,no"], "--lrs 1e-3,no: give different positive numbers"),
+        (["compare", "--lr", "1e-3", "--lrs", "1e-3"], "exclude each other"),
+        (["ablation", "--rank", "3"], "--rank"),
+        (["--precision", "fp8"], "--precision fp8: give one of fp32, bf16"),
         (["compare", "--seeds", "0"], "--seeds 0: must be at least 1"),
         (["predict", "absent", "absent"], "no run.json in absent"),
         (["make-data", "made", "--train", "0"], "--train 0: must be at least 1"),
@@ -164,7 +182,7 @@ def test_missing_and_truncated_data_are_found_before_training(toy, tmp_path):
 
 
 def test_interruption_says_where_the_best_adapters_are(toy, tmp_path, monkeypatch):
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiment, "run_method", interrupted)

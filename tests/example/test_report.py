@@ -15,6 +15,7 @@ from examples.histopathology.report import (
     as_data,
     html,
     markdown,
+    pareto,
     submission_csv,
     write_report,
 )
@@ -41,6 +42,7 @@ def result(method="lora", seed=0, val_loss=0.2, test_accuracy: float | None = 0.
         test_accuracy=test_accuracy,
         test_logits=torch.tensor([-1.0, 2.0, 0.5, -0.1]),
         proofs=PROOFS,
+        val_accuracy=0.7 + seed / 100,
     )
 
 
@@ -66,11 +68,28 @@ def test_seeds_give_mean_deviation_and_range():
     assert row[HEADER.index("test acc.")] == "0.800 ± 0.100"
 
 
-def test_differences_are_paired_by_seed():
-    probes = [result("probe", s, test_accuracy=0.5 + s / 10) for s in range(3)]
-    loras = [result("lora", s, test_accuracy=0.6 + s / 10) for s in (2, 0, 1)]
-    notes = "\n".join(report(*probes, *loras).notes())
-    assert "lora − probe, test accuracy: mean +0.100 ± 0.000 over 3 seeds (+0.100, +0.100, +0.100)" in notes
+def test_differences_are_paired_by_seed_and_patch():
+    labels = torch.tensor([0, 1, 1, 0])
+    wrong = torch.tensor([-1.0, -2.0, 0.5, -0.1])
+    probes = [dataclasses.replace(result("probe", s), test_logits=wrong) for s in range(3)]
+    loras = [result("lora", s) for s in (2, 0, 1)]
+    whole = dataclasses.replace(report(*probes, *loras), labels=labels)
+    (note,) = [note for note in whole.notes() if note.startswith("lora − probe")]
+    # LoRA is right on one patch of four more: the mean of 0, 1, 0, 0 resampled lies between 0 and 0.75
+    assert note == "lora − probe, test accuracy: +0.2500 [+0.0000, +0.7500] (by seed +0.250, +0.250, +0.250)"
+
+
+def test_transductive_rows_are_marked():
+    whole = report(result("probe"), dataclasses.replace(result("lora+balanced"), transductive=True))
+    assert [row[0] for row in whole.rows()] == ["probe", "lora+balanced (transductive)"]
+    assert any(note.startswith("Transductive: ") for note in whole.notes())
+    assert not any(note.startswith("Transductive: ") for note in report().notes())
+
+
+def test_the_frontier_is_what_nothing_beats_on_both():
+    points = [(0.5, 0.9), (0.1, 0.8), (0.2, 0.7), (0.3, 0.95), (0.3, 0.94)]
+    assert pareto(points) == [(0.1, 0.8), (0.3, 0.95)]
+    assert html(report(result("a"), result("b"), result("c"))).count("<svg") == 3
 
 
 def test_best_is_by_validation_loss_whatever_the_test_says():

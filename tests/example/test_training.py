@@ -3,21 +3,20 @@ import math
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 from toy_patches import write_toy
 
 import convlora
 from examples.histopathology import experiment, training
 from examples.histopathology.backbones import Normalisation
+from examples.histopathology.catalogue import find_method
 from examples.histopathology.data import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.methods import METHODS, find_methods
+from examples.histopathology.processes import Job
 from examples.histopathology.training import EarlyStopping, Recipe, accuracy, class_balance, fit
 from examples.histopathology.transforms import CROP_SCALE, eval_transform, train_transform
 
 RECIPE = Recipe(image_size=32, epochs=2, batch_size=16)
-QUIET = Console(quiet=True)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,8 +27,12 @@ def toy(tmp_path_factory):
     return write_toy(tmp_path_factory.mktemp("toy"))
 
 
-def opened(toy, recipe=RECIPE, **options):
-    return open_splits(toy, transforms=experiment.make_transforms(recipe), **options)
+def views(toy, recipe=RECIPE):
+    return experiment.make_views(open_splits(toy), recipe, find_method("lora"))
+
+
+def trained(name, toy, out, recipe=RECIPE, **options):
+    return experiment.run_method(find_method(name), open_splits(toy), recipe, Job(out, **options))
 
 
 class Head(nn.Module):
@@ -53,12 +56,12 @@ def test_early_stopping_counts_epochs_since_the_best():
     assert seen == [(True, False), (True, False), (False, False), (False, True)]
 
 
-def test_fit_keeps_the_best_epoch_lowers_the_rate_and_stops(toy, monkeypatch):
+def test_fit_keeps_the_best_epoch_lowers_the_rate_and_stops(toy, tmp_path, monkeypatch):
     losses = iter([1.0, 0.4, *[0.5] * 40])
 
-    def scripted(model, loaders, optimiser, *rest):
+    def scripted(wrapped, loaders, optimiser, *rest):
         with torch.no_grad():
-            model.fc.bias += 1  # so that models of different epochs differ
+            wrapped.model.fc.bias += 1  # so that models of different epochs differ
         return training.Epoch(0.0, next(losses), 0.5, optimiser.param_groups[0]["lr"], 0.0)
 
     monkeypatch.setattr(training, "_epoch", scripted)
@@ -66,25 +69,25 @@ def test_fit_keeps_the_best_epoch_lowers_the_rate_and_stops(toy, monkeypatch):
     start = model.fc.bias.item()
     result = fit(
         model,
-        opened(toy),
+        views(toy),
         dataclasses.replace(RECIPE, epochs=50),
-        save=lambda m: saved.append(m.fc.bias.item()),
-        console=QUIET,
+        save=lambda: saved.append(model.fc.bias.item()),
+        job=Job(tmp_path),
     )
     assert result.best_epoch == 1
     assert len(result.history) == 12  # the best, then ten without improvement
     assert saved == pytest.approx([start + 1, start + 2])
-    assert result.model.fc.bias.item() == pytest.approx(start + 2)
+    assert model.fc.bias.item() == pytest.approx(start + 2)
     rates = [epoch.lr for epoch in result.history]
     # patience 5: the sixth epoch without improvement lowers the rate of the one after it
     assert rates == pytest.approx([1e-3] * 8 + [1e-4] * 4)
 
 
-def test_loss_that_is_not_finite_is_one_clear_error(toy):
+def test_loss_that_is_not_finite_is_one_clear_error(toy, tmp_path):
     model = toy_model()
     nn.init.constant_(model.fc.weight, math.nan)
     with pytest.raises(ExampleError, match=r"toy 1/2: the loss became nan at learning rate 0.001; .*lower --lr"):
-        fit(model, opened(toy), RECIPE, save=lambda m: None, console=QUIET, name="toy")
+        fit(model, views(toy), RECIPE, job=Job(tmp_path), name="toy")
 
 
 def test_class_balance_gives_both_classes_the_same_weight():
@@ -99,40 +102,42 @@ def test_accuracy_needs_labels():
     assert accuracy(logits, torch.full((4,), math.nan)) is None
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["probe", "probe-augmented", "lora", "lora-track", "full", "norms"])
 def test_method_trains_reloads_bit_equal_and_merges(toy, tmp_path, name):
-    result = experiment.run_method(METHODS[name], opened(toy), RECIPE, tmp_path / name, QUIET)
+    result = trained(name, toy, tmp_path)
     assert result.proofs.reload_bit_equal
     assert result.proofs.merge_same_labels
     assert result.proofs.merge_difference < 1e-4  # fp32 rounding over fifty layers; logits are near 1
     assert len(result.test_logits) == 24
-    assert sorted(p.name for p in (tmp_path / name).iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "adapters" / name).iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
         "run.json",
     ]
-    assert experiment.read_recipe(tmp_path / name) == RECIPE
-    assert (result.trainable == 1281) == (name == "probe")
+    assert experiment.read_card(tmp_path / "adapters" / name) == (RECIPE, find_method(name))
+    assert (result.trainable == 1281) == name.startswith("probe")
 
 
 def test_the_same_seed_gives_the_same_bits(toy, tmp_path):
-    runs = [experiment.run_method(METHODS["lora"], opened(toy), RECIPE, tmp_path / str(i), QUIET) for i in range(2)]
+    runs = [trained("lora", toy, tmp_path / str(i)) for i in range(2)]
     assert torch.equal(runs[0].test_logits, runs[1].test_logits)
     losses = [[(e.train_loss, e.val_loss) for e in run.history] for run in runs]
     assert losses[0] == losses[1]
 
 
-def test_only_lora_track_moves_norm_statistics(toy, tmp_path):
-    for name, moves in (("probe", False), ("lora", False), ("lora-track", True)):
+def test_only_methods_that_track_move_norm_statistics(toy, tmp_path):
+    moving = {"probe": False, "lora": False, "lora-track": True, "full": False, "full-track": True, "norms": False}
+    for name, moves in moving.items():
         model, _ = experiment.open_backbone(RECIPE)
         before = model.bn2.running_mean.clone()
-        METHODS[name].prepare(model, rank=2)
-        fit(model, opened(toy), RECIPE, save=lambda m: None, console=QUIET)
+        find_method(name).prepare(model, rank=2)
+        recipe = dataclasses.replace(RECIPE, epochs=1)
+        fit(model, views(toy), recipe, job=Job(tmp_path), to_train_mode=find_method(name).to_train_mode)
         assert torch.equal(model.bn2.running_mean, before) != moves, name
 
 
 def test_an_interrupted_run_leaves_the_best_adapter(toy, tmp_path, monkeypatch):
-    folder, real, calls = tmp_path / "lora", training._epoch, iter(range(9))
+    folder, real, calls = tmp_path / "adapters" / "lora", training._epoch, iter(range(9))
 
     def interrupted(*args):
         if next(calls) == 1:
@@ -141,19 +146,11 @@ def test_an_interrupted_run_leaves_the_best_adapter(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        experiment.run_method(METHODS["lora"], opened(toy), RECIPE, folder, QUIET)
+        trained("lora", toy, tmp_path)
     split = HistoDataset(toy / "test.h5")
-    logits, _ = experiment.predict_split(folder, split, experiment.read_recipe(folder))
+    logits, _ = experiment.predict_split(folder, split, *experiment.read_card(folder))
     assert len(logits) == 24
-    assert [p.name for p in tmp_path.iterdir()] == ["lora"]
-
-
-def test_unknown_and_repeated_methods_are_refused():
-    assert [m.name for m in find_methods(["lora", "probe"])] == ["lora", "probe"]
-    with pytest.raises(ExampleError, match="unknown method dora; known: probe, lora, lora-track"):
-        find_methods(["lora", "dora"])
-    with pytest.raises(ExampleError, match="twice"):
-        find_methods(["lora", "lora"])
+    assert [p.name for p in folder.parent.iterdir()] == ["lora"]
 
 
 def test_transforms_give_the_size_and_normalise():

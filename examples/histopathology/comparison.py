@@ -1,0 +1,197 @@
+"""The whole table: an equal learning-rate sweep for every trained arm, several seeds, paired differences.
+
+The sweep is on the first seed; the rate with the lowest validation loss trains the other seeds. The test set has no
+say in it. A rate at the sweep's end is said, since a better one may lie beyond.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from .data import HistoDataset
+from .errors import ExampleError
+from .experiment import Result, run_method, train
+from .method import Method, Predict
+from .processes import Job
+from .training import Recipe
+
+TABLE = (
+    "probe,probe-augmented,probe-affine,probe-centre-ensemble,norms,full,full-track,lora,lora-track,lora-stain,"
+    "lora-centre,lora-ensemble,lora-balanced,lora-adabn,probe-augmented+balanced,full+ensemble"
+)
+
+# The report's own figures, single runs on the challenge's data: method -> (backbone, validation, test).
+REPORTED = {
+    "probe": [("ResNet50", ".8285", ".8981"), ("DINOv2", ".8745", ".9056")],
+    "probe-augmented": [("DINOv2", ".8803", "-")],
+    "probe-centre-ensemble": [("DINOv2", ".8935", ".9350")],
+    "probe-centre-ensemble+balanced": [("DINOv2", ".8935", ".9432")],
+    "lora-track": [("ResNet50", ".9391", ".9451")],
+}
+CHALLENGE = {"train": (100_000, {0, 3, 4}), "val": (34_904, {1}), "test": (85_054, {2})}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Validation losses of one training by learning rate, on the first seed."""
+
+    training: str
+    losses: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> float:
+        """The rate of the lowest validation loss."""
+        return min(self.losses, key=lambda lr: self.losses[lr])
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in self.losses.items())
+        at_end = len(self.losses) > 1 and self.best in (min(self.losses), max(self.losses))
+        return f"{self.training}: {self.best:g} ({each}){', the end of the sweep' if at_end else ''}"
+
+
+def compare(
+    methods: Sequence[Method],
+    splits: Mapping[str, HistoDataset],
+    recipe: Recipe,
+    rates: Sequence[float],
+    seeds: int,
+    job: Job,
+) -> tuple[list[Result], list[Sweep]]:
+    """Sweep each training once, then run every method with every seed at its training's rate."""
+    sweeps = {
+        name: sweep(dataclasses.replace(method, name=name, predict=Predict()), splits, recipe, rates, job)
+        for name, method in {method.training: method for method in methods}.items()
+    }
+    results = []
+    for seed in range(recipe.seed, recipe.seed + seeds):
+        for method in methods:
+            lr = sweeps[method.training].best
+            each = dataclasses.replace(recipe, seed=seed, lr=lr)
+            results.append(run_method(method, splits, each, job, suffix=suffix(lr, seed)))
+    return results, list(sweeps.values())
+
+
+def sweep(
+    method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, rates: Sequence[float], job: Job
+) -> Sweep:
+    """Train at each rate; one that makes the loss infinite counts as that."""
+    return Sweep(method.training, {lr: _val_loss(method, splits, recipe, lr, job, len(rates) > 1) for lr in rates})
+
+
+def _val_loss(
+    method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, lr: float, job: Job, may_fail: bool
+) -> float:
+    each = dataclasses.replace(recipe, lr=lr)
+    try:
+        return train(method, splits, each, job, f"{method.training}{suffix(lr, recipe.seed)}").best.val_loss
+    except ExampleError as error:
+        if not may_fail or "the loss became" not in str(error):
+            raise
+        job.console.print(str(error), highlight=False)
+        return math.inf
+
+
+def suffix(lr: float, seed: int) -> str:
+    """What a training's files are named by, behind its method."""
+    return f"-lr{lr:g}-seed{seed}"
+
+
+def parse_rates(text: str) -> list[float]:
+    """Comma-separated learning rates.
+
+    Raises:
+        ExampleError: not numbers above 0, or one given twice.
+    """
+    try:
+        rates = [float(word) for word in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or len(set(rates)) < len(rates) or not all(lr > 0 and math.isfinite(lr) for lr in rates):
+        raise ExampleError(f"--lrs {text}: give different positive numbers, such as 1e-4,3e-4,1e-3.")
+    return rates
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy of one method minus another's on the same patches, mean over seeds, with a 95 % interval."""
+
+    first: str
+    second: str
+    mean: float
+    low: float
+    high: float
+    by_seed: tuple[float, ...]
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{value:+.3f}" for value in self.by_seed)
+        return (
+            f"{self.first} − {self.second}, test accuracy: {self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}] "
+            f"(by seed {each})"
+        )
+
+
+def difference(first: Sequence[Result], second: Sequence[Result], labels: Tensor) -> Difference:
+    """Paired by seed and patch; the interval by resampling patches (percentile bootstrap).
+
+    It says how far other patches of the same kind would move the difference. It says nothing of other seeds, which
+    ``by_seed`` shows, and is too narrow where patches resemble each other, as those of one slide do.
+    """
+    control = {result.seed: result for result in second}
+    pairs = [(result, control[result.seed]) for result in first if result.seed in control]
+    if not pairs:
+        raise ValueError("no seed in common")
+    right = [[((r.test_logits > 0) == labels.bool()).double() for r in pair] for pair in pairs]
+    gains = torch.stack([a - b for a, b in right])
+    each = gains.mean(0).numpy()
+    found = bootstrap(
+        (each,), np.mean, n_resamples=2000, batch=max(1, 10**7 // len(each)), method="percentile", rng=_rng()
+    ).confidence_interval
+    by_seed = tuple(gains.mean(1).tolist())
+    return Difference(
+        first[0].method, second[0].method, float(each.mean()), float(found.low), float(found.high), by_seed
+    )
+
+
+def _rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def differences(results: Sequence[Result], labels: Tensor | None) -> list[Difference]:
+    """Every method against the probe of the same augmentation, and LoRA against every other that trains."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.method, []).append(result)
+    if labels is None or any(result.test_accuracy is None for result in results):
+        return []
+    control = next((name for name in ("probe-augmented", "probe") if name in groups), None)
+    pairs: list[tuple[str, str]] = [(name, control) for name in groups if control is not None and name != control]
+    pairs += [("lora", name) for name in groups if "lora" in groups and name in ("norms", "full", "full-track")]
+    return [difference(groups[a], groups[b], labels) for a, b in pairs]
+
+
+def is_the_challenge(splits: Mapping[str, HistoDataset]) -> bool:
+    """Whether these are the challenge's own data, whole: by size, centres, and no source that made them."""
+    return all(
+        name in splits
+        and splits[name].source is None
+        and len(splits[name]) == size
+        and set(torch.as_tensor(splits[name].centres).tolist()) == centres
+        for name, (size, centres) in CHALLENGE.items()
+    )
+
+
+def reported(methods: Sequence[str], splits: Mapping[str, HistoDataset]) -> list[str]:
+    """The report's own figures for these methods, only where the data are the same."""
+    if not is_the_challenge(splits):
+        return []
+    return [
+        f"The report's {name}, {backbone}, a single run: validation {val}, test {test}."
+        for name in methods
+        for backbone, val, test in REPORTED.get(name, [])
+    ]

@@ -1,0 +1,50 @@
+"""Stain jitter: the amounts of haematoxylin, eosin and a rest scaled and shifted at random, per image.
+
+Idea: D. Tellez et al. Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference to train
+distilled stain-invariant convolutional networks. IEEE Transactions on Medical Imaging 37(9), 2018 (arXiv 1808.05896).
+The stains are the fixed vectors of Ruifrok & Johnston 2001, see `stain`.
+"""
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2  # type: ignore[import-untyped]
+
+from .stain import DAB, EOSIN, HAEMATOXYLIN, unit_rows
+
+_STAINS = torch.tensor(unit_rows([HAEMATOXYLIN, EOSIN, DAB]), dtype=torch.float32)
+_TO_AMOUNTS = torch.linalg.inv(_STAINS.double()).float()
+_DARKEST = 0.5 / 255  # as in `stain`
+
+
+def to_hed(images: Tensor) -> Tensor:
+    """``(..., 3, H, W)`` RGB in [0, 1] -> amounts of the three stains, in units of optical density."""
+    density = -torch.log10(images.clamp(min=_DARKEST))
+    return torch.einsum("...chw,cs->...shw", density, _TO_AMOUNTS.to(images))
+
+
+def from_hed(amounts: Tensor) -> Tensor:
+    """The other way; intensities, which may leave [0, 1]."""
+    return torch.pow(10.0, -torch.einsum("...shw,sc->...chw", amounts, _STAINS.to(amounts)))
+
+
+class StainJitter(v2.Transform):  # type: ignore[misc]
+    """Each stain's amount times (1 + a) plus b, with a and b uniform in ±strength, drawn for each image.
+
+    >>> StainJitter(0.05)(torch.rand(8, 3, 96, 96)).shape
+    torch.Size([8, 3, 96, 96])
+
+    Args:
+        strength: at least 0; b is in units of optical density.
+    """
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        if strength < 0:
+            raise ValueError(f"strength={strength}: must be at least 0.")
+        self.strength = strength
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(..., 3, H, W)`` in [0, 1] -> the same shape, in [0, 1]."""
+        shape = (*images.shape[:-3], 3, 1, 1)
+        scale, shift = ((torch.rand(2, *shape, device=images.device) * 2 - 1) * self.strength).to(images.dtype)
+        return from_hed(to_hed(images) * (1 + scale) + shift).clamp(0, 1)

@@ -1,0 +1,213 @@
+"""Methods as configurations: what trains, what is augmented, how inputs are normalised, how predictions are made.
+
+Each is a small YAML file in ``methods/``, or one of your own; ``name+modifier`` composes: ``lora+ensemble+balanced``.
+A method whose prediction looks at unlabelled test images as a whole is transductive: its figure is not comparable
+with that of a method which sees one image at a time, and every table marks it.
+
+What differs in prediction alone shares one training (`Method.training`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import convlora
+
+Trains = Literal["head", "lora", "norms", "full"]
+Layers = Literal["all", "stem", "stages", "1x1", "kxk"]
+Policy = Literal["none", "dihedral", "crop", "affine"]
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """What training changes; the fresh head always trains.
+
+    Attributes:
+        trains: "head" alone, "lora" factors, "norms" (scale and shift of norm layers), or the "full" network.
+        rank: of the factors.
+        alpha: their scaling is alpha / rank; None for twice the rank.
+        layers: which convolutions get factors: all, the stem (the network's first), the stages (all but the stem),
+            those with 1×1 kernels, those with larger ones.
+        norm: whether running statistics "freeze" or "track" in training.
+        train_norms: whether the norm layers' scale and shift train beside the factors.
+    """
+
+    trains: Trains = "head"
+    rank: int = 8
+    alpha: float | None = None
+    layers: Layers = "all"
+    norm: Literal["freeze", "track"] = "freeze"
+    train_norms: bool = False
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What training images go through.
+
+    Attributes:
+        policy: "none"; "dihedral" (one of the 8 exact turns and flips); "crop" (the report's first: colour jitter,
+            random resized crop, flips); "affine" (its second: flips, rotations, affine).
+        stain_jitter: strength of the jitter in HED space, see `hed`; 0 for none.
+    """
+
+    policy: Policy = "crop"
+    stain_jitter: float = 0.0
+
+
+@dataclass(frozen=True)
+class Predict:
+    """How test images become predictions.
+
+    Attributes:
+        views: 1, or 8: the mean probability over the exact turns and flips.
+        adabn: batch-norm statistics recomputed on the unlabelled test images (Li et al. 2016, arXiv 1603.04779).
+        balanced: the threshold that calls half of the test images positive.
+    """
+
+    views: Literal[1, 8] = 1
+    adabn: bool = False
+    balanced: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        normalise: by the "backbone"'s mean and deviation, or by those of each "centre"'s own images.
+        training: name of the training that it uses; methods with the same name differ in prediction alone.
+    """
+
+    name: str
+    about: str
+    adapt: Adapt = Adapt()
+    augment: Augment = Augment()
+    normalise: Literal["backbone", "centre"] = "backbone"
+    predict: Predict = Predict()
+    training: str = ""
+
+    @property
+    def transductive(self) -> bool:
+        """Whether unlabelled test images, together, decide about each of them."""
+        return self.normalise == "centre" or self.predict.adabn or self.predict.balanced
+
+    @property
+    def title(self) -> str:
+        """The name as tables show it."""
+        return f"{self.name} (transductive)" if self.transductive else self.name
+
+    @property
+    def frozen_backbone(self) -> bool:
+        """Whether an image's features are the same in each epoch."""
+        return self.adapt.trains == "head" and self.adapt.norm == "freeze"
+
+    def training_parts(self) -> dict[str, Any]:
+        """All that decides about the training, as plain values."""
+        return {
+            "adapt": dataclasses.asdict(self.adapt),
+            "augment": dataclasses.asdict(self.augment),
+            "normalise": self.normalise,
+        }
+
+    def prepare(self, model: nn.Module, rank: int | None = None) -> nn.Module:
+        """Inject this method's adapter into a backbone, in place.
+
+        Full fine-tuning and norm-only are adapters too, of modules trained in full, so that saving, loading and
+        proving are the same for every row. Parameters that sit on the model itself, as a ViT's tokens, stay frozen.
+        """
+        adapt = self.adapt
+        head = convlora.plan(model, target_modules=()).modules_to_save
+        choices: dict[str, list[Any]] = {
+            "head": [*head],
+            "lora": [*head, *([_is_norm] if adapt.train_norms else [])],
+            "norms": [*head, _is_norm],
+            "full": [_is_top_level],
+        }
+        targets = _SELECT[adapt.layers] if adapt.trains == "lora" else ()
+        if adapt.layers in ("stem", "stages") and adapt.trains == "lora":
+            targets = _by_place(model, adapt.layers)
+        return convlora.inject(
+            model,
+            rank or adapt.rank,
+            alpha=adapt.alpha,
+            target_modules=targets,
+            modules_to_save=choices[adapt.trains],
+            norm=adapt.norm,
+        )
+
+    def to_train_mode(self, model: nn.Module) -> None:
+        """``train()``, with the statistics of batch norms held where the method freezes them."""
+        model.train()
+        if self.adapt.norm == "freeze":
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
+
+MODIFIERS: dict[str, tuple[str, Callable[[Method], Method]]] = {
+    "ensemble": (
+        "8-view ensemble",
+        lambda m: dataclasses.replace(m, predict=dataclasses.replace(m.predict, views=8)),
+    ),
+    "balanced": (
+        "balanced threshold",
+        lambda m: dataclasses.replace(m, predict=dataclasses.replace(m.predict, balanced=True)),
+    ),
+    "adabn": (
+        "AdaBN at test time",
+        lambda m: dataclasses.replace(m, predict=dataclasses.replace(m.predict, adabn=True)),
+    ),
+    "centre": ("centre normalisation", lambda m: dataclasses.replace(m, normalise="centre")),
+    "stain": (
+        "stain jitter",
+        lambda m: dataclasses.replace(m, augment=dataclasses.replace(m.augment, stain_jitter=0.05)),
+    ),
+}
+
+
+def modified(method: Method, modifiers: Sequence[str]) -> Method:
+    """A method with modifiers applied, named and described by them."""
+    result, training = method, method.training
+    for modifier in modifiers:
+        words, change = MODIFIERS[modifier]
+        changed = change(result)
+        if changed.training_parts() != result.training_parts():
+            training = f"{training}+{modifier}"
+        result = dataclasses.replace(
+            changed, name=f"{result.name}+{modifier}", about=f"{result.about}; {words}", training=training
+        )
+    return result
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    return isinstance(module, (_BatchNorm, nn.GroupNorm, nn.LayerNorm))
+
+
+def _is_top_level(name: str, module: nn.Module) -> bool:
+    return bool(name) and "." not in name
+
+
+def _kernel_is(one: bool) -> Callable[[str, nn.Module], bool]:
+    def matches(name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv2d) and (set(module.kernel_size) == {1}) == one
+
+    return matches
+
+
+_SELECT: dict[str, Any] = {"all": None, "1x1": _kernel_is(True), "kxk": _kernel_is(False), "stem": (), "stages": ()}
+
+
+def _by_place(model: nn.Module, layers: str) -> Callable[[str, nn.Module], bool]:
+    """The stem is what holds the network's first convolution; the stages are all else."""
+    first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)).split(".")[0]
+
+    def matches(name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv2d) and (name.split(".")[0] == first) == (layers == "stem")
+
+    return matches

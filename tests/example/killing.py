@@ -1,0 +1,175 @@
+"""Trainings ended by SIGKILL and resumed, run as a program: it forks, which a test process with threads must not.
+
+``python killing.py random OUT KILLS SEED`` ends a training after random times, ``python killing.py writes OUT`` one at
+each write: just before and just after the first, the second, the third call that touches the disk's names, and so on
+until a run gets through. Both print, as JSON, how many kills struck and the digest of every number that came out.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from toy_patches import write_toy
+
+import convlora
+from examples.histopathology import experiment
+from examples.histopathology.backbones import Normalisation
+from examples.histopathology.catalogue import find_method
+from examples.histopathology.data import open_splits
+from examples.histopathology.loading import View
+from examples.histopathology.processes import Job
+from examples.histopathology.training import Recipe, fit
+from examples.histopathology.transforms import eval_transform, train_transform
+
+SIZES = {"train": 64, "val": 16, "test": 16}
+RECIPE = Recipe(image_size=32, epochs=6, batch_size=16)
+
+
+def train_lora(out: Path, data: Path) -> None:
+    """A real network by the whole path, proofs included."""
+    experiment.run_method(find_method("lora"), open_splits(data), RECIPE, Job(out, resume=True))
+
+
+class Colours(nn.Module):
+    """Trains in no time, and draws from the generator by its dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(nn.functional.dropout(x.mean((2, 3)), 0.5, self.training))
+
+
+def train_colours(out: Path, data: Path) -> None:
+    torch.manual_seed(0)
+    model = convlora.inject(Colours(), target_modules=(), modules_to_save=["fc"])
+    splits, plain = open_splits(data), Normalisation("none", "none", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    views = {
+        "train": View(splits["train"], train_transform(32, plain)),
+        "val": View(splits["val"], eval_transform(32, plain)),
+    }
+    folder = out / "adapters" / "lora"
+    save = lambda: experiment.save(model, folder, find_method("probe"), RECIPE)  # noqa: E731
+    fit(model, views, RECIPE, job=Job(out, resume=True), save=save, name="lora")
+
+
+def start(train: Callable[[], None]) -> int:
+    """A child process that trains; its id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            train()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def ended(pid: int) -> bool:
+    """Whether the child got through; False where SIGKILL struck it; anything else fails."""
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"the training ended with {code}")
+    return code == 0
+
+
+def kill_at_random(train: Callable[[Path], None], out: Path, kills: int, seed: int, longest: float) -> int:
+    """Kill until so many kills struck a running training, then let it end; how many struck.
+
+    A training that got through meanwhile must have come out as the undisturbed one, and begins anew.
+    """
+    draws, struck = random.Random(seed), 0
+    for _ in range(50 * kills):
+        if struck == kills:
+            break
+        pid = start(partial(train, out))
+        time.sleep(draws.uniform(0, longest))
+        os.kill(pid, signal.SIGKILL)
+        if not ended(pid):
+            struck += 1
+            continue
+        if digest(out) != digest(out.with_name("whole")):
+            raise RuntimeError(f"after {struck} kills the training came out otherwise")
+        shutil.rmtree(out)
+    ended(start(partial(train, out)))
+    return struck
+
+
+def kill_at_writes(train: Callable[[], None]) -> int:
+    """As the module's docstring says; how many struck."""
+    for number in range(200):
+        if ended(start(partial(dying_at, number // 2, after=bool(number % 2), train=train))):
+            return number
+    raise RuntimeError("never got through")
+
+
+def dying_at(call: int, after: bool, train: Callable[[], None]) -> None:
+    calls = iter(range(10**6))
+
+    def deadly(real: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*args: object, **kwargs: object) -> object:
+            strike = next(calls) == call
+            if strike and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                if strike:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return wrapped
+
+    for name in ("fsync", "replace", "rename", "unlink", "mkdir"):
+        setattr(os, name, deadly(getattr(os, name)))
+    train()
+
+
+def digest(out: Path) -> str:
+    """Every number of the adapter, of the checkpoint's model, optimizer, scheduler and history but its seconds."""
+    adapter = load_file(out / "adapters" / "lora" / "adapter_model.safetensors")
+    state = torch.load(out / "checkpoints" / "lora.pt", weights_only=True)["state"]
+    for epoch in state["history"]:
+        del epoch["seconds"]
+    return hashlib.sha256(repr((plain(adapter), plain(state))).encode()).hexdigest()
+
+
+def plain(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return hashlib.sha256(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    if isinstance(value, dict):
+        return sorted((str(key), plain(each)) for key, each in value.items())
+    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def main() -> None:
+    mode, out = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    data = write_toy(out / "data", SIZES)
+    train = train_lora if mode == "random" else train_colours
+    begun = time.perf_counter()
+    ended(start(lambda: train(out / "whole", data)))
+    seconds = time.perf_counter() - begun
+    if mode == "random":
+        kills, seed = int(sys.argv[3]), int(sys.argv[4])
+        # Up to 0.6 of a whole training: some strike at its beginning, some in its middle, some at its end.
+        struck = kill_at_random(partial(train, data=data), out / "killed", kills, seed, 0.6 * seconds)
+    else:
+        struck = kill_at_writes(lambda: train(out / "killed", data))
+    print(json.dumps({"struck": struck, "whole": digest(out / "whole"), "killed": digest(out / "killed")}))
+
+
+if __name__ == "__main__":
+    main()

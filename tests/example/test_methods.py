@@ -1,0 +1,266 @@
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from toy_patches import write_toy
+
+import convlora
+from examples.histopathology import catalogue, experiment
+from examples.histopathology.ablation import RANKS, variants
+from examples.histopathology.backbones import Normalisation
+from examples.histopathology.catalogue import find_method, find_methods, method_from, read_method
+from examples.histopathology.comparison import TABLE, parse_rates, reported
+from examples.histopathology.data import HistoDataset, open_splits
+from examples.histopathology.errors import ExampleError
+from examples.histopathology.features import linear_head
+from examples.histopathology.hed import StainJitter, from_hed, to_hed
+from examples.histopathology.loading import make_loader
+from examples.histopathology.method import Adapt, Augment
+from examples.histopathology.prediction import adapted_to, balanced, ensembled
+from examples.histopathology.processes import Job
+from examples.histopathology.training import Recipe, fit, predict
+from examples.histopathology.transforms import VIEWS, dihedral, train_transform
+
+RECIPE = Recipe(image_size=32, epochs=2, batch_size=16)
+PLAIN = Normalisation("none", "none", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    return experiment.open_backbone(RECIPE)[0]
+
+
+@pytest.mark.parametrize("name", catalogue.names())
+def test_every_file_is_a_method_that_a_network_takes(name, lite0):
+    method = find_method(name)
+    assert method.name == name
+    assert method_from(catalogue.as_plain(method), name, catalogue.FOLDER / "card") == dataclasses.replace(
+        method, training=name
+    )
+    model = method.prepare(copy.deepcopy(lite0))
+    shares = {"head": 0.001, "norms": 0.02, "lora": 0.1, "full": 1.0}
+    trained = sum(p.numel() for p in convlora.trainable_parameters(model))
+    assert 0 < trained / sum(p.numel() for p in model.parameters()) <= shares[method.adapt.trains]
+
+
+def test_methods_compose_by_name():
+    method = find_method("lora+centre+ensemble+balanced")
+    assert method.normalise == "centre"
+    assert (method.predict.views, method.predict.balanced) == (8, True)
+    assert method.training == "lora+centre"
+    assert method.transductive
+    assert find_method("lora+ensemble").training == find_method("lora-ensemble").training == "lora"
+    assert not find_method("lora+ensemble+stain").transductive
+
+
+@pytest.mark.parametrize("word", ["centre", "adabn", "balanced"])
+def test_what_looks_at_the_test_set_is_marked(word):
+    assert find_method(f"lora+{word}").title == f"lora+{word} (transductive)"
+
+
+def test_the_comparison_names_methods_that_there_are():
+    methods = find_methods(TABLE.split(","))
+    assert {m.adapt.trains for m in methods} == {"head", "norms", "full", "lora"}
+    ranks = {m.adapt.rank for m in variants() if m.adapt.trains == "lora"}
+    assert ranks == set(RANKS)
+
+
+def test_unknown_and_repeated_methods_are_refused():
+    assert [m.name for m in find_methods(["lora", "probe"])] == ["lora", "probe"]
+    with pytest.raises(ExampleError, match=r"unknown method dora; known: .*lora.* or a \.yaml file"):
+        find_methods(["lora", "dora"])
+    with pytest.raises(ExampleError, match="twice"):
+        find_methods(["lora", "lora"])
+    with pytest.raises(ExampleError, match=r"lora\+magic: unknown modifier 'magic'; known: ensemble, balanced"):
+        find_methods(["lora+magic"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adapt: {trains: lora}", "about: is missing"),
+        ("about: x\nadpt: {}", "adpt: unknown key; did you mean adapt"),
+        ("about: x\nadapt: {rnk: 8}", "adapt.rnk: unknown key; did you mean rank"),
+        ("about: x\nadapt: {rank: eight}", "adapt.rank: 'eight' is not allowed; write a whole number"),
+        ("about: x\nadapt: {rank: true}", "adapt.rank: True is not allowed; write a whole number"),
+        ("about: x\nadapt: {rank: 0}", "adapt.rank: 0 is too small"),
+        ("about: x\nadapt: {alpha: no}", "adapt.alpha: False is not allowed; write a number or null"),
+        ("about: x\nadapt: {trains: all}", "adapt.trains: 'all' is not allowed; write 'head' or 'lora'"),
+        ("about: x\npredict: {views: 4}", "predict.views: 4 is not allowed; write 1 or 8"),
+        ("about: x\naugment: {stain_jitter: .inf}", "augment.stain_jitter: inf is too small or no number"),
+        ("about: x\nnormalise: slide", "normalise: 'slide' is not allowed; write 'backbone' or 'centre'"),
+        ("about: x\nadapt: lora", "adapt: holds 'lora'; write keys below it: trains, rank"),
+        ("about: x\nbase: dora", "base: there is no method 'dora'; known: "),
+        ("about: x\nbase: mine", "base: names the file itself"),
+        ("- about", "holds .* write keys such as"),
+        ("about: [x", "cannot be read as YAML"),
+    ],
+)
+def test_a_fault_in_a_file_names_file_key_and_remedy(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ExampleError, match=message) as caught:
+        read_method(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_of_ones_own_starts_from_a_base(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("about: mine\nbase: lora\nadapt: {rank: 3, layers: 1x1}\npredict: {views: 8}\n")
+    method = find_method(f"{path}+balanced")
+    assert method.adapt == Adapt("lora", 3, layers="1x1")
+    assert method.name == "mine+balanced"
+    assert method.training == "mine"
+
+
+def test_layers_are_chosen_by_place_and_kernel(lite0):
+    def adapted(layers):
+        method = dataclasses.replace(find_method("lora"), adapt=Adapt("lora", 2, layers=layers))
+        return {layer.name for layer in convlora.summary(method.prepare(copy.deepcopy(lite0))).layers}
+
+    everything = adapted("all")
+    assert adapted("stem") == {"conv_stem"}
+    assert adapted("stages") == everything - {"conv_stem"}
+    assert adapted("1x1") | adapted("kxk") == everything
+    assert not adapted("1x1") & adapted("kxk")
+
+
+def test_cached_features_train_the_same_head_as_the_network(toy, tmp_path, monkeypatch):
+    method = find_method("probe-dihedral")
+    cached = experiment.run_method(method, open_splits(toy), RECIPE, Job(tmp_path / "a"))
+    monkeypatch.setattr(experiment, "linear_head", lambda model: None)
+    whole = experiment.run_method(method, open_splits(toy), RECIPE, Job(tmp_path / "b"))
+    # the same arithmetic on features that were computed in batches of other patches: fp32 rounding
+    for a, b in zip(cached.history, whole.history, strict=True):
+        assert a.train_loss == pytest.approx(b.train_loss, abs=1e-5)
+        assert a.val_loss == pytest.approx(b.val_loss, abs=1e-5)
+    torch.testing.assert_close(cached.test_logits, whole.test_logits, atol=1e-4, rtol=0)
+    assert cached.proofs.reload_bit_equal
+
+
+def test_features_serve_every_seed(toy, tmp_path, monkeypatch):
+    job, method = Job(tmp_path), find_method("probe")
+    experiment.run_method(method, open_splits(toy), RECIPE, job, suffix="-0")
+    files = sorted((tmp_path / "features").iterdir())
+    experiment.run_method(method, open_splits(toy), dataclasses.replace(RECIPE, seed=1), job, suffix="-1")
+    assert sorted((tmp_path / "features").iterdir()) == files
+    assert len(files) == 2
+
+
+def test_only_a_head_that_trains_alone_is_cached(lite0):
+    assert linear_head(find_method("probe").prepare(copy.deepcopy(lite0))) is not None
+    assert linear_head(find_method("norms").prepare(copy.deepcopy(lite0))) is None
+
+
+def test_dihedral_views_are_the_eight_of_the_square():
+    image = torch.arange(9.0).reshape(1, 3, 3)
+    views = [dihedral(image, view) for view in range(VIEWS)]
+    assert torch.equal(views[0], image)
+    assert len({tuple(view.flatten().tolist()) for view in views}) == 8
+
+
+def test_every_policy_gives_the_size():
+    for policy in ("none", "dihedral", "crop", "affine"):
+        transform = train_transform(64, PLAIN, Augment(policy, 0.05))
+        image = transform(torch.full((3, 96, 96), 0.7))
+        assert image.shape == (3, 64, 64)
+        assert image.min() > 0.3  # no black corner
+
+
+def test_hed_and_back_is_the_image():
+    images = torch.rand(2, 3, 5, 7) * 0.9 + 0.1
+    torch.testing.assert_close(from_hed(to_hed(images)), images, atol=1e-5, rtol=0)
+
+
+def test_a_pure_stain_has_one_amount():
+    from examples.histopathology.stain import HAEMATOXYLIN, unit_rows
+
+    density = 0.5 * torch.tensor(unit_rows([HAEMATOXYLIN])[0], dtype=torch.float32)
+    amounts = to_hed(10 ** -density.reshape(3, 1, 1)).flatten()
+    torch.testing.assert_close(amounts, torch.tensor([0.5, 0.0, 0.0]), atol=1e-5, rtol=0)
+
+
+def test_stain_jitter_draws_for_each_image_and_stays_in_range():
+    images = torch.full((4, 3, 6, 6), 0.6)
+    torch.manual_seed(0)
+    changed = StainJitter(0.1)(images)
+    assert changed.shape == images.shape
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    assert len({float(image.sum()) for image in changed}) == 4
+    torch.testing.assert_close(StainJitter(0.0)(images), images, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"strength=-0\.1"):
+        StainJitter(-0.1)
+
+
+def test_centre_statistics_are_those_of_the_pixels(toy):
+    split = HistoDataset(toy / "train.h5")
+    split.centres[:10] = 5
+    found = experiment.centre_statistics(split)
+    assert set(found) == {0, 5}
+    pixels = torch.from_numpy(split.read(range(10)))
+    torch.testing.assert_close(torch.tensor(found[5].mean), pixels.mean((0, 2, 3)), atol=1e-5, rtol=0)
+    expected = pixels.transpose(0, 1).flatten(1).std(1, correction=0)
+    torch.testing.assert_close(torch.tensor(found[5].std), expected, atol=1e-4, rtol=0)
+
+
+def test_balanced_calls_half_positive_and_keeps_the_order():
+    for size in (1, 2, 7, 50):
+        logits = torch.randn(size, generator=torch.Generator().manual_seed(size)) + 3
+        shifted = balanced(logits)
+        assert int((shifted > 0).sum()) == size // 2 or size % 2
+        assert torch.equal(shifted.argsort(), logits.argsort())
+
+
+def test_ensemble_is_the_mean_probability():
+    logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)) * 4
+    torch.testing.assert_close(ensembled(logits).sigmoid(), logits.sigmoid().mean(0))
+    assert not ensembled(torch.full((8, 2), 200.0)).isinf().any()
+
+
+def test_adabn_takes_the_statistics_of_the_images_it_is_given(toy, tmp_path, lite0):
+    model = find_method("lora").prepare(copy.deepcopy(lite0))
+    view = experiment.make_views(open_splits(toy), RECIPE, find_method("lora"))["test"]
+    loader = make_loader(view, 24)  # one batch: its statistics are what train mode computes
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted = adapted_to(loader, model)
+    images = next(iter(loader))[0]
+    features = convlora.remove(convlora.merge(copy.deepcopy(model))).conv_stem(images)
+    torch.testing.assert_close(adapted.bn1.running_mean, features.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not torch.equal(predict(adapted, loader)[0], predict(model, loader)[0])
+    with pytest.raises(ExampleError, match="no batch norm"):
+        adapted_to(loader, convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), 1, modules_to_save=None))
+
+
+def test_reported_figures_stand_beside_the_challenges_own_data_alone(toy):
+    assert reported(["lora-track"], open_splits(toy)) == []
+
+
+def test_rates_are_different_positive_numbers():
+    assert parse_rates("1e-4,3e-4") == [1e-4, 3e-4]
+    for text in ("", "1e-3,1e-3", "0", "nan", "a"):
+        with pytest.raises(ExampleError, match="--lrs"):
+            parse_rates(text)
+
+
+def test_full_and_norms_train_what_they_say(toy, tmp_path, lite0):
+    for name, moves in (("full", {"conv_stem.weight", "bn1.weight"}), ("norms", {"bn1.weight"})):
+        method = find_method(name)
+        model = method.prepare(copy.deepcopy(lite0))
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        views = experiment.make_views(open_splits(toy), RECIPE, method)
+        recipe = dataclasses.replace(RECIPE, epochs=1)
+        history = fit(model, views, recipe, job=Job(tmp_path / name), to_train_mode=method.to_train_mode).history
+        assert math.isfinite(history[0].val_loss)
+        changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        assert {n for n in ("conv_stem.weight", "bn1.weight") if n in changed} == moves
