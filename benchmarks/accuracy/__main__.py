@@ -1,0 +1,104 @@
+"""What adapting buys: accuracy of every way of adapting, beside what it trains, saves and takes.
+
+    python -m benchmarks.accuracy --out runs/accuracy                 # ends within an hour on two cores; may be resumed
+    python -m benchmarks.accuracy --quick --out runs/quick            # two minutes
+    python -m benchmarks.accuracy --data FOLDER --backbone resnet50   # one's own images, any timm network
+    python -m benchmarks.accuracy --report --out runs/accuracy        # writes docs/accuracy.md and its picture
+
+Each arm gets the same learning-rate sweep, chosen by validation images, then more seeds at the chosen rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from . import backbones, data, report
+from .arms import ARMS, FEW, QUICK
+from .runs import Key, Make, Work, append, best_lr, read
+from .training import Recipe
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    found = argparse.ArgumentParser(
+        "python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--out", type=Path, default=Path("runs") / "accuracy", help="results and weights made here")
+    found.add_argument("--backbone", nargs="+", help="lite0, scratch or a timm name; default the first two")
+    found.add_argument("--data", type=Path, help="a folder with one folder of images a class; default the digits")
+    found.add_argument("--tasks", nargs="+", help="all, or few-N; default all few-1 few-5 few-20 (scratch: all)")
+    found.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="default: all; few-N: a part")
+    found.add_argument("--lrs", nargs="+", type=float, default=[5e-4, 2e-3, 8e-3])
+    found.add_argument("--seeds", type=int, default=3)
+    found.add_argument("--epochs", type=int, default=6)
+    found.add_argument("--size", type=int, default=64, help="side of an image in pixels")
+    found.add_argument("--quick", action="store_true", help="few arms, rates, seeds and steps")
+    found.add_argument("--report", action="store_true", help="write the page from the results, train nothing")
+    found.add_argument("--page", type=Path, default=DOCS / "accuracy.md")
+    return found
+
+
+def works(options: argparse.Namespace) -> list[Work]:
+    """One for each backbone."""
+    splits = data.digits(options.size) if options.data is None else data.folder(options.data, options.size)
+    found = []
+    for name in options.backbone or ([backbones.LITE0] if options.quick else [backbones.LITE0, backbones.SCRATCH]):
+        if name == backbones.SCRATCH:
+            recipe = Recipe(3e-3, 4 * options.epochs)
+            pretrained, known = backbones.from_scratch(splits, recipe, options.out / "scratch.safetensors")
+            print(f"{name}: {known:.1%} on the classes that it was trained on", file=sys.stderr)
+            new = splits.only(backbones.NEW)
+            found.append(Work(name, _make(name, new.classes, pretrained), new, options.epochs))
+        else:
+            found.append(Work(name, _make(name, splits.classes, None), splits, options.epochs))
+    return found
+
+
+def _make(name: str, classes: int, pretrained: nn.Module | None) -> Make:
+    return lambda seed: backbones.network(name, classes, seed, pretrained)
+
+
+def measure(work: Work, options: argparse.Namespace) -> None:
+    """Every run of a backbone that is not in the results yet."""
+    path = options.out / "results.jsonl"
+    small = options.quick or work.backbone == backbones.SCRATCH
+    for task in options.tasks or (["all"] if small else ["all", "few-1", "few-5", "few-20"]):
+        for name in options.arms or (QUICK if options.quick else ARMS if task == "all" else FEW):
+            for seed in range(options.seeds):
+                known = read(path)
+                chosen = best_lr(known, work.backbone, task, name, 0)
+                held = {outcome.key for outcome in known}
+                for lr in options.lrs if seed == 0 else [chosen]:
+                    # None: the arm is not available here.
+                    if lr is not None and Key(work.backbone, task, name, lr, seed) not in held:
+                        outcome = work.run(ARMS[name], task, lr, seed)
+                        append(path, outcome)
+                        print(report.line(outcome), file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is missing, and print the table; or write the page."""
+    options = parser().parse_args(arguments)
+    if options.quick:
+        options.lrs, options.seeds, options.epochs, options.size = options.lrs[1:], 1, 2, min(options.size, 32)
+    if not options.report:
+        for work in works(options):
+            measure(work, options)
+        print(report.tables(read(options.out / "results.jsonl")))
+    else:
+        outcomes = read(options.out / "results.jsonl")
+        if not outcomes:
+            raise SystemExit(f"{options.out} holds no results; run without --report first.")
+        options.page.write_text(report.page(outcomes, options.page), encoding="utf-8")
+        print(f"wrote {options.page.name}")
+
+
+if __name__ == "__main__":
+    main()

