@@ -438,3 +438,16 @@ def test_compiled_models_are_routed_too(three, batch):
         with convlora.use_adapters(three, NAMES):
             torch.testing.assert_close(compiled(batch), expected, **CLOSE)
         torch.testing.assert_close(compiled(batch), before, **CLOSE)
+
+
+def test_a_compiled_part_is_routed_too(three, batch):
+    compiled = torch.compile(three.block, backend="eager")
+    x = torch.randn(4, 16, 8, 8)
+    names = ["a", "b", None, "c"]
+    expected = alone(three, x, names, three.block)
+    convlora.set_adapter(three, "a")
+    with torch.no_grad():
+        before = compiled(x)
+        with convlora.use_adapters(three, names):
+            torch.testing.assert_close(compiled(x), expected, **CLOSE)
+        torch.testing.assert_close(compiled(x), before, **CLOSE)
