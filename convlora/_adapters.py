@@ -158,8 +158,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     try:
         switch(is_open=True)
         yield
-    finally:
+        switch(is_open=False)
+    except BaseException:  # an interrupt on the line above as well
         to_the_end(lambda: switch(is_open=False))
+        raise
 
 
 _SWITCHING = RLock()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -21,10 +20,8 @@ from torch.utils import _pytree as pytree
 from ._places import Place
 from .errors import StateError
 
-_open = False
-"""Whether a block is open anywhere: one glance at it is all that a forward outside of blocks pays."""
-_blocks: set[object] = set()
-_opening = Lock()
+_open: dict[object, None] = {}
+"""Blocks that are open anywhere: a glance whether there are any is all that a forward outside of them pays."""
 _routes: ContextVar[Mapping[nn.Module, Route]] = ContextVar("convlora_routes")
 NO_ROUTES: Mapping[nn.Module, Route] = {}
 
@@ -220,16 +217,11 @@ def entered(routes: Mapping[nn.Module, Route]) -> Iterator[None]:
 def opened(routes: Mapping[nn.Module, Route]) -> Iterator[None]:
     """As :func:`entered`, beside the routes of blocks further out; the block counts as open meanwhile."""
     block = object()
-    _count(block, is_open=True)
     try:
+        _open[block] = None
         with entered({**_routes.get(NO_ROUTES), **routes}):
             yield
-    finally:
-        _count(block, is_open=False)
-
-
-def _count(block: object, is_open: bool) -> None:
-    global _open
-    with _opening:
-        (_blocks.add if is_open else _blocks.discard)(block)
-        _open = bool(_blocks)
+        _open.pop(block, None)
+    except BaseException:  # an interrupt on the line above as well
+        _open.pop(block, None)
+        raise

@@ -123,8 +123,10 @@ def _looking(parts: Parts, blocks: list[Block]) -> Iterator[None]:
                 if not isinstance(module, Routed):
                     swap(module, Routed)
         yield
-    finally:
+        leave()
+    except BaseException:  # an interrupt on the line above as well
         to_the_end(leave)
+        raise
 
 
 _SWAPPING = RLock()

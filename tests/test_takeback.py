@@ -128,6 +128,30 @@ def test_interrupted_switching_leaves_each_adapter_whole(call):
         at += 5
 
 
+BLOCKS = {"disable": convlora.disable_adapter, "use": lambda model: convlora.use_adapters(model, ["b", None])}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_block_is_left_also_where_an_interrupt_comes_at_its_end(block):
+    """At each of the first lines, which come before anything is taken back, and at every seventh from there."""
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    start = convlora.add_adapter(trained(), "b", 3, norm="track")
+    expected, at = start(images), 1
+    classes = [type(module) for module in start.modules()]
+    while True:
+        model = copy.deepcopy(start)
+        opened = BLOCKS[block](model)
+        opened.__enter__()
+        interrupted = run_interrupted(lambda opened=opened: opened.__exit__(None, None, None), at)
+        assert [type(module) for module in model.modules()] == classes, at
+        assert torch.equal(model(images), expected), at
+        convlora.set_adapter(convlora.unmerge(convlora.merge(model)), "b")
+        if not interrupted:
+            break
+        at += 1 if at < 12 else 7
+    assert at > 12
+
+
 def test_pruned_after_merging_can_be_removed_and_unmerge_is_refused(net, images):
     convlora.inject(net.eval())
     randomise(net)

@@ -450,3 +450,16 @@ def test_variants_are_routed_like_plain_adapters(net, images, batch, wins, monke
     fill(net, images, "abc")
     for names in (NAMES, ["b", "c", None, "b", "b", "c", "c", None]):
         torch.testing.assert_close(routed(net, batch, names), alone(net, batch, names), **CLOSE)
+
+
+def test_a_compiled_part_is_routed_too(three, batch):
+    compiled = torch.compile(three.block, backend="eager")
+    x = torch.randn(4, 16, 8, 8)
+    names = ["a", "b", None, "c"]
+    expected = alone(three, x, names, three.block)
+    convlora.set_adapter(three, "a")
+    with torch.no_grad():
+        before = compiled(x)
+        with convlora.use_adapters(three, names):
+            torch.testing.assert_close(compiled(x), expected, **CLOSE)
+        torch.testing.assert_close(compiled(x), before, **CLOSE)
