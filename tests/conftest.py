@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,9 +15,20 @@ from torch import Tensor, nn
 
 import convlora
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side, and those that tests start, take a core each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 # No deadline: shared machines are slow at times, and a time limit would test the machine.
 hypothesis.settings.register_profile("convlora", deadline=None, max_examples=60, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("convlora")
+
+
+@pytest.fixture(autouse=True)
+def _modes_are_left_as_they_were() -> Iterator[None]:
+    """A test that leaves gradients off would change what the next ones test."""
+    yield
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,9 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("arguments, kind, message", REFUSALS, ids=[str(next(iter(r[0].items()))) for r in REFUSALS])
+@pytest.mark.parametrize(
+    "arguments, kind, message", REFUSALS, ids=[f"{next(iter(r[0]))}-{i}" for i, r in enumerate(REFUSALS)]
+)
 def test_refused_arguments_leave_the_model_untouched(net, arguments, kind, message):
     before = snapshot(net)
     with pytest.raises(kind, match=message):
