@@ -110,6 +110,7 @@ def test_method_trains_reloads_bit_equal_and_merges(toy, tmp_path, name):
     assert result.proofs.merge_difference < 1e-4  # fp32 rounding over fifty layers; logits are near 1
     assert len(result.test_logits) == 24
     assert sorted(p.name for p in (tmp_path / "adapters" / name).iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "run.json",
