@@ -127,6 +127,7 @@ def _front_matter(plan: Plan, about: About) -> list[str]:
 def _introduction(plan: Plan) -> list[str]:
     what = [f"low-rank factors for {_count(len(plan.layers), 'layer')}"] if plan.layers else []
     what += [f"{_names(plan.modules_to_save)} in full"] if plan.modules_to_save else []
+    what += [f"the biases of {_count(len(plan.biases), 'module')}"] if plan.biases else []
     what += ["the norm layers' statistics, scales and shifts"] if plan.norm == "track" and plan.norms else []
     return [
         f"# {_cell(_name(plan))}",
@@ -179,11 +180,20 @@ def _layers(plan: Plan) -> list[str]:
     return [
         "## Layers",
         "",
-        f"Each computes with W + {scaling} · B A; the last two columns count parameters.",
+        f"Each computes with {_formula(plan, scaling)}; the last two columns count parameters.",
         "",
         *(tables if len(groups) < len(each) else [*by_name, ""]),
         *_left_alone(plan.skipped),
     ]
+
+
+def _formula(plan: Plan, scaling: str) -> str:
+    """What the layers compute with; anchored factors are in the file as one change of twice the rank."""
+    anchored = any(layer.anchored for layer in plan.layers)
+    change = f"{scaling} · (B A − B₀ A₀), A₀ and B₀ as they began ({plan.init})" if anchored else f"{scaling} · B A"
+    if not plan.use_dora:
+        return f"W + {change}"
+    return f"m · (W + ΔW) / ‖W + ΔW‖ for each output channel (DoRA), ΔW = {change}"
 
 
 def _left_alone(skipped: Sequence[LayerPlan]) -> list[str]:

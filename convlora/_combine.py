@@ -168,8 +168,12 @@ def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str
         norm="track" if tracked else "freeze",
         path=first.path,
     )
-    biases = dict.fromkeys(name for each in adapters.values() for name in each.plan.biases)
-    return replace(plan, head_found_by=first.head_found_by, use_rslora=False, biases=tuple(biases))
+    in_full = {module for each in saved.values() for module in each.modules()}
+    trained = dict.fromkeys(name for each in adapters.values() for name in each.plan.biases)
+    biases = tuple(name for name in trained if root.get_submodule(name) not in in_full)
+    numbers = sum(root.get_submodule(name).get_parameter("bias").numel() for name in biases)
+    plan = replace(plan, head_found_by=first.head_found_by, use_rslora=False, biases=biases)
+    return replace(plan, saved_parameters=plan.saved_parameters + numbers)
 
 
 def _parts(layer: nn.Module, adapters: Mapping[str, Adapter], shares: Mapping[str, float]) -> Parts:

@@ -20,6 +20,7 @@ from ._checks import check_model
 from ._inject import remove
 from ._manifest import Manifest
 from ._peft_format import (
+    ALONE,
     PREFIX,
     REGISTERED,
     STOCK,
@@ -27,6 +28,7 @@ from ._peft_format import (
     faults_for_any_peft,
     faults_for_stock_peft,
     peft_config,
+    peft_type,
 )
 from ._peft_reader import from_peft_tensors
 from ._plan import Plan
@@ -218,18 +220,23 @@ def to_peft(model: nn.Module) -> PeftModel:
     check_enabled(injection)
     check_intact(root, injection)
     active = injection.active
-    every, configs, faults = {}, {}, []
+    every, configs, faults, kinds = {}, {}, [], set()
     for name, adapter in injection.adapters.items():
         tensors, buffers = adapter_tensors(root, injection, adapter)
         every[name] = (adapter.plan, tensors, Manifest(Path(name), adapter.plan, {}, {}, buffers, {}))
         configs[name] = {**peft_config(root, adapter), "inference_mode": False}
+        kinds.add(peft_type(root, adapter))
         faults += [*faults_for_any_peft(root, adapter), *faults_for_stock_peft(adapter)]
         faults += [f"{key}: a buffer that moved, and peft keeps one for all" for key in buffers if len(configs) > 1]
     if faults:
         raise UnsupportedLayerError(
             "\n".join(["Stock peft would not predict the same:", *(f"  {fault}" for fault in dict.fromkeys(faults))])
-            + "\nSave it with convlora.save_adapter and load that in peft after convlora.peft.register(), where its "
-            "layers are convlora's; or merge it. Nothing was changed."
+            + (
+                "\nMerge it to hand the network over. Nothing was changed."
+                if ALONE in kinds
+                else "\nSave it with convlora.save_adapter and load that in peft after convlora.peft.register(), where "
+                "its layers are convlora's; or merge it. Nothing was changed."
+            )
         )
     training = root.training
     remove(root)

@@ -221,3 +221,21 @@ def test_what_fits_no_card_is_refused_and_nothing_is_written(net, tmp_path, argu
     with pytest.raises(TargetError, match=message + r"(?s:.*)Nothing was written\.$"):
         convlora.save_adapter(net, tmp_path / "new", **arguments)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({}, "computes with W + alpha / rank · B A;"),
+        (
+            {"use_dora": True},
+            "computes with m · (W + ΔW) / ‖W + ΔW‖ for each output channel (DoRA), ΔW = alpha / rank · B A;",
+        ),
+        ({"init": "pissa"}, "computes with W + alpha / rank · (B A − B₀ A₀), A₀ and B₀ as they began (pissa);"),
+    ],
+)
+def test_the_card_says_what_the_layers_compute_with(net, tmp_path, options, words):
+    convlora.inject(net, 2, **options)
+    randomise(net)
+    convlora.save_adapter(net, tmp_path)
+    assert words in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -399,3 +399,18 @@ def test_dora_that_peft_would_compute_otherwise_is_refused_both_ways(tmp_path):
         same[0].convlora["default"].lora_B.fill_(0.1)
     convlora.save_adapter(same, tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["peft_type"] == "CONVLORA_ALONE"
+
+
+def test_a_combination_counts_and_lists_the_biases_that_it_trains_once(tmp_path):
+    """What the plan says is trainable is what trainable_parameters gives."""
+    base = plain_net()
+    biased = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["0"], bias="all"))
+    biased.save_pretrained(tmp_path)
+    convlora.load_adapter(base, tmp_path, adapter_name="a")
+    convlora.add_adapter(base, "b", 2, modules_to_save="4")
+    for weights, name in (({"a": 1.0}, "one"), ({"a": 0.5, "b": 0.5}, "two")):
+        convlora.combine_adapters(base, weights, name)
+        convlora.set_adapter(base, name)
+        trained = sum(p.numel() for p in convlora.trainable_parameters(base))
+        assert convlora.summary(base).trainable_parameters == trained
+    assert "4" not in convlora.summary(base, "two").biases
