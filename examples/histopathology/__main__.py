@@ -82,7 +82,7 @@ class Options:
         bool, typer.Option("--full", help="The report's size: 224 px, all patches, up to 50 epochs, lr 1e-4.")
     ] = False
     epochs: Annotated[int | None, typer.Option(help="At most this many (6; 50 with --full).")] = None
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels (128; 224 with --full).")] = None
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels (96; 224 with --full).")] = None
     rank: Annotated[int | None, typer.Option(help="Of every method's factors, in place of its own (8).")] = None
     lr: Annotated[float | None, typer.Option(help="For every method (1e-3; 1e-4 with --full).")] = None
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32
