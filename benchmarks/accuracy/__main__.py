@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--lrs", nargs="+", type=float, default=[5e-4, 2e-3, 8e-3])
     found.add_argument("--seeds", type=int, default=3)
     found.add_argument("--epochs", type=int, default=6)
-    found.add_argument("--size", type=int, default=48, help="side of an image in pixels")
+    found.add_argument("--size", type=int, default=32, help="side of an image in pixels")
     found.add_argument("--quick", action="store_true", help="few arms, rates, seeds and steps")
     found.add_argument("--report", action="store_true", help="write the page from the results, train nothing")
     found.add_argument("--page", type=Path, default=DOCS / "accuracy.md")

@@ -22,8 +22,8 @@ from .processes import Job
 from .training import Recipe
 
 TABLE = (
-    "probe,probe-augmented,probe-affine,probe-centre-ensemble,norms,full,full-track,lora,lora-track,lora-stain,"
-    "lora-centre,lora-ensemble,lora-balanced,lora-adabn,probe-augmented+balanced,full+ensemble"
+    "probe,probe-augmented,probe-centre-ensemble,norms,full,lora,lora-track,lora-stain,lora-centre,"
+    "lora-ensemble,lora-balanced,lora-adabn,probe-augmented+balanced,full+ensemble"
 )
 
 # The report's own figures, single runs on the challenge's data: method -> (backbone, validation, test).
