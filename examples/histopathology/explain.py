@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-
 _COARSEST = 4
 
 
@@ -28,7 +27,8 @@ def cam_layer(model: nn.Module, images: Tensor) -> nn.Module | None:
     """The module whose output Grad-CAM reads; None where there is none that can be told.
 
     Of a CNN the last one to give a feature map of 4×4 positions or more, outermost where several give the same, since a
-    coarser one says nothing of where; of a vision transformer in timm's form the norm that begins its last block, since after it only the class token counts.
+    coarser one says nothing of where; of a vision transformer in timm's form the norm that begins its last block, since
+    after it only the class token counts.
     """
     blocks = getattr(model, "blocks", None)
     if hasattr(model, "num_prefix_tokens") and isinstance(blocks, nn.Sequential) and hasattr(blocks[-1], "norm1"):
