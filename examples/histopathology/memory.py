@@ -84,10 +84,10 @@ def step_bytes(
         to_train_mode: as the method trains.
     """
     model = copy.deepcopy(model)
-    weights = sum(int(t.untyped_storage().nbytes()) for t in {*model.parameters(), *model.buffers()})
+    weights = sum(t.untyped_storage().nbytes() for t in {*model.parameters(), *model.buffers()})
     with LiveBytes() as live:
         _step(model, batch_size, image_size, to_train_mode)
-    return weights + live.peak
+    return int(weights + live.peak)
 
 
 def largest_batch(

@@ -120,7 +120,8 @@ def confusion(logits: Tensor, labels: Tensor) -> Confusion:
 
 def confusion_by_centre(logits: Tensor, labels: Tensor, centres: Tensor) -> dict[int, Confusion]:
     """The same for each centre."""
-    return {int(centre): confusion(logits[centres == centre], labels[centres == centre]) for centre in centres.unique()}
+    found = sorted(set(centres.tolist()))
+    return {each: confusion(logits[centres == each], labels[centres == each]) for each in found}
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
