@@ -78,6 +78,7 @@ def test_the_page_shows_patches_maps_and_costs_of_what_was_trained(finished):
     page = (finished[1] / "report.html").read_text()
     assert "No patches are shown" not in page and "No costs are shown" not in page
     assert page.count("Grad-CAM reads the output of") == 1
+    assert "predicts otherwise" not in page
     assert page.count('src="data:image/png;base64,') >= 3 * 4  # at least two right ones of each label, or wrong ones
     data = json.loads((finished[1] / "results.json").read_text())
     assert {row["split"] for row in data["scores"]} == {"test", "validation"}
