@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import nn
 
 from . import backbones, data, report
-from .arms import ARMS, FEW, QUICK
+from .arms import ARMS, FEW, QUICK, SECOND
 from .runs import Key, Make, Work, append, best_lr, read
 from .training import Recipe
 
@@ -34,11 +34,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--backbone", nargs="+", help="lite0, scratch or a timm name; default the first two")
     found.add_argument("--data", type=Path, help="a folder with one folder of images a class; default the digits")
     found.add_argument("--tasks", nargs="+", help="all, or few-N; default all few-1 few-5 few-20 (scratch: all)")
-    found.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="default: all; few-N: a part")
+    found.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="default: all; few-N and scratch: a part"
+    )
     found.add_argument("--lrs", nargs="+", type=float, default=[5e-4, 2e-3, 8e-3])
     found.add_argument("--seeds", type=int, default=3)
     found.add_argument("--epochs", type=int, default=6)
-    found.add_argument("--size", type=int, default=64, help="side of an image in pixels")
+    found.add_argument("--size", type=int, default=48, help="side of an image in pixels")
     found.add_argument("--quick", action="store_true", help="few arms, rates, seeds and steps")
     found.add_argument("--report", action="store_true", help="write the page from the results, train nothing")
     found.add_argument("--page", type=Path, default=DOCS / "accuracy.md")
@@ -70,7 +72,7 @@ def measure(work: Work, options: argparse.Namespace) -> None:
     path = options.out / "results.jsonl"
     small = options.quick or work.backbone == backbones.SCRATCH
     for task in options.tasks or (["all"] if small else ["all", "few-1", "few-5", "few-20"]):
-        for name in options.arms or (QUICK if options.quick else ARMS if task == "all" else FEW):
+        for name in options.arms or _arms(work.backbone, task, options.quick):
             for seed in range(options.seeds):
                 known = read(path)
                 chosen = best_lr(known, work.backbone, task, name, 0)
@@ -81,6 +83,12 @@ def measure(work: Work, options: argparse.Namespace) -> None:
                         outcome = work.run(ARMS[name], task, lr, seed)
                         append(path, outcome)
                         print(report.line(outcome), file=sys.stderr)
+
+
+def _arms(backbone: str, task: str, is_quick: bool) -> Sequence[str]:
+    if is_quick:
+        return QUICK
+    return FEW if task != "all" else SECOND if backbone == backbones.SCRATCH else tuple(ARMS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

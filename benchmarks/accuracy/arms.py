@@ -87,5 +87,17 @@ _ALL = (
 ARMS = {arm.name: arm for arm in _ALL}
 FEW = ("probe", "norms", "lora-1", "lora-8", "dora-8", "lora-8-norms", "full-freeze", FULL)
 """The arms of the few-shot tasks."""
+SECOND = (
+    *FEW,
+    "biases",
+    "lora-2",
+    "lora-32",
+    "lora-8-track",
+    "lora-8-alpha-8",
+    "lora-8-alpha-64",
+    "pissa-8",
+    "budget-2%",
+)
+"""The arms of the second backbone: those that the choice of defaults hangs on."""
 QUICK = ("probe", "norms", "lora-8", FULL)
 """The arms of a quick run."""

@@ -51,7 +51,7 @@ class Recipe:
 
     backbone: str = "lite0"
     weights: Path | None = None
-    image_size: int = 128
+    image_size: int = 96
     rank: int | None = None
     """For every method, in place of its own."""
     epochs: int = 6
