@@ -102,6 +102,8 @@ def reliability_chart(bins: Sequence[Bin], title: str) -> Markup:
 
 
 def _curve(results: Sequence[Result], label: str, value: Callable[[Epoch], float]) -> Markup:
+    # Methods that differ in prediction alone share a training, which is drawn once.
+    results = list({result.adapter: result for result in reversed(results)}.values())[::-1]
     order = list(dict.fromkeys(result.method for result in results))
     figure = Figure(figsize=(5, 3.2 + 0.13 * len(order)), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel=label)

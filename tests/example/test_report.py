@@ -8,7 +8,7 @@ import browser
 import pytest
 import torch
 
-from examples.histopathology.charts import DRAWN, pareto
+from examples.histopathology.charts import DRAWN, curves, pareto
 from examples.histopathology.costs import Cost
 from examples.histopathology.exhibits import Exhibits, Patch
 from examples.histopathology.experiment import Result
@@ -95,6 +95,12 @@ def test_the_frontier_is_what_nothing_beats_on_both():
     points = [(0.5, 0.9), (0.1, 0.8), (0.2, 0.7), (0.3, 0.95), (0.3, 0.94)]
     assert pareto(points) == [(0.1, 0.8), (0.3, 0.95)]
     assert html(report(result("a"), result("b"), result("c"))).count("<svg") == 3
+
+
+def test_a_training_that_methods_share_is_drawn_once():
+    shared = dataclasses.replace(result("lora+balanced"), adapter=result("lora").adapter)
+    drawn = curves([result("probe"), result("lora"), shared])["Validation loss"]
+    assert ">lora<" in drawn and ">probe<" in drawn and "balanced" not in drawn
 
 
 def test_best_is_by_validation_loss_whatever_the_test_says():
