@@ -6,6 +6,7 @@ Every option is checked before any work begins. A user's mistake is one line on 
 import dataclasses
 import functools
 import inspect
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,17 +20,20 @@ from rich.table import Table
 
 import convlora
 
-from . import comparison, experiment, inspection, report, sheet, slides, standin
+from . import comparison, exhibits, experiment, exporting, inspection, report, sheet, slides, standin
 from .ablation import variants
-from .backbones import check_backbone
+from .backbones import PATHOLOGY, check_backbone, native_size
 from .catalogue import find_methods, names
 from .comparison import parse_rates
+from .costs import Cost
+from .costs import costs as measure_costs
 from .data import HistoDataset, find_splits, open_splits
 from .errors import ExampleError
 from .files import write_text
 from .method import MODIFIERS, Method, modified
 from .processes import PRECISIONS, Job, is_first_process, make_accelerator
-from .training import Recipe, default_workers, pick_device
+from .tiles import find_tiles
+from .training import Recipe, accuracy, default_workers, pick_device
 
 SMALL_SIZES = {"train": 960, "val": 320, "test": 320}
 FULL_SIZES = {"train": 100_000, "val": 34_904, "test": 85_054}  # the challenge's own
@@ -63,6 +67,8 @@ MethodsOption = Annotated[
         "--methods", help=f"Comma-separated, of {', '.join(names())}, or YAML files; +{', +'.join(MODIFIERS)} compose."
     ),
 ]
+LATER = ("ensemble", "balanced", "adabn")
+"""Modifiers that do not change the training."""
 DEFAULT = "probe,probe-augmented,lora,lora-track"
 
 
@@ -74,7 +80,9 @@ class Options:
         Path | None, typer.Option(help="Folder of the challenge's, WILDS's or PCam's files. Default: a stand-in.")
     ] = None
     slides: Annotated[Path | None, typer.Option(help="Folder of tissue pictures to cut and run on.")] = None
-    backbone: Annotated[str, typer.Option(help="lite0 (no network needed) or a timm model name.")] = "lite0"
+    backbone: Annotated[
+        str, typer.Option(help=f"lite0 (no network needed), a timm name, hf-hub:OWNER/NAME, {', '.join(PATHOLOGY)}.")
+    ] = "lite0"
     weights: Annotated[Path | None, typer.Option(help="Local weights of the backbone: safetensors or state dict.")] = (
         None
     )
@@ -83,9 +91,15 @@ class Options:
     ] = False
     epochs: Annotated[int | None, typer.Option(help="At most this many (6; 50 with --full).")] = None
     image_size: Annotated[int | None, typer.Option(help="Side in pixels (96; 224 with --full).")] = None
+    native_size: Annotated[
+        bool, typer.Option("--native-size", help="The side that the backbone was trained on, in place of --image-size.")
+    ] = False
     rank: Annotated[int | None, typer.Option(help="Of every method's factors, in place of its own (8).")] = None
     lr: Annotated[float | None, typer.Option(help="For every method (1e-3; 1e-4 with --full).")] = None
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32
+    fit_memory: Annotated[
+        bool, typer.Option("--fit-memory", help="Halve --batch-size until a step of every method fits in memory.")
+    ] = False
     seed: Annotated[int, typer.Option(help="Head, shuffling, augmentation, stand-in.")] = 0
     workers: Annotated[int | None, typer.Option(help="Loader processes (0 on a CPU).")] = None
     limit: Annotated[int | None, typer.Option(help="At most this many patches of each split.")] = None
@@ -98,6 +112,8 @@ class Options:
         shared = {f.name for f in dataclasses.fields(Recipe)} & {f.name for f in dataclasses.fields(self)}
         given = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
         preset = FULL_RECIPE if self.full else {}
+        if self.native_size:
+            given["image_size"] = native_size(self.backbone, self.weights)
         return Recipe(**{"workers": default_workers(pick_device()), **preset, **given})
 
     def sizes(self) -> dict[str, int]:
@@ -208,24 +224,59 @@ def rates(options: Options, lrs: str | None) -> list[float]:
 @app.command()
 @plain_errors
 def predict(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run wrote.")],
-    data: Annotated[Path, typer.Argument(help="HDF5 file, or a folder with a test split.")],
-    out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("submission.csv"),
+    model: Annotated[Path, typer.Argument(help="Adapter folder that a run wrote, or an .onnx file of `export`.")],
+    data: Annotated[Path, typer.Argument(help="HDF5 file, folder with a test split, or folder of picture tiles.")],
+    out: Annotated[Path, typer.Option(help="CSV file to write; probabilities go beside it.")] = Path("submission.csv"),
     weights: Annotated[Path | None, typer.Option(help="Where the backbone's weights lie now.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
     how: Annotated[str, typer.Option(help="Comma-separated, of ensemble, balanced, adabn.")] = "",
 ) -> None:
-    """Predict with a saved adapter and write a submission."""
+    """Predict with a saved adapter or an exported network; write a submission and the probabilities."""
     check_minimums(batch_size=batch_size)
-    recipe, method = experiment.read_card(adapter)
-    method = modified(method, [word for word in how.split(",") if word])
-    recipe = dataclasses.replace(recipe, weights=weights or recipe.weights, batch_size=batch_size, workers=0)
-    split = HistoDataset(test_file(data), require_labels=False, split="test")
-    logits, accuracy = experiment.predict_split(adapter, split, recipe, method)
+    words = [word for word in how.split(",") if word]
+    if model.suffix == ".onnx":
+        predicts = modified(Method(model.stem, ""), check_how(words)).predict
+        split = open_to_predict(data)
+        logits = exporting.predict_onnx(model, split, predicts, batch_size)
+    else:
+        recipe, method = experiment.read_card(model)
+        method = modified(method, check_how(words))
+        recipe = dataclasses.replace(recipe, weights=weights or recipe.weights, batch_size=batch_size, workers=0)
+        split = open_to_predict(data)
+        logits = experiment.predict_split(model, split, recipe, method)
+    beside = out.with_name(f"{out.stem}-probabilities.csv")
+    write_text(beside, report.probabilities_csv(split, logits))
     write_text(out, report.submission_csv(split.ids.tolist(), logits))
-    if accuracy is not None:
-        console.print(f"accuracy {accuracy:.4f} on {len(split):,} patches")
-    console.print(f"wrote {out}", soft_wrap=True)
+    for note in split.rows.notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False)
+    if split.labels is not None:
+        console.print(f"accuracy {accuracy(logits, split.labels.float()):.4f} on {len(split):,} patches")
+    console.print(f"wrote {out} and {beside}", soft_wrap=True)
+
+
+@app.command()
+@plain_errors
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run wrote.")],
+    out: Annotated[Path, typer.Option(help="ONNX file to write.")] = Path("model.onnx"),
+    data: Annotated[
+        Path | None, typer.Option(help="Patches to compare torch and onnxruntime on; random ones without.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Where the backbone's weights lie now.")] = None,
+) -> None:
+    """Merge an adapter and write the plain network as ONNX, compared with torch in onnxruntime."""
+    if out.suffix != ".onnx":
+        raise ExampleError(f"--out {out}: `predict` knows an ONNX file by its name; let it end in .onnx.")
+    recipe, _ = experiment.read_card(adapter)
+    recipe = dataclasses.replace(recipe, weights=weights or recipe.weights)
+    split = None if data is None else open_to_predict(data)
+    done = exporting.export(adapter, out, recipe, split)
+    console.print(
+        f"wrote {done.path}, {done.size / 1e6:.1f} MB; onnxruntime against torch on {done.images} patches: "
+        f"largest logit difference {done.difference:.1g}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 @app.command()
@@ -303,6 +354,8 @@ def run(options: Options, methods: Sequence[Method], seeds: int, sweep: Sequence
     recipe = check(options, seeds)
     experiment.check_backbone_takes(recipe)
     job = Job(options.out, console, make_accelerator(recipe.precision), options.resume)
+    if options.fit_memory:
+        recipe = dataclasses.replace(recipe, batch_size=job.first_decides(lambda: fitting_batch(methods, recipe, job)))
     folder = job.first_decides(lambda: find_data(options))
     splits = open_splits(folder, options.limit)
     remarks: list[str] = []
@@ -326,6 +379,17 @@ def run(options: Options, methods: Sequence[Method], seeds: int, sweep: Sequence
     job.wait()
 
 
+def fitting_batch(methods: Sequence[Method], recipe: Recipe, job: Job) -> int:
+    """The batch of which a step of every method fits in memory; a job that resumes takes the one that it began with."""
+    kept = job.out / "batch-size.json"
+    if job.resume and kept.is_file():
+        return int(json.loads(kept.read_text(encoding="utf-8"))["batch_size"])
+    found = experiment.largest_common_batch(methods, recipe, job)
+    write_text(kept, json.dumps({"asked": recipe.batch_size, "batch_size": found}) + "\n")
+    job.console.print(f"batch size {found}: the largest of {recipe.batch_size} and its halves that fits in memory")
+    return found
+
+
 def finish(
     options: Options,
     splits: dict[str, HistoDataset],
@@ -337,7 +401,8 @@ def finish(
     facts = [report.describe_split(name, split) for name, split in splits.items()]
     test = splits["test"]
     given = arguments(options, recipe, results)
-    whole = report.Report(results, facts, given, caveat(splits), test.labels, remarks)
+    whole = report.Report(results, facts, given, caveat(splits), test.labels, remarks, report.truths(splits))
+    whole = with_pictures(whole, splits)
     report.write_report(whole, options.out, report.submission_csv(test.ids.tolist(), whole.best.test_logits))
     console.print(report.rich_table(whole))
     for note in whole.notes():
@@ -345,6 +410,23 @@ def finish(
     console.print(f"submission.csv is by {whole.best.method}, seed {whole.best.seed}: the lowest validation loss")
     for name in ("report.html", "table.md", "results.json", "submission.csv", "adapters", "logs"):
         console.print(f"{options.out / name}", soft_wrap=True)
+
+
+def with_pictures(whole: report.Report, splits: dict[str, HistoDataset]) -> report.Report:
+    """The report with patches and costs; a fault in either is a footnote, since what was trained must be shown."""
+    console.print("looking at patches and costs", highlight=False)
+    remarks = list(whole.remarks)
+    shown: exhibits.Exhibits | None = None
+    costs: Sequence[Cost] = ()
+    try:
+        shown = exhibits.exhibits(whole.best, splits)
+    except (ExampleError, convlora.ConvLoraError, OSError, RuntimeError) as fault:
+        remarks.append(f"No patches are shown: {fault}")
+    try:
+        costs = measure_costs(whole.by_method())
+    except (ExampleError, convlora.ConvLoraError, OSError, RuntimeError) as fault:
+        remarks.append(f"No costs are shown: {fault}")
+    return dataclasses.replace(whole, exhibits=shown, costs=costs, remarks=remarks)
 
 
 def arguments(options: Options, recipe: Recipe, results: Sequence[experiment.Result]) -> dict[str, Any]:
@@ -358,6 +440,9 @@ def arguments(options: Options, recipe: Recipe, results: Sequence[experiment.Res
 
 def check(options: Options, seeds: int) -> Recipe:
     """The recipe of these options; the first value that cannot work is an ExampleError."""
+    check_backbone(options.backbone)
+    if options.native_size and options.image_size is not None:
+        raise ExampleError("--image-size and --native-size exclude each other; give one.")
     recipe = options.recipe()
     values = {name: getattr(options, name) for name in MINIMUMS if name != "seeds"}
     check_minimums(**values, seeds=seeds)
@@ -371,7 +456,6 @@ def check(options: Options, seeds: int) -> Recipe:
         raise ExampleError(f"--out {options.out} is a file; name a folder.")
     if recipe.precision not in PRECISIONS:
         raise ExampleError(f"--precision {recipe.precision}: give one of {', '.join(PRECISIONS)}.")
-    check_backbone(recipe.backbone)
     return recipe
 
 
@@ -410,14 +494,23 @@ def cut_slides(folder: Path, out: Path, dtype: str = "float32") -> None:
     console.print("cut " + ", ".join(f"{count} {name}" for name, count in counts.items()) + " patches")
 
 
-def test_file(data: Path) -> Path:
-    """The file itself, or a folder's test split."""
-    if not data.is_dir():
-        return data
-    splits = find_splits(data)
-    if "test" not in splits:
-        raise ExampleError(f"{data}: no test.h5 in this folder; name the HDF5 file itself.")
-    return splits["test"]
+def check_how(words: Sequence[str]) -> Sequence[str]:
+    """The ways of predicting that were asked for, if a trained adapter can still be predicted by them."""
+    for word in words:
+        if word not in LATER:
+            raise ExampleError(f"--how {word}: give any of {', '.join(LATER)}; the rest is decided in training.")
+    return words
+
+
+def open_to_predict(data: Path) -> HistoDataset:
+    """The file itself, a folder's test split, or a folder of tiles."""
+    if data.is_dir():
+        splits = find_splits(data)
+        if "test" in splits:
+            return HistoDataset(splits["test"], require_labels=False, split="test")
+        if splits or not find_tiles(data):
+            raise ExampleError(f"{data}: no test.h5 in this folder, no PNG, JPEG or TIFF; name the HDF5 file itself.")
+    return HistoDataset(data, require_labels=False, split="test")
 
 
 def caveat(splits: dict[str, HistoDataset]) -> str:

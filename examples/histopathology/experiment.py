@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from .errors import ExampleError
 from .features import Features, features_of, head_alone, linear_head
 from .files import replacing_directory, write_text
 from .loading import Loader, View, make_loader
+from .memory import largest_batch
 from .method import Method, Predict
 from .prediction import predict_by
 from .processes import Job
-from .training import Epoch, Recipe, accuracy, fit, pick_device, place
+from .training import Epoch, Recipe, accuracy, fit, pick_device, place, predict
 from .transforms import VIEWS, eval_transform, train_transform
 from .verify import Proofs, prove
 
@@ -56,6 +57,8 @@ class Result:
     lr: float = 1e-3
     transductive: bool = False
     about: str = ""
+    val_logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    """``(N,)``; empty in results that an earlier version wrote."""
 
     @property
     def best(self) -> Epoch:
@@ -167,6 +170,7 @@ def run_method(
             transductive=method.transductive,
             about=method.about,
             val_accuracy=accuracy(val, _labels(splits["val"])) or 0.0,
+            val_logits=val,
             test_logits=test,
             test_accuracy=accuracy(test, labels),
         )
@@ -209,6 +213,7 @@ def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, jo
         loader = make_loader(transforms.view(splits["test"]), recipe.batch_size, workers=recipe.workers)
         logits, proofs = prove(model, load(folder, recipe, device), loader)
         job.console.print(f"{name}: {proofs}", highlight=False)
+        val = make_loader(transforms.view(splits["val"]), recipe.batch_size, workers=recipe.workers)
         result = Result(
             method=method.name,
             seed=recipe.seed,
@@ -225,7 +230,9 @@ def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, jo
             lr=recipe.lr,
             transductive=method.transductive,
             about=method.about,
+            val_logits=predict(model, val)[0],
         )
+        save(model, folder, method, recipe, _metrics(result))  # the same numbers, now with a card that says how good
         write_result(file, identity, result)
         return result
 
@@ -244,8 +251,7 @@ def _what_trains(
     """The model and its images; or its head and their features, where those are the same in each epoch."""
     head = linear_head(model) if method.frozen_backbone else None
     augment = method.augment
-    fixed = augment.policy in ("none", "dihedral") and not augment.stain_jitter and recipe.precision == "fp32"
-    if head is None or not fixed:
+    if head is None or not has_fixed_images(method, recipe):
         return model, {name: transforms.view(splits[name], train=name == "train") for name in ("train", "val")}
     cached = {}
     for name in ("train", "val"):
@@ -255,6 +261,18 @@ def _what_trains(
         features = features_of(model, head, views, key, recipe.batch_size, job)
         cached[name] = Features(features, splits[name].labels, recipe.seed)
     return head_alone(head, recipe.dropout), cached
+
+
+def has_fixed_images(method: Method, recipe: Recipe) -> bool:
+    """Whether the same images come back each epoch, so that a frozen backbone's features can be kept."""
+    augment = method.augment
+    return augment.policy in ("none", "dihedral") and not augment.stain_jitter and recipe.precision == "fp32"
+
+
+def _metrics(result: Result) -> dict[str, float]:
+    """What the adapter's card says of how good it is."""
+    test = {} if result.test_accuracy is None else {"test accuracy": result.test_accuracy}
+    return {"validation accuracy": result.val_accuracy, "validation loss": result.best.val_loss, **test}
 
 
 def _loaders(method: Method, split: HistoDataset, recipe: Recipe) -> Callable[[int], Loader]:
@@ -282,7 +300,8 @@ def _forget(file: Path) -> None:
 
 def write_result(file: Path, identity: Mapping[str, Any], result: Result) -> None:
     """Write ``results/NAME.json``: a training that is done, whole."""
-    kept = {**vars(result), "test_logits": result.test_logits.tolist(), "proofs": vars(result.proofs)}
+    logits = {"test_logits": result.test_logits.tolist(), "val_logits": result.val_logits.tolist()}
+    kept = {**vars(result), **logits, "proofs": vars(result.proofs)}
     kept |= {"history": [vars(epoch) for epoch in result.history], "adapter": result.adapter.name}
     write_text(file, json.dumps({"identity": dict(identity), "result": kept}) + "\n")
 
@@ -298,16 +317,19 @@ def read_result(file: Path, identity: Mapping[str, Any], adapter: Path) -> Resul
         kept = dict(stored["result"])
         kept["history"] = [Epoch(**epoch) for epoch in kept["history"]]
         kept["proofs"] = Proofs(**kept["proofs"])
-        return Result(**{**kept, "test_logits": torch.tensor(kept["test_logits"]), "adapter": adapter})
+        logits = {name: torch.tensor(kept.get(name, [])) for name in ("test_logits", "val_logits")}
+        return Result(**{**kept, **logits, "adapter": adapter})
     except (KeyError, TypeError, ValueError) as fault:
         raise ExampleError(f"{file} is damaged ({fault!r}); delete it to run this training again.") from fault
 
 
-def save(model: nn.Module, folder: Path, method: Method, recipe: Recipe) -> None:
-    """Write the adapter and its ``run.json``; the folder is replaced only when both are whole."""
+def save(
+    model: nn.Module, folder: Path, method: Method, recipe: Recipe, metrics: Mapping[str, float] | None = None
+) -> None:
+    """Write the adapter, its card and its ``run.json``; the folder is replaced only when all are whole."""
     card = {"method": method.name, "configuration": as_plain(method), "recipe": dataclasses.asdict(recipe)}
     with replacing_directory(folder) as partial:
-        convlora.save_adapter(model, partial)
+        convlora.save_adapter(model, partial, metrics=metrics)
         write_text(partial / CARD, json.dumps(card, indent=2, default=str) + "\n")
 
 
@@ -331,11 +353,23 @@ def read_card(folder: Path) -> tuple[Recipe, Method]:
         raise ExampleError(f"{path} is damaged ({fault!r}); train again or restore the file.") from fault
 
 
-def predict_split(folder: Path, split: HistoDataset, recipe: Recipe, method: Method) -> tuple[Tensor, float | None]:
-    """Logits ``(N,)`` of a saved adapter on a split by a method, and the accuracy where it has labels."""
+def predict_split(folder: Path, split: HistoDataset, recipe: Recipe, method: Method) -> Tensor:
+    """Logits ``(N,)`` of a saved adapter on a split by a method."""
     model = load(folder, recipe, pick_device())
-    logits, labels = predict_by(method.predict, model, _loaders(method, split, recipe))
-    return logits, accuracy(logits, labels)
+    return predict_by(method.predict, model, _loaders(method, split, recipe))[0]
+
+
+def largest_common_batch(methods: Sequence[Method], recipe: Recipe, job: Job) -> int:
+    """The recipe's batch or the first of its halves of which a training step of every method fits in memory.
+
+    Raises:
+        ExampleError: not even one image fits; as `open_backbone`.
+    """
+    size = recipe.batch_size // job.processes
+    for method in {method.training: method for method in methods}.values():
+        model = place(method.prepare(open_backbone(recipe)[0], recipe.rank), job.accelerator.device)
+        size = largest_batch(model, size, recipe.image_size, method.to_train_mode)
+    return size * job.processes
 
 
 def _labels(split: HistoDataset) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import convlora
 
 Trains = Literal["head", "lora", "norms", "full"]
-Layers = Literal["all", "stem", "stages", "1x1", "kxk"]
+Layers = Literal["all", "stem", "stages", "1x1", "kxk", "linear"]
 Policy = Literal["none", "dihedral", "crop", "affine"]
 
 
@@ -33,7 +33,7 @@ class Adapt:
         rank: of the factors.
         alpha: their scaling is alpha / rank; None for twice the rank.
         layers: which convolutions get factors: all, the stem (the network's first), the stages (all but the stem),
-            those with 1×1 kernels, those with larger ones.
+            those with 1×1 kernels, those with larger ones; or every linear layer instead, as in a vision transformer.
         norm: whether running statistics "freeze" or "track" in training.
         train_norms: whether the norm layers' scale and shift train beside the factors.
     """
@@ -200,7 +200,14 @@ def _kernel_is(one: bool) -> Callable[[str, nn.Module], bool]:
     return matches
 
 
-_SELECT: dict[str, Any] = {"all": None, "1x1": _kernel_is(True), "kxk": _kernel_is(False), "stem": (), "stages": ()}
+_SELECT: dict[str, Any] = {
+    "all": None,
+    "1x1": _kernel_is(True),
+    "kxk": _kernel_is(False),
+    "linear": [nn.Linear],
+    "stem": (),
+    "stages": (),
+}
 
 
 def _by_place(model: nn.Module, layers: str) -> Callable[[str, nn.Module], bool]:

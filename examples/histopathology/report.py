@@ -1,7 +1,8 @@
-"""What a run leaves behind: the table, curves, ``submission.csv``, ``results.json`` and one HTML page.
+"""What a run leaves behind: the tables, ``submission.csv``, ``results.json`` and one HTML page.
 
 The same rows feed the terminal, ``table.md`` and ``report.html``. Accuracies are shares in [0, 1]; over several
-seeds a cell reads mean ± standard deviation.
+seeds a cell reads mean ± standard deviation. `scores` are computed here, drawn by `charts`; single patches come from
+`exhibits`, costs from `costs`.
 """
 
 import csv
@@ -11,34 +12,36 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 import torch
 from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.table import Table
 from torch import Tensor
 
 import convlora
 
+from . import charts, costs
 from .comparison import differences
+from .costs import Cost
 from .data import HistoDataset
+from .exhibits import Exhibits
 from .experiment import Result
 from .files import write_text
-from .training import Epoch, pick_device
+from .rows import NO_CENTRE
+from .scores import BINS, Confusion, auc, brier, confusion, confusion_by_centre, ece, reliability
+from .training import pick_device
 
 HEADER = ("method", "test acc.", "val acc.", "val loss", "trainable", "share", "adapter", "s/epoch")
-# Okabe and Ito's colours, told apart by colour-blind readers; the dashes tell them apart in grey.
-_COLOURS = ("#0072b2", "#d55e00", "#666666", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_DASHES = ("-", "--", ":", "-.")
+SCORES = ("method", "split", "AUC", "ECE", "Brier", "sensitivity", "specificity")
+CENTRES = ("method", "split", "centre", "patches", "accuracy", "right 1", "missed 1", "false 1", "right 0")
+_NAMES = {"test": "test", "val": "validation"}
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "h5py")
 
 
@@ -53,6 +56,20 @@ class SplitFacts:
 
 
 @dataclass(frozen=True)
+class Truth:
+    """Labels and centres ``(N,)`` of a split; -1 where no centre is named."""
+
+    labels: Tensor
+    centres: Tensor
+
+
+def truths(splits: Mapping[str, HistoDataset]) -> dict[str, Truth]:
+    """Of the test and the validation split, where they have labels."""
+    found = ((name, splits[name]) for name in ("test", "val") if name in splits)
+    return {name: Truth(split.labels, split.centres) for name, split in found if split.labels is not None}
+
+
+@dataclass(frozen=True)
 class Report:
     """All that the outputs show. ``caveat`` is empty for the challenge's own data."""
 
@@ -64,6 +81,10 @@ class Report:
     """Of the test set, for paired differences."""
     remarks: Sequence[str] = ()
     """Further footnotes."""
+    truth: Mapping[str, Truth] = field(default_factory=dict)
+    """By split, "test" before "val"."""
+    exhibits: Exhibits | None = None
+    costs: Sequence[Cost] = ()
     environment: Mapping[str, Any] = field(default_factory=lambda: describe_environment())
 
     @property
@@ -73,7 +94,7 @@ class Report:
 
     def rows(self) -> list[list[str]]:
         """One row of cells for each method, under `HEADER`."""
-        return [_row(results) for results in self._by_method().values()]
+        return [_row(results) for results in self.by_method().values()]
 
     def notes(self) -> list[str]:
         """The table's footnotes."""
@@ -96,13 +117,41 @@ class Report:
             *_proof_notes(self.results),
         ]
 
-    def _by_method(self) -> dict[str, list[Result]]:
+    def by_method(self) -> dict[str, list[Result]]:
+        """The results of each method, by its name."""
         names = dict.fromkeys(result.method for result in self.results)
         return {name: [r for r in self.results if r.method == name] for name in names}
 
     def abouts(self) -> list[tuple[str, str]]:
         """Each method's name and description."""
-        return [(name, results[0].about) for name, results in self._by_method().items()]
+        return [(name, results[0].about) for name, results in self.by_method().items()]
+
+    def chosen(self) -> dict[str, Result]:
+        """Of each method the seed with the lowest validation loss, which charts and confusions show."""
+        return {name: min(own, key=lambda result: result.best.val_loss) for name, own in self.by_method().items()}
+
+    def judged(self, result: Result) -> dict[str, tuple[Tensor, Truth]]:
+        """A result's logits with the truth of each split that has one."""
+        logits = {"test": result.test_logits, "val": result.val_logits}
+        return {name: (logits[name], t) for name, t in self.truth.items() if len(logits[name]) == len(t.labels)}
+
+    def score_rows(self) -> list[list[str]]:
+        """Cells under `SCORES`: mean ± deviation over seeds."""
+        return [
+            [_title(own[0]), _NAMES[split], *_scores([self.judged(result)[split] for result in own])]
+            for own in self.by_method().values()
+            for split in self.truth
+            if all(split in self.judged(result) for result in own)
+        ]
+
+    def centre_rows(self) -> list[list[str]]:
+        """Cells under `CENTRES`, by method, split and centre."""
+        return [
+            [_title(result), _NAMES[split], "none named" if centre == NO_CENTRE else str(centre), *_counts(each)]
+            for result in self.chosen().values()
+            for split, (logits, truth) in self.judged(result).items()
+            for centre, each in confusion_by_centre(logits, truth.labels, truth.centres).items()
+        ]
 
     def _paired_notes(self) -> list[str]:
         found = differences(self.results, self.labels)
@@ -170,6 +219,9 @@ def as_data(report: Report) -> dict[str, Any]:
         "splits": [dataclasses.asdict(split) for split in report.splits],
         "differences": [dataclasses.asdict(each) for each in differences(report.results, report.labels)],
         "best": {"method": report.best.method, "seed": report.best.seed},
+        "scores": [dict(zip(SCORES, row, strict=True)) for row in report.score_rows()],
+        "centres": [dict(zip(CENTRES, row, strict=True)) for row in report.centre_rows()],
+        "costs": [dataclasses.asdict(cost) for cost in report.costs],
         "results": [_result_data(result) for result in report.results],
     }
 
@@ -179,8 +231,49 @@ def html(report: Report) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.get_template("report.html.j2")
-    return template.render(report=report, header=HEADER, curves=curves(report.results))
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        header=HEADER,
+        scores_header=SCORES,
+        centres_header=CENTRES,
+        costs_header=costs.HEADER,
+        cost_rows=[cost.row() for cost in report.costs],
+        bins=BINS,
+        curves=charts.curves(report.results),
+        rocs=rocs(report),
+        reliabilities=reliabilities(report),
+        drawn=drawn(report),
+    )
+
+
+def drawn(report: Report) -> dict[str, Result]:
+    """What charts of predictions show: the methods of the lowest validation losses, as many as can be told apart."""
+    by_loss = sorted(report.chosen().items(), key=lambda item: item[1].best.val_loss)[: charts.DRAWN]
+    kept = dict(by_loss)
+    return {name: result for name, result in report.chosen().items() if name in kept}
+
+
+def rocs(report: Report) -> list[Markup]:
+    """One chart for each split that has both labels."""
+    found = []
+    for split, truth in report.truth.items():
+        logits = {
+            name: report.judged(result)[split][0]
+            for name, result in drawn(report).items()
+            if split in report.judged(result)
+        }
+        if logits and 0 < int(truth.labels.sum()) < len(truth.labels):
+            found.append(charts.roc_chart(logits, truth.labels, _NAMES[split]))
+    return found
+
+
+def reliabilities(report: Report) -> list[Markup]:
+    """One chart for each method, of the test set or, where that has no labels, of validation."""
+    found = []
+    for name, result in drawn(report).items():
+        for split, (logits, truth) in list(report.judged(result).items())[:1]:
+            found.append(charts.reliability_chart(reliability(logits, truth.labels), f"{name}, {_NAMES[split]}"))
+    return found
 
 
 def submission_csv(ids: Sequence[int], logits: Tensor) -> str:
@@ -192,81 +285,43 @@ def submission_csv(ids: Sequence[int], logits: Tensor) -> str:
     return text.getvalue()
 
 
-def curves(results: Sequence[Result]) -> dict[str, Markup]:
-    """Loss and accuracy over the epochs, each an ``<svg>`` element to put into a page."""
-    drawn = {
-        "Validation loss": _curve(results, "validation loss", lambda epoch: epoch.val_loss),
-        "Validation accuracy": _curve(results, "validation accuracy", lambda epoch: epoch.val_accuracy),
-    }
-    if len({result.method for result in results}) > 2 and all(r.test_accuracy is not None for r in results):
-        drawn["Test accuracy against trainable share"] = frontier(results)
-    return drawn
-
-
-def frontier(results: Sequence[Result]) -> Markup:
-    """Mean test accuracy against the share of parameters that train, with the line of what nothing beats on both.
-
-    Transductive methods are hollow, and have no part in the line.
-    """
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="trainable share", ylabel="test accuracy", xscale="log")
-    points = []
-    for name in dict.fromkeys(result.method for result in results):
-        own = [result for result in results if result.method == name]
-        share, height = own[0].share, statistics.mean(r.test_accuracy or 0.0 for r in own)
-        hollow = own[0].transductive
-        axes.plot(share, height, "o", color=_COLOURS[0], fillstyle="none" if hollow else "full", ms=4)
-        axes.annotate(name, (share, height), xytext=(3, 3), textcoords="offset points", fontsize=6)
-        if not hollow:
-            points.append((share, height))
-    line = pareto(points)
-    axes.step([x for x, _ in line], [y for _, y in line], where="post", color="#666666", lw=0.8, zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure, "frontier")
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (cost, gain) that no other beats on both, by cost."""
-    line: list[tuple[float, float]] = []
-    for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not line or gain > line[-1][1]:
-            line.append((cost, gain))
-    return line
-
-
-def _curve(results: Sequence[Result], label: str, value: Callable[[Epoch], float]) -> Markup:
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="epoch", ylabel=label)
-    named: set[str] = set()
-    order = list(dict.fromkeys(result.method for result in results))
-    for result in results:
-        epochs = range(1, len(result.history) + 1)
-        number = order.index(result.method)
-        colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)]
-        legend = None if result.method in named else result.method
-        named.add(result.method)
-        marks = [result.best_epoch]  # the epoch whose model was kept
-        heights = [value(epoch) for epoch in result.history]
-        axes.plot(epochs, heights, color=colour, ls=dash, marker="o", markevery=marks, label=legend)
-    axes.set_xlim(0.5, max(len(result.history) for result in results) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return _svg(figure, label)
-
-
-def _svg(figure: Figure, salt: str) -> Markup:
-    """The figure as an ``<svg>`` element: without prolog, date or metadata; ids made from ``salt``."""
+def probabilities_csv(split: HistoDataset, logits: Tensor) -> str:
+    """``ID,Name,Probability,Pred`` lines by ascending ID: the probability of label 1, and which patch it is of."""
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return Markup(text.getvalue()[text.getvalue().index("<svg") :])
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("ID", "Name", "Probability", "Pred"))
+    for i in split.ids.argsort().tolist():
+        name = split.rows.name(i).removeprefix("img of ")
+        writer.writerow((int(split.ids[i]), name, f"{float(logits[i].double().sigmoid()):.6f}", int(logits[i] > 0)))
+    return text.getvalue()
+
+
+def _title(result: Result) -> str:
+    return f"{result.method} (transductive)" if result.transductive else result.method
+
+
+def _scores(judged: Sequence[tuple[Tensor, Truth]]) -> list[str]:
+    """AUC, ECE, Brier score, sensitivity and specificity of one method's seeds."""
+    counts = [confusion(logits, truth.labels) for logits, truth in judged]
+    values: list[list[float | None]] = [
+        [auc(logits, truth.labels) for logits, truth in judged],
+        [ece(reliability(logits, truth.labels)) for logits, truth in judged],
+        [brier(logits, truth.labels) for logits, truth in judged],
+        [each.sensitivity for each in counts],
+        [each.specificity for each in counts],
+    ]
+    return [_cell(each, nothing="one label only") for each in values]
+
+
+def _counts(each: Confusion) -> list[str]:
+    numbers = (each.true_positive, each.false_negative, each.false_positive, each.true_negative)
+    return [f"{each.patches:,}", f"{each.accuracy:.3f}", *(f"{number:,}" for number in numbers)]
 
 
 def _row(results: Sequence[Result]) -> list[str]:
     first = results[0]
     return [
-        f"{first.method} (transductive)" if first.transductive else first.method,
+        _title(first),
         _cell([r.test_accuracy for r in results]),
         _cell([r.val_accuracy for r in results]),
         _cell([r.best.val_loss for r in results]),
@@ -277,10 +332,10 @@ def _row(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def _cell(values: Sequence[float | None], digits: int = 3) -> str:
+def _cell(values: Sequence[float | None], digits: int = 3, nothing: str = "no labels") -> str:
     known = [value for value in values if value is not None]
     if not known:
-        return "no labels"
+        return nothing
     if len(known) == 1:
         return f"{known[0]:.{digits}f}"
     return f"{statistics.mean(known):.{digits}f} ± {statistics.stdev(known):.{digits}f}"
@@ -304,7 +359,7 @@ def _proof_notes(results: Sequence[Result]) -> list[str]:
 
 
 def _result_data(result: Result) -> dict[str, Any]:
-    kept = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name != "test_logits"}
+    kept = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if not f.name.endswith("logits")}
     kept["history"] = [dataclasses.asdict(epoch) for epoch in result.history]
     kept["proofs"] = dataclasses.asdict(result.proofs)
     kept["adapter"] = result.adapter.name

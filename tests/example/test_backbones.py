@@ -6,7 +6,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from examples.histopathology.backbones import check_backbone, check_input, lite0_state, load_backbone
+from examples.histopathology.backbones import (
+    PATHOLOGY,
+    check_backbone,
+    check_input,
+    lite0_state,
+    load_backbone,
+    native_size,
+)
 from examples.histopathology.errors import ExampleError
 
 
@@ -96,3 +103,70 @@ def test_a_size_the_network_cannot_take_is_said_before_training():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 64), torch.nn.Flatten())
     with pytest.raises(ExampleError, match="toy cannot take 32-pixel images"):
         check_input(model, "toy", 32)
+
+
+DINOV2 = "vit_small_patch14_dinov2.lvd142m"
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    """DINOv2's architecture with random weights, as a file of its published size would hold them: 518 pixels a side."""
+    torch.manual_seed(2)
+    state = timm.create_model(DINOV2, num_classes=0).state_dict()
+    path = tmp_path_factory.mktemp("dinov2") / "dinov2.safetensors"
+    save_file(state, path)
+    return path, state
+
+
+def test_dinov2_takes_another_image_size_and_keeps_all_its_weights(dinov2):
+    path, state = dinov2
+    model, _ = load_backbone(DINOV2, image_size=56, weights=path)
+    loaded = model.state_dict()
+    differing = {key for key in loaded if key not in state or not torch.equal(loaded[key], state[key])}
+    assert differing == {"pos_embed", "head.weight", "head.bias"}
+    # 37 × 37 patches of 14 pixels become 4 × 4; the class token's stays
+    assert (state["pos_embed"].shape[1], loaded["pos_embed"].shape[1]) == (1 + 37 * 37, 1 + 4 * 4)
+    assert torch.equal(loaded["pos_embed"][:, 0], state["pos_embed"][:, 0])
+    check_input(model, DINOV2, 56)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("lite0", 224), ("resnet50", 224), (DINOV2, 518), ("tf_efficientnet_b3", 300)]
+)
+def test_size_and_normalisation_are_of_the_models_own_data_config(name, size, monkeypatch):
+    if name != "lite0":
+        real = timm.create_model
+        monkeypatch.setattr(timm, "create_model", lambda n, **o: real(n, **{**o, "pretrained": False}))
+    model, normalisation = load_backbone(name, image_size=56)
+    config = timm.get_pretrained_cfg("tf_efficientnet_lite0" if name == "lite0" else name)
+    assert (normalisation.mean, normalisation.std) == (config.mean, config.std)
+    assert native_size(name) == size == config.input_size[-1]
+    assert model.get_classifier().out_features == 1
+
+
+@pytest.mark.parametrize("name", [*PATHOLOGY, "hf-hub:owner/name", "hf-hub:owner/name@v1.0"])
+def test_networks_of_the_hub_are_taken_by_name_and_say_what_is_missing_offline(monkeypatch, name):
+    asked = {}
+
+    def offline(address, **options):
+        asked.update(options, address=address)
+        raise OSError("no route to host")
+
+    check_backbone(name)
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ExampleError, match=r"could not be fetched \(no route to host\).*HF_TOKEN.*--weights FILE"):
+        load_backbone(name)
+    assert asked["address"] == PATHOLOGY.get(name, (name,))[0]
+    assert asked["pretrained"]
+
+
+def test_a_file_cannot_say_how_a_network_of_the_hub_is_built(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "uni.safetensors")
+    with pytest.raises(ExampleError, match=r"uni: how it is built is on the Hugging Face Hub.*vit_large_patch16_224"):
+        load_backbone("uni", weights=tmp_path / "uni.safetensors")
+
+
+@pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:name", "hf-hub:a/b/c", "timm/resnet18", "local-dir:/tmp"])
+def test_other_addresses_are_refused(name):
+    with pytest.raises(ExampleError, match="unknown backbone"):
+        check_backbone(name)

@@ -8,8 +8,9 @@ import pytest
 from toy_patches import SIZES, write_toy
 from typer.testing import CliRunner
 
-from examples.histopathology import experiment, standin
-from examples.histopathology.__main__ import app
+from examples.histopathology import costs, exhibits, experiment, memory, standin
+from examples.histopathology.__main__ import Options, app
+from examples.histopathology.errors import ExampleError
 
 SMALL = ["--image-size", "64", "--epochs", "1", "--batch-size", "16"]
 
@@ -73,6 +74,61 @@ def test_main_job_writes_everything_and_says_where(finished):
     assert [(p["reload_bit_equal"], p["merge_same_labels"], p["patches"]) for p in proofs] == [(True, True, 24)] * 4
 
 
+def test_the_page_shows_patches_maps_and_costs_of_what_was_trained(finished):
+    page = (finished[1] / "report.html").read_text()
+    assert "No patches are shown" not in page and "No costs are shown" not in page
+    assert page.count("Grad-CAM reads the output of") == 1
+    assert "predicts otherwise" not in page
+    assert page.count('src="data:image/png;base64,') >= 3 * 4  # at least two right ones of each label, or wrong ones
+    data = json.loads((finished[1] / "results.json").read_text())
+    assert {row["split"] for row in data["scores"]} == {"test", "validation"}
+    cost = {cost["method"]: cost["step_bytes"] for cost in data["costs"]}
+    assert cost["probe"] is None  # its features are kept
+    assert cost["lora-track"] > cost["lora"] > cost["probe-augmented"] > 0
+
+
+def test_a_report_without_its_adapters_is_written_all_the_same(toy, tmp_path, monkeypatch):
+    def gone(folder):
+        raise ExampleError(f"no run.json in {folder}")
+
+    monkeypatch.setattr(exhibits, "read_card", gone)
+    monkeypatch.setattr(costs, "read_card", gone)
+    run("train", "--method", "probe", "--data", toy, *SMALL, "--out", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "No patches are shown: no run.json in" in page
+    assert "No costs are shown: no run.json in" in page
+
+
+def test_an_adapters_card_says_how_good_it_is(finished):
+    folder = finished[1] / "adapters" / "lora-seed0"
+    data = json.loads((finished[1] / "results.json").read_text())
+    (own,) = [each for each in data["results"] if each["method"] == "lora"]
+    card = (folder / "README.md").read_text()
+    for name, value in (("validation loss", own["val_loss"]), ("test accuracy", own["test_accuracy"])):
+        assert f"| {name} | {value:g} |" in card
+    assert (folder / "adapter_model.safetensors").stat().st_size == own["adapter_bytes"]
+
+
+def test_the_batch_that_fits_is_kept_for_who_resumes(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda: 0)
+    command = ["train", "--method", "probe", "--data", toy, *SMALL, "--fit-memory", "--out", tmp_path / "out"]
+    assert "a training step of one 64-pixel image takes" in refused(*command)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 30_000_000)
+    printed = run(*command).stdout
+    found = json.loads((tmp_path / "out" / "batch-size.json").read_text())
+    assert found["asked"] == 16
+    assert 1 <= found["batch_size"] < 16
+    assert f"batch size {found['batch_size']}: the largest of 16" in printed
+    monkeypatch.setattr(memory, "free_bytes", lambda: 10**12)
+    assert "done already" in run(*command, "--resume").stdout
+
+
+def test_the_backbones_own_size_is_taken_when_asked():
+    assert Options(native_size=True).recipe().image_size == 224
+    assert Options(native_size=True, backbone="tf_efficientnet_b3").recipe().image_size == 300
+    assert Options(full=True, native_size=True, backbone="tf_efficientnet_b3").recipe().image_size == 300
+
+
 def test_submission_has_every_id_in_order(finished):
     rows = submission(finished[1] / "submission.csv")
     assert [i for i, _ in rows] == list(range(SIZES["test"]))
@@ -87,6 +143,21 @@ def test_predict_repeats_the_submission_of_the_best_method(finished, toy, tmp_pa
         printed = run("predict", adapter, data, "--out", tmp_path / "again.csv", "--batch-size", 16).stdout
         assert "accuracy" in printed
         assert submission(tmp_path / "again.csv") == submission(out / "submission.csv")
+
+
+def test_probabilities_agree_with_the_submission(finished, toy, tmp_path):
+    adapter = finished[1] / "adapters" / "lora-seed0"
+    run("predict", adapter, toy, "--out", tmp_path / "s.csv")
+    with (tmp_path / "s-probabilities.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(row["ID"]), int(row["Pred"])) for row in rows] == submission(tmp_path / "s.csv")
+    assert all((float(row["Probability"]) > 0.5) == (row["Pred"] == "1") for row in rows)
+    assert [row["Name"] for row in rows] == [f"key {i}" for i in range(SIZES["test"])]
+
+
+def test_only_what_training_did_not_decide_can_be_asked_of_a_prediction(finished, toy):
+    adapter = finished[1] / "adapters" / "lora-seed0"
+    assert "--how stain: give any of ensemble, balanced, adabn" in refused("predict", adapter, toy, "--how", "stain")
 
 
 def test_predict_and_train_do_without_test_labels(tmp_path):
@@ -156,9 +227,13 @@ def test_without_data_the_job_makes_its_own(tmp_path, monkeypatch):
         (["compare", "--lrs", "1e-3,no"], "--lrs 1e-3,no: give different positive numbers"),
         (["compare", "--lr", "1e-3", "--lrs", "1e-3"], "exclude each other"),
         (["ablation", "--rank", "3"], "--rank"),
+        (["--native-size", "--image-size", "64"], "exclude each other"),
         (["--precision", "fp8"], "--precision fp8: give one of fp32, bf16"),
         (["compare", "--seeds", "0"], "--seeds 0: must be at least 1"),
         (["predict", "absent", "absent"], "no run.json in absent"),
+        (["predict", "absent.onnx", "absent"], "absent"),
+        (["export", "absent"], "no run.json in absent"),
+        (["export", "absent", "--out", "model.pt"], "let it end in .onnx"),
         (["make-data", "made", "--train", "0"], "--train 0: must be at least 1"),
         (["make-data", "made", "--dtype", "int4"], "int4"),
         (["make-data", "made", "--slides", "absent"], "absent"),

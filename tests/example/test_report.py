@@ -1,21 +1,26 @@
 import dataclasses
 import json
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 
+import browser
 import pytest
 import torch
 
+from examples.histopathology.charts import DRAWN, curves, pareto
+from examples.histopathology.costs import Cost
+from examples.histopathology.exhibits import Exhibits, Patch
 from examples.histopathology.experiment import Result
 from examples.histopathology.files import replacing_directory, write_text
 from examples.histopathology.report import (
     HEADER,
     Report,
     SplitFacts,
+    Truth,
     as_data,
     html,
     markdown,
-    pareto,
     submission_csv,
     write_report,
 )
@@ -92,6 +97,12 @@ def test_the_frontier_is_what_nothing_beats_on_both():
     assert html(report(result("a"), result("b"), result("c"))).count("<svg") == 3
 
 
+def test_a_training_that_methods_share_is_drawn_once():
+    shared = dataclasses.replace(result("lora+balanced"), adapter=result("lora").adapter)
+    drawn = curves([result("probe"), result("lora"), shared])["Validation loss"]
+    assert ">lora<" in drawn and ">probe<" in drawn and "balanced" not in drawn
+
+
 def test_best_is_by_validation_loss_whatever_the_test_says():
     chosen = report(result(seed=0, val_loss=0.1, test_accuracy=0.1), result(seed=1, val_loss=0.2, test_accuracy=0.9))
     assert chosen.best.seed == 0
@@ -121,14 +132,145 @@ def test_submission_is_integer_ids_in_order():
     assert submission_csv([10, 9, 100, 2], torch.tensor([-1.0, 2.0, 0.5, -0.1])) == "ID,Pred\n2,0\n9,1\n10,0\n100,1\n"
 
 
+# One red pixel.
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+
+
+def whole_report(*results: Result, **changes) -> Report:
+    """Every section, as a run with labels gives it."""
+    results = results or (result("probe", val_loss=0.4), result(), result(seed=1))
+    results = [dataclasses.replace(r, val_logits=torch.tensor([3.0, -3.0])) for r in results]
+    truth = {
+        "test": Truth(torch.tensor([0, 1, 0, 0]), torch.tensor([2, 2, 2, 5])),
+        "val": Truth(torch.tensor([1, 0]), torch.tensor([-1, -1])),
+    }
+    patch = Patch(7, 2, 1, 0.02, {"patch": PNG})
+    explained = Patch(8, None, 0, 0.9, {"as the network sees it": PNG, "Grad-CAM": PNG, "occlusion": PNG})
+    shown = Exhibits("lora", 0, "test", [patch], [explained], ["Maps are of something."])
+    costs = [Cost("probe", 1000, 10, 500, 2.0, 1.5, None), Cost("lora", 1100, 110, 900, 2.0, 3.0, 2_000_000)]
+    given = {"truth": truth, "exhibits": shown, "costs": costs, "labels": truth["test"].labels, **changes}
+    return dataclasses.replace(report(*results), **given)
+
+
+class Addresses(HTMLParser):
+    """Everything that a browser would fetch for a page, and its scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.anchors: list[str] = []
+        self.ids: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag, attributes):
+        self.scripts += tag == "script" or any(name.startswith("on") for name, _ in attributes)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if tag == "a" and name == "href":
+                self.anchors.append(value)
+            elif name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster", "background", "content"):
+                self.fetched.append(value)
+
+
 def test_page_asks_nothing_of_a_network_and_keeps_its_caveat():
-    page = html(report(caveat="Synthetic & no evidence"))
-    # The one kind of address allowed is a namespace's name, which nothing fetches.
+    page = html(dataclasses.replace(whole_report(), caveat="Synthetic & no evidence"))
+    found = Addresses()
+    found.feed(page)
+    pictures = [value for value in found.fetched if value.startswith("data:image/png;base64,")]
+    assert len(pictures) == 4
+    # what is left are the viewport and, inside charts, references to their own parts
+    rest = [value for value in found.fetched if not value.startswith("data:")]
+    assert [value for value in rest if not value.startswith("#")] == ["width=device-width, initial-scale=1"]
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert found.scripts == 0
+    # the one kind of address left is a namespace's name, which nothing fetches
     assert re.findall(r'(?<!xmlns)(?<!xmlns:xlink)="\s*(?:https?:)?//', page) == []
-    assert not re.search(r"<script|<link|<img|<iframe|@import|url\((?!#)", page)
     assert "Synthetic &amp; no evidence" in page
-    assert page.count("<svg") == 2
-    assert 'name="viewport"' in page
+
+
+def test_every_id_is_one_and_every_link_leads_somewhere():
+    found = Addresses()
+    found.feed(html(whole_report()))
+    assert len(found.ids) == len(set(found.ids))
+    assert len(found.anchors) == 8
+    assert {anchor.removeprefix("#") for anchor in found.anchors} <= set(found.ids)
+
+
+def test_sections_are_there_where_there_is_something_to_show():
+    sections = ("Probabilities", "Confusion by centre", "Patches", "Costs")
+    everything, nothing = html(whole_report()), html(report())
+    for section in sections:
+        assert f">{section}</h2>" in everything
+        assert f">{section}<" not in nothing
+    # loss, accuracy; ROC of both splits; calibration of both methods
+    assert everything.count("<svg") == 2 + 2 + 2
+    assert nothing.count("<svg") == 2
+
+
+def test_scores_are_of_each_split_with_labels_over_seeds():
+    whole = whole_report()
+    assert [row[:2] for row in whole.score_rows()] == [
+        ["probe", "test"],
+        ["probe", "validation"],
+        ["lora", "test"],
+        ["lora", "validation"],
+    ]
+    probe, _, lora, validation = whole.score_rows()
+    # logits -1, 2, 0.5, -0.1 against 0, 1, 0, 0: one of three zeros is called 1
+    assert probe[2] == "1.000"
+    assert probe[5:] == ["1.000", "0.667"]
+    assert lora[2] == "1.000 ± 0.000"
+    assert validation[5:] == ["1.000 ± 0.000"] * 2
+
+
+def test_confusion_is_by_centre_and_says_where_none_is_named():
+    rows = [row[1:] for row in whole_report().centre_rows() if row[0] == "lora"]
+    assert rows == [
+        ["test", "2", "3", "0.667", "1", "0", "1", "1"],
+        ["test", "5", "1", "1.000", "0", "0", "0", "1"],
+        ["validation", "none named", "2", "1.000", "1", "0", "0", "1"],
+    ]
+
+
+def test_without_test_labels_validation_is_shown():
+    whole = whole_report(truth={"val": whole_report().truth["val"]})
+    assert {row[1] for row in whole.score_rows()} == {"validation"}
+    assert html(whole).count("<svg") == 2 + 1 + 2
+
+
+def test_results_of_an_earlier_version_have_no_validation_scores():
+    old = dataclasses.replace(whole_report(), results=[result("probe"), result()])
+    assert {row[1] for row in old.score_rows()} == {"test"}
+
+
+def test_labels_of_one_kind_have_no_roc_and_say_so():
+    truth = {"val": Truth(torch.tensor([1, 1]), torch.tensor([1, 1]))}
+    whole = whole_report(truth=truth)
+    assert {row[2] for row in whole.score_rows()} == {"one label only"}
+    assert "<h3>ROC</h3>" not in html(whole)
+
+
+def test_charts_draw_no_more_methods_than_can_be_told_apart():
+    many = whole_report(*(result(f"m{i}", val_loss=i / 10) for i in range(DRAWN + 3)))
+    page = html(many)
+    assert f"and the {DRAWN} methods of the lowest" in page
+    assert f"m{DRAWN - 1}, test" in page
+    assert f"m{DRAWN}, test" not in page
+    assert len(many.score_rows()) == 2 * (DRAWN + 3)
+
+
+@pytest.mark.skipif(browser.BROWSER is None or browser.DRIVER is None, reason="needs chromium and chromedriver")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_the_page_fits_asks_for_nothing_and_has_no_errors(tmp_path, width):
+    names = [f"a-method-with-a-long-name-{i}" for i in range(5)]
+    page = tmp_path / "report.html"
+    page.write_text(html(whole_report(*(result(name, seed) for name in names for seed in range(2)))))
+    seen = browser.look(page, width)
+    assert (seen.errors, seen.requests, seen.wider) == ([], [], 0)
+    wide, scrolling = seen.tables
+    assert wide == scrolling
+    assert width == 1280 or wide > 0
 
 
 def test_page_has_every_cell_split_and_version():

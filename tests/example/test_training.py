@@ -149,7 +149,7 @@ def test_an_interrupted_run_leaves_the_best_adapter(toy, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trained("lora", toy, tmp_path)
     split = HistoDataset(toy / "test.h5")
-    logits, _ = experiment.predict_split(folder, split, *experiment.read_card(folder))
+    logits = experiment.predict_split(folder, split, *experiment.read_card(folder))
     assert len(logits) == 24
     assert [p.name for p in folder.parent.iterdir()] == ["lora"]
 
