@@ -1,6 +1,7 @@
-"""What the docstrings' :func:`convlora.merge` and :class:`ValueError` become in the site: links, or plain code.
+"""What the site makes of two habits of the docstrings; mkdocs.yml names this file.
 
-An extension of griffe, which reads the docstrings for mkdocstrings; mkdocs.yml names it.
+``:func:`convlora.merge``` becomes a link, and lines that begin with ``>>>`` a block of code. An extension of griffe,
+which reads the docstrings for mkdocstrings.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ from typing import Any
 import griffe
 
 _ROLE = re.compile(r":(?:func|class|meth|mod):`~?([\w.]+)`")
+_EXAMPLE = re.compile(r"^(?:(?:>>>|\.\.\.) ?[^\n]*(?:\n|\Z))+", re.MULTILINE)
 
 
-def _linked(match: re.Match[str]) -> str:
-    name = match[1]
+def _linked(role: re.Match[str]) -> str:
+    name = role[1]
     return f"[`{name}`][{name}]" if name.startswith("convlora.") else f"`{name}`"
+
+
+def _fenced(example: re.Match[str]) -> str:
+    code = re.sub(r"^(?:>>>|\.\.\.) ?", "", example[0], flags=re.MULTILINE)
+    return f"```python\n{code.rstrip()}\n```\n"
 
 
 class Roles(griffe.Extension):
@@ -24,4 +31,4 @@ class Roles(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Called by griffe once for each object."""
         if obj.docstring:
-            obj.docstring.value = _ROLE.sub(_linked, obj.docstring.value)
+            obj.docstring.value = _EXAMPLE.sub(_fenced, _ROLE.sub(_linked, obj.docstring.value))
