@@ -68,9 +68,11 @@ def inject(
     >>> print(convlora.summary(model))
     >>> optimizer = torch.optim.AdamW(convlora.trainable_parameters(model), lr=1e-3)
 
-    Make the optimizer after this call, and wrap in DDP or torch.compile after it. A fresh adapter changes no output.
-    A rank is lowered where the factors would outweigh their layer, and a layer that even rank 1 would outweigh is
-    left alone; the summary says which.
+    A layer's weight becomes W + scaling · B A (Hu et al. 2021, arXiv:2106.09685), with A of shape
+    ``(r, C_in / groups, kH, kW)`` and B of ``(C_out, r)`` for a 2-D convolution, ``(r, in_features)`` and
+    ``(out_features, r)`` for a linear layer. A fresh adapter changes no output. A rank is lowered where the factors
+    would outweigh their layer, and a layer that even rank 1 would outweigh is left alone; the summary says which. Make
+    the optimizer after this call, and wrap in DDP or torch.compile after it.
 
     Args:
         model: any module; convolutions of every dimension and geometry, transposed too, and linear layers.
@@ -88,8 +90,9 @@ def inject(
         norm: ``"freeze"`` keeps norm layers with running statistics in eval behaviour also under
             ``model.train()``; ``"track"`` lets the statistics move, and they belong to the adapter.
         dropout: probability of dropping an input of the adapter's branch in training; 0 ≤ dropout < 1.
-        use_rslora: scale by alpha / √rank (Kalajdzievski 2023).
-        use_dora: train the weight's size per output channel apart from its direction (Liu et al. 2024).
+        use_rslora: scale by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732).
+        use_dora: train the weight's size per output channel apart from its direction (Liu et al. 2024,
+            arXiv:2402.09353).
         init: how the factors begin: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``; ``"pissa"``, ``"olora"`` from the
             base's weight; ``"eva"`` from data. See ``docs/variants.md``.
         init_data: for ``"eva"``, a few batches as the model takes them: tensors, tuples that begin with one, or dicts.

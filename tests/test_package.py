@@ -55,6 +55,8 @@ FLOORS = [
     "_push",
     "_peft_layer",
     "peft",
+    "lightning",
+    "transformers",
     "__init__",
 ]
 
@@ -77,7 +79,7 @@ def test_core_imports_and_injects_with_torch_and_safetensors_alone():
     """Not even numpy, which safetensors asks for when it writes."""
     script = """
 import sys
-others = "numpy timm torchvision peft huggingface_hub yaml h5py rich typer matplotlib scipy"
+others = "numpy timm torchvision peft lightning transformers huggingface_hub yaml h5py rich typer matplotlib scipy"
 for name in others.split():
     sys.modules[name] = None
 import warnings; warnings.simplefilter("ignore")

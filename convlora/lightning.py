@@ -1,0 +1,108 @@
+"""Lightning: one callback that injects, keeps the base out of checkpoints, and checks it when one is loaded.
+
+``pip install "convlora[lightning]"``. Everything else of Lightning works with an injected model as with any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ._inject import inject
+from ._manifest import SHOWN, base_keys, digest
+from ._peft_format import dotted
+from ._state import injections
+from .errors import CheckpointError, TargetError
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as cause:
+    raise ImportError(
+        f"convlora.lightning needs Lightning 2.2 or newer ({cause}): pip install 'convlora[lightning]'."
+    ) from cause
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._planner import Options
+
+KEY = "convlora_base"
+"""Where a checkpoint keeps the digests of what was left out of it."""
+
+
+class AdapterCallback(Callback):  # type: ignore[misc]
+    """Adapts a part of a LightningModule before its optimizer is made; checkpoints hold what is trained, not the base.
+
+    >>> trainer = lightning.Trainer(callbacks=[convlora.lightning.AdapterCallback(rank=8)])
+    >>> trainer.fit(module)                                      # module.model is injected
+    >>> convlora.save_adapter(module.model, "tumour/")
+
+    A checkpoint holds factors, head, buffers, optimizer and whatever else is trainable, but no frozen parameter of the
+    injected part. ``trainer.fit(module, ckpt_path=…)``, ``test`` and the others load one where this callback is there,
+    into a module that is built on the same base. A part that is injected already is left as it is.
+
+    Args:
+        rank: as for :func:`convlora.inject`.
+        attribute: the LightningModule's attribute that holds the network, or ``""`` for the whole LightningModule.
+        **options: the other arguments of :func:`convlora.inject`.
+
+    Raises:
+        TargetError: the LightningModule has no such attribute; and from Lightning's set-up all that
+            :func:`convlora.inject` raises.
+        CheckpointError: while a checkpoint is loaded, where the base is another or tensors are missing or too many.
+    """
+
+    def __init__(self, rank: int | None = None, *, attribute: str = "model", **options: Unpack[Options]) -> None:
+        super().__init__()
+        self.rank, self.attribute, self.options = rank, attribute, options
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Inject; Lightning calls this before it loads a checkpoint and before it makes the optimizer."""
+        pl_module.strict_loading = False  # on_load_checkpoint is stricter
+        if next(injections(pl_module), None) is None:
+            inject(self._network(pl_module), self.rank, **self.options)
+
+    def _network(self, pl_module: LightningModule) -> nn.Module:
+        network = getattr(pl_module, self.attribute, None) if self.attribute else pl_module
+        if not isinstance(network, nn.Module):
+            names = ", ".join(name for name, _ in pl_module.named_children()) or "none"
+            raise TargetError(
+                f"attribute={self.attribute!r}: {type(pl_module).__name__} has no such module; it has {names}. "
+                "Nothing was changed."
+            )
+        return network
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the base out, and leave digests of it."""
+        state: dict[str, Tensor] = checkpoint["state_dict"]
+        base = set(_base_keys(pl_module)) & state.keys()
+        checkpoint[KEY] = {key: digest(state[key]) for key in sorted(base)}
+        checkpoint["state_dict"] = {key: tensor for key, tensor in state.items() if key not in base}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Check that what was left out of the checkpoint is what the model has."""
+        if KEY in checkpoint:
+            _check(pl_module.state_dict(), checkpoint["state_dict"].keys(), checkpoint[KEY])
+
+
+def _base_keys(pl_module: nn.Module) -> Iterator[str]:
+    """State-dict keys of the frozen parameters of each injected part, but for resting adapters' factors."""
+    for name, root, _ in injections(pl_module):
+        parameters = root.named_parameters(remove_duplicate=False)
+        frozen = {key: parameter for key, parameter in parameters if not parameter.requires_grad}
+        yield from (dotted(name, key) for key in base_keys(frozen, set()))
+
+
+def _check(model: Mapping[str, Tensor], stored: Any, base: Mapping[str, str]) -> None:
+    faults = [f"{key}: not in the checkpoint" for key in model if key not in stored and key not in base]
+    faults += [f"{key}: not in the model" for key in (*stored, *base) if key not in model]
+    faults = faults or [f"{key}: other numbers than at training" for key in base if digest(model[key]) != base[key]]
+    if faults:
+        more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        listed = "\n  ".join([*faults[:SHOWN], *more])
+        raise CheckpointError(
+            f"this checkpoint was made on another base, or with another adapter:\n  {listed}\n"
+            "Build the module as it was trained (same weights, same arguments of AdapterCallback) and load again."
+        )

@@ -1,0 +1,216 @@
+"""README and docs: every Python snippet runs, shell commands exist, links lead somewhere, the site builds strictly.
+
+The ```` ```python ```` blocks of a page run in order, in one namespace, in a folder of their own. Two comments steer:
+
+- ``<!-- setup``, lines of Python, ``-->``: run at that place and not shown, to give a snippet its data or to check its
+  result;
+- ``<!-- skip: reason -->``: the next block is not run. ``SKIPPED`` below lists all of them.
+
+Weights cannot be downloaded here: ``timm.create_model(name, pretrained=True)`` gives the same random ones each time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+from hub_stand_in import WRITE, serving
+from test_hub import point_to
+
+import convlora
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(convlora.__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SKIPPED = {"docs/tutorials/detection.md": "ultralytics is not installed with the tests"}
+"""Page and reason of every snippet that is not run."""
+
+_PIECE = re.compile(
+    r"^<!-- setup\n(?P<setup>.*?)^-->$"
+    r"|^<!-- skip: (?P<reason>.*?) -->$"
+    r"|^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block or a hidden set-up, with the line of the page that its code begins in."""
+
+    language: str
+    code: str
+    line: int
+    skipped: str | None = None
+
+
+def blocks_of(text: str) -> Iterator[Block]:
+    reason = None
+    for match in _PIECE.finditer(text):
+        kind = "setup" if match["setup"] is not None else "body"
+        if match["reason"] is not None:
+            reason = match["reason"]
+            continue
+        line = text.count("\n", 0, match.start(kind)) + 1
+        language = "python" if kind == "setup" else match["language"]
+        yield Block(language, dedent(match[kind]), line, None if kind == "setup" else reason)
+        reason = reason if kind == "setup" else None
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    return [block for block in blocks_of(page.read_text(encoding="utf-8")) if block.language == language]
+
+
+def run_page(page: Path) -> int:
+    """Run the page's snippets; an error's traceback shows the line of the page."""
+    namespace: dict[str, Any] = {"__name__": "page"}
+    ran = 0
+    for block in blocks(page, "python"):
+        if block.skipped is None:
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+            ran += 1
+    return ran
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder of its own, one seed, no downloads, and a stand-in of the hub."""
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("huggingface_hub.hf_api")
+    create = timm.create_model
+
+    def create_model(name: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
+        if not pretrained:
+            return create(name, **options)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for very small images, where a second thread waits more than it works
+    torch.manual_seed(0)
+    with serving() as hub:
+        point_to(monkeypatch, hub.url, tmp_path / "cache")
+        monkeypatch.setenv("HF_TOKEN", WRITE)
+        yield
+    torch.set_num_threads(threads)
+
+
+WITH_PYTHON = [name for name, page in zip(NAMES, PAGES, strict=True) if blocks(page, "python")]
+
+
+@pytest.mark.parametrize("name", WITH_PYTHON)
+def test_every_snippet_of_a_page_runs(name: str, alone: None):
+    assert run_page(ROOT / name) > 0
+
+
+def test_skipped_snippets_are_those_listed():
+    skipped = {n: b.skipped for n, page in zip(NAMES, PAGES, strict=True) for b in blocks(page, "python") if b.skipped}
+    assert skipped == SKIPPED
+
+
+def test_every_python_block_is_found():
+    """None is missed because of how it is fenced: as many as there are fences."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        shown = blocks_of(re.sub(r"^<!-- setup\n.*?^-->$", "", text, flags=re.MULTILINE | re.DOTALL))
+        fences = len(re.findall(r"```\s*(?:python|py)\b", text))
+        assert sum(block.language == "python" for block in shown) == fences, page
+
+
+def test_a_snippet_that_fails_is_an_error_at_its_line(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text("# A\n\n<!-- setup\nx = 1\n-->\n\ntext\n\n```python\ny = x\nassert y == 2\n```\n", encoding="utf-8")
+    with pytest.raises(AssertionError) as caught:
+        run_page(page)
+    assert caught.traceback[-1].lineno + 1 == 11
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every line of every shell block, its continuation joined and its comment cut."""
+    lines = []
+    for name, page in zip(NAMES, PAGES, strict=True):
+        for block in blocks(page, "bash"):
+            joined = block.code.replace("\\\n", " ")
+            lines += [(name, line.partition(" #")[0].strip()) for line in joined.splitlines() if line.strip()]
+    return [(name, part.strip()) for name, line in lines for part in line.split("&&")]
+
+
+TOOLS = {"accelerate", "hf", "mkdocs", "mypy", "ruff", *PROJECT.get("scripts", {})}
+
+
+@pytest.mark.parametrize(("name", "command"), commands())
+def test_shell_commands_exist(name: str, command: str):
+    words = command.split()
+    if words[0] == "accelerate":
+        words = words[words.index("-m") - 1 :]
+        words[0] = "python"
+    if words[0] != "python":
+        assert words[0] in TOOLS
+        return
+    assert words[1] == "-m"
+    assert importlib.util.find_spec(words[2]), words[2]
+    for extras in re.findall(r'"(?:\.|convlora)\[([\w,]+)\]"', command):
+        assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_to_files_lead_to_files(name: str):
+    """mkdocs checks those among the pages of docs, anchors too; this checks README's and the pictures."""
+    page = ROOT / name
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly: a broken link, a missing page or an unknown name in the reference is an error."""
+    pytest.importorskip("mkdocstrings")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_has_every_public_name(site: Path):
+    pages = "".join(page.read_text(encoding="utf-8") for page in (site / "reference").rglob("*.html"))
+    missing = [name for name in convlora.__all__ if not re.search(rf'id="convlora\.(?:errors\.)?{name}"', pages)]
+    assert not missing
+
+
+def test_the_site_asks_no_other_host(site: Path):
+    """What a browser fetches by itself: scripts, styles, pictures, fonts, frames."""
+    for file in site.rglob("*.html"):
+        text = file.read_text(encoding="utf-8")
+        fetched = re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=[\"']?(?:https?:)?//[^\s\"'>]+", text)
+        fetched += re.findall(
+            r"<link[^>]*rel=[\"']?(?:stylesheet|preconnect|preload|icon)[^>]*href=[\"']?(?:https?:)?//[^\s>]+", text
+        )
+        assert not fetched, file
+    for file in site.rglob("*.css"):
+        assert not re.findall(r"(?:url\(|@import )[\"']?(?:https?:)?//", file.read_text(encoding="utf-8")), file
+
+
+def test_no_markup_of_docstrings_is_left_in_the_reference(site: Path):
+    for file in (site / "reference").rglob("*.html"):
+        text = file.read_text(encoding="utf-8")
+        assert ":func:" not in text and "&gt;&gt;&gt;" not in text, file
