@@ -38,6 +38,7 @@ from .training import Recipe, accuracy, default_workers, pick_device
 SMALL_SIZES = {"train": 960, "val": 320, "test": 320}
 FULL_SIZES = {"train": 100_000, "val": 34_904, "test": 85_054}  # the challenge's own
 FULL_RECIPE = {"epochs": 50, "image_size": 224, "lr": 1e-4}  # the report's
+MANY_SIZE = 64  # pixels where dozens of trainings are to end within the hour
 SWEEP, SWEEP_FULL = [3e-4, 1e-3, 3e-3], [1e-4, 3e-4, 1e-3]  # the small run takes under 200 steps
 MINIMUMS = {
     "rank": 1,
@@ -90,7 +91,7 @@ class Options:
         bool, typer.Option("--full", help="The report's size: 224 px, all patches, up to 50 epochs, lr 1e-4.")
     ] = False
     epochs: Annotated[int | None, typer.Option(help="At most this many (6; 50 with --full).")] = None
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels (96; 224 with --full).")] = None
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels (96, of many trainings 64; 224 with --full).")] = None
     native_size: Annotated[
         bool, typer.Option("--native-size", help="The side that the backbone was trained on, in place of --image-size.")
     ] = False
@@ -115,6 +116,12 @@ class Options:
         if self.native_size:
             given["image_size"] = native_size(self.backbone, self.weights)
         return Recipe(**{"workers": default_workers(pick_device()), **preset, **given})
+
+    def for_many(self) -> "Options":
+        """The same for dozens of trainings: smaller images where no size was asked for."""
+        if self.full or self.native_size or self.image_size is not None:
+            return self
+        return dataclasses.replace(self, image_size=MANY_SIZE)
 
     def sizes(self) -> dict[str, int]:
         """Patches of each split of the stand-in."""
@@ -196,7 +203,7 @@ def compare(
     lrs: LrsOption = None,
 ) -> None:
     """Sweep the learning rate of each method alike, run several seeds, report mean, spread and paired differences."""
-    run(options, find_methods(methods.split(",")), seeds, rates(options, lrs))
+    run(options.for_many(), find_methods(methods.split(",")), seeds, rates(options, lrs))
 
 
 @app.command()
@@ -209,7 +216,7 @@ def ablation(
     """Ranks 1 to 64, stem, stages, 1×1, k×k, alpha, trained norms: accuracy against the share that trains."""
     if options.rank is not None:
         raise ExampleError("--rank: the ablation sets the ranks itself; leave it out.")
-    run(options, variants(), seeds, parse_rates(lrs) if lrs else [options.recipe().lr])
+    run(options.for_many(), variants(), seeds, parse_rates(lrs) if lrs else [options.recipe().lr])
 
 
 def rates(options: Options, lrs: str | None) -> list[float]:

@@ -22,7 +22,7 @@ from .processes import Job
 from .training import Recipe
 
 TABLE = (
-    "probe,probe-augmented,probe-centre-ensemble,norms,full,lora,lora-track,lora-stain,lora-centre,"
+    "probe,probe-augmented,probe-centre-ensemble,norms,full,lora,lora-track,"
     "lora-ensemble,lora-balanced,lora-adabn,probe-augmented+balanced,full+ensemble"
 )
 
