@@ -91,7 +91,9 @@ class Options:
         bool, typer.Option("--full", help="The report's size: 224 px, all patches, up to 50 epochs, lr 1e-4.")
     ] = False
     epochs: Annotated[int | None, typer.Option(help="At most this many (6; 50 with --full).")] = None
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels (96, of many trainings 64; 224 with --full).")] = None
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels (96; compare, ablation 64; --full 224).")] = (
+        None
+    )
     native_size: Annotated[
         bool, typer.Option("--native-size", help="The side that the backbone was trained on, in place of --image-size.")
     ] = False
