@@ -345,13 +345,16 @@ def spectrum_of(name: str, delta: Tensor) -> Spectrum:
     return _decomposed(name, lambda: Spectrum.of(delta))
 
 
+_LinAlgError: type[Exception] = cast(Any, torch.linalg).LinAlgError
+
+
 def _decomposed(name: str, decompose: Callable[[], Spectrum]) -> Spectrum:
     try:
         spectrum = decompose()
         if is_finite(spectrum.S):
             return spectrum
         cause: Exception | None = None
-    except torch._C._LinAlgError as error:
+    except _LinAlgError as error:
         cause = error
     raise StateError(
         f"{name}: its change cannot be decomposed; is it beyond what its dtype holds? Use smaller weights or an alpha "
