@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from numbers import Integral, Real
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -14,6 +14,8 @@ from ._paths import PATHS
 from ._plan import INITS, LayerPlan, Plan
 from ._targets import Named, is_conv2d
 from .errors import TargetError, UnsupportedLayerError
+
+LARGEST_ALPHA = torch.finfo(torch.float32).max
 
 
 def check_values(rank: int, alpha: float | None, norm: str, dropout: float, path: str, adapter_name: str) -> int:
@@ -87,8 +89,8 @@ def checked_rank(rank: int, argument: str) -> int:
 
 
 def check_alpha(alpha: float, argument: str) -> None:
-    """A finite number above 0."""
-    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
+    """A finite number above 0 that the factors' dtype holds, too: torch refuses to multiply with a larger one."""
+    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha <= LARGEST_ALPHA:
         raise TargetError(f"{argument}={alpha!r}; it must be a finite number above 0.")
 
 

@@ -7,7 +7,6 @@ in peft is read; the rest is refused with its reason. peft itself is not importe
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ._checks import LARGEST_ALPHA
 from ._files import read_json
 from ._peft_format import PREFIX, REGISTERED, STOCK, dotted, is_torchs_own
 from ._rebuilt import Factors, Found, by_any_name, layer_fault, refuse
@@ -149,7 +149,7 @@ def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST_ALPHA
 
 
 def _compiles(pattern: str) -> bool:

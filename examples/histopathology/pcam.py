@@ -129,8 +129,9 @@ def _split_of(name: str) -> str | None:
 
 
 def _images(file: h5py.File, path: Path) -> Any:
-    if "x" not in file:
-        raise ExampleError(f"{path}: no array x in it, only {', '.join(file)}. Name the file of the images, ..._x.h5.")
+    names = _names(file, path)
+    if "x" not in names:
+        raise ExampleError(f"{path}: no array x in it, only {', '.join(names)}. Name the file of the images, ..._x.h5.")
     images = _checked_array(file, "x", path)
     shape, dtype = tuple(images.shape), images.dtype
     if len(shape) != 4 or shape[1:] != _SHAPE or dtype != np.uint8 or not shape[0]:
@@ -138,6 +139,13 @@ def _images(file: h5py.File, path: Path) -> Any:
     if math.prod(shape) > DEFLATE * path.stat().st_size:
         raise ExampleError(f"{path}: x has shape {shape}, more images than a file of this size can hold.")
     return images
+
+
+def _names(file: h5py.File, path: Path) -> list[str]:
+    try:
+        return [str(name) for name in file]  # bytes where a name is no text
+    except FAULTS as error:
+        raise ExampleError(f"{path}: its names cannot be read ({brief(error)}). Get the file again.") from error
 
 
 def _checked_array(file: h5py.File, name: str, path: Path) -> Any:
@@ -148,14 +156,15 @@ def _checked_array(file: h5py.File, name: str, path: Path) -> Any:
 
 
 def _read_labels(file: h5py.File, path: Path, count: int) -> npt.NDArray[np.int64] | None:
-    if "y" in file:
+    if "y" in _names(file, path):
         return _checked(_checked_array(file, "y", path), path, count)
     beside = labels_path(path)
     if not beside.is_file():
         return None
     with open_file(beside) as other:
-        if "y" not in other:
-            raise ExampleError(f"{beside}: no array y in it, only {', '.join(other) or 'nothing'}.")
+        names = _names(other, beside)
+        if "y" not in names:
+            raise ExampleError(f"{beside}: no array y in it, only {', '.join(names) or 'nothing'}.")
         return _checked(_checked_array(other, "y", beside), beside, count)
 
 
