@@ -137,13 +137,15 @@ class Target:
         file = self.folder / ("metadata.csv" if kind == WILDS else f"{kind}.h5")
         file.write_bytes(payload)
         try:
-            rows: Any
+            rows: Any = None
             if kind == WILDS:
                 for split in wilds.find(self.folder):
                     rows = wilds.WildsRows(file, split, 8)
             else:
                 pcam.is_pcam(file)
                 rows = challenge.ChallengeRows(file, 8) if kind == CHALLENGE else pcam.PcamRows(file, 8)
+            if rows is None:
+                return "refused"
             out = np.empty((3, 96, 96), np.float32)
             for index in range(min(len(rows.ids), 4)):
                 rows.name(index)

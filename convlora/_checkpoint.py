@@ -310,7 +310,8 @@ def _replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the file is in its place, or the error is under way
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
