@@ -92,7 +92,8 @@ class Target:
         self.before = state(self.model)
         patient = folder / "patches" / "patient_004_node_4"
         patient.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (96, 96)).save(patient / "patch_patient_004_node_4_x_1_y_2.png")
+        for y in (2, 3):
+            Image.new("RGB", (96, 96)).save(patient / f"patch_patient_004_node_4_x_1_y_{y}.png")
 
     def __call__(self, data: bytes) -> str:
         """ "read" or "refused"; raises whatever is a finding."""

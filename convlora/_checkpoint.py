@@ -21,13 +21,13 @@ from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ._adapters import check_new
 from ._card import CARD, About, card, checked_about, is_replaceable
 from ._checks import check_model, check_values
-from ._files import SHOWN, TensorFile, finite_faults, opened, plain
+from ._files import SHOWN, TensorFile, finite_faults, opened, ordered, plain
 from ._foreign import file_in, read_foreign
 from ._hub import local_directory
 from ._inject import applied
@@ -137,11 +137,10 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[
     with ExitStack() as files:
         files.enter_context(_put_back([path / name for name in texts]))
         first = files.enter_context(_replacing(path / TENSORS))
-        save_file({PREFIX + key: tensor for key, tensor in tensors.items()}, first, metadata=header)
+        # Not save_file, which makes a temporary file of its own, under a name that nobody could clear away later.
+        first.write_bytes(ordered(save({PREFIX + key: tensor for key, tensor in tensors.items()}, metadata=header)))
         for name, text in texts.items():
-            beside = files.enter_context(_replacing(path / name))
-            beside.write_text(text, encoding="utf-8", newline="\n")
-            first.chmod(beside.stat().st_mode)  # safetensors makes files for their owner alone
+            files.enter_context(_replacing(path / name)).write_bytes(text.encode())
 
 
 def _warn_if_untrained(adapter: Adapter) -> None:

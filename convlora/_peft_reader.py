@@ -7,6 +7,7 @@ in peft is read; the rest is refused with its reason. peft itself is not importe
 from __future__ import annotations
 
 import re
+import reprlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -138,9 +139,9 @@ def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"lora_alpha={config['lora_alpha']!r}: it must be a finite number above 0"
     patterns = config.get("alpha_pattern") or {}  # rank_pattern says nothing that the tensors do not
     if not isinstance(patterns, dict) or not all(map(_compiles, patterns)):
-        yield f"alpha_pattern={patterns!r}: no table of regular expressions"
+        yield f"alpha_pattern={reprlib.repr(patterns)}: no table of regular expressions"
     elif not all(map(_is_number, patterns.values())):
-        yield f"alpha_pattern={patterns!r}: an alpha must be a finite number above 0"
+        yield f"alpha_pattern={reprlib.repr(patterns)}: an alpha must be a finite number above 0"
     elif len(patterns) > _MOST_SEARCHING and sum(map(_searches, patterns)) > _MOST_SEARCHING:
         yield f"alpha_pattern has more than {_MOST_SEARCHING} patterns that are no plain names; name the layers"
     saved = config.get("modules_to_save") or []

@@ -191,10 +191,10 @@ def test_failed_save_keeps_the_old_card(net, tmp_path, monkeypatch):
 
     first = written(convlora.inject(net), tmp_path)
 
-    def fails(tensors, file, metadata):
+    def fails(tensors, metadata):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(room, "save_file", fails)
+    monkeypatch.setattr(room, "save", fails)
     with pytest.raises(CheckpointError, match="still there"):
         convlora.save_adapter(net, tmp_path, metrics={"accuracy": 0.5})
     assert (tmp_path / CARD).read_text(encoding="utf-8") == first
