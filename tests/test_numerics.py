@@ -87,8 +87,6 @@ def test_inputs_of_odd_sizes_do_in_the_adapted_model_what_they_do_in_the_dense_o
     randomise(model)
     oracle = copy.deepcopy(base)
     with torch.no_grad():
-        for mine, theirs in zip(model.modules(), [m for m in oracle.modules()], strict=False):
-            del mine, theirs
         names = {layer.name for layer in convlora.summary(model).layers}
         for name in names:
             oracle.get_submodule(name).weight += dense_delta(model.get_submodule(name))
@@ -252,10 +250,9 @@ convlora.save_adapter(net, sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("init, dora", [("kaiming", False), ("pissa", True)])
-def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path, init, dora):
+def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path):
+    program = PROGRAM.format(init="pissa", dora=True)
     for name in ("one", "two"):
-        program = PROGRAM.format(init=init, dora=dora)
         subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(tmp_path / name)], check=True)
     files = [sorted((tmp_path / name).iterdir()) for name in ("one", "two")]
     assert [f.name for f in files[0]] == [f.name for f in files[1]]
