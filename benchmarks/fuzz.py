@@ -166,11 +166,12 @@ def seeds() -> list[bytes]:
     import convlora
 
     found = []
+    options: Json
     for options in ({"norm": "track"}, {"init": "pissa"}, {"use_dora": True}, {"use_rslora": True}):
-        model = convlora.inject(make_net(), 1, **options)  # type: ignore[arg-type]
+        model = convlora.inject(make_net(), 1, **options)
         with torch.no_grad():
             for parameter in convlora.trainable_parameters(model):
-                parameter += 0.01
+                parameter.add_(0.01)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             convlora.save_adapter(model, folder)

@@ -85,7 +85,7 @@ def number_in(directory: Path) -> float:
         ValueError: it is made of several.
     """
     model = convlora.load_adapter(copy.deepcopy(BASE), directory)
-    numbers = {float(n) for parameter in convlora.trainable_parameters(model) for n in parameter.detach().unique()}
+    numbers = {float(n) for parameter in convlora.trainable_parameters(model) for n in parameter.flatten().tolist()}
     if len(numbers) != 1:
         raise ValueError(f"the adapter is of several saves: {sorted(numbers)}")
     return numbers.pop()
