@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._adapters import check_new
 from ._checks import check_model, checked_rank
+from ._files import is_finite
 from ._functional import scaling_of
 from ._inject import applied
 from ._layer import AdaptedLayer, lora_of, own_weight
@@ -21,10 +22,12 @@ from ._places import BASE
 from ._plan import LayerPlan, Plan
 from ._planner import MORE_THAN_ANY, make_plan
 from ._state import (
+    Adapter,
     check_enabled,
     check_intact,
     check_plain,
     check_unmerged,
+    check_unrouted,
     check_whole,
     injections,
     the_adapter,
@@ -32,7 +35,7 @@ from ._state import (
     to_the_end,
 )
 from ._targets import Targets
-from .errors import TargetError
+from .errors import StateError, TargetError
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,10 @@ def shrink(
 
     Raises:
         TargetError: not exactly one of the three, or one out of range.
-        StateError: no such adapter; the model is merged, or its adapters are disabled.
+        StateError: no such adapter; a factor holds NaN or Inf; the model is merged, or its adapters are disabled, or a
+            ``use_adapters`` block is open.
+
+    Whatever is raised, the model is as it was.
     """
     goal = _Goal.of(rank, energy, tolerance)
     root, injection = the_injection(model)
@@ -137,11 +143,13 @@ def shrink(
     check_unmerged(injection)
     check_intact(root, injection)
     check_enabled(injection)
+    check_unrouted(injection)
+    check_factors(adapter)
     old, layers, errors, smaller = adapter.plan, [], [], []
     with torch.inference_mode(False), torch.no_grad():
         for planned, lora in zip(old.layers, adapter.loras, strict=True):
             A, B = lora.factors()
-            spectrum = Spectrum.of_sum([(A, B, lora.scaling)])
+            spectrum = spectrum_of_sum(planned.name, [(A, B, lora.scaling)])
             fitting = min(goal.rank_of(spectrum), lora.rank)
             pair = (A, B) if fitting == lora.rank else spectrum.factors(fitting, lora.scaling)
             lost = 0.0 if fitting == lora.rank else spectrum.lost(fitting)
@@ -200,7 +208,7 @@ def extract(
         Each layer's rank and error, and what was left out.
 
     Raises:
-        TargetError: the two differ in structure, or in nothing; or an argument is out of range.
+        TargetError: the two differ in structure, or in nothing, or by NaN or Inf; or an argument is out of range.
         StateError: ``base`` is merged or has an adapter of this name; ``tuned`` carries an adapter.
 
     Whatever is raised, the base is as it was.
@@ -303,12 +311,55 @@ def _low_rank(
         delta = (cast(Tensor, tuned.get_submodule(planned.name).weight).to(now.device, wide) - now.to(wide)).detach()
         if not delta.any():
             continue
-        spectrum = Spectrum.of(delta.view(planned.weight_shape))
+        if not is_finite(delta):
+            raise TargetError(
+                f"{planned.name}.weight: tuned and base differ by NaN or Inf, which has no nearest change of a lower "
+                "rank. Take weights from before the training diverged, or use exclude_modules. Nothing was changed."
+            )
+        spectrum = spectrum_of(planned.name, delta.view(planned.weight_shape))
         fitting = min(goal.rank_of(spectrum), planned.rank)
         layers.append(replace(planned, rank=fitting, alpha=float(fitting), note=""))
         factors.append(spectrum.factors(fitting, 1.0))
         errors.append(LayerError(planned.name, fitting, spectrum.lost(fitting), spectrum.size))
     return layers, factors, errors
+
+
+def check_factors(adapter: Adapter) -> None:
+    """Raise StateError where a factor holds NaN or Inf: no change is near to that."""
+    for planned, lora in zip(adapter.plan.layers, adapter.loras, strict=True):
+        for name, factor in (*lora.named_parameters(), *lora.named_buffers()):
+            if not is_finite(factor):
+                raise StateError(
+                    f"{planned.name}: {name} of adapter {adapter.plan.adapter_name!r} holds NaN or Inf; has its "
+                    "training diverged? Load the adapter from before, or delete it. Nothing was changed."
+                )
+
+
+def spectrum_of_sum(name: str, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Spectrum:
+    """:meth:`Spectrum.of_sum` of one layer, its failure with the layer's name."""
+    return _decomposed(name, lambda: Spectrum.of_sum(factors))
+
+
+def spectrum_of(name: str, delta: Tensor) -> Spectrum:
+    """:meth:`Spectrum.of` of one layer, its failure with the layer's name."""
+    return _decomposed(name, lambda: Spectrum.of(delta))
+
+
+_LinAlgError: type[Exception] = cast(Any, torch.linalg).LinAlgError
+
+
+def _decomposed(name: str, decompose: Callable[[], Spectrum]) -> Spectrum:
+    try:
+        spectrum = decompose()
+        if is_finite(spectrum.S):
+            return spectrum
+        cause: Exception | None = None
+    except _LinAlgError as error:
+        cause = error
+    raise StateError(
+        f"{name}: its change cannot be decomposed; is it beyond what its dtype holds? Use smaller weights or an alpha "
+        "nearer to 1. Nothing was changed."
+    ) from cause
 
 
 def exactly(names: Iterable[str]) -> Targets:

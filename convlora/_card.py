@@ -74,6 +74,8 @@ def _number(name: object, value: object) -> float:
 def is_replaceable(file: Path) -> bool:
     """Whether a card may be written here: there is none, or it is as convlora wrote it."""
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            return False
         sealed = _SEALED.fullmatch(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return True

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ._adapters import check_new
 from ._card import CARD, About, card, checked_about, is_replaceable
 from ._checks import check_model, check_values
-from ._foreign import read_foreign
+from ._files import SHOWN, TensorFile, finite_faults, opened, ordered, plain
+from ._foreign import file_in, read_foreign
 from ._hub import local_directory
 from ._inject import applied
 from ._manifest import (
@@ -37,6 +39,7 @@ from ._manifest import (
     base_keys,
     check_fits,
     digest,
+    is_own,
     own_keys,
     places_of,
     read_manifest,
@@ -85,8 +88,8 @@ def save_adapter(
         TargetError: a metric is no finite number, or ``base_model`` no name on the hub.
 
     Warns:
-        UserWarning: every lora_B is zero, as when the optimizer was made before the injection; or README.md was left
-            as it is.
+        UserWarning: every lora_B is zero, as when the optimizer was made before the injection; a tensor holds NaN or
+            Inf; or README.md was left as it is.
     """
     return write_adapter(model, directory, adapter_name, checked_about(metrics, base_model))
 
@@ -112,6 +115,7 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         "buffers": sorted(buffers),
     }
     _warn_if_untrained(adapter)
+    _warn_if_not_finite(tensors, base)
     path = Path(directory)
     texts = {CONFIG: json.dumps(config, indent=2) + "\n"}
     has_new_card = is_replaceable(path / CARD)
@@ -129,13 +133,14 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
 def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[str, str]) -> None:
     header = {"format": "pt", "convlora": json.dumps(manifest)}
     path.mkdir(parents=True, exist_ok=True)
+    _tidy(path)
     with ExitStack() as files:
+        files.enter_context(_put_back([path / name for name in texts]))
         first = files.enter_context(_replacing(path / TENSORS))
-        save_file({PREFIX + key: tensor for key, tensor in tensors.items()}, first, metadata=header)
+        # Not save_file, which makes a temporary file of its own, under a name that nobody could clear away later.
+        first.write_bytes(ordered(save({PREFIX + key: tensor for key, tensor in tensors.items()}, metadata=header)))
         for name, text in texts.items():
-            beside = files.enter_context(_replacing(path / name))
-            beside.write_text(text, encoding="utf-8", newline="\n")
-            first.chmod(beside.stat().st_mode)  # safetensors makes files for their owner alone
+            files.enter_context(_replacing(path / name)).write_bytes(text.encode())
 
 
 def _warn_if_untrained(adapter: Adapter) -> None:
@@ -144,6 +149,17 @@ def _warn_if_untrained(adapter: Adapter) -> None:
         warnings.warn(
             f"every {what}: nothing was trained. Was the optimizer made before convlora.inject? Make it after, "
             "from convlora.trainable_parameters(model).",
+            stacklevel=4,
+        )
+
+
+def _warn_if_not_finite(tensors: State, base: State) -> None:
+    faults = list(finite_faults(tensors, base))
+    if faults:
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        warnings.warn(
+            f"{faults[0]}{more}: the training has diverged. It is saved as it is, and convlora.load_adapter reads it "
+            "with check_finite=False alone.",
             stacklevel=4,
         )
 
@@ -162,6 +178,7 @@ def load_adapter(
     adapter_name: str | None = None,
     *,
     check_base: bool = True,
+    check_finite: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> M:
@@ -183,6 +200,8 @@ def load_adapter(
         check_base: refuse a base whose tensors differ from those that the adapter was trained on. Tensors in
             another dtype than then are not compared. False loads onto any base of the same architecture. The files
             of other libraries do not say what base they are for.
+        check_finite: refuse NaN and Inf in the adapter's factors, and in its head and statistics where the base's own
+            are finite. False loads them.
         revision: a branch, tag or commit of the repository; default its main branch.
         token: for a private or gated repository, as huggingface_hub takes it; default the one you logged in with.
 
@@ -190,24 +209,28 @@ def load_adapter(
         The same object; factors and head are trainable as after :func:`convlora.inject`.
 
     Raises:
-        CheckpointError: no adapter there, a damaged file, or another base; what differs is named.
+        CheckpointError: no adapter there, a damaged file, another base, or NaN; what differs is named. Whatever a file
+            claims is checked against its size and the model before its tensors are read.
         StateError: the model carries an adapter of this name already, or is merged.
 
     Whatever is raised, the model is as it was.
     """
     root = _root(model)
-    path = local_directory(directory, revision, token)
-    foreign = read_foreign(path, root, adapter_name or "default")
-    manifest = foreign[0] if foreign else read_manifest(path)
-    plan = manifest.plan if adapter_name is None else replace(manifest.plan, adapter_name=adapter_name)
-    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
-    before = vars(root).get(RECORD)
-    if isinstance(before, Injection):
-        check_new(before, plan.adapter_name)
-        check_intact(root, before)
-    if foreign is None:
-        check_fits(manifest, root, check_base)
-    install(plan, foreign[1] if foreign else _read_tensors(manifest), manifest, root)
+    with opened(file_in(local_directory(directory, revision, token))) as file:
+        foreign = None if is_own(file) else read_foreign(file, root, adapter_name or "default")
+        manifest = foreign[0] if foreign else read_manifest(file)
+        plan = manifest.plan if adapter_name is None else replace(manifest.plan, adapter_name=adapter_name)
+        check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
+        before = vars(root).get(RECORD)
+        if isinstance(before, Injection):
+            check_new(before, plan.adapter_name)
+            check_intact(root, before)
+        if foreign is None:
+            check_fits(manifest, root, check_base)
+        tensors = foreign[1] if foreign else _read_tensors(file, manifest)
+    if check_finite:
+        _check_finite(manifest, tensors, root)
+    install(plan, tensors, manifest, root)
     return model
 
 
@@ -286,19 +309,55 @@ def _replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the file is in its place, or the error is under way
+            temporary.unlink(missing_ok=True)
 
 
-def _read_tensors(manifest: Manifest) -> State:
+@contextmanager
+def _put_back(files: Iterable[Path]) -> Iterator[None]:
+    """Where the block fails, small files hold again what they held."""
+    before = {file: file.read_bytes() if file.is_file() else None for file in files}
     try:
-        with safe_open(manifest.file, framework="pt") as opened:
-            tensors = {key.removeprefix(PREFIX): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as cause:
-        raise CheckpointError(f"{manifest.file} is damaged ({cause}); get it again.") from cause
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for file, content in before.items():
+                if content is None:
+                    file.unlink(missing_ok=True)
+                elif not file.is_file() or file.read_bytes() != content:
+                    with _replacing(file) as temporary:
+                        temporary.write_bytes(content)
+        raise
+
+
+def _tidy(path: Path) -> None:
+    """Remove what saves that were killed have left; a save that is under way is younger."""
+    with suppress(OSError):
+        for file in path.glob(f".*.{'[0-9a-f]' * 32}"):
+            name = file.name[1:-33]
+            if name in (TENSORS, CONFIG, CARD) and time.time() - file.stat().st_mtime > _ABANDONED:
+                file.unlink()
+
+
+_ABANDONED = 3600.0
+"""Seconds after which a temporary file belongs to nobody."""
+
+
+def _read_tensors(file: TensorFile, manifest: Manifest) -> State:
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in file.read().items()}
     damaged = [key for key, tensor in tensors.items() if digest(tensor) != manifest.adapter.get(key)]
     if damaged:
-        raise CheckpointError(f"{manifest.file} is damaged: {damaged[0]} is not what was saved; get the file again.")
+        raise CheckpointError(f"{file.path} is damaged: {plain(damaged[0])} is not what was saved; get the file again.")
     return tensors
+
+
+def _check_finite(manifest: Manifest, tensors: State, root: nn.Module) -> None:
+    faults = list(finite_faults(tensors, tensors_as(root, BASE)))
+    if faults:
+        more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        lines = [f"{manifest.file}: what it holds are not all numbers:", *(f"  {plain(f)}" for f in faults[:SHOWN])]
+        remedy = "Take an adapter from before the training diverged, or pass check_finite=False. Nothing was changed."
+        raise CheckpointError("\n".join([*lines, *more, remedy]))
 
 
 def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_name: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Integral, Real
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -14,6 +14,8 @@ from ._paths import PATHS
 from ._plan import INITS, LayerPlan, Plan
 from ._targets import Named, is_conv2d
 from .errors import TargetError, UnsupportedLayerError
+
+LARGEST_ALPHA = torch.finfo(torch.float32).max
 
 
 def check_values(rank: int, alpha: float | None, norm: str, dropout: float, path: str, adapter_name: str) -> int:
@@ -29,6 +31,8 @@ def check_values(rank: int, alpha: float | None, norm: str, dropout: float, path
         raise TargetError(f"dropout={dropout!r}; it must be at least 0 and below 1.")
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise TargetError(f"adapter_name={adapter_name!r}; it must be a name without a dot.")
+    if not adapter_name.isprintable():
+        raise TargetError(f"adapter_name={adapter_name!r} holds characters that do not show; choose another.")
     if hasattr(Adapters(), adapter_name):
         raise TargetError(f"adapter_name={adapter_name!r} is taken by torch's ModuleDict; choose another.")
     return rank
@@ -85,8 +89,8 @@ def checked_rank(rank: int, argument: str) -> int:
 
 
 def check_alpha(alpha: float, argument: str) -> None:
-    """A finite number above 0."""
-    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+    """A finite number above 0 that the factors' dtype holds, too: torch refuses to multiply with a larger one."""
+    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha <= LARGEST_ALPHA:
         raise TargetError(f"{argument}={alpha!r}; it must be a finite number above 0.")
 
 
@@ -146,6 +150,8 @@ def check_plan(plan: Plan) -> None:
     for name in (*names, *plan.modules_to_save, *plan.norms, *plan.biases):
         if not isinstance(name, str):
             raise TargetError(f"{name!r} is no layer name.")
+    if plan.rank > 2**31:
+        raise TargetError(f"rank={plan.rank}; there is no layer of so high a rank.")
     if len(set(names)) < len(names):
         raise TargetError("a layer is listed twice.")
     for layer in plan.layers:
@@ -160,3 +166,22 @@ def check_plan(plan: Plan) -> None:
             or not isinstance(layer.geometry, dict)
         ):
             raise TargetError(f"{layer.name}: weight {sizes!r} and geometry {layer.geometry!r} are no layer's.")
+    _check_shown(plan)
+
+
+def _check_shown(plan: Plan) -> None:
+    """What of a plan is only shown: a table must not break on it, nor a terminal."""
+    listed = (*plan.layers, *plan.skipped)
+    texts = [plan.model, plan.head_found_by, plan.state]
+    texts += [text for each in listed for text in (each.name, each.kind, each.note)]
+    texts += [text for part in plan.others for text in (part.name, part.kind)]
+    for text in texts:
+        if not isinstance(text, str) or not text.isprintable():
+            raise TargetError(f"{text!r} is no text to show.")
+    if any(each.rank for each in plan.skipped):
+        raise TargetError("a layer that is left alone has a rank.")
+    counts = [plan.base_parameters, plan.saved_parameters, *(part.parameters for part in plan.others)]
+    counts += [n for each in listed for n in (*each.weight_shape, each.rank)]
+    for count in counts:
+        if not isinstance(count, Integral) or not 0 <= count < 2**63:
+            raise TargetError(f"{count!r} is no number of parameters.")

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ._adapters import check_new
-from ._algebra import Approximation, LayerError, exactly, put_factors
+from ._algebra import (
+    Approximation,
+    LayerError,
+    check_factors,
+    exactly,
+    put_factors,
+    spectrum_of,
+    spectrum_of_sum,
+)
 from ._checks import checked_rank
 from ._inject import applied
 from ._layer import LoRA
@@ -19,7 +27,7 @@ from ._lowrank import Spectrum
 from ._places import BASE, Place
 from ._plan import LayerPlan, Plan
 from ._planner import make_plan
-from ._state import Adapter, Injection, check_enabled, check_intact, the_adapter, the_injection
+from ._state import Adapter, Injection, check_enabled, check_intact, check_unrouted, the_adapter, the_injection
 from .errors import StateError, TargetError
 
 Method = Literal["exact", "svd", "ties", "dare"]
@@ -48,7 +56,8 @@ def combine_adapters(
     - running mean and variance: those of the adapters' data mixed in proportion to the weights' sizes, the spread
       between the means included; other floating buffers: their average; counters: those of the largest weight.
 
-    A module that one adapter trains in full and another gives factors cannot be combined.
+    A module that one adapter trains in full and another gives factors cannot be combined. To train the combination on,
+    it has the adapters' ``dropout`` where all have the same, else none.
 
     Args:
         model: an injected model.
@@ -69,8 +78,8 @@ def combine_adapters(
 
     Raises:
         TargetError: an argument is out of range, or belongs to another method.
-        StateError: no such adapter, or one of the new name; the adapters do not go together; the model is merged, or
-            its adapters are disabled.
+        StateError: no such adapter, or one of the new name; the adapters do not go together, or hold NaN or Inf; the
+            model is merged, its adapters are disabled, or a ``use_adapters`` block is open.
 
     Whatever is raised, the model is as it was.
     """
@@ -79,7 +88,10 @@ def combine_adapters(
     check_new(injection, adapter_name)
     check_intact(root, injection)
     check_enabled(injection)
+    check_unrouted(injection)
     adapters = {name: the_adapter(injection, name) for name in _checked_weights(weights)}
+    for each in adapters.values():
+        check_factors(each)
     shares = {name: float(weights[name]) for name in adapters}
     plan = _planned(root, adapters, adapter_name)
     parts = {layer.name: _parts(root.get_submodule(layer.name), adapters, shares) for layer in plan.layers}
@@ -159,6 +171,7 @@ def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str
         )
     tracked = any(each.plan.norm == "track" for each in adapters.values())
     first = next(iter(adapters.values())).plan
+    dropouts = {each.plan.dropout for each in adapters.values()}
     plan = make_plan(
         root,
         1,
@@ -167,6 +180,7 @@ def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str
         modules_to_save=exactly(saved),
         norm="track" if tracked else "freeze",
         path=first.path,
+        dropout=first.dropout if len(dropouts) == 1 else 0.0,
     )
     in_full = {module for each in saved.values() for module in each.modules()}
     trained = dict.fromkeys(name for each in adapters.values() for name in each.plan.biases)
@@ -198,17 +212,17 @@ def _exact(every: Mapping[str, Parts], rank: int | None, density: float, seed: i
         terms = _terms(parts)
         rows, columns = terms[0][1].shape[0], terms[0][0][0].numel()
         if sum(len(A) for A, _, _ in terms) > min(rows, columns):  # more than any matrix of this shape has
-            spectrum = Spectrum.of_sum(terms)
+            spectrum = spectrum_of_sum(name, terms)
             full = min(rows, columns)
             found[name] = (*spectrum.factors(full, 1.0), spectrum.lost(full), spectrum.size)
         else:
             A, B = torch.cat([A for A, _, _ in terms]), torch.cat([factor * B for _, B, factor in terms], dim=1)
-            found[name] = (A, B, 0.0, Spectrum.of_sum([(A, B, 1.0)]).size)
+            found[name] = (A, B, 0.0, spectrum_of_sum(name, [(A, B, 1.0)]).size)
     return found
 
 
 def _svd(every: Mapping[str, Parts], rank: int | None, density: float, seed: int) -> Combined:
-    return {name: _nearest(Spectrum.of_sum(_terms(parts)), parts, rank) for name, parts in every.items()}
+    return {name: _nearest(spectrum_of_sum(name, _terms(parts)), parts, rank) for name, parts in every.items()}
 
 
 def _nearest(spectrum: Spectrum, parts: Parts, rank: int | None) -> tuple[Tensor, Tensor, float, float]:
@@ -231,7 +245,7 @@ def _ties(every: Mapping[str, Parts], rank: int | None, density: float, seed: in
         agrees &= stack != 0
         return torch.where(agrees, stack, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
 
-    return {name: _nearest(Spectrum.of(merged(parts)), parts, rank) for name, parts in every.items()}
+    return {name: _nearest(spectrum_of(name, merged(parts)), parts, rank) for name, parts in every.items()}
 
 
 def _threshold(loras: list[LoRA], density: float) -> Tensor:
@@ -253,7 +267,7 @@ def _dare(every: Mapping[str, Parts], rank: int | None, density: float, seed: in
             deltas.append(share / density * torch.where(keep, delta, 0.0))
         return torch.stack(deltas).sum(0)
 
-    return {name: _nearest(Spectrum.of(thinned(parts)), parts, rank) for name, parts in every.items()}
+    return {name: _nearest(spectrum_of(name, thinned(parts)), parts, rank) for name, parts in every.items()}
 
 
 _METHODS: dict[str, Callable[[Mapping[str, Parts], int | None, float, int], Combined]] = {

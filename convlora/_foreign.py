@@ -2,52 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
+from ._files import TensorFile
 from ._locon import from_locon_tensors, is_locon
 from ._manifest import TENSORS, Manifest
 from ._peft_reader import from_peft_tensors, read_config
-from ._rebuilt import State, read_tensors, rebuild
+from ._rebuilt import Found, State, rebuild
 from .errors import CheckpointError
 
 CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def read_foreign(path: Path, root: nn.Module, adapter_name: str) -> tuple[Manifest, State] | None:
+def read_foreign(file: TensorFile, root: nn.Module, adapter_name: str) -> tuple[Manifest, State]:
     """The adapter that Hugging Face peft, kohya's scripts or LyCORIS wrote there, made to fit this model.
 
     Args:
-        path: a directory, or a safetensors file.
+        file: what is open.
         root: the base, plain or with adapters.
         adapter_name: what it will be called.
 
     Returns:
-        Its manifest and tensors; None where the path is convlora's own, or nothing is there.
+        Its manifest and tensors, which are read once all but their numbers has been checked.
 
     Raises:
         CheckpointError: it cannot be read, or not exactly, or does not fit the model.
     """
-    file = _file(path)
-    if file is None:
-        return None
-    if (file.parent / CONFIG).is_file() and file.name == TENSORS:
-        config, tensors = read_config(file.parent / CONFIG), read_tensors(file)
-        return rebuild(from_peft_tensors(config, tensors, root, str(file)), root, adapter_name)
-    tensors = read_tensors(file)
-    if is_locon(tensors):
-        return rebuild(from_locon_tensors(tensors, root, str(file)), root, adapter_name)
-    raise CheckpointError(
-        f"{file} holds no convlora manifest, no {CONFIG} of peft lies beside it, and its tensors are not named as in "
-        "kohya's and LyCORIS' LoRA files. Nothing was changed."
-    )
+    origin, beside = str(file.path), file.path.parent / CONFIG
+    config = read_config(beside) if file.path.name == TENSORS and beside.is_file() else None
+    if config is None and not is_locon(file.entries):
+        raise CheckpointError(
+            f"{origin} holds no convlora manifest, no {CONFIG} of peft lies beside it, and its tensors are not named "
+            "as in kohya's and LyCORIS' LoRA files. Nothing was changed."
+        )
+
+    def found(tensors: Mapping[str, Tensor]) -> Found:
+        if config is None:
+            return from_locon_tensors(tensors, root, origin)
+        return from_peft_tensors(config, tensors, root, origin)
+
+    rebuild(found(file.outline()), root, adapter_name)
+    return rebuild(found(file.read()), root, adapter_name)
 
 
-def _file(path: Path) -> Path | None:
-    """The file to read, unless it is convlora's own, damaged, or missing."""
+def file_in(path: Path) -> Path:
+    """The file to read; it may be missing.
+
+    Raises:
+        CheckpointError: there are several, or none but pickles.
+    """
+    try:
+        return _file_in(path)
+    except OSError as cause:
+        raise CheckpointError(f"{path} cannot be read ({cause}). Nothing was changed.") from cause
+
+
+def _file_in(path: Path) -> Path:
     if path.suffix in PICKLES and path.is_file():
         raise _pickled(path)
     if path.is_dir() and not (path / TENSORS).is_file():
@@ -58,18 +72,8 @@ def _file(path: Path) -> Path | None:
             raise CheckpointError(f"{path} holds several files ({names}); give one of them. Nothing was changed.")
         if not files and pickles:
             raise _pickled(pickles[0])
-        file = files[0] if files else path / TENSORS
-    else:
-        file = path / TENSORS if path.is_dir() else path
-    return file if file.is_file() and not _is_own(file) else None
-
-
-def _is_own(file: Path) -> bool:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return "convlora" in (opened.metadata() or {})
-    except (SafetensorError, OSError):
-        return file.name == TENSORS  # damaged: the reader of convlora's files will say so
+        return files[0] if files else path / TENSORS
+    return path if path.is_file() else path / TENSORS
 
 
 def _pickled(file: Path) -> CheckpointError:

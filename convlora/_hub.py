@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NoReturn
 
 from ._card import CARD, is_replaceable
-from ._manifest import CONFIG, SHOWN, TENSORS
+from ._files import SHOWN
+from ._manifest import CONFIG, TENSORS
 from ._version import __version__
 from .errors import CheckpointError
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ._computed import weight_shape
+from ._manifest import highest_rank
 from ._peft_reader import unlike_peft
 from ._rebuilt import Factors, Found, by_any_name, layer_fault, refuse
 from ._targets import is_adaptable, modules_of
@@ -57,8 +58,13 @@ def from_locon_tensors(tensors: Mapping[str, Tensor], root: nn.Module, origin: s
         fault = fault or layer_fault(layer, named, unlike, "what wrote the file")
         if not fault and not {"lora_down.weight", "lora_up.weight"} <= parts.keys():
             fault = f"{name}: one of lora_down and lora_up is missing"
-        if not fault and not _core_fits(parts):
+        if not fault and not _core_fits(parts, weight_shape(named[layer].module)):
             fault = f"{name}: its Tucker core {tuple(parts['lora_mid.weight'].shape)} fits no factor beside it"
+        alpha = parts.get("alpha")
+        if not fault and alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
+            fault = f"{name}: alpha of shape {tuple(alpha.shape)}, {alpha.dtype}; it must be one real number"
+        if not fault and min(parts["lora_down.weight"].ndim, parts["lora_up.weight"].ndim) < 2:
+            fault = f"{name}: lora_down and lora_up must be matrices or kernels"
         if not fault and layer in factors:
             fault = f"{name}: {layer} is in the file twice"
         if fault:
@@ -102,9 +108,14 @@ def _unlike_lycoris(layer: nn.Module) -> str:
     return f"padding_mode {mode!r}, which LyCORIS drops" if mode != "zeros" else ""
 
 
-def _core_fits(parts: Mapping[str, Tensor]) -> bool:
+def _core_fits(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> bool:
+    """Whether core and lora_down are of the layer's shape, so that their product is no larger than a factor."""
     core, down = parts.get("lora_mid.weight"), parts["lora_down.weight"]
-    return core is None or (core.ndim > 1 and down.ndim > 1 and down.flatten(1).shape[0] == core.shape[1])
+    if core is None:
+        return True
+    if core.ndim != len(shape) or down.ndim < 2 or down.flatten(1).shape != (core.shape[1], shape[1]):
+        return False
+    return core.shape[2:] == shape[2:] and max(core.shape[:2]) <= highest_rank(shape)
 
 
 def _factors(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Factors:
@@ -115,7 +126,7 @@ def _factors(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Factors:
         wide = torch.promote_types(core.dtype, torch.float32)
         down = torch.einsum("rs...,si->ri...", core.to(wide), down.to(wide).flatten(1))
     rank = down.shape[0]
-    alpha = float(parts["alpha"]) if "alpha" in parts else 0.0
+    alpha = float(parts["alpha"]) if "alpha" in parts and not parts["alpha"].is_meta else 0.0
     return Factors(_as(down, (rank, *shape[1:])), _as(up, (shape[0], rank, *[1] * len(shape[2:]))), alpha or rank)
 
 

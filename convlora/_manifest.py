@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._checks import check_plan
 from ._computed import weight_shape
+from ._files import SHOWN, TensorFile, plain, strict_json
 from ._layer import CHILD, Adapters, LoRA
+from ._norms import keeps_statistics
 from ._peft_format import PREFIX, dotted, factor_shapes
 from ._places import BASE, Place
 from ._plan import LayerPlan, Plan
@@ -29,8 +30,6 @@ from .errors import CheckpointError, TargetError
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 FORMAT = 1
-SHOWN = 8
-"""How many mismatches an error lists."""
 
 
 @dataclass(frozen=True)
@@ -60,35 +59,33 @@ class Manifest:
     """Every tensor in the file, by key without peft's prefix."""
 
 
-def read_manifest(directory: Path) -> Manifest:
+def is_own(file: TensorFile) -> bool:
+    """Whether convlora wrote it."""
+    return "convlora" in file.metadata
+
+
+def read_manifest(file: TensorFile) -> Manifest:
     """The manifest of a saved adapter.
 
     Raises:
-        CheckpointError: missing, damaged, not written by convlora, or written by a newer one.
+        CheckpointError: damaged, not written by convlora, or written by a newer one.
     """
-    file = directory / TENSORS
-    if not file.is_file():
-        raise CheckpointError(f"{file} does not exist; give the directory that convlora.save_adapter wrote.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-            forms = {key: Form(tuple(s.get_shape()), _kind_on_disk(s.get_dtype())) for key, s in slices.items()}
-    except (SafetensorError, OSError) as cause:
-        raise CheckpointError(f"{file} is damaged or no safetensors file ({cause}).") from cause
-    if "convlora" not in header:
-        raise CheckpointError(f"{file} holds no convlora manifest; it was not written by convlora.save_adapter.")
-    strange = [key for key in forms if not key.startswith(PREFIX)]
+    if not is_own(file):
+        raise CheckpointError(f"{file.path} holds no convlora manifest; it was not written by convlora.save_adapter.")
+    strange = [key for key in file.entries if not key.startswith(PREFIX)]
     if strange:
-        raise CheckpointError(f"{file}: tensor {strange[0]!r} belongs to no adapter (its name lacks {PREFIX!r}).")
-    return _parse(file, header["convlora"], {key.removeprefix(PREFIX): form for key, form in forms.items()})
+        raise CheckpointError(
+            f"{file.path}: tensor '{plain(strange[0])}' belongs to no adapter (its name lacks {PREFIX!r})."
+        )
+    forms = {key.removeprefix(PREFIX): Form(e.shape, _kind(e.dtype)) for key, e in file.entries.items()}
+    return _parse(file.path, file.metadata["convlora"], forms)
 
 
 def _parse(file: Path, text: str, forms: Mapping[str, Form]) -> Manifest:
     try:
-        data = json.loads(text)
+        data = strict_json(text)
         version = data["format"]
-        if version == FORMAT:
+        if type(version) is int and version == FORMAT:
             plan = Plan.from_json(data["plan"])
             check_plan(plan)
             base, adapter = (
@@ -96,10 +93,10 @@ def _parse(file: Path, text: str, forms: Mapping[str, Form]) -> Manifest:
             )
             return Manifest(file, plan, base, adapter, frozenset(map(str, data["buffers"])), forms)
     except TargetError as cause:
-        raise CheckpointError(f"{file}: its manifest is damaged: {cause}") from cause
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as cause:
-        raise CheckpointError(f"{file}: its manifest cannot be read ({cause!r}).") from cause
-    raise CheckpointError(f"{file} is of format {version}, this convlora reads {FORMAT}; update it.")
+        raise CheckpointError(f"{file}: its manifest is damaged: {plain(str(cause))}") from cause
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as cause:
+        raise CheckpointError(f"{file}: its manifest cannot be read ({plain(repr(cause))}).") from cause
+    raise CheckpointError(f"{file} is of format {plain(str(version))}, this convlora reads {FORMAT}; update it.")
 
 
 def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
@@ -182,12 +179,14 @@ def check_fits(manifest: Manifest, model: nn.Module, check_base: bool) -> None:
     if faults:
         more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
         title = f"{manifest.file}: this adapter was made for another base model:"
-        raise CheckpointError("\n".join([title, *faults[:SHOWN], *more, f"{remedy} Nothing was changed."]))
+        shown = map(plain, faults[:SHOWN])
+        raise CheckpointError("\n".join([title, *shown, *more, f"{remedy} Nothing was changed."]))
 
 
 def _layer_faults(plan: Plan, model: nn.Module) -> Iterator[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     saved = {module for name in plan.modules_to_save if name in modules for module in modules[name].modules()}
+    adapted: set[nn.Module] = set()
     for layer in plan.layers:
         module = modules.get(layer.name)
         shape = () if module is None else weight_shape(module)
@@ -195,14 +194,28 @@ def _layer_faults(plan: Plan, model: nn.Module) -> Iterator[str]:
             yield f"  {layer.name}: {layer.kind} in the file, no such layer in the model"
         elif module in saved:
             yield f"  {layer.name}: adapted and trained in full at once in the file"
+        elif module in adapted:
+            yield f"  {layer.name}: a layer that the file adapts under another name already"
         elif found := _differences(layer, module, shape):
             yield f"  {layer.name}: {found}"
+        elif layer.rank > highest_rank(shape):
+            yield f"  {layer.name}: rank {layer.rank} in the file, for a weight {shape} at most {highest_rank(shape)}"
+        if module is not None:
+            adapted.add(module)
     for name in (*plan.modules_to_save, *plan.norms):
         if name not in modules:
             yield f"  {name}: no such module in the model"
+    for name in plan.norms:
+        if name in modules and not keeps_statistics(modules[name]):
+            yield f"  {name}: a norm with statistics in the file, a {type(modules[name]).__name__} in the model"
     for name in plan.biases:
         if name not in modules or modules[name]._parameters.get("bias") is None:
             yield f"  {name}.bias: no such bias in the model"
+
+
+def highest_rank(shape: tuple[int, ...]) -> int:
+    """The largest rank that is read: more than anyone trains, and no more memory than some layers of the kind."""
+    return max(1024, shape[0], math.prod(shape[1:]))
 
 
 def _differences(layer: LayerPlan, module: nn.Module, shape: tuple[int, ...]) -> str:
@@ -251,11 +264,6 @@ def form_of(tensor: Tensor) -> Form:
 
 
 def _kind(dtype: torch.dtype) -> str:
-    if dtype.is_floating_point or dtype.is_complex:
-        return "float" if dtype.is_floating_point else "complex"
-    return "bool" if dtype == torch.bool else "integer"
-
-
-def _kind_on_disk(dtype: str) -> str:
-    """The same for safetensors' names: F32, BF16, F8_E4M3, C64, BOOL, I64, U8, ..."""
-    return {"F": "float", "B": "float", "C": "complex"}.get(dtype[0], "integer") if dtype != "BOOL" else "bool"
+    if dtype.is_floating_point:
+        return "float" if dtype.itemsize > 1 else "float8"  # in which nothing is computed
+    return "complex" if dtype.is_complex else "bool" if dtype == torch.bool else "integer"

@@ -15,7 +15,7 @@ from ._functional import is_transformed
 from ._plan import NormPolicy
 from ._routed import batch_norm
 from ._routing import Route, route_of
-from ._swap import Swapped, restore, swap
+from ._swap import Swapped, restore, turn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -159,13 +159,13 @@ def set_policy(norm: nn.Module, policy: NormPolicy | None, holder: nn.Module | N
     A norm that was frozen gets the mode that it had; where the module that holds it has changed its mode meanwhile, it
     follows. Its own ``training`` says nothing of that: code that saves and restores every module's mode has written it.
     """
-    if isinstance(norm, (FrozenNorm, TrackedNorm)):
+    if policy is not None:
+        turn(norm, POLICIES[policy])
+    elif isinstance(norm, (FrozenNorm, TrackedNorm)):
         restore(cast(nn.Module, norm))
     mode, mode_of_holder = vars(norm).pop(MODES, (norm.training, None))
     followed = holder is None or mode_of_holder in (None, holder.training)
     norm.training = mode if followed or holder is None else holder.training
-    if policy is not None:
-        swap(norm, POLICIES[policy])
     if policy == "freeze":
         vars(norm)[MODES] = norm.training, None if holder is None else holder.training
         norm.training = False

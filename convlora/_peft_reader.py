@@ -6,8 +6,8 @@ in peft is read; the rest is refused with its reason. peft itself is not importe
 
 from __future__ import annotations
 
-import json
 import re
+import reprlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ._checks import LARGEST_ALPHA
+from ._files import read_json
 from ._peft_format import PREFIX, REGISTERED, STOCK, dotted, is_torchs_own
 from ._rebuilt import Factors, Found, by_any_name, layer_fault, refuse
 from ._swap import original_class
@@ -42,6 +44,7 @@ REASONS = {
 INITIALISED = (True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base's weight as it is; the others (PiSSA, OLoRA, LoftQ, ...) write to it."""
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|magnitude_vector)")
+_MOST_SEARCHING = 100
 _WRAPPERS = ("original_module", "modules_to_save")
 
 
@@ -51,10 +54,7 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is no JSON object.
     """
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as cause:
-        raise CheckpointError(f"{file} cannot be read ({cause}).") from cause
+    config = read_json(file)
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is no JSON object.")
     return config
@@ -95,20 +95,24 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         faults += [_dora_fault(name, parts, named, config)]
     faults += [_shared(name, named) for name in (*saved, *biases)]
     refuse(origin, filter(None, faults))
-    if config.get("bias") == "lora_only" and not biases and any(_has_bias(named[name].module) for name in sides):
+    is_outline = any(tensor.is_meta for tensor in tensors.values())  # looked through before it is read
+    has_none = not biases and any(_has_bias(named[name].module) for name in sides)
+    if config.get("bias") == "lora_only" and has_none and not is_outline:
         warnings.warn(
             f"{origin}: bias='lora_only', and no bias in it: peft 0.15 trains them and does not write them. The base's "
             "own are used, as peft would.",
             stacklevel=2,
         )
+    patterns = {_ending(pattern): float(alpha) for pattern, alpha in (config.get("alpha_pattern") or {}).items()}
+    default = float(config.get("lora_alpha", 8))
     return Found(
         origin=origin,
         factors={
-            name: Factors(parts["A"], parts["B"], _alpha(name, config), parts.get("magnitudes"))
+            name: Factors(parts["A"], parts["B"], _alpha(name, patterns, default), parts.get("magnitudes"))
             for name, parts in sides.items()
         },
         rank=config.get("r", 8),
-        alpha=config.get("lora_alpha", 8),
+        alpha=default,
         own=own,
         modules_to_save=tuple(saved),
         biases=tuple(biases),
@@ -131,28 +135,56 @@ def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
             f"init_lora_weights={initialised!r}: it may have changed the base's own weights; save it in peft with "
             "path_initial_model_for_weight_conversion, as plain LoRA"
         )
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(name) or {}
-        if not isinstance(patterns, dict) or not all(map(_compiles, patterns)):
-            yield f"{name}={patterns!r}: no table of regular expressions"
+    if not _is_number(config.get("lora_alpha", 8)):
+        yield f"lora_alpha={config['lora_alpha']!r}: it must be a finite number above 0"
+    patterns = config.get("alpha_pattern") or {}  # rank_pattern says nothing that the tensors do not
+    if not isinstance(patterns, dict) or not all(map(_compiles, patterns)):
+        yield f"alpha_pattern={reprlib.repr(patterns)}: no table of regular expressions"
+    elif not all(map(_is_number, patterns.values())):
+        yield f"alpha_pattern={reprlib.repr(patterns)}: an alpha must be a finite number above 0"
+    elif len(patterns) > _MOST_SEARCHING and sum(map(_searches, patterns)) > _MOST_SEARCHING:
+        yield f"alpha_pattern has more than {_MOST_SEARCHING} patterns that are no plain names; name the layers"
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, (list, tuple, set)) or not all(isinstance(name, str) for name in saved):
         yield f"modules_to_save={saved!r}: no list of names"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST_ALPHA
+
+
 def _compiles(pattern: str) -> bool:
+    """Whether it is a regular expression, and none that could search for hours.
+
+    A stranger's may: ``([a-z0-9.]+)+!`` takes twice as long for each letter of a layer's name.
+    """
+    bare = _bare(pattern)
+    if len(re.findall(r"[*+{]", bare)) > 2 or len(re.findall(r"[?|]", bare)) > 4 or re.search(r"\)[*+{]", bare):
+        return False
     try:
-        re.compile(pattern)
-    except re.error:
+        _ending(pattern)
+    except (re.error, OverflowError, RecursionError):
         return False
     return True
 
 
-def _alpha(name: str, config: Mapping[str, Any]) -> float:
+def _searches(pattern: str) -> bool:
+    return re.search(r"[*+{?|]", _bare(pattern)) is not None
+
+
+def _bare(pattern: str) -> str:
+    """Without escaped letters, and without what follows a group's bracket."""
+    return re.sub(r"\\.", "_", pattern, flags=re.DOTALL).replace("(?", "(")
+
+
+def _ending(pattern: str) -> re.Pattern[str]:
+    """What peft matches a layer's name with: the pattern, at the name's end."""
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def _alpha(name: str, patterns: Mapping[re.Pattern[str], float], default: float) -> float:
     """As peft looks it up: the first pattern that the name ends with."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    default = cast(float, config.get("lora_alpha", 8))
-    return next((alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
+    return next((alpha for pattern, alpha in patterns.items() if pattern.match(name)), default)
 
 
 def _saved_module(key: str, named: Mapping[str, Named], wanted: list[str]) -> str:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ._checks import check_adaptable, check_plan
 from ._computed import has_parameter, weight_shape
 from ._fast import is_plain
-from ._manifest import SHOWN, Manifest, base_keys, check_fits, form_of, own_keys, tensors_as
+from ._files import SHOWN, plain
+from ._manifest import Manifest, base_keys, check_fits, form_of, own_keys, tensors_as
 from ._peft_format import dotted, factor_shapes, is_faithful
 from ._places import BASE
 from ._plan import LayerPlan, Plan
@@ -164,23 +164,10 @@ def refuse(origin: object, faults: Iterable[str]) -> None:
     listed = list(dict.fromkeys(faults))
     if listed:
         more = [f"  and {len(listed) - SHOWN} more"] if len(listed) > SHOWN else []
-        lines = [f"{origin}: this adapter cannot be had exactly here:", *(f"  {fault}" for fault in listed[:SHOWN])]
+        lines = [f"{origin}: this adapter cannot be had exactly here:", *(f"  {plain(f)}" for f in listed[:SHOWN])]
         raise CheckpointError("\n".join([*lines, *more, "Nothing was changed."]))
 
 
 def by_any_name(root: nn.Module) -> dict[str, Named]:
     """The model's modules by each of their names."""
     return {name: n for n in modules_of(root) for name in n.names}
-
-
-def read_tensors(file: Path) -> State:
-    """All tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as cause:
-        raise CheckpointError(f"{file} is damaged or no safetensors file ({cause}).") from cause

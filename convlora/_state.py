@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from threading import RLock
 
 from torch import Tensor, nn
 
@@ -90,6 +91,15 @@ def activate(root: nn.Module, injection: Injection, adapter_name: str, disabled:
     Factors of the others are not trainable meanwhile. The base alone is the base with its own statistics: its norm
     layers are frozen.
     """
+    with SWAPPING:
+        _activate(root, injection, adapter_name, disabled)
+
+
+SWAPPING = RLock()
+"""Held by who changes modules' classes: a block that another thread opens must not find them half-way."""
+
+
+def _activate(root: nn.Module, injection: Injection, adapter_name: str, disabled: bool) -> None:
     copies: dict[int, Tensor] = {}
     for place in injection.places:
         if disabled:

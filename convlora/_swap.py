@@ -76,6 +76,18 @@ def swap(module: nn.Module, mixin: type[Swapped]) -> None:
     module.__class__ = swapped_class(mixin, type(module))
 
 
+def turn(module: nn.Module, mixin: type[Swapped]) -> None:
+    """As :func:`swap`, from whatever class of ours it has by now: in one step, for threads that compute meanwhile.
+
+    Raises:
+        StateError: another library has put its own class on top of ours.
+    """
+    check_restorable(module)
+    cls = swapped_class(mixin, original_class(module))
+    if type(module) is not cls:
+        module.__class__ = cls
+
+
 def restore(module: nn.Module) -> None:
     """Give the module its original class back.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from threading import RLock
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,6 +20,7 @@ from ._norms import FrozenNorm, TrackedNorm
 from ._places import BASE, Place
 from ._routing import Block, Route, opened, route_of
 from ._state import (
+    SWAPPING,
     Injection,
     check_enabled,
     check_intact,
@@ -107,7 +107,7 @@ def _looking(parts: Parts, blocks: list[Block]) -> Iterator[None]:
     block = object()
 
     def leave() -> None:
-        with _SWAPPING:
+        with SWAPPING:
             for _, injection in parts:
                 injection.routed.discard(block)
             if not any(injection.routed for _, injection in parts):
@@ -116,7 +116,7 @@ def _looking(parts: Parts, blocks: list[Block]) -> Iterator[None]:
                         restore(module)
 
     try:
-        with _SWAPPING:
+        with SWAPPING:
             for _, injection in parts:
                 injection.routed.add(block)
             for module in modules:
@@ -127,9 +127,6 @@ def _looking(parts: Parts, blocks: list[Block]) -> Iterator[None]:
     except BaseException:  # an interrupt on the line above as well
         to_the_end(leave)
         raise
-
-
-_SWAPPING = RLock()
 
 
 class Routed(Swapped):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ._files import SHOWN
 from ._inject import inject
-from ._manifest import SHOWN, base_keys, digest
+from ._manifest import base_keys, digest
 from ._peft_format import dotted
 from ._state import injections
 from .errors import CheckpointError, TargetError

@@ -10,6 +10,7 @@ from torch import nn
 
 import convlora
 from convlora import CheckpointError, TargetError
+from convlora._files import opened
 from convlora._manifest import fingerprint, read_manifest
 
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -121,7 +122,8 @@ def test_fingerprint_is_of_the_base_alone(net, tmp_path):
 
     other = copy.deepcopy(net)
     first = shown(convlora.inject(net, 3), tmp_path / "one")
-    manifest = read_manifest(tmp_path / "one")
+    with opened(tmp_path / "one" / TENSORS) as file:
+        manifest = read_manifest(file)
     assert fingerprint(manifest.base) == fingerprint(dict(reversed(manifest.base.items()))) == first
     assert shown(convlora.inject(copy.deepcopy(other), 5, alpha=1), tmp_path / "two") == first
     with torch.no_grad():
@@ -131,7 +133,7 @@ def test_fingerprint_is_of_the_base_alone(net, tmp_path):
 
 def test_names_with_markup_stay_names(tmp_path):
     hub = pytest.importorskip("huggingface_hub")
-    name = 'a|b`c "d": <b>\n---\n# e'
+    name = 'a|b`c "d": <b> --- # e'
     model = nn.Sequential()
     model.add_module("x|y`", nn.Conv2d(3, 8, 3))
     model = type("N|_*", (nn.Sequential,), {})(model)
@@ -189,10 +191,10 @@ def test_failed_save_keeps_the_old_card(net, tmp_path, monkeypatch):
 
     first = written(convlora.inject(net), tmp_path)
 
-    def fails(tensors, file, metadata):
+    def fails(tensors, metadata):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(room, "save_file", fails)
+    monkeypatch.setattr(room, "save", fails)
     with pytest.raises(CheckpointError, match="still there"):
         convlora.save_adapter(net, tmp_path, metrics={"accuracy": 0.5})
     assert (tmp_path / CARD).read_text(encoding="utf-8") == first

@@ -289,7 +289,7 @@ def test_layers_that_peft_computes_otherwise_are_refused(tmp_path, conv, reason)
         ({"alpha_pattern": {"(": 1}}, r"alpha_pattern=.*: no table of regular expressions"),
         ({"modules_to_save": 3}, r"modules_to_save=3: no list of names"),
         ({"modules_to_save": None}, r"fc\.weight: neither a layer's factor nor in a module of modules_to_save"),
-        ({"lora_alpha": 0}, r"alpha of conv1=0\.0; it must be a finite number above 0|alpha=0; it must be"),
+        ({"lora_alpha": 0}, r"lora_alpha=0: it must be a finite number above 0"),
         ({"lora_dropout": 2.0}, r"dropout=2\.0; it must be at least 0 and below 1"),
     ],
 )

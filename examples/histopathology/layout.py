@@ -4,6 +4,9 @@ One group per image, its key a decimal index: ``img`` (3, 96, 96), ``label`` 0 o
 ``metadata`` whose element 0 is the centre. Nothing else of ``metadata`` leaves this module: it is not
 documented and may hold the label.
 
+A file may come from a stranger. Only what lies in it is read: links to other files, arrays whose numbers are kept
+elsewhere, and shapes and chunks that would take more memory than an image of this kind needs are refused.
+
 Images are read through h5py's low-level calls: opening a group and a data set as Python objects takes longer
 than reading 110 kB (``python -m benchmarks.loading`` has the figures). No torch here: the stand-in's workers
 import this module.
@@ -11,6 +14,7 @@ import this module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +23,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import numpy.typing as npt
-from h5py import h5d, h5g, h5s
+from h5py import h5d, h5g, h5l, h5s
 
 from .errors import ExampleError
 
@@ -29,6 +33,15 @@ SHAPE = (3, PATCH, PATCH)
 DTYPES = ("float16", "float32", "float64", "uint8")
 
 Array = npt.NDArray[Any]
+
+FAULTS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
+"""What h5py raises on files that are damaged: whatever HDF5 stumbled over."""
+MOST_METADATA = 4096
+"""Numbers in an image's metadata."""
+MOST_CHUNK = 256 * 2**20
+"""Bytes that are decompressed to read one image."""
+DEFLATE = 1032
+"""How much smaller gzip can make an array at best; no filter of HDF5's own does better."""
 
 _EXPECTED = (
     "A split has one group per image, named 0, 1, 2, ..., and nothing else at its top; "
@@ -42,7 +55,7 @@ def open_file(path: Path) -> h5py.File:
         raise ExampleError(f"{path}: no such file. A split is one HDF5 file: train.h5, val.h5 or test.h5.")
     try:
         return h5py.File(path, "r")
-    except OSError as error:
+    except FAULTS as error:
         raise ExampleError(
             f"{path} is no readable HDF5 file ({brief(error)}). If it was downloaded, it may be truncated: "
             "get it again."
@@ -56,13 +69,22 @@ def brief(error: BaseException) -> str:
 
 def read_source(file: h5py.File) -> str | None:
     """What made the file, where it says so: a stand-in, cut slides. The challenge's own files do not."""
-    source = file.attrs.get("source")
-    return None if source is None else str(source)
+    try:
+        source = file.attrs.get("source")
+    except FAULTS:
+        return None
+    return source[:_LONGEST] if isinstance(source, str) else None
+
+
+_LONGEST = 1000
 
 
 def sorted_keys(file: h5py.File, path: Path) -> tuple[Array, npt.NDArray[np.int64]]:
     """Keys as bytes, and as integers, in the order of the integers (h5py lists 0, 1, 10, 100, ...)."""
-    names = list(file)
+    try:
+        names = list(file)
+    except FAULTS as error:
+        raise ExampleError(f"{path}: its keys cannot be read ({brief(error)}). Get the file again.") from error
     if not names:
         raise ExampleError(f"{path} holds no image. A split has one group per image, named 0, 1, 2, ...")
     for name in names:
@@ -91,9 +113,12 @@ def read_row(file: Any, key: bytes, path: Path) -> Row:
     """What is known of one image without its pixels; its shape and dtype are checked."""
     name = key.decode()
     try:
+        check_inside(file, key)
         group = h5g.open(file, key)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ExampleError(f"{path}: key {name} is no group. Each image is one, with img in it.") from error
+    except FAULTS as error:
+        raise ExampleError(
+            f"{path}: key {name} is no group ({brief(error)}). Each image is one, with img in it."
+        ) from error
     with _reading(path, name):
         dtype = _check_image(_child(group, b"img"), name, path)
         label = _child(group, b"label")
@@ -108,7 +133,7 @@ def read_row(file: Any, key: bytes, path: Path) -> Row:
 def read_image(file: Any, key: bytes, out: npt.NDArray[np.float32], path: Path) -> None:
     """Read one image into `out`, ``(3, 96, 96)`` float32, whatever its stored dtype."""
     with _reading(path, key.decode()):
-        data = h5d.open(file, key + b"/img")
+        data = h5d.open(file, key + b"/img")  # checked by `read_row`
         if data.dtype == out.dtype:
             data.read(h5s.ALL, h5s.ALL, out)
             return
@@ -125,7 +150,7 @@ def read_image(file: Any, key: bytes, out: npt.NDArray[np.float32], path: Path) 
 def _reading(path: Path, name: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except FAULTS as error:
         raise ExampleError(
             f"{path}: key {name} cannot be read ({brief(error)}). The file is damaged: get it again."
         ) from error
@@ -134,13 +159,37 @@ def _reading(path: Path, name: str) -> Iterator[None]:
 def _child(group: Any, name: bytes) -> Any | None:
     if name not in group:
         return None
+    check_inside(group, name)
     try:
-        return h5d.open(group, name)
+        data = h5d.open(group, name)
     except (KeyError, TypeError, ValueError) as error:  # a group where an array is expected
         raise OSError(f"{name.decode()} is no array") from error
+    check_stored(data, name.decode())
+    return data
+
+
+def check_inside(group: Any, name: bytes) -> None:
+    """Raise OSError where a name is a link, which could lead to another file, and not the thing itself."""
+    if group.links.get_info(name).type != h5l.TYPE_HARD:
+        raise OSError(f"{name.decode()} is a link")
+
+
+def check_stored(data: Any, name: str) -> None:
+    """Raise OSError where an array's numbers lie outside of the file, or take much memory to be had."""
+    plist = data.get_create_plist()
+    if plist.get_layout() == h5d.VIRTUAL or plist.get_external_count():
+        raise OSError(f"the numbers of {name} lie in another file")
+    if plist.get_layout() == h5d.CHUNKED:
+        size = math.prod(plist.get_chunk()) * data.get_type().get_size()
+        if size > MOST_CHUNK:
+            raise OSError(f"a chunk of {name} takes {size:,} bytes, at most {MOST_CHUNK:,} are read")
 
 
 def _values(data: Any) -> Array:
+    if math.prod(data.shape) > MOST_METADATA:
+        raise OSError(f"label or metadata of shape {data.shape}; {MOST_METADATA} numbers are read at most")
+    if data.dtype.kind not in "biuf":
+        raise OSError(f"label or metadata of dtype {data.dtype}, no numbers")
     values = np.empty(data.shape, data.dtype)
     data.read(h5s.ALL, h5s.ALL, values)
     return values.reshape(-1)
@@ -159,8 +208,8 @@ def _check_image(image: Any | None, name: str, path: Path) -> str:
 
 
 def _as_label(values: Array, name: str, path: Path) -> int:
-    if values.size != 1 or values.dtype.kind not in "biuf" or values[0] not in (0, 1):
-        shown = values.tolist() if values.size != 1 else values[0].item()
+    if values.size != 1 or values[0] not in (0, 1):
+        shown = values.tolist()[:4] if values.size != 1 else values[0].item()
         raise ExampleError(f"{path}: label of key {name} is {shown!r}; it must be a single 0 or 1.")
     return int(values[0])
 
@@ -168,7 +217,7 @@ def _as_label(values: Array, name: str, path: Path) -> int:
 def _as_centre(values: Array, name: str, path: Path) -> int:
     if values.size == 0:
         return -1
-    if values.dtype.kind not in "biuf" or not float(values[0]).is_integer():
+    if not float(values[0]).is_integer() or abs(float(values[0])) >= 2**53:
         raise ExampleError(
             f"{path}: metadata of key {name} begins with {values[0].item()!r}; element 0 is the centre, a whole number."
         )

@@ -9,6 +9,7 @@ B. S. Veeling et al. Rotation equivariant CNNs for digital pathology. MICCAI 201
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from h5py import h5d, h5s
 
 from .errors import ExampleError
-from .layout import PATCH, brief, open_file, read_source
+from .layout import DEFLATE, FAULTS, PATCH, brief, check_inside, check_stored, open_file, read_source
 from .rows import NO_CENTRE, Handle, Rows, choose
 
 NOTE = "PCam names no centre: all images count as one hospital, so no shift between hospitals can be measured"
@@ -45,8 +46,9 @@ class PcamRows(Rows):
         with open_file(path) as file:
             images = _images(file, path)
             self.source = read_source(file)
-            labels = _read_labels(file, path, len(images))
-        self.ids = choose(len(images), limit, path)
+            count = int(images.shape[0])
+            labels = _read_labels(file, path, count)
+        self.ids = choose(count, limit, path)
         self.labels = [None] * len(self.ids) if labels is None else labels[self.ids].tolist()
         self.centres = np.full(len(self.ids), NO_CENTRE, np.int64)
         self.dtypes["uint8"] = len(self.ids)
@@ -57,11 +59,11 @@ class PcamRows(Rows):
         """Read one image into `out`, channel first."""
         stored = np.empty((1, *_SHAPE), np.uint8)
         try:
-            data = h5d.open(self._handle(), b"x")
+            data = _array(self._handle(), b"x")
             where = data.get_space()
             where.select_hyperslab((int(self.ids[index]), 0, 0, 0), (1, *_SHAPE))
             data.read(h5s.create_simple(stored.shape), where, stored)
-        except OSError as error:
+        except FAULTS as error:
             raise ExampleError(
                 f"{self.path}: row {self.ids[index]} of x cannot be read ({brief(error)}). The file is damaged: "
                 "get it again."
@@ -76,7 +78,23 @@ class PcamRows(Rows):
 def is_pcam(path: Path) -> bool:
     """Whether an HDF5 file holds an array of all images or of all labels, rather than a group per image."""
     with open_file(path) as file:
-        return any(isinstance(file.get(name), h5py.Dataset) for name in ("x", "y"))
+        return any(_is_array(file, name) for name in ("x", "y"))
+
+
+def _is_array(file: h5py.File, name: str) -> bool:
+    try:
+        is_inside = file.get(name, getclass=True, getlink=True) is h5py.HardLink
+        return is_inside and file.get(name, getclass=True) is h5py.Dataset
+    except FAULTS:
+        return False
+
+
+def _array(file: Any, name: bytes) -> Any:
+    """An array that lies in the file itself; OSError and its like where there is none."""
+    check_inside(file, name)
+    data = h5d.open(file, name)
+    check_stored(data, name.decode())
+    return data
 
 
 def find(files: list[Path]) -> dict[str, Path]:
@@ -111,32 +129,57 @@ def _split_of(name: str) -> str | None:
 
 
 def _images(file: h5py.File, path: Path) -> Any:
-    images = file.get("x")
-    if images is None:
-        raise ExampleError(f"{path}: no array x in it, only {', '.join(file)}. Name the file of the images, ..._x.h5.")
-    if images.ndim != 4 or images.shape[1:] != _SHAPE or images.dtype != np.uint8 or not len(images):
-        raise ExampleError(
-            f"{path}: x has shape {images.shape} and dtype {images.dtype}; PCam has (N, 96, 96, 3), uint8."
-        )
+    names = _names(file, path)
+    if "x" not in names:
+        raise ExampleError(f"{path}: no array x in it, only {', '.join(names)}. Name the file of the images, ..._x.h5.")
+    images = _checked_array(file, "x", path)
+    shape, dtype = tuple(images.shape), images.dtype
+    if len(shape) != 4 or shape[1:] != _SHAPE or dtype != np.uint8 or not shape[0]:
+        raise ExampleError(f"{path}: x has shape {shape} and dtype {dtype}; PCam has (N, 96, 96, 3), uint8.")
+    if math.prod(shape) > DEFLATE * path.stat().st_size:
+        raise ExampleError(f"{path}: x has shape {shape}, more images than a file of this size can hold.")
     return images
 
 
+def _names(file: h5py.File, path: Path) -> list[str]:
+    try:
+        return [str(name) for name in file]  # bytes where a name is no text
+    except FAULTS as error:
+        raise ExampleError(f"{path}: its names cannot be read ({brief(error)}). Get the file again.") from error
+
+
+def _checked_array(file: h5py.File, name: str, path: Path) -> Any:
+    try:
+        return _array(file.id, name.encode())
+    except FAULTS as error:
+        raise ExampleError(f"{path}: {name} cannot be read ({brief(error)}). Get the file again.") from error
+
+
 def _read_labels(file: h5py.File, path: Path, count: int) -> npt.NDArray[np.int64] | None:
-    if "y" in file:
-        return _checked(file["y"], path, count)
+    if "y" in _names(file, path):
+        return _checked(_checked_array(file, "y", path), path, count)
     beside = labels_path(path)
     if not beside.is_file():
         return None
     with open_file(beside) as other:
-        if "y" not in other:
-            raise ExampleError(f"{beside}: no array y in it, only {', '.join(other) or 'nothing'}.")
-        return _checked(other["y"], beside, count)
+        names = _names(other, beside)
+        if "y" not in names:
+            raise ExampleError(f"{beside}: no array y in it, only {', '.join(names) or 'nothing'}.")
+        return _checked(_checked_array(other, "y", beside), beside, count)
 
 
 def _checked(labels: Any, path: Path, count: int) -> npt.NDArray[np.int64]:
-    values = np.asarray(labels[()]).reshape(-1)
-    if labels.shape[:1] != (count,) or len(values) != count:
-        raise ExampleError(f"{path}: y has shape {labels.shape}; {count:,} images need ({count}, 1, 1, 1).")
+    shape, dtype = tuple(labels.shape), labels.dtype
+    if shape[:1] != (count,) or math.prod(shape) != count:
+        raise ExampleError(f"{path}: y has shape {shape}; {count:,} images need ({count}, 1, 1, 1).")
+    if dtype.kind not in "biuf":
+        raise ExampleError(f"{path}: y has dtype {dtype}; labels are 0 and 1.")
+    values = np.empty(shape, dtype)
+    try:
+        labels.read(h5s.ALL, h5s.ALL, values)
+    except FAULTS as error:
+        raise ExampleError(f"{path}: y cannot be read ({brief(error)}). Get the file again.") from error
+    values = values.reshape(-1)
     bad = np.flatnonzero(~np.isin(values, (0, 1)))
     if bad.size:
         raise ExampleError(f"{path}: y of row {bad[0]} is {values[bad[0]].item()!r}; it must be 0 or 1.")

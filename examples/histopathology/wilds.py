@@ -69,16 +69,18 @@ class WildsRows(Rows):
         """Read one image into `out`, channel first."""
         path = self.path.parent / self._names[index]
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=["PNG"]) as image:
+                if image.size != _SIZE:  # before it is decoded: a small file may hold a large picture
+                    raise ExampleError(f"{path}: {image.width}×{image.height} pixels; WILDS patches are 96×96.")
                 pixels = np.asarray(image.convert("RGB"))
         except FileNotFoundError as error:
             raise ExampleError(
                 f"{path}: no such picture, but {self.path} lists it. Unpack the archive again."
             ) from error
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        except ExampleError:
+            raise
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
             raise ExampleError(f"{path}: cannot be read as a PNG ({error}). Unpack the archive again.") from error
-        if pixels.shape[:2] != _SIZE:
-            raise ExampleError(f"{path}: {pixels.shape[1]}×{pixels.shape[0]} pixels; WILDS patches are 96×96.")
         np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=out)
 
     def name(self, index: int) -> str:
@@ -99,10 +101,13 @@ class _Table:
         if not path.is_file():
             raise ExampleError(f"{path}: no such file. A WILDS folder holds metadata.csv and patches/.")
         self.path = path
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            self._cells = list(reader)
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.reader(file)
+                header = next(reader, [])
+                self._cells = list(reader)
+        except (OSError, csv.Error, UnicodeDecodeError) as error:
+            raise ExampleError(f"{path}: cannot be read as a table ({error}). Unpack the archive again.") from error
         missing = [name for name in COLUMNS if name not in header]
         if missing:
             raise ExampleError(
@@ -134,6 +139,8 @@ class _Table:
     def entry(self, line: int) -> _Entry:
         """Picture, label and centre of a line."""
         patient, node, x, y, tumour, centre, _ = (self._cells[line][column].strip() for column in self._columns)
+        if not (patient.isascii() and patient.isdecimal() and len(patient) < 10):  # it becomes part of a path
+            raise self._fault(line, f"patient is {patient[:40]!r}; it must be three digits")
         where = f"patient_{patient}_node_{self._whole(line, node, 'node')}"
         x, y = (str(self._whole(line, text, name)) for text, name in ((x, "x_coord"), (y, "y_coord")))
         if tumour not in _LABELS:
@@ -162,7 +169,7 @@ class _Table:
     def _whole(self, line: int, text: str, column: str) -> int:
         try:
             value = float(text)  # pandas writes 2.0 where a column once held a gap
-            if value.is_integer():
+            if value.is_integer() and abs(value) < 2**53:
                 return int(value)
         except ValueError:
             pass

@@ -1,0 +1,556 @@
+"""Files from strangers: refused with one clear error that changes nothing, at no cost, or read to what they say.
+
+Each case was found by reading, or by ``python -m benchmarks.fuzz``, whose corpus is under ``corpus`` in part.
+"""
+
+import copy
+import json
+import os
+import resource
+import struct
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import randomise, snapshot
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import convlora
+from benchmarks import fuzz
+from convlora import CheckpointError
+from convlora._files import LIMIT, plain, strict_json
+from examples.histopathology.challenge import ChallengeRows
+from examples.histopathology.errors import ExampleError
+from examples.histopathology.pcam import PcamRows
+from examples.histopathology.wilds import WildsRows
+
+TENSORS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+FACTOR = PREFIX + "stem.lora_A.weight"
+
+
+def refused(base, path, message, **arguments):
+    before = snapshot(base)
+    with pytest.raises(CheckpointError, match=message):
+        convlora.load_adapter(base, path, **arguments)
+    assert snapshot(base) == before
+
+
+@pytest.fixture
+def saved(net, tmp_path):
+    base = copy.deepcopy(net)
+    convlora.inject(net, 3)
+    randomise(net)
+    convlora.save_adapter(net, tmp_path / "adapter")
+    return base, tmp_path / "adapter"
+
+
+def rewrite(directory, change):
+    """The file with its manifest and tensors changed, and digests that are right: as an attacker writes it."""
+    data = (directory / TENSORS).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    manifest = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["convlora"])
+    tensors = load_file(directory / TENSORS)
+    change(manifest, tensors)
+    save_file(tensors, directory / TENSORS, metadata={"convlora": json.dumps(manifest)})
+    (directory / TENSORS).write_bytes(fuzz.reseal((directory / TENSORS).read_bytes()))
+
+
+def raw(file, header, body=b"", length=None):
+    """A safetensors file by hand."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + body)
+
+
+# ---- the header
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    "header, body, length, message",
+    [
+        (b"{}", b"", 2**62, r"its header would have 4611686018427387904"),
+        (b"[]", b"", None, r"no JSON object"),
+        (b"{" * 50, b"", None, r"damaged"),
+        (b"[" * 100_000, b"", None, r"damaged"),
+        (b'{"a": 1, "a": 2}', b"", None, r"the key 'a' is there twice"),
+        (b'{"a": NaN}', b"", None, r"NaN is no JSON number"),
+        (b'{"\xff": 1}', b"", None, r"damaged"),
+        ({"__metadata__": {"convlora": 3}}, b"", None, r"metadata are no texts"),
+        ({"a": 3}, b"", None, r"'a' has no dtype, shape and data_offsets"),
+        ({"a": entry("F99")}, bytes(4), None, r"'a' is of dtype 'F99'"),
+        ({"a": entry(shape=(-1,))}, bytes(4), None, r"'a' has shape \[-1\]"),
+        ({"a": entry(shape=(True,))}, bytes(4), None, r"'a' has shape \[True\]"),
+        ({"a": entry(shape=(1.0,))}, bytes(4), None, r"'a' has shape \[1\.0\]"),
+        ({"a": entry(shape=(10**12,))}, bytes(4), None, r"which do not go together"),
+        ({"a": entry(shape=(2**62, 2**62, 0), offsets=(0, 0))}, b"", None, r"which do not go together"),
+        ({"a": entry(), "b": entry()}, bytes(4), None, r"'b' does not begin where the tensor before it ends"),
+        ({"a": entry(offsets=(4, 8))}, bytes(8), None, r"'a' does not begin where"),
+        ({"a": entry()}, bytes(9), None, r"its tensors take 4 bytes, and there are 9"),
+        ({"a": entry()}, b"", None, r"its tensors take 4 bytes, and there are 0"),
+        ({"a\x1b[2J": entry()}, bytes(4), None, r"is no name of a tensor"),
+        ({"a\ud800": entry()}, bytes(4), None, r"is no name of a tensor"),
+    ],
+    ids=lambda value: str(value)[:24] if isinstance(value, str) else "",
+)
+def test_a_header_that_claims_what_is_not_so(net, tmp_path, header, body, length, message):
+    raw(tmp_path / TENSORS, header, body, length)
+    refused(net, tmp_path, message)
+
+
+def test_a_header_beyond_the_limit_is_not_parsed(net, tmp_path):
+    raw(tmp_path / TENSORS, b"{" + b" " * LIMIT + b"}")
+    refused(net, tmp_path, rf"its header has {LIMIT + 2} bytes; {LIMIT} are read at most")
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def sparse(file, header, size):
+    raw(file, header)
+    start = file.stat().st_size
+    try:
+        os.truncate(file, start + size)
+    except OSError as cause:
+        pytest.skip(f"no sparse files here: {cause}")
+
+
+@pytest.mark.parametrize("kind", ["peft", "locon", "own"])
+def test_a_rank_of_ten_million_in_a_file_as_large_costs_nothing(saved, kind):
+    base, directory = saved
+    rank = 10**7
+    sizes = {"A": (rank, 3, 3, 3), "B": (16, rank, 1, 1)}
+    names = {"A": FACTOR, "B": FACTOR.replace("_A", "_B")}
+    if kind == "locon":
+        names = {"A": "lora_stem.lora_down.weight", "B": "lora_stem.lora_up.weight"}
+    header, end = {}, 0
+    for side, shape in sizes.items():
+        header[names[side]] = entry(shape=shape, offsets=(end, end := end + 4 * int(np.prod(shape))))
+    if kind == "own":
+        data = (directory / TENSORS).read_bytes()
+        metadata = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
+        manifest = json.loads(metadata["convlora"])
+        manifest["plan"]["layers"][0]["rank"] = rank
+        header["__metadata__"] = {"convlora": json.dumps(manifest)}
+    file = directory / ("x.safetensors" if kind == "locon" else TENSORS)
+    before = peak()
+    sparse(file, header, end)
+    message = {"own": r"stem: rank 10000000 in the file", "peft": r"rank 10000000", "locon": r"rank 10000000"}[kind]
+    refused(base, file if kind == "locon" else directory, message)
+    assert peak() - before < 200  # MiB; the tensors claim 1,600
+
+
+@pytest.mark.parametrize("rank", [10**9, 10**30])
+def test_a_configuration_may_claim_any_rank(saved, rank):
+    """peft's r is what was asked for; the tensors have their own, and their memory is all that is taken."""
+    base, directory = saved
+    save_file(load_file(directory / TENSORS), directory / TENSORS)
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(config | {"peft_type": "CONVLORA", "r": rank}))
+    before = peak()
+    try:
+        convlora.load_adapter(base, directory)
+        assert base.stem.convlora["default"].lora_A.shape[0] == 3
+    except CheckpointError as error:
+        assert "no layer of so high a rank" in str(error)
+    assert peak() - before < 100
+
+
+# ---- the manifest
+
+
+def listed(manifest):
+    return manifest["plan"]["layers"][0]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m, t: m["plan"].update(alpha=1e300), r"alpha=1e\+300"),
+        (lambda m, t: listed(m).update(alpha=1e300), r"alpha of stem=1e\+300"),
+        (lambda m, t: listed(m).update(alpha=10**400), r"alpha of stem"),
+        (lambda m, t: m["plan"].update(rank=10**30), r"no layer of so high a rank"),
+        (lambda m, t: m["plan"].update(adapter_name="de\u200bfault"), r"adapter_name='de\\u200bfault'"),
+        (lambda m, t: m["plan"].update(model="\x1b[2J"), r"is no text to show"),
+        (lambda m, t: m["plan"]["skipped"].append(listed(m) | {"name": "x"}), r"left alone has a rank"),
+        (lambda m, t: m["plan"].update(base_parameters="many"), r"'many' is no number of parameters"),
+        (lambda m, t: m["plan"]["norms"].append("block.3"), r"block\.3: a norm with statistics in the file, a Conv2d"),
+        (lambda m, t: m.update(format=True), r"is of format True"),
+        (lambda m, t: t.update({FACTOR: t[FACTOR].to(torch.float8_e4m3fn)}), r"stem\.lora_A\.weight: .* float8"),
+        (lambda m, t: t.update({PREFIX + "ѕtem.lora_A.weight": t.pop(FACTOR)}), r"\\u0455tem\.lora_A\.weight"),
+        (lambda m, t: t[FACTOR].view(-1)[0].fill_(float("nan")), r"stem\.lora_A\.weight: holds NaN or Inf"),
+        (lambda m, t: t[PREFIX + "fc.bias"][0].fill_(float("inf")), r"fc\.bias: holds NaN or Inf"),
+    ],
+)
+def test_a_manifest_with_right_digests_that_lies(saved, change, message):
+    base, directory = saved
+    rewrite(directory, change)
+    refused(base, directory, message)
+
+
+def test_a_layer_that_is_there_under_two_names_is_adapted_once(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(3, 8, 3)
+            self.b = self.a
+
+    base = Twice()
+    model = convlora.inject(copy.deepcopy(base), 2, modules_to_save=None)
+    randomise(model)
+    convlora.save_adapter(model, tmp_path)
+
+    def twice(m, t):
+        m["plan"]["layers"].append(listed(m) | {"name": "b"})
+        t.update({key.replace("model.a.", "model.b."): tensor.clone() for key, tensor in list(t.items())})
+
+    rewrite(tmp_path, twice)
+    refused(base, tmp_path, r"b: a layer that the file adapts under another name already")
+
+
+def test_nan_is_saved_with_a_warning_refused_on_load_and_read_when_asked_for(net, tmp_path):
+    base = copy.deepcopy(net)
+    convlora.inject(net, 2)
+    randomise(net)
+    with torch.no_grad():
+        net.stem.convlora["default"].lora_B[0, 0] = float("nan")
+    with pytest.warns(UserWarning, match=r"stem\.lora_B\.weight: holds NaN or Inf: the training has diverged"):
+        convlora.save_adapter(net, tmp_path)
+    refused(base, tmp_path, r"(?s)stem\.lora_B\.weight: holds NaN or Inf\n.*check_finite=False")
+    convlora.load_adapter(base, tmp_path, check_finite=False)
+    assert torch.equal(base.stem.convlora["default"].lora_B, net.stem.convlora["default"].lora_B) is False
+    assert base.stem.convlora["default"].lora_B.isnan().sum() == 1
+
+
+def test_inf_that_the_base_holds_as_well_is_the_adapters_right(tmp_path):
+    """A mask of −∞ in a module that is trained in full."""
+
+    class Masked(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 2)
+            self.mask = nn.Parameter(torch.tensor([0.0, -torch.inf]))
+
+    base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), Masked())
+    model = convlora.inject(copy.deepcopy(base), 2, modules_to_save=["2"])
+    randomise(model)
+    with torch.no_grad():
+        model[2].mask[1] = -torch.inf
+    convlora.save_adapter(model, tmp_path)
+    convlora.load_adapter(base, tmp_path)
+
+
+def test_every_flipped_bit_is_noticed_or_changes_no_prediction(saved, images):
+    base, directory = saved
+    data = (directory / TENSORS).read_bytes()
+    expected = convlora.load_adapter(copy.deepcopy(base), directory).eval()(images)
+    choose = np.random.default_rng(0)
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    places = [*choose.integers(0, header, 60), *choose.integers(header, len(data), 30)]
+    before, noticed = snapshot(base), 0
+    for at in places:
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << int(choose.integers(8))
+        (directory / TENSORS).write_bytes(flipped)
+        try:
+            convlora.load_adapter(base, directory)
+        except CheckpointError:
+            noticed += 1
+        else:
+            assert at < header  # a note, a count of parameters, how the head was found
+            assert torch.equal(base.eval()(images), expected), at
+            convlora.remove(base.train())
+        assert snapshot(base) == before, at
+    assert noticed > 70
+
+
+def test_a_file_cut_at_any_length_is_refused(saved):
+    base, directory = saved
+    data = (directory / TENSORS).read_bytes()
+    for length in {*range(0, 40), *range(40, len(data), len(data) // 40), len(data) - 1}:
+        (directory / TENSORS).write_bytes(data[:length])
+        refused(base, directory, "damaged or no safetensors file")
+
+
+# ---- the file system
+
+
+def test_links_are_followed_to_read_and_replaced_to_write(saved, tmp_path):
+    """The cache of the hub is made of links; a link in a folder that is written to must not lead the write away."""
+    base, directory = saved
+    real = directory / TENSORS
+    real.rename(tmp_path / "blob")
+    real.symlink_to(tmp_path / "blob")
+    model = convlora.load_adapter(copy.deepcopy(base), directory)
+    before = (tmp_path / "blob").read_bytes()
+    randomise(model, seed=4)
+    convlora.save_adapter(model, directory)
+    assert (tmp_path / "blob").read_bytes() == before and not real.is_symlink()
+
+
+@pytest.mark.parametrize("name", [TENSORS, CONFIG, "README.md"])
+def test_nothing_waits_for_a_pipe(saved, name):
+    base, directory = saved
+    save_file(load_file(directory / TENSORS), directory / TENSORS)  # peft's, as far as it tells
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    if name == "README.md":
+        model = convlora.inject(base, 2)
+        randomise(model)
+        with pytest.warns(UserWarning, match="left as it is"):
+            convlora.save_adapter(model, directory)
+    else:
+        refused(base, directory, "does not exist|holds no convlora manifest")
+
+
+def test_a_name_that_leads_elsewhere_is_only_a_name(saved, tmp_path):
+    base, directory = saved
+    convlora.load_adapter(base, directory, adapter_name="a/b/c")
+    files = sorted(tmp_path.rglob("*"))
+    convlora.save_adapter(base, directory)
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+# ---- peft's and LoCon's files
+
+
+@pytest.fixture
+def peft_like(saved):
+    base, directory = saved
+    save_file(load_file(directory / TENSORS), directory / TENSORS)
+    config = json.loads((directory / CONFIG).read_text()) | {"peft_type": "CONVLORA"}
+
+    def write(**change):
+        (directory / CONFIG).write_text(json.dumps(config | change))
+        return base, directory
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"alpha_pattern": {"([a-z0-9.]+)+!": 1}}, r"no table of regular expressions"),
+        ({"alpha_pattern": {"(.|.)(.|.)(.|.)(.|.)(.|.)(.|.)!": 1}}, r"no table of regular expressions"),
+        ({"alpha_pattern": {"a?a?a?a?a?a?a?a?!": 1}}, r"no table of regular expressions"),
+        ({"alpha_pattern": {".*.*.*.*!": 1}}, r"no table of regular expressions"),
+        ({"alpha_pattern": {"a{99999999999999999999}": 1}}, r"no table of regular expressions"),
+        ({"alpha_pattern": {"(" * 5000: 1}}, r"no table of regular expressions"),
+        ({"alpha_pattern": {"(?i)stem": 1}}, r"no table of regular expressions"),
+        ({"alpha_pattern": {f"{n}.*": 1 for n in range(101)}}, r"more than 100 patterns"),
+        ({"alpha_pattern": {"stem": "x"}}, r"an alpha must be a finite number above 0"),
+        ({"alpha_pattern": {"stem": [1]}}, r"an alpha must be a finite number above 0"),
+        ({"lora_alpha": "x"}, r"lora_alpha='x'"),
+        ({"lora_alpha": 10**400}, r"lora_alpha"),
+        ({"lora_alpha": None}, r"lora_alpha=None"),
+        ({"lora_dropout": "x"}, r"dropout='x'"),
+        ({"r": "x"}, r"rank='x'"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_would_hang_or_crash(peft_like, change, message):
+    refused(*peft_like(**change), message)
+
+
+def test_patterns_that_people_write_are_read(peft_like):
+    base, directory = peft_like(alpha_pattern={r"^block\.[03]$": 3, "stem": 7})
+    convlora.load_adapter(base, directory)
+    alphas = {layer.name: layer.alpha for layer in convlora.summary(base).layers}
+    assert alphas["stem"] == 7 and {alphas[name] for name in alphas if name.startswith("block")} == {3}
+
+
+@pytest.mark.parametrize("text", ['{"r": 1, "r": 2}', '{"r": NaN}', '{"a":' * 100_000, "\ud800"])
+def test_a_configuration_that_two_readers_could_read_otherwise(peft_like, text):
+    base, directory = peft_like()
+    (directory / CONFIG).write_bytes(text.encode("utf-8", "surrogatepass"))
+    refused(base, directory, r"adapter_config\.json cannot be read")
+    (directory / CONFIG).write_text(" " * (LIMIT + 1))
+    refused(base, directory, r"more than \d+ bytes")
+
+
+def wide(**change):
+    tensors = {"down.weight": torch.ones(2, 3, 3, 3), "up.weight": torch.ones(16, 2, 1, 1)}
+    return {f"lycoris_stem.lora_{key}": t for key, t in (tensors | change).items() if t is not None}
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        (wide(**{"down.weight": torch.ones(())}), r"lora_down and lora_up must be matrices or kernels"),
+        (wide(**{"up.weight": torch.ones(2)}), r"lora_down and lora_up must be matrices or kernels"),
+        (wide() | {"lycoris_stem.alpha": torch.ones(2)}, r"alpha of shape \(2,\)"),
+        (wide() | {"lycoris_stem.alpha": torch.ones(1, dtype=torch.complex64)}, r"it must be one real number"),
+        (wide() | {"lycoris_stem.alpha": torch.tensor(float("nan"))}, r"alpha of stem=nan"),
+        (wide() | {"lycoris_stem.alpha": torch.tensor(-1.0)}, r"alpha of stem=-1\.0"),
+        (  # 4 MB that multiply to 4 TB
+            wide(**{"down.weight": torch.ones(1, 10**6, 1, 1), "mid.weight": torch.ones(10**6, 1, 1, 1)}),
+            r"its Tucker core \(1000000, 1, 1, 1\) fits no factor beside it",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_locon_files_that_would_crash_or_grow(net, tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "x.safetensors")
+    refused(net, tmp_path, message)
+
+
+def test_what_an_error_shows_of_a_file_is_plain_and_short():
+    assert plain("a\x1b[2Jb\u202ec") == "a\\x1b[2Jb\\u202ec" and len(plain("x" * 10**6)) < 400
+    with pytest.raises(ValueError, match="twice"):
+        strict_json('{"a": {"b": 1, "b": 1}}')
+
+
+# ---- what the fuzzer found is refused or read
+
+
+CORPUS = sorted((Path(__file__).parent / "corpus").glob("*"))
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return fuzz.Target(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.parametrize("file", CORPUS, ids=lambda file: file.name)
+def test_each_input_of_the_corpus_is_read_or_refused(target, file):
+    assert target(file.read_bytes()) in ("read", "refused")
+
+
+def test_the_seeds_of_the_fuzzer_are_read(target):
+    for data in fuzz.seeds():
+        assert target(data) == "read", data[0]
+
+
+# ---- HDF5, tables and pictures
+
+
+def challenge(path, **change):
+    with h5py.File(path, "w") as file:
+        group = file.create_group("0")
+        arrays = {"img": np.zeros((3, 96, 96), np.uint8), "label": 1, "metadata": [2.0]} | change
+        for name, value in arrays.items():
+            if callable(value):
+                value(group, name)
+            elif value is not None:
+                group[name] = value
+    return path
+
+
+def refused_data(kind, message, *arguments):
+    before = peak()
+    with pytest.raises(ExampleError, match=message):
+        kind(*arguments)
+    assert peak() - before < 200
+
+
+def elsewhere(group, name):
+    group.create_dataset(name, (3, 96, 96), np.uint8, external=[("/etc/passwd", 0, 27648)])
+
+
+def virtual(group, name):
+    layout = h5py.VirtualLayout((3, 96, 96), np.uint8)
+    layout[:] = h5py.VirtualSource("other.h5", "secret", (3, 96, 96))
+    group.create_virtual_dataset(name, layout)
+
+
+def bomb(group, name):
+    group.create_dataset(
+        name, (3, 96, 96), np.uint8, maxshape=(None,) * 3, chunks=(3, 20000, 20000), compression="gzip"
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"img": lambda g, n: g.__setitem__(n, h5py.SoftLink("/0/label"))}, r"img is a link"),
+        ({"img": lambda g, n: g.__setitem__(n, h5py.ExternalLink("/etc/passwd", "/x"))}, r"img is a link"),
+        ({"img": elsewhere}, r"the numbers of img lie in another file"),
+        ({"img": virtual}, r"the numbers of img lie in another file"),
+        ({"img": bomb}, r"a chunk of img takes 1,200,000,000 bytes"),
+        ({"metadata": lambda g, n: g.create_dataset(n, (10**12,), "f8", chunks=(1000,))}, r"4096 numbers are read"),
+        ({"label": lambda g, n: g.create_dataset(n, (10**6,) * 3, "u1", chunks=(1, 1, 9))}, r"4096 numbers are read"),
+        ({"metadata": [1e300]}, r"a whole number"),
+        ({"metadata": [np.nan]}, r"a whole number"),
+        ({"metadata": "centre 3"}, r"no numbers"),
+        ({"label": np.array([(1, 2)], dtype=[("a", "i4"), ("b", "f8")])}, r"no numbers"),
+        ({"img": np.zeros((3, 96, 96), "c8")}, r"dtype complex64"),
+        ({"img": np.zeros((3, 96, 96), "S4")}, r"dtype bytes"),
+    ],
+    ids=str,
+)
+def test_challenge_files_from_strangers(tmp_path, change, message):
+    refused_data(ChallengeRows, message, challenge(tmp_path / "train.h5", **change))
+
+
+@pytest.mark.parametrize("link", [h5py.SoftLink("/0"), h5py.ExternalLink("other.h5", "/0")])
+def test_a_key_that_is_a_link(tmp_path, link):
+    challenge(tmp_path / "other.h5")
+    with h5py.File(challenge(tmp_path / "train.h5"), "r+") as file:
+        file["1"] = link
+    refused_data(ChallengeRows, r"key 1 is no group \(1 is a link\)", tmp_path / "train.h5")
+
+
+def pcam_x(file, count=2, **options):
+    file.create_dataset("x", (count, 96, 96, 3), np.uint8, **options)
+
+
+@pytest.mark.parametrize(
+    "fill, message",
+    [
+        (lambda f: pcam_x(f, 10**9, chunks=(1, 96, 96, 3)), r"more images than a file of this size can hold"),
+        (lambda f: f.create_group("x"), r"x cannot be read"),
+        (lambda f: pcam_x(f, external=[("/etc/passwd", 0, 2 * 27648)]), r"the numbers of x lie in another file"),
+        (lambda f: f.__setitem__("x", h5py.ExternalLink("other.h5", "/x")), r"x is a link"),
+        (lambda f: (pcam_x(f), f.create_dataset("y", (10**6,) * 2, "u1", chunks=(1, 9))), r"y has shape"),
+        (lambda f: (pcam_x(f), f.create_dataset("y", data=["a", "b"])), r"y has dtype object"),
+        (lambda f: (pcam_x(f), f.__setitem__("y", h5py.SoftLink("/x"))), r"y is a link"),
+    ],
+)
+def test_pcam_files_from_strangers(tmp_path, fill, message):
+    with h5py.File(tmp_path / "train.h5", "w") as file:
+        fill(file)
+    refused_data(PcamRows, message, tmp_path / "train.h5")
+
+
+HEADER = ",patient,node,x_coord,y_coord,tumor,slide,center,split\n"
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("0,../../../etc,4,1,2,1,0,0,0", r"patient is '\.\./\.\./\.\./etc'; it must be three digits"),
+        ("0,٠٠٤,4,1,2,1,0,0,0", r"it must be three digits"),
+        ("1e300,004,4,1,2,1,0,0,0", r"the index is '1e300', not a whole number"),
+        ("0,004,4,1e999,2,1,0,0,0", r"x_coord is '1e999'"),
+        ("0,004,4,1,2,1,0,nan,0", r"center is 'nan'"),
+        ('0,"' + "a" * 200_000 + '",4,1,2,1,0,0,0', r"cannot be read as a table"),
+        ("0,\udcff,4,1,2,1,0,0,0", r"cannot be read as a table"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_tables_from_strangers(tmp_path, line, message):
+    (tmp_path / "metadata.csv").write_bytes((HEADER + line + "\n").encode("utf-8", "surrogateescape"))
+    refused_data(WildsRows, message, tmp_path / "metadata.csv", "train")
+
+
+@pytest.mark.parametrize(
+    "name, make, message",
+    [
+        ("large", lambda path: Image.new("1", (9000, 9000)).save(path, "PNG"), r"9000×9000 pixels"),
+        ("other", lambda path: Image.new("RGB", (96, 96)).save(path, "BMP"), r"cannot be read as a PNG"),
+        ("bomb", lambda path: Image.new("1", (20000, 20000)).save(path, "PNG"), r"cannot be read as a PNG"),
+    ],
+)
+def test_pictures_from_strangers(tmp_path, name, make, message):
+    folder = tmp_path / "patches" / "patient_004_node_4"
+    folder.mkdir(parents=True)
+    (tmp_path / "metadata.csv").write_text(HEADER + "0,004,4,1,2,1,0,0,0\n")
+    make(folder / "patch_patient_004_node_4_x_1_y_2.png")
+    rows = WildsRows(tmp_path / "metadata.csv", "train")
+    refused_data(rows.read, message, 0, np.empty((3, 96, 96), np.float32))
