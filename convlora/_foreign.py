@@ -31,7 +31,7 @@ def read_foreign(path: Path, root: nn.Module, adapter_name: str) -> tuple[Manife
     Raises:
         CheckpointError: it cannot be read, or not exactly, or does not fit the model.
     """
-    file = _file(path)
+    file = foreign_file(path)
     if file is None:
         return None
     if (file.parent / CONFIG).is_file() and file.name == TENSORS:
@@ -46,8 +46,12 @@ def read_foreign(path: Path, root: nn.Module, adapter_name: str) -> tuple[Manife
     )
 
 
-def _file(path: Path) -> Path | None:
-    """The file to read, unless it is convlora's own, damaged, or missing."""
+def foreign_file(path: Path) -> Path | None:
+    """The file to read at a path, a directory's or itself; None where it is convlora's own, damaged, or missing.
+
+    Raises:
+        CheckpointError: there are several, or a pickle alone.
+    """
     if path.suffix in PICKLES and path.is_file():
         raise _pickled(path)
     if path.is_dir() and not (path / TENSORS).is_file():
