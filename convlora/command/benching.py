@@ -18,7 +18,7 @@ import typer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._inject import inject
+from .._inject import inject, remove
 from .._merge import merge
 from .answers import Answer, CommandError, table
 from .measuring import Quartiles, interleave, ratios, saved_bytes, seconds
@@ -26,7 +26,7 @@ from .models import build
 from .options import Adapting, Building, ModelArgument
 
 FULL, ADAPTER = "full fine-tuning", "adapter"
-BASE, UNMERGED, MERGED = "base alone", "adapter, unmerged", "adapter, merged"
+BASE, UNMERGED, MERGED = "base alone", "adapter, unmerged", "merged and removed"
 Times = dict[str, list[float]]
 
 
@@ -53,7 +53,7 @@ def bench(
         steps = {name: _training(each, images) for name, each in trained}
         saved = {name: saved_bytes(partial(_loss, each, images), _own(each)) for name, each in trained}
         training = interleave({name: partial(seconds, step, where) for name, step in steps.items()}, rounds)
-        looked = [(BASE, base), (UNMERGED, adapted.eval()), (MERGED, merge(copy.deepcopy(adapted)))]
+        looked = [(BASE, base), (UNMERGED, adapted.eval()), (MERGED, remove(merge(copy.deepcopy(adapted))))]
         looks = {name: partial(seconds, partial(_look, each, images), where) for name, each in looked}
         forward = interleave(looks, rounds)
     except RuntimeError as cause:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +54,10 @@ def _of_saved(saved: Saved) -> Answer:
         "metrics": dict(manifest.metrics),
         "peft_type": kind,
     }
-    lines = [str(manifest.plan), f"file: {manifest.file}, {size / 1e6:,.2f} MB, every tensor as it was saved"]
+    lines = [
+        str(replace(manifest.plan, state="saved")),
+        f"file: {manifest.file}, {size / 1e6:,.2f} MB, every tensor as it was saved",
+    ]
     named = f" ({data['base']['name']})" if data["base"]["name"] else ""
     lines.append(f"base: fingerprint {base} over {len(manifest.base)} tensors{named}")
     lines += [f"buffers that moved: {', '.join(data['buffers'])}"] if manifest.buffers else []

@@ -81,8 +81,8 @@ def _unpickled(file: Path) -> Any:
     except pickle.UnpicklingError as cause:
         raise CommandError(
             f"{file} holds more than tensors, and reading it could run any code; torch.load(…, weights_only=True) "
-            "refuses it. Where you trust it, write it anew: safetensors.torch.save_file(state_dict, 'weights.safetensors')"
-            ". Nothing was changed."
+            "refuses it. Where you trust it, write its state dict anew with safetensors.torch.save_file. "
+            "Nothing was changed."
         ) from cause
 
 
