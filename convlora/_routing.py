@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._compiler import hold_compiler, uncompiled
 from ._places import Place
 from .errors import StateError
 
@@ -31,7 +32,7 @@ def route_of(module: nn.Module) -> Route | None:
     return _find(module) if _open else None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _find(module: nn.Module) -> Route | None:
     return _routes.get(NO_ROUTES).get(module)
 
@@ -219,9 +220,12 @@ def opened(routes: Mapping[nn.Module, Route]) -> Iterator[None]:
     block = object()
     try:
         _open[block] = None
+        hold_compiler(bool(_open))
         with entered({**_routes.get(NO_ROUTES), **routes}):
             yield
         _open.pop(block, None)
-    except BaseException:  # an interrupt on the line above as well
+        hold_compiler(bool(_open))
+    except BaseException:  # an interrupt on the lines above as well
         _open.pop(block, None)
+        hold_compiler(bool(_open))
         raise

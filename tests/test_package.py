@@ -15,6 +15,7 @@ PROJECT = ROOT.parent
 FLOORS = [
     "_version",
     "errors",
+    "_compiler",
     "_functional",
     "_lowrank",
     "_swap",
