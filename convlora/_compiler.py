@@ -24,7 +24,7 @@ def uncompiled(function: F) -> F:
     def run(*args: Any, **kwargs: Any) -> Any:
         disabled = getattr(function, "_convlora_uncompiled", None)
         if disabled is None:
-            disabled = torch.compiler.disable(function)
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
             function._convlora_uncompiled = disabled  # type: ignore[attr-defined]
         return disabled(*args, **kwargs)
 
