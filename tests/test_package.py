@@ -121,6 +121,13 @@ convlora.remove(convlora.merge(model))
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_import_brings_no_compiler():
+    """torch._dynamo takes as long as torch itself."""
+    script = "import sys, torch; before = 'torch._dynamo' in sys.modules; import convlora, convlora.command; "
+    script += "assert before or 'torch._dynamo' not in sys.modules; assert 'typer' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_public_names_are_those_of_the_docs():
     assert sorted(convlora.__all__) == convlora.__all__
     assert all(getattr(convlora, name).__doc__ for name in convlora.__all__)
