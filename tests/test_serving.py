@@ -101,24 +101,7 @@ def test_an_error_in_a_forward_reaches_its_requests_and_the_next_ones_are_answer
 
 
 def test_the_load_test_runs_on_loopback_and_prints_what_it_says(capsys):
-    program.main(
-        [
-            "load",
-            "--model",
-            "test_resnet",
-            "--size",
-            "32",
-            "--adapters",
-            "2",
-            "--rank",
-            "2",
-            "--clients",
-            "2",
-            "--requests",
-            "4",
-            "--rounds",
-            "1",
-        ]
-    )
+    small = ["--model", "test_resnet", "--size", "32", "--adapters", "2", "--rank", "2"]
+    program.main(["load", *small, "--clients", "2", "--requests", "4", "--rounds", "1"])
     printed = capsys.readouterr().out
     assert "requests/s" in printed and "one after another: 4 batches, 1.0 samples each" in printed
