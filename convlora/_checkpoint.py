@@ -75,7 +75,7 @@ def save_adapter(
         model: an injected model.
         directory: where to write.
         adapter_name: one of the model's adapters; default the active one.
-        metrics: what the card says of how good it is: ``{"accuracy": 0.95}``.
+        metrics: what card and file say of how good it is: ``{"accuracy": 0.95}``.
         base_model: the base's name on the Hugging Face Hub, for the card: ``"timm/resnet50.a1_in1k"``.
 
     Returns:
@@ -113,6 +113,7 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         "base": digests,
         "adapter": {key: digest(tensor) for key, tensor in tensors.items()},
         "buffers": sorted(buffers),
+        "metrics": dict(about.metrics),
     }
     _warn_if_untrained(adapter)
     _warn_if_not_finite(tensors, base)

@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -57,6 +57,8 @@ class Manifest:
     """Keys of buffers that training moved, besides those of the modules that the plan names."""
     forms: Mapping[str, Form]
     """Every tensor in the file, by key without peft's prefix."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """How good it is, as whoever saved it said."""
 
 
 def is_own(file: TensorFile) -> bool:
@@ -91,7 +93,8 @@ def _parse(file: Path, text: str, forms: Mapping[str, Form]) -> Manifest:
             base, adapter = (
                 {str(key): str(value) for key, value in data[name].items()} for name in ("base", "adapter")
             )
-            return Manifest(file, plan, base, adapter, frozenset(map(str, data["buffers"])), forms)
+            metrics = {str(name): float(value) for name, value in data.get("metrics", {}).items()}
+            return Manifest(file, plan, base, adapter, frozenset(map(str, data["buffers"])), forms, metrics)
     except TargetError as cause:
         raise CheckpointError(f"{file}: its manifest is damaged: {plain(str(cause))}") from cause
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as cause:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
@@ -48,7 +47,6 @@ def merge(model: M) -> M:
             [nn.Parameter(compute(layer), requires_grad=False) for layer in injection.layers] for _, injection in parts
         ]
         _fold(parts, weights)
-    _forget_compiled()
     return model
 
 
@@ -81,14 +79,7 @@ def unmerge(model: M) -> M:
                     "Undo that, or call convlora.remove(model) to keep the merged model. Nothing was changed."
                 )
     to_the_end(lambda: _unfold(parts))
-    _forget_compiled()
     return model
-
-
-def _forget_compiled() -> None:
-    """torch 2.4's compiled code does not notice that a layer's class has changed."""
-    if torch.__version__ < "2.5" and "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
 
 
 def _unfold(parts: Parts) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._compiler import uncompiled
 from ._functional import is_transformed
 from ._plan import NormPolicy
 from ._routed import batch_norm
@@ -89,6 +90,7 @@ def _after_batch_norm(norm: nn.Module, cls: Any) -> Callable[[Tensor], Tensor] |
     return None
 
 
+@uncompiled
 def _forward_routed(norm: nn.Module, cls: type[nn.Module], route: Route, args: Any, kwargs: Any) -> Any:
     """Each sample with its own adapter's statistics."""
     route.check(norm)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from ._compiler import uncompiled
 from ._convolution import Geometry, conv, is_pointwise, sampled
 from ._fast import is_batch, is_plain, prepare, shapes_of
 from ._functional import autocasts, is_transformed, no_autocast
@@ -38,6 +39,7 @@ class Factors(Protocol):
     def effective_weight(self, base: Tensor) -> Tensor: ...
 
 
+@uncompiled
 def layer_forward(
     layer: nn.Module, base: type[nn.Module], loras: Mapping[str, Any], route: Route, args: Any, kwargs: Any
 ) -> Any:

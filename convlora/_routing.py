@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._compiler import uncompiled
 from ._places import Place
 from .errors import StateError
 
@@ -31,7 +32,7 @@ def route_of(module: nn.Module) -> Route | None:
     return _find(module) if _open else None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _find(module: nn.Module) -> Route | None:
     return _routes.get(NO_ROUTES).get(module)
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._checks import check_model
+from ._compiler import uncompiled
 from ._layer import AdaptedLayer
 from ._norms import FrozenNorm, TrackedNorm
 from ._places import BASE, Place
@@ -137,7 +137,7 @@ class Routed(Swapped):
 
     _convlora_prefix: ClassVar[str] = "Routed"
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own forward for each part of the batch that has the same tensors; not compiled."""
         module, base = cast(nn.Module, self), _base(self)

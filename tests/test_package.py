@@ -16,6 +16,7 @@ FLOORS = [
     "_version",
     "errors",
     "_files",
+    "_compiler",
     "_functional",
     "_lowrank",
     "_swap",
@@ -58,22 +59,53 @@ FLOORS = [
     "peft",
     "lightning",
     "transformers",
+    "command",
     "__init__",
+]
+# The same inside convlora/command, a room of rooms that sees all of the library.
+COMMAND_FLOORS = [
+    "__init__",
+    "measuring",
+    "answers",
+    "options",
+    "weights",
+    "models",
+    "files",
+    "planning",
+    "inspecting",
+    "differing",
+    "changing",
+    "benching",
+    "app",
+    "__main__",
 ]
 
 
-def imports_of(path: Path) -> set[str]:
+def imports_of(path: Path, level: int = 1) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
+        if isinstance(node, ast.ImportFrom) and node.level == level:
             found |= {node.module} if node.module else {alias.name for alias in node.names}
     return found
 
 
 def test_imports_face_one_way():
-    assert {path.stem for path in ROOT.glob("*.py")} == set(FLOORS)
+    assert {path.stem for path in ROOT.glob("*.py")} == set(FLOORS) - {"command"}
     for floor, name in enumerate(FLOORS):
-        assert imports_of(ROOT / f"{name}.py") <= set(FLOORS[:floor]), name
+        inner = sorted((ROOT / name).glob("*.py"))
+        found = (
+            set().union(*(imports_of(path, level=2) for path in inner)) if inner else imports_of(ROOT / f"{name}.py")
+        )
+        assert found <= set(FLOORS[:floor]), name
+
+
+def test_imports_inside_the_command_face_one_way():
+    command = ROOT / "command"
+    assert {path.stem for path in command.glob("*.py")} == set(COMMAND_FLOORS)
+    for floor, name in enumerate(COMMAND_FLOORS):
+        inner = imports_of(command / f"{name}.py")
+        allowed = {"app"} if name == "__init__" else {*COMMAND_FLOORS[:floor], "main"}  # main() imports when it is run
+        assert inner <= allowed, name
 
 
 def test_core_imports_and_injects_with_torch_and_safetensors_alone():
@@ -89,6 +121,13 @@ model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), 2)
 model(torch.randn(1, 3, 5, 5)).sum().backward()
 convlora.remove(convlora.merge(model))
 """
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_import_brings_no_compiler():
+    """torch._dynamo takes as long as torch itself."""
+    script = "import sys, torch; before = 'torch._dynamo' in sys.modules; import convlora, convlora.command; "
+    script += "assert before or 'torch._dynamo' not in sys.modules; assert 'typer' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

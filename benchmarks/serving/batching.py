@@ -1,0 +1,110 @@
+"""Requests that come within a few milliseconds of each other, answered by one forward.
+
+Each may name an adapter of its own: ``convlora.use_adapters`` sends every sample of the batch to its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import convlora
+
+Forward = Callable[[list["str | None"], Tensor], Tensor]
+"""From an adapter's name, or None for the base, for each sample, and ``(batch, …)``, to an output for each."""
+
+
+def routed(model: nn.Module) -> Forward:
+    """The model's forward, each sample with its own adapter."""
+
+    def forward(names: list[str | None], images: Tensor) -> Tensor:
+        with convlora.use_adapters(model, names), torch.inference_mode():
+            y: Tensor = model(images)
+        return y
+
+    return forward
+
+
+@dataclass
+class Request:
+    """A sample that waits for its output."""
+
+    name: str | None
+    image: Tensor
+    answer: asyncio.Future[Tensor]
+
+
+class Batcher:
+    """Gathers samples and answers them together.
+
+    >>> async with Batcher(routed(model)) as batcher:
+    ...     prediction = await batcher.predict("tumour", image)
+
+    Args:
+        forward: what a batch goes through; it runs in one thread of its own, so that requests come in meanwhile.
+        largest: samples in a batch at most; 1 answers one after another.
+        wait: seconds that the first request of a batch waits for others.
+    """
+
+    def __init__(self, forward: Forward, largest: int = 32, wait: float = 0.005) -> None:
+        self.forward, self.largest, self.wait = forward, largest, wait
+        self.batches: list[int] = []
+        """The size of every batch so far."""
+        self._queue: asyncio.Queue[Request] = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="forward")
+
+    async def __aenter__(self) -> Batcher:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        while not self._queue.empty():
+            self._queue.get_nowait().answer.cancel()
+        self._thread.shutdown()
+
+    async def predict(self, name: str | None, image: Tensor) -> Tensor:
+        """The output for one sample; an error of the forward is raised to all of its batch."""
+        request = Request(name, image, asyncio.get_running_loop().create_future())
+        await self._queue.put(request)
+        return await request.answer
+
+    async def _run(self) -> None:
+        while True:
+            batch = await self._gathered()
+            self.batches.append(len(batch))
+            names, images = [each.name for each in batch], torch.stack([each.image for each in batch])
+            try:
+                loop = asyncio.get_running_loop()
+                outputs = await loop.run_in_executor(self._thread, self.forward, names, images)
+            except Exception as error:
+                for each in batch:
+                    if not each.answer.done():
+                        each.answer.set_exception(error)
+                continue
+            for each, output in zip(batch, outputs, strict=True):
+                if not each.answer.done():  # its client has gone
+                    each.answer.set_result(output)
+
+    async def _gathered(self) -> list[Request]:
+        """The first request, and those that come until the wait is over or the batch is full; of one shape."""
+        batch = [await self._queue.get()]
+        until = asyncio.get_running_loop().time() + self.wait
+        while len(batch) < self.largest:
+            left = until - asyncio.get_running_loop().time()
+            try:
+                if left > 0:
+                    batch.append(await asyncio.wait_for(self._queue.get(), left))
+                else:
+                    batch.append(self._queue.get_nowait())
+            except (asyncio.TimeoutError, asyncio.QueueEmpty):
+                break
+        return batch

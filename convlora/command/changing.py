@@ -1,0 +1,193 @@
+"""``convlora merge``, ``convert``, ``extract`` and ``shrink``: a model and an adapter in, a file or a folder out.
+
+OUT is written last and in one step, so that an error leaves nothing half-done.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+from uuid import uuid4
+
+import typer
+from safetensors.torch import save_file
+from torch import nn
+
+from .._algebra import Approximation
+from .._algebra import extract as extract_adapter
+from .._algebra import shrink as shrink_adapter
+from .._checkpoint import load_adapter, save_adapter
+from .._inject import remove, summary
+from .._manifest import tensors_of
+from .._merge import merge as merge_adapter
+from .answers import Answer, CommandError
+from .files import is_foreign, located
+from .models import build, need_weights
+from .options import (
+    Building,
+    EnergyOption,
+    ForceOption,
+    ModelArgument,
+    OutArgument,
+    RankOption,
+    Targeting,
+    To,
+    ToleranceOption,
+)
+from .weights import load_weights
+
+AdapterArgument = Annotated[
+    str, typer.Argument(metavar="DIR", help="The adapter: a folder, a file, or user/repo.", show_default=False)
+]
+AnyBaseOption = Annotated[
+    bool, typer.Option("--any-base", help="Also onto other weights than the adapter was trained on.")
+]
+
+
+def merge(
+    model: ModelArgument,
+    source: AdapterArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.", show_default=False)],
+    building: Building,
+    any_base: AnyBaseOption = False,
+    force: ForceOption = False,
+) -> Answer:
+    """Fold an adapter into the model's weights and write the plain state dict."""
+    if out.suffix != ".safetensors":
+        raise CommandError(f"{out}: OUT must be a .safetensors file. Nothing was written.")
+    _check_free(out, force)
+    plain = build(model, building).model
+    load_adapter(plain, located(source), check_base=not any_base)
+    layers = len(summary(plain).layers)
+    plain = remove(merge_adapter(plain))
+    state = {key: tensor.detach().contiguous().clone() for key, tensor in tensors_of(plain).items()}
+    _written(out, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+    size = out.stat().st_size
+    data = {"out": str(out), "bytes": size, "layers": layers, "tensors": len(state)}
+    return Answer(data, [f"wrote {out}: {len(state)} tensors, {size / 1e6:,.2f} MB, {layers} layers merged"])
+
+
+def convert(
+    model: ModelArgument,
+    source: AdapterArgument,
+    out: OutArgument,
+    building: Building,
+    to: Annotated[To, typer.Option(help="Whose files to write.")] = "convlora",
+    any_base: AnyBaseOption = False,
+    force: ForceOption = False,
+) -> Answer:
+    """Turn an adapter of peft, LyCORIS or kohya's scripts into convlora's files, or convlora's into stock peft's."""
+    _check_free(out, force)
+    path = located(source)
+    foreign = is_foreign(path)
+    if to == "convlora" and not foreign:
+        raise CommandError(f"{source} is convlora's already; --to peft makes it peft's. Nothing was written.")
+    built = build(model, building)
+    if to == "convlora":
+        need_weights(built, "the file says which base it is for, by its numbers")
+    load_adapter(built.model, path, check_base=not any_base)
+    planned = summary(built.model)
+    _fill(out, _save if to == "convlora" else _save_as_peft, built.model)
+    data = {"out": str(out), "to": to, "layers": len(planned.layers), "adapter_parameters": planned.adapter_parameters}
+    return Answer(
+        data, [f"wrote {out}: {len(planned.layers)} layers, {planned.adapter_parameters:,} parameters in factors"]
+    )
+
+
+def extract(
+    model: ModelArgument,
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Weights after the fine-tuning.", show_default=False)],
+    out: OutArgument,
+    building: Building,
+    targeting: Targeting,
+    rank: RankOption = None,
+    energy: EnergyOption = None,
+    tolerance: ToleranceOption = None,
+    force: ForceOption = False,
+) -> Answer:
+    """Make an adapter of what a full fine-tuning changed. --weights or --pretrained are those before it."""
+    _check_free(out, force)
+    built = build(model, building)
+    need_weights(built, "what the fine-tuning changed is the difference to the weights before it")
+    after = copy.deepcopy(built.model)
+    load_weights(after, tuned, head=False)
+    goal: dict[str, Any] = {"rank": rank, "energy": energy, "tolerance": tolerance}
+    report = extract_adapter(built.model, after, **goal, **targeting.arguments())
+    _fill(out, _save, built.model)
+    return _approximated(report, out)
+
+
+def shrink(
+    model: ModelArgument,
+    source: AdapterArgument,
+    out: OutArgument,
+    building: Building,
+    rank: RankOption = None,
+    energy: EnergyOption = None,
+    tolerance: ToleranceOption = None,
+    force: ForceOption = False,
+) -> Answer:
+    """Lower the ranks of an adapter to the nearest change that each layer can have then."""
+    _check_free(out, force)
+    base = build(model, building).model
+    load_adapter(base, located(source))
+    report = shrink_adapter(base, rank, energy=energy, tolerance=tolerance)
+    _fill(out, _save, base)
+    return _approximated(report, out)
+
+
+def _approximated(report: Approximation, out: Path) -> Answer:
+    layers = [asdict(layer) | {"error": layer.error} for layer in report.layers]
+    data = {"out": str(out), "error": report.error, "layers": layers, "left_out": list(report.left_out)}
+    return Answer(data, [str(report), f"wrote {out}"])
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    save_adapter(model, folder)
+
+
+def _save_as_peft(model: nn.Module, folder: Path) -> None:
+    try:
+        from ..peft import to_peft
+    except ImportError as cause:
+        raise CommandError(f"{cause} Nothing was written.") from cause
+    to_peft(model).save_pretrained(str(folder))
+
+
+def _check_free(out: Path, force: bool) -> None:
+    """Refuse to write over what is there, before any work."""
+    if force or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    raise CommandError(f"{out} is there already; --force writes into it all the same. Nothing was written.")
+
+
+def _fill(out: Path, save: Callable[[nn.Module, Path], None], model: nn.Module) -> None:
+    """Save into a folder beside, then move every file to its place."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+            made = Path(beside) / out.name
+            save(model, made)
+            out.mkdir(exist_ok=True)
+            for file in made.iterdir():
+                shutil.move(file, out / file.name)
+    except OSError as cause:
+        raise CommandError(f"{out} cannot be written ({cause}).") from cause
+
+
+def _written(out: Path, save: Callable[[Path], None]) -> None:
+    """Write a file under another name beside, then give it its own."""
+    temporary = out.with_name(f".{out.name}.{uuid4().hex}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save(temporary)
+        temporary.replace(out)
+    except OSError as cause:
+        raise CommandError(f"{out} cannot be written ({cause}). What was there before is still there.") from cause
+    finally:
+        temporary.unlink(missing_ok=True)

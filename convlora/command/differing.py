@@ -1,0 +1,155 @@
+"""``convlora diff``: what two adapters have in common, and how far their changes lie apart.
+
+The change of a layer is scaling · B @ A: the same change in other factors, or of another rank, does not differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from .._checkpoint import adapter_tensors, load_adapter
+from .._lowrank import Spectrum
+from .._manifest import fingerprint
+from .._peft_format import factor_shapes
+from .._plan import LayerPlan, Plan
+from .._state import the_adapter, the_injection
+from .answers import DIFFERS, Answer, CommandError, table
+from .files import is_foreign, located, read_saved
+from .models import build
+from .options import Building
+
+SETTINGS = ("model", "rank", "alpha", "use_rslora", "dropout", "norm", "init", "modules_to_save", "norms", "biases")
+"""What a plan says of the adapter as a whole; its name and what is left alone are no difference between adapters."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two."""
+
+    plan: Plan
+    tensors: dict[str, Tensor]
+    base: str | None
+    """Fingerprint of its base, where the file says it."""
+
+
+def diff(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] FIRST SECOND", help="Two adapters; a model before them reads peft's and LoCon's."
+        ),
+    ],
+    building: Building,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="End with 3 where they differ.")] = False,
+) -> Answer:
+    """Compare two adapters: settings, layers, and how far the changes lie apart."""
+    if len(sources) not in (2, 3):
+        raise typer.BadParameter(f"{len(sources)} arguments; give two adapters, or a model and two adapters.")
+    *models, first, second = sources
+    sides = _through_model(models[0], building, first, second) if models else (_from_file(first), _from_file(second))
+    return _compared(*sides, exit_code)
+
+
+def _from_file(source: str) -> Side:
+    path = located(source)
+    if is_foreign(path):
+        raise CommandError(f"{source} was not written by convlora: `convlora diff MODEL FIRST SECOND` reads it.")
+    saved = read_saved(path)
+    return Side(saved.manifest.plan, saved.tensors, fingerprint(saved.manifest.base))
+
+
+def _through_model(name: str, building: Building, *sources: str) -> tuple[Side, Side]:
+    """Both as a model takes them. Their numbers are compared with each other, not with the base's."""
+    model, sides = build(name, building).model, []
+    for source, adapter_name in zip(sources, ("first", "second"), strict=True):
+        path = located(source)
+        load_adapter(model, path, adapter_name, check_base=False)
+        root, injection = the_injection(model)
+        adapter = the_adapter(injection, adapter_name)
+        base = None if is_foreign(path) else fingerprint(read_saved(path).manifest.base)
+        sides.append(Side(adapter.plan, adapter_tensors(root, injection, adapter)[0], base))
+    return sides[0], sides[1]
+
+
+def _compared(first: Side, second: Side, exit_code: bool) -> Answer:
+    ours, theirs = ({layer.name: layer for layer in side.plan.layers} for side in (first, second))
+    layers = [_layer(first, second, ours[name], theirs[name]) for name in ours if name in theirs]
+    factors = {key for side in (first, second) for layer in side.plan.layers for key in factor_shapes(layer)}
+    factors -= {key for key in factors if key.endswith("lora_magnitude_vector")}
+    rest = [{key: t for key, t in side.tensors.items() if key not in factors} for side in (first, second)]
+    tensors = [{"key": key, "difference": _apart(rest[0][key], rest[1][key])} for key in rest[0] if key in rest[1]]
+    settings = {
+        key: [asdict(first.plan)[key], asdict(second.plan)[key]]
+        for key in SETTINGS
+        if getattr(first.plan, key) != getattr(second.plan, key)
+    }
+    names = [[*ours, *rest[0]], [*theirs, *rest[1]]]
+    only = [[name for name in names[0] if name not in names[1]], [name for name in names[1] if name not in names[0]]]
+    same_base = None if None in (first.base, second.base) else first.base == second.base
+    moved = [each for each in (*layers, *tensors) if each["difference"]]
+    same = not (moved or settings or only[0] or only[1] or same_base is False)
+    data = {
+        "same": same,
+        "base": {"same": same_base, "first": first.base, "second": second.base},
+        "settings": settings,
+        "layers": layers,
+        "tensors": tensors,
+        "only_first": only[0],
+        "only_second": only[1],
+    }
+    return Answer(data, _shown(data), DIFFERS if exit_code and not same else 0)
+
+
+def _layer(first: Side, second: Side, ours: LayerPlan, theirs: LayerPlan) -> dict[str, Any]:
+    """One layer's ranks, and ‖ΔW₁ − ΔW₂‖ over the larger of ‖ΔW₁‖ and ‖ΔW₂‖: 0 the same, 1 unlike, 2 opposite."""
+    if ours.weight_shape != theirs.weight_shape:
+        raise CommandError(
+            f"{ours.name}: {ours.weight_shape} in the first, {theirs.weight_shape} in the second: they are of "
+            "different models. Nothing was changed."
+        )
+    changes = [_change(first, ours), _change(second, theirs)]
+    (A, B, scaling), (A2, B2, scaling2) = changes
+    found = {"name": ours.name, "rank": [ours.rank, theirs.rank], "difference": 0.0}
+    if A.shape == A2.shape and torch.equal(A, A2) and torch.equal(B, B2) and scaling == scaling2:
+        return found
+    size = max(Spectrum.of_sum([change]).size for change in changes)
+    apart = Spectrum.of_sum([changes[0], (A2, B2, -scaling2)]).size
+    return found | {"difference": apart / size if size else 0.0}
+
+
+def _change(side: Side, layer: LayerPlan) -> tuple[Tensor, Tensor, float]:
+    """lora_A, lora_B as a matrix, and the scaling."""
+    A, B = (side.tensors[key] for key in list(factor_shapes(layer))[:2])
+    return A, B.flatten(1), side.plan.scaling(layer)
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """‖a − b‖ over the larger of the two; 1 where the shapes differ."""
+    if one.shape != other.shape:
+        return 1.0
+    a, b = one.double(), other.double()
+    size = max(float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)))
+    return float(torch.linalg.vector_norm(a - b)) / size if size else 0.0
+
+
+def _shown(data: dict[str, Any]) -> list[Any]:
+    rows = [(each["name"], " → ".join(map(str, dict.fromkeys(each["rank"]))), _share(each)) for each in data["layers"]]
+    others = [(each["key"], _share(each)) for each in data["tensors"]]
+    shown: list[Any] = [table(("layer", "rank", "difference"), rows, "lrr")] if rows else []
+    shown += [table(("tensor", "difference"), others, "lr")] if others else []
+    shown += [f"{key}: {one} → {other}" for key, (one, other) in data["settings"].items()]
+    for which in ("first", "second"):
+        names = data[f"only_{which}"]
+        shown += [f"only in the {which}: {', '.join(names)}"] if names else []
+    base = data["base"]
+    told = {None: "not told by both files", True: "the same", False: f"{base['first']} → {base['second']}"}
+    return [*shown, f"base: {told[base['same']]}", "the same adapter" if data["same"] else "the two differ"]
+
+
+def _share(each: dict[str, Any]) -> str:
+    return f"{each['difference']:.3%}" if each["difference"] else "same"

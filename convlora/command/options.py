@@ -1,0 +1,177 @@
+"""Options that several commands share: which model, built how; and which adapter.
+
+Typer reads them off the annotations.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from torch import nn
+
+from .._paths import Path as Way
+from .._plan import Init, NormPolicy
+from .._targets import Target
+from .answers import CommandError
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A timm or torchvision name (timm:NAME, torchvision:NAME), or MODULE:FUNCTION.",
+        show_default=False,
+    ),
+]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
+ForceOption = Annotated[bool, typer.Option("--force", help="Write into OUT also where something is there.")]
+RankOption = Annotated[int | None, typer.Option("--rank", "-r", help="For every layer; or")]
+EnergyOption = Annotated[
+    float | None, typer.Option(help="share of the squared change to keep in each layer, 0 to 1; or")
+]
+ToleranceOption = Annotated[float | None, typer.Option(help="relative error that each layer may have, 0 to 1.")]
+
+
+@dataclass(frozen=True)
+class Building:
+    """How the model is built."""
+
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the head.")] = None
+    arg: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another argument of the builder: in_chans=1.")
+    ] = None
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights to load: safetensors, or a state dict that torch.save wrote.")
+    ] = None
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="The library's own weights, from its cache or the network.")
+    ] = False
+
+    def arguments(self) -> dict[str, Any]:
+        """What the builder is called with."""
+        pairs = dict(_pair(text, "--arg") for text in self.arg or ())
+        given = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        return given | {name: _value(text) for name, text in pairs.items()}
+
+
+@dataclass(frozen=True)
+class Targeting:
+    """Which layers."""
+
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Layers to adapt: a glob (layer4.*), re:EXPRESSION, type:Linear. Default: every Conv2d.",
+        ),
+    ] = None
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave alone, named in the same ways.")
+    ] = None
+    save: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Modules trained in full; default the head, 'none' for none."),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The library's arguments."""
+        saved: Any = "auto" if self.save is None else [_target(text) for text in self.save]
+        return {
+            "target_modules": None if self.target is None else [_target(text) for text in self.target],
+            "exclude_modules": None if self.exclude is None else [_target(text) for text in self.exclude],
+            "modules_to_save": None if self.save == ["none"] else "auto" if self.save == ["auto"] else saved,
+        }
+
+
+@dataclass(frozen=True)
+class Adapting(Targeting):
+    """What adapter; as the arguments of :func:`convlora.inject`."""
+
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Default 8; with a budget, the largest.")] = None
+    alpha: Annotated[float | None, typer.Option(help="Default twice the rank.")] = None
+    rank_pattern: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN=RANK", help="Another rank for these layers.")
+    ] = None
+    alpha_pattern: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN=ALPHA", help="Another alpha for these layers.")
+    ] = None
+    budget: Annotated[str | None, typer.Option(help="All factors together: 1%, or a number of parameters.")] = None
+    norm: Annotated[NormPolicy, typer.Option(help="Norm statistics: held, or moving with the adapter.")] = "freeze"
+    dropout: Annotated[float, typer.Option(help="On the adapter's branch, 0 ≤ p < 1.")] = 0.0
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √rank.")] = False
+    dora: Annotated[bool, typer.Option("--dora", help="Train each output channel's size apart.")] = False
+    init: Annotated[Init, typer.Option(help="How the factors begin.")] = "kaiming"
+    path: Annotated[Way, typer.Option(help="How a convolution computes in training.")] = "auto"
+
+    def arguments(self) -> dict[str, Any]:
+        """The library's arguments."""
+        ranks = dict(_pair(text, "--rank-pattern") for text in self.rank_pattern or ())
+        alphas = dict(_pair(text, "--alpha-pattern") for text in self.alpha_pattern or ())
+        return super().arguments() | {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "rank_pattern": {_pattern(p): _number(p, v, int, "--rank-pattern") for p, v in ranks.items()} or None,
+            "alpha_pattern": {_pattern(p): _number(p, v, float, "--alpha-pattern") for p, v in alphas.items()} or None,
+            "budget": _budget(self.budget),
+            "norm": self.norm,
+            "dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "use_dora": self.dora,
+            "init": self.init,
+            "path": self.path,
+        }
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    name, equals, value = text.rpartition("=") if option != "--arg" else text.partition("=")
+    if not (name and equals and value):
+        raise typer.BadParameter(f"{option} {text}: give NAME=VALUE.")
+    return name, value
+
+
+def _value(text: str) -> Any:
+    """A value of JSON, or else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _number(pattern: str, text: str, kind: type[int] | type[float], option: str) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise typer.BadParameter(f"{option} {pattern}={text}: {text} is no number of its kind.") from None
+
+
+def _budget(text: str | None) -> Any:
+    """A share such as ``1%`` as it is; else a number, if it is one."""
+    if text is None or not re.fullmatch(r"[0-9.eE+-]+", text):
+        return text
+    return _value(text)
+
+
+def _pattern(text: str) -> str | re.Pattern[str]:
+    if not text.startswith("re:"):
+        return text
+    try:
+        return re.compile(text.removeprefix("re:"))
+    except re.error as cause:
+        raise CommandError(f"{text} is no regular expression ({cause}). Nothing was changed.") from cause
+
+
+def _target(text: str) -> Target:
+    if not text.startswith("type:"):
+        return _pattern(text)
+    kind = getattr(nn, text.removeprefix("type:"), None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise CommandError(f"{text}: torch.nn has no such layer; type:Conv1d, say. Nothing was changed.")
+    return kind
+
+
+To = Literal["convlora", "peft"]
+"""Whose files ``convert`` writes."""

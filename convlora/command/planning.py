@@ -1,0 +1,27 @@
+"""``convlora plan``: what an injection would do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._plan import Plan
+from .._planner import plan as make_plan
+from .answers import Answer
+from .models import build
+from .options import Adapting, Building, ModelArgument
+
+
+def plan(model: ModelArgument, building: Building, adapting: Adapting) -> Answer:
+    """Show what inject would do: every layer with rank and size, what is skipped and why."""
+    planned = make_plan(build(model, building).model, **adapting.arguments())
+    return Answer(plan_data(planned), [str(planned)])
+
+
+def plan_data(planned: Plan) -> dict[str, Any]:
+    """The plan and its totals as JSON data."""
+    totals = {
+        "adapter_parameters": planned.adapter_parameters,
+        "trainable_parameters": planned.trainable_parameters,
+        "trainable_share": planned.trainable_share,
+    }
+    return planned.to_json() | totals

@@ -1,0 +1,108 @@
+"""Weights from a file: safetensors, or a state dict that torch reads with ``weights_only=True``."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .._planner import plan
+from ..errors import ConvLoraError
+from .answers import CommandError
+
+State = dict[str, Tensor]
+INSIDE = ("state_dict", "model_state_dict", "model")
+"""Where training scripts keep the state dict in what they save."""
+PREFIXES = ("module.", "_orig_mod.")
+"""What DDP and torch.compile put before every key."""
+SHOWN = 8
+
+
+def load_weights(
+    model: nn.Module, source: Path | Mapping[str, Tensor], name: str | None = None, *, head: bool = True
+) -> None:
+    """Load a file or a state dict; every key must be there, in its shape.
+
+    Where ``head`` is true, a head of another number of classes is left as it was built, with a line on stderr.
+
+    Raises:
+        CommandError: the file cannot be read, or does not fit; what differs is named.
+    """
+    name = name or str(source)
+    state = read_weights(source) if isinstance(source, Path) else dict(source)
+    here = model.state_dict()
+    if head:
+        state = _without_other_heads(model, state, here, name)
+    faults = [
+        f"  {key}: {tuple(state[key].shape)} in the file, {tuple(here[key].shape)} in the model"
+        for key in here
+        if key in state and isinstance(here[key], Tensor) and state[key].shape != here[key].shape
+    ]
+    if not faults:
+        answer = model.load_state_dict(state, strict=False)
+        left = {key for key in answer.missing_keys if not (head and _inside(key, _heads(model)))}
+        faults = [f"  {key}: not in the file" for key in answer.missing_keys if key in left]
+        faults += [f"  {key}: not in the model" for key in answer.unexpected_keys]
+    if faults:
+        more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        lines = [f"{name} holds the weights of another model:", *faults[:SHOWN], *more]
+        raise CommandError("\n".join([*lines, "Name the model that it is of. Nothing was changed."]))
+
+
+def read_weights(file: Path) -> State:
+    """The state dict in a file.
+
+    Raises:
+        CommandError: it is missing, damaged, or holds more than tensors.
+    """
+    try:
+        found: Any = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as cause:
+        raise CommandError(f"{file} cannot be read ({str(cause).splitlines()[0]}). Nothing was changed.") from cause
+    found = next((found[key] for key in INSIDE if isinstance(found, dict) and isinstance(found.get(key), dict)), found)
+    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise CommandError(f"{file} holds no state dict of tensors. Nothing was changed.")
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in found):
+            found = {key.removeprefix(prefix): tensor for key, tensor in found.items()}
+    return dict(found)
+
+
+def _unpickled(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as cause:
+        raise CommandError(
+            f"{file} holds more than tensors, and reading it could run any code; torch.load(…, weights_only=True) "
+            "refuses it. Where you trust it, write its state dict anew with safetensors.torch.save_file. "
+            "Nothing was changed."
+        ) from cause
+
+
+def _without_other_heads(model: nn.Module, state: State, here: Mapping[str, Any], name: str) -> State:
+    other = [key for key in state if key in here and state[key].shape != here[key].shape]
+    heads = _heads(model) if other else ()
+    if not other or not all(_inside(key, heads) for key in other):
+        return state
+    typer.echo(
+        f"{name}: {other[0]} is of another head, {tuple(state[other[0]].shape)}; the model's is as built.", err=True
+    )
+    return {key: tensor for key, tensor in state.items() if not _inside(key, heads)}
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    try:
+        return plan(model, 1).modules_to_save
+    except ConvLoraError:  # a model that cannot be adapted: the command itself says so
+        return ()
+
+
+def _inside(key: str, modules: tuple[str, ...]) -> bool:
+    return any(key.startswith(f"{name}.") for name in modules)

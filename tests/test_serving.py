@@ -1,0 +1,107 @@
+"""The serving example: a batch of mixed adapters answers each request as if it came alone."""
+
+import asyncio
+
+import httpx
+import pytest
+import torch
+
+import convlora
+from benchmarks.overhead.subjects import make_base
+from benchmarks.routing import ours
+from benchmarks.serving import __main__ as program
+from benchmarks.serving.app import make_app, pixels
+from benchmarks.serving.batching import Batcher, routed
+
+SIZE = 32
+NAMES = ["a0", "a1", "a2"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ours(make_base("test_resnet"), 3, 2)
+
+
+def picture(seed):
+    return program.picture(SIZE, seed)
+
+
+def asked(batcher, requests):
+    """The answers to these requests, all sent at once, through the whole application."""
+
+    async def run():
+        app = make_app(batcher, NAMES, SIZE)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client,
+        ):
+            return await asyncio.gather(
+                *(client.post("/predict", params=params, content=body) for params, body in requests)
+            )
+
+    return asyncio.run(run())
+
+
+def test_a_batch_of_mixed_adapters_equals_each_alone(model):
+    names = ["a1", None, "a0", "a2", "a1", "a0"]
+    requests = [({} if name is None else {"adapter": name}, picture(seed)) for seed, name in enumerate(names)]
+    batcher = Batcher(routed(model), largest=len(names), wait=10.0)  # full long before
+    answers = asked(batcher, requests)
+    assert batcher.batches == [len(names)]
+    for seed, (name, answer) in enumerate(zip(names, answers, strict=True)):
+        with torch.no_grad():
+            image = pixels(picture(seed), SIZE)[None]
+            if name is None:
+                with convlora.disable_adapter(model):
+                    expected = model(image)[0]
+            else:
+                convlora.set_adapter(model, name)
+                expected = model(image)[0]
+        assert answer.status_code == 200 and answer.json()["adapter"] == name
+        torch.testing.assert_close(torch.tensor(answer.json()["logits"]), expected, rtol=1e-4, atol=1e-5)  # rounding
+
+
+def test_batches_are_no_larger_than_asked_for(model):
+    batcher = Batcher(routed(model), largest=2, wait=10.0)
+    answers = asked(batcher, [({"adapter": "a0"}, picture(seed)) for seed in range(4)])
+    assert batcher.batches == [2, 2] and len({tuple(answer.json()["logits"]) for answer in answers}) == 4
+
+
+def test_a_request_does_not_wait_for_others_that_never_come(model):
+    batcher = Batcher(routed(model), wait=0.001)
+    (answer,) = asked(batcher, [({"adapter": "a0"}, picture(0))])
+    assert answer.status_code == 200 and batcher.batches == [1]
+
+
+def test_bad_requests_are_told_apart_and_disturb_no_batch(model):
+    unknown, no_image, good = asked(
+        Batcher(routed(model), wait=0.001),
+        [({"adapter": "x"}, picture(0)), ({"adapter": "a0"}, b"no image"), ({"adapter": "a0"}, picture(0))],
+    )
+    assert unknown.status_code == 404 and "a0, a1, a2" in unknown.json()["detail"]
+    assert no_image.status_code == 422 and good.status_code == 200
+
+
+def test_an_error_in_a_forward_reaches_its_requests_and_the_next_ones_are_answered():
+    calls = []
+
+    def forward(names, images):
+        calls.append(len(names))
+        if len(calls) == 1:
+            raise RuntimeError("broken")
+        return images.flatten(1)
+
+    async def run():
+        async with Batcher(forward, largest=2, wait=10.0) as batcher:
+            pairs = [(batcher.predict(None, torch.ones(1)), batcher.predict(None, torch.ones(1))) for _ in range(2)]
+            return await asyncio.gather(*pairs[0], return_exceptions=True), await asyncio.gather(*pairs[1])
+
+    first, second = asyncio.run(run())
+    assert [str(each) for each in first] == ["broken", "broken"] and all(float(each) == 1 for each in second)
+
+
+def test_the_load_test_runs_on_loopback_and_prints_what_it_says(capsys):
+    small = ["--model", "test_resnet", "--size", "32", "--adapters", "2", "--rank", "2"]
+    program.main(["load", *small, "--clients", "2", "--requests", "4", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    assert "requests/s" in printed and "one after another: 4 batches, 1.0 samples each" in printed
