@@ -59,8 +59,10 @@ def choose(shapes: Shapes) -> Path:
     """The path with the least estimated cost beyond what all three have in common."""
     if shapes.groups > 1:
         return "weight"  # rank-r tensors would need r channels for each group
-    costs = estimate(shapes)
-    return min(costs, key=lambda path: costs[path])
+    costs, best = estimate(shapes), PATHS[1]
+    for path in PATHS[2:]:  # min with a key is more than torch's compiler follows where sizes are symbols
+        best = path if costs[path] < costs[best] else best
+    return best
 
 
 choose_once = lru_cache(maxsize=4096)(choose)
