@@ -31,6 +31,7 @@ _TRAINING = (
 )
 _INFERENCE = (
     Arm(BASE, "the plain network", subjects.full),
+    Arm("base-again", "the same, built a second time: how far it is from 1 is noise", subjects.full),
     Arm("merged", "convlora, merged", subjects.merged),
     Arm("unmerged", "convlora, unmerged: W + ΔW kept between forwards", subjects.unmerged),
     Arm("not-kept", "convlora, unmerged, the kept weight dropped before each forward", subjects.not_kept),
