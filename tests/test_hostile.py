@@ -488,7 +488,7 @@ def test_challenge_files_from_strangers(tmp_path, change, message):
     refused_data(ChallengeRows, message, challenge(tmp_path / "train.h5", **change))
 
 
-@pytest.mark.parametrize("link", [h5py.SoftLink("/0"), h5py.ExternalLink("other.h5", "/0")])
+@pytest.mark.parametrize("link", [h5py.SoftLink("/0"), h5py.ExternalLink("other.h5", "/0")], ids=["soft", "external"])
 def test_a_key_that_is_a_link(tmp_path, link):
     challenge(tmp_path / "other.h5")
     with h5py.File(challenge(tmp_path / "train.h5"), "r+") as file:
