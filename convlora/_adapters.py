@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 from ._checks import check_model
 from ._inject import begin, drop
+from ._places import SWAPPING
 from ._planner import Options, make_plan
 from ._state import (
     RECORD,
@@ -116,13 +116,14 @@ def delete_adapter(model: M, adapter_name: str) -> M:
     check_unmerged(injection)
     check_intact(root, injection)
     check_enabled(injection)
-    check_unrouted(injection)
     if adapter_name == injection.active:
         raise StateError(
             f"{adapter_name!r} is the active adapter; set_adapter another first, or convlora.remove(model) for the "
             "base. Nothing was changed."
         )
-    to_the_end(lambda: drop(injection, adapter_name))
+    with SWAPPING:
+        check_unrouted(injection)
+        to_the_end(lambda: drop(injection, adapter_name))
     return model
 
 
@@ -149,7 +150,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     block = object()
 
     def switch(is_open: bool) -> None:
-        with _SWITCHING:
+        with SWAPPING:
+            for _, injection in parts if is_open else ():
+                check_unrouted(injection)
             for root, injection in parts:
                 (injection.blocks.add if is_open else injection.blocks.discard)(block)
                 if vars(root).get(RECORD) is injection:  # else removed inside the block
@@ -162,6 +165,3 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     except BaseException:  # an interrupt on the line above as well
         to_the_end(lambda: switch(is_open=False))
         raise
-
-
-_SWITCHING = RLock()

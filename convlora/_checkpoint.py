@@ -139,7 +139,9 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[
         files.enter_context(_put_back([path / name for name in texts]))
         first = files.enter_context(_replacing(path / TENSORS))
         # Not save_file, which makes a temporary file of its own, under a name that nobody could clear away later.
-        first.write_bytes(ordered(save({PREFIX + key: tensor for key, tensor in tensors.items()}, metadata=header)))
+        data = ordered(save({PREFIX + key: tensor for key, tensor in tensors.items()}, metadata=header))
+        with first.open("wb") as stream:
+            stream.writelines(data)
         for name, text in texts.items():
             files.enter_context(_replacing(path / name)).write_bytes(text.encode())
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-LIMIT = 8 * 2**20
-"""Bytes of JSON that are read at most; the manifest of a network of a thousand layers has half of one MiB."""
+LIMIT = 32 * 2**20
+"""Bytes of JSON that are read at most; a thousand convolutions with their norms take 1 to 2 MiB."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -152,14 +152,26 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def ordered(data: bytes) -> bytes:
-    """A safetensors file with the header's texts in their order: safetensors writes them in another one each time."""
+def ordered(data: bytes) -> list[bytes | memoryview]:
+    """A safetensors file with the header's texts in their order: safetensors writes them in another one each time.
+
+    Returns:
+        What to write, one after the other.
+
+    Raises:
+        CheckpointError: its header is longer than what is read.
+    """
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
-    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]))
+    if len(text) > LIMIT:
+        raise CheckpointError(
+            f"the file's header would have {len(text)} bytes, and {LIMIT} are read at most: too many tensors for one "
+            "adapter. Adapt fewer layers (target_modules). Nothing was changed."
+        )
+    return [len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]]
 
 
 def read_json(file: Path) -> Any:

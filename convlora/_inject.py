@@ -16,7 +16,7 @@ from ._init import Factors, first_factors
 from ._layer import CHILD, Adapters, LoRA, attach, base_weight, detach, held
 from ._norms import keeps_statistics, set_policy
 from ._paths import Path
-from ._places import BASE, Place
+from ._places import BASE, SWAPPING, Place
 from ._plan import Init, LayerPlan, NormPolicy, Plan
 from ._planner import Pattern, plan
 from ._state import (
@@ -154,6 +154,11 @@ def apply(plan: Plan, model: M, factors: Mapping[str, Factors] | None = None) ->
         factors: what layers' factors begin as, by layer name; else A as a fresh layer's, B zero.
     """
     refuse_meta(model)
+    with SWAPPING:
+        return _apply(plan, model, factors or {})
+
+
+def _apply(plan: Plan, model: M, given: Mapping[str, Factors]) -> M:
     injection = vars(model).get(RECORD, Injection())
     check_unrouted(injection)
     adapter = Adapter(
@@ -165,7 +170,6 @@ def apply(plan: Plan, model: M, factors: Mapping[str, Factors] | None = None) ->
     first = not injection.adapters
     try:
         with torch.inference_mode(False):  # its tensors could not be trained
-            given = factors or {}
             loras = [_new_factors(m, p, plan, given) for m, p in zip(adapter.layers, plan.layers, strict=True)]
             injection.adapters[plan.adapter_name] = adapter
             if first:
@@ -292,17 +296,18 @@ def remove(model: M) -> M:
         StateError: there is no adapter, or another library has changed the class of an adapted layer since.
     """
     found = injected(model)
-    for _, root, injection in found:
-        check_unrouted(injection)
-        check_whole(root)
-        for module in (*injection.norms, *injection.layers):
-            check_restorable(module)
 
     def take_out() -> None:
         for _, root, injection in reversed(found):  # the inner parts were injected last
             undo(injection, root)
 
-    to_the_end(take_out)
+    with SWAPPING:
+        for _, root, injection in found:
+            check_unrouted(injection)
+            check_whole(root)
+            for module in (*injection.norms, *injection.layers):
+                check_restorable(module)
+        to_the_end(take_out)
     return model
 
 

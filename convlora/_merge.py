@@ -11,6 +11,7 @@ from torch import nn
 
 from ._computed import compute
 from ._layer import fold, unfold
+from ._places import SWAPPING
 from ._state import Injection, check_enabled, check_intact, check_unrouted, injected, to_the_end
 from ._swap import check_restorable
 from .errors import StateError
@@ -34,15 +35,15 @@ def merge(model: M) -> M:
 
     Whatever is raised, the model is as it was.
     """
-    parts = _parts(model, merged=False)
-    for root, injection in parts:
-        check_intact(root, injection)
-        check_enabled(injection)
-        check_unrouted(injection)
-        for layer in injection.layers:
-            check_restorable(layer)
     # Outside inference mode: its tensors could never be trained or saved.
-    with torch.inference_mode(False), torch.no_grad():
+    with SWAPPING, torch.inference_mode(False), torch.no_grad():
+        parts = _parts(model, merged=False)
+        for root, injection in parts:
+            check_intact(root, injection)
+            check_enabled(injection)
+            check_unrouted(injection)
+            for layer in injection.layers:
+                check_restorable(layer)
         weights = [
             [nn.Parameter(compute(layer), requires_grad=False) for layer in injection.layers] for _, injection in parts
         ]
@@ -69,16 +70,17 @@ def unmerge(model: M) -> M:
     Raises:
         StateError: no adapter; not merged; a module was replaced or its weight taken away (pruned, say) since.
     """
-    parts = _parts(model, merged=True)
-    for root, injection in parts:
-        check_intact(root, injection)
-        for name, module in ((n, m) for each in injection.adapters.values() for n, m in each.modules.items()):
-            if module in injection.layers and module._parameters.get("weight") is None:
-                raise StateError(
-                    f"{name}: its merged weight is no plain parameter any more (pruned or parametrized since?). "
-                    "Undo that, or call convlora.remove(model) to keep the merged model. Nothing was changed."
-                )
-    to_the_end(lambda: _unfold(parts))
+    with SWAPPING:
+        parts = _parts(model, merged=True)
+        for root, injection in parts:
+            check_intact(root, injection)
+            for name, module in ((n, m) for each in injection.adapters.values() for n, m in each.modules.items()):
+                if module in injection.layers and module._parameters.get("weight") is None:
+                    raise StateError(
+                        f"{name}: its merged weight is no plain parameter any more (pruned or parametrized since?). "
+                        "Undo that, or call convlora.remove(model) to keep the merged model. Nothing was changed."
+                    )
+        to_the_end(lambda: _unfold(parts))
     return model
 
 

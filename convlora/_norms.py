@@ -165,9 +165,11 @@ def set_policy(norm: nn.Module, policy: NormPolicy | None, holder: nn.Module | N
         turn(norm, POLICIES[policy])
     elif isinstance(norm, (FrozenNorm, TrackedNorm)):
         restore(cast(nn.Module, norm))
-    mode, mode_of_holder = vars(norm).pop(MODES, (norm.training, None))
+    mode, mode_of_holder = vars(norm).get(MODES, (norm.training, None))
     followed = holder is None or mode_of_holder in (None, holder.training)
     norm.training = mode if followed or holder is None else holder.training
     if policy == "freeze":
         vars(norm)[MODES] = norm.training, None if holder is None else holder.training
         norm.training = False
+    else:
+        vars(norm).pop(MODES, None)  # last: an interrupt before it must not lose the mode

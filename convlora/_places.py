@@ -7,6 +7,8 @@ forward, the optimizer and the state dict find it; the others' are kept here, th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from threading import RLock
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -16,6 +18,10 @@ BASE = ""
 """The base as an owner; no adapter can have this name."""
 COPY = "."
 """A passing copy of a base buffer, in place while adapters are disabled, so that no forward moves the base."""
+
+SWAPPING = RLock()
+"""Held by who changes classes or tensors of modules, from the check to the change: a ``use_adapters`` block that
+another thread opens, or a forward inside it, must find neither half-way."""
 
 
 @dataclass
@@ -29,6 +35,8 @@ class Place:
     """Whose tensor is in the module."""
     kept: dict[str, Tensor | None] = field(default_factory=dict)
     """The other owners' tensors."""
+    moves: int = 0
+    """How often a tensor was put into the module: counted just before, when the one that leaves is kept already."""
 
     @property
     def home(self) -> dict[str, Tensor | None]:
@@ -48,9 +56,12 @@ class Place:
 
     def of(self, owner: str) -> Tensor | None:
         """This owner's tensor; where it has none here, the base's."""
-        if owner in self.kept or owner == self.owner:
-            return self.kept.get(owner, self.now)
-        return self.kept.get(BASE, self.now)
+        while True:  # a forward of another thread asks while put() is at work; it must not wait for a lock
+            moves, kept = self.moves, self.kept
+            found = kept.get(owner if owner in kept or owner == self.owner else BASE, self)
+            found = self.now if found is self else found
+            if moves == self.moves:
+                return cast("Tensor | None", found)
 
     def own(self, owner: str) -> Tensor | None:
         """The owner's own tensor; None where it has the base's."""
@@ -70,6 +81,7 @@ class Place:
             self.owner = owner
         if owner in self.kept:
             theirs = self.kept[owner]
+            self.moves += 1
             self.home[self.name] = None if theirs is None else move_like(theirs, now)
             del self.kept[owner]
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from threading import RLock
 
 from torch import Tensor, nn
 
 from ._layer import CHILD, AdaptedLayer, LoRA, held, lora_of
 from ._norms import FrozenNorm, TrackedNorm, set_policy
-from ._places import COPY, Place
+from ._places import COPY, SWAPPING, Place
 from ._plan import NormPolicy, Plan
 from .errors import StateError
 
@@ -93,10 +92,6 @@ def activate(root: nn.Module, injection: Injection, adapter_name: str, disabled:
     """
     with SWAPPING:
         _activate(root, injection, adapter_name, disabled)
-
-
-SWAPPING = RLock()
-"""Held by who changes modules' classes: a block that another thread opens must not find them half-way."""
 
 
 def _activate(root: nn.Module, injection: Injection, adapter_name: str, disabled: bool) -> None:

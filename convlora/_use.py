@@ -17,10 +17,9 @@ from ._checks import check_model
 from ._compiler import uncompiled
 from ._layer import AdaptedLayer
 from ._norms import FrozenNorm, TrackedNorm
-from ._places import BASE, Place
+from ._places import BASE, SWAPPING, Place
 from ._routing import Block, Route, opened, route_of
 from ._state import (
-    SWAPPING,
     Injection,
     check_enabled,
     check_intact,
@@ -59,19 +58,8 @@ def use_adapters(model: nn.Module, adapter_names: Iterable[str | None]) -> Itera
             a forward inside: train mode, a batch of another size, or a layer that cannot be routed.
         UnsupportedLayerError: the model is wrapped (give the one inside), or a module cannot change its class.
     """
-    check_model(model)
     owners = _owners(adapter_names)
-    parts = [(root, injection) for _, root, injection in injected(model)]
-    for root, injection in parts:
-        for owner in dict.fromkeys(owners):
-            if owner != BASE:
-                the_adapter(injection, owner)
-        check_unmerged(injection)
-        check_intact(root, injection)
-        check_enabled(injection)
-    blocks = [_block(root, injection) for root, injection in parts]
-    routes = {module: Route(block, owners) for block in blocks for module in block.places}
-    with _looking(parts, blocks), opened(routes):
+    with _looking(model, owners) as routes, opened(routes):
         yield
 
 
@@ -97,13 +85,25 @@ def _block(root: nn.Module, injection: Injection) -> Block:
     return Block(root, places)
 
 
+def _parts(model: nn.Module, owners: tuple[str, ...]) -> Parts:
+    """The injected parts, each of which can be routed to all of these."""
+    check_model(model)
+    parts = [(root, injection) for _, root, injection in injected(model)]
+    for root, injection in parts:
+        for owner in dict.fromkeys(owners):
+            if owner != BASE:
+                the_adapter(injection, owner)
+        check_unmerged(injection)
+        check_intact(root, injection)
+        check_enabled(injection)
+    return parts
+
+
 @contextmanager
-def _looking(parts: Parts, blocks: list[Block]) -> Iterator[None]:
+def _looking(model: nn.Module, owners: tuple[str, ...]) -> Iterator[dict[nn.Module, Route]]:
     """Modules that would not look for a route by themselves do so meanwhile; in other threads to no effect."""
-    modules = [m for each in blocks for m in each.places if not isinstance(m, (AdaptedLayer, FrozenNorm, TrackedNorm))]
-    for module in modules:
-        if not isinstance(module, Routed):
-            check_swappable(type(module).__name__, module, Routed)
+    parts: Parts = []
+    modules: list[nn.Module] = []
     block = object()
 
     def leave() -> None:
@@ -116,13 +116,20 @@ def _looking(parts: Parts, blocks: list[Block]) -> Iterator[None]:
                         restore(module)
 
     try:
-        with SWAPPING:
+        with SWAPPING:  # from the checks on: no other thread may merge or remove what was found fit
+            parts = _parts(model, owners)
+            blocks = [_block(root, injection) for root, injection in parts]
+            own = (AdaptedLayer, FrozenNorm, TrackedNorm)
+            modules = [module for each in blocks for module in each.places if not isinstance(module, own)]
+            for module in modules:
+                if not isinstance(module, Routed):
+                    check_swappable(type(module).__name__, module, Routed)
             for _, injection in parts:
                 injection.routed.add(block)
             for module in modules:
                 if not isinstance(module, Routed):
                     swap(module, Routed)
-        yield
+        yield {module: Route(each, owners) for each in blocks for module in each.places}
         leave()
     except BaseException:  # an interrupt on the line above as well
         to_the_end(leave)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import convlora
+from convlora._norms import set_policy
 
 
 def statistics(model):
@@ -195,3 +196,19 @@ def test_statistics_move_once_under_gradient_checkpointing(net, images, reentran
     assert equal(statistics(net), statistics(plain))
     for a, b in zip(convlora.trainable_parameters(net), convlora.trainable_parameters(plain), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def test_an_interrupt_between_two_steps_does_not_lose_the_mode_of_a_norm(monkeypatch):
+    norm, plain = nn.BatchNorm2d(2), nn.Module.__setattr__
+    set_policy(norm, "freeze", None)
+
+    def interrupted(self, name, value):
+        if name == "training":
+            raise KeyboardInterrupt
+        plain(self, name, value)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(nn.Module, "__setattr__", interrupted)
+        set_policy(norm, None, None)
+    set_policy(norm, None, None)
+    assert norm.training
