@@ -340,6 +340,15 @@ def test_merge_onto_random_weights_is_refused_unless_asked_for(folder, tmp_path)
     assert out.is_file()
 
 
+@pytest.mark.parametrize("any_base", [[], ["--any-base"]])
+def test_merge_of_another_librarys_file_onto_random_weights_is_refused(tmp_path, any_base):
+    keys = {"lora_down.weight": torch.randn(2, 96, 3, 3), "lora_up.weight": torch.randn(96, 2, 1, 1)}
+    save_file({f"lycoris_layer4_0_conv2.{key}": tensor for key, tensor in keys.items()}, tmp_path / "style.safetensors")
+    out = tmp_path / "merged.safetensors"
+    answer = run("merge", NETWORK, tmp_path / "style.safetensors", out, *CLASSES, *any_base, code=1)
+    assert "random weights" in answer.stderr and not out.exists()
+
+
 def test_what_is_there_is_written_over_only_by_force(folder, tmp_path, with_weights):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "note.txt").write_text("mine")

@@ -47,6 +47,7 @@ AdapterArgument = Annotated[
 AnyBaseOption = Annotated[
     bool, typer.Option("--any-base", help="Also onto other weights than the adapter was trained on.")
 ]
+FOREIGN = "the file of another library does not say which base it is for"
 
 
 def merge(
@@ -61,8 +62,12 @@ def merge(
     if out.suffix != ".safetensors":
         raise CommandError(f"{out}: OUT must be a .safetensors file. Nothing was written.")
     _check_free(out, force)
-    plain = build(model, building).model
-    load_adapter(plain, located(source), check_base=not any_base)
+    path = located(source)
+    built = build(model, building)
+    if is_foreign(path):
+        need_weights(built, FOREIGN)
+    plain = built.model
+    load_adapter(plain, path, check_base=not any_base)
     layers = len(summary(plain).layers)
     plain = remove(merge_adapter(plain))
     state = {key: tensor.detach().contiguous().clone() for key, tensor in tensors_of(plain).items()}
@@ -89,7 +94,7 @@ def convert(
         raise CommandError(f"{source} is convlora's already; --to peft makes it peft's. Nothing was written.")
     built = build(model, building)
     if to == "convlora":
-        need_weights(built, "the file says which base it is for, by its numbers")
+        need_weights(built, FOREIGN)
     load_adapter(built.model, path, check_base=not any_base)
     planned = summary(built.model)
     _fill(out, _save if to == "convlora" else _save_as_peft, built.model)
