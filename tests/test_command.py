@@ -222,6 +222,13 @@ def test_weights_that_do_not_fit_are_one_error_that_names_them(folder, tmp_path)
         assert message in run("plan", NETWORK, *CLASSES, "--weights", tmp_path / "broken.safetensors", code=1).stderr
 
 
+def test_weights_without_a_head_do_not_leave_a_random_one_silently(folder, tmp_path):
+    state = load_file(folder / "base.safetensors")
+    save_file({key: t for key, t in state.items() if not key.startswith("fc.")}, tmp_path / "headless.safetensors")
+    answer = run("plan", NETWORK, *CLASSES, "--weights", tmp_path / "headless.safetensors", code=1)
+    assert "fc.weight: not in the file" in answer.stderr
+
+
 class Bomb:
     def __reduce__(self):
         return (Path.touch, (Path("exploded"),))

@@ -30,7 +30,8 @@ def load_weights(
 ) -> None:
     """Load a file or a state dict; every key must be there, in its shape.
 
-    Where ``head`` is true, a head of another number of classes is left as it was built, with a line on stderr.
+    Where ``head`` is true, a head of another number of classes is left as it was built, with a line on stderr. One that
+    the file lacks is an error like any other missing key.
 
     Raises:
         CommandError: the file cannot be read, or does not fit; what differs is named.
@@ -38,8 +39,9 @@ def load_weights(
     name = name or str(source)
     state = read_weights(source) if isinstance(source, Path) else dict(source)
     here = model.state_dict()
+    others: tuple[str, ...] = ()
     if head:
-        state = _without_other_heads(model, state, here, name)
+        state, others = _without_other_heads(model, state, here, name)
     faults = [
         f"  {key}: {tuple(state[key].shape)} in the file, {tuple(here[key].shape)} in the model"
         for key in here
@@ -47,8 +49,7 @@ def load_weights(
     ]
     if not faults:
         answer = model.load_state_dict(state, strict=False)
-        left = {key for key in answer.missing_keys if not (head and _inside(key, _heads(model)))}
-        faults = [f"  {key}: not in the file" for key in answer.missing_keys if key in left]
+        faults = [f"  {key}: not in the file" for key in answer.missing_keys if not _inside(key, others)]
         faults += [f"  {key}: not in the model" for key in answer.unexpected_keys]
     if faults:
         more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
@@ -86,15 +87,18 @@ def _unpickled(file: Path) -> Any:
         ) from cause
 
 
-def _without_other_heads(model: nn.Module, state: State, here: Mapping[str, Any], name: str) -> State:
+def _without_other_heads(
+    model: nn.Module, state: State, here: Mapping[str, Any], name: str
+) -> tuple[State, tuple[str, ...]]:
+    """The state without the heads that are of another shape, and the names of those."""
     other = [key for key in state if key in here and state[key].shape != here[key].shape]
-    heads = _heads(model) if other else ()
+    heads = tuple(head for head in _heads(model) if any(_inside(key, (head,)) for key in other)) if other else ()
     if not other or not all(_inside(key, heads) for key in other):
-        return state
-    typer.echo(
-        f"{name}: {other[0]} is of another head, {tuple(state[other[0]].shape)}; the model's is as built.", err=True
-    )
-    return {key: tensor for key, tensor in state.items() if not _inside(key, heads)}
+        return state, ()
+    for head in heads:
+        key = next(key for key in other if _inside(key, (head,)))
+        typer.echo(f"{name}: {key} is of another head, {tuple(state[key].shape)}; the model's is as built.", err=True)
+    return {key: tensor for key, tensor in state.items() if not _inside(key, heads)}, heads
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
