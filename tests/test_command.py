@@ -375,6 +375,16 @@ def test_merge_writes_safetensors_alone(folder, tmp_path):
     assert "must be a .safetensors file" in run("merge", NETWORK, folder / "a", tmp_path / "m.pth", code=1).stderr
 
 
+def test_what_cannot_be_written_is_a_refusal(folder, tmp_path, with_weights):
+    (tmp_path / "file").write_text("no folder")
+    for out in (
+        tmp_path / "file" / "m.safetensors",
+        tmp_path / f"{'m' * 240}.safetensors",
+    ):  # too long
+        answer = run("merge", NETWORK, folder / "a", out, *with_weights, code=1)
+        assert "cannot be written" in answer.stderr and "Traceback" not in answer.stderr
+
+
 def test_converted_files_load_in_stock_peft_and_predict_the_same(folder, tmp_path, with_weights):
     peft = pytest.importorskip("peft")
     run("convert", NETWORK, folder / "a", tmp_path / "theirs", *with_weights, "--to", "peft")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 from uuid import uuid4
 
 import typer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -181,7 +183,7 @@ def _fill(out: Path, save: Callable[[nn.Module, Path], None], model: nn.Module) 
             out.mkdir(exist_ok=True)
             for file in made.iterdir():
                 shutil.move(file, out / file.name)
-    except OSError as cause:
+    except (OSError, SafetensorError) as cause:  # safetensors wraps a full disk in its own
         raise CommandError(f"{out} cannot be written ({cause}).") from cause
 
 
@@ -192,7 +194,8 @@ def _written(out: Path, save: Callable[[Path], None]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
         temporary.replace(out)
-    except OSError as cause:
+    except (OSError, SafetensorError) as cause:
         raise CommandError(f"{out} cannot be written ({cause}). What was there before is still there.") from cause
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the file is in its place, or the error is under way
+            temporary.unlink(missing_ok=True)
