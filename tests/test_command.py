@@ -326,6 +326,23 @@ def test_settings_and_other_bases_are_differences(folder, tmp_path):
     assert "bn1.running_mean" not in found["only_first"] and any("running_mean" in key for key in found["only_second"])
 
 
+@pytest.mark.filterwarnings("ignore:.*the training has diverged")
+def test_what_is_not_finite_is_null_and_the_same_file_is_still_the_same(folder, tmp_path):
+    for name, number in (("nan", torch.nan), ("inf", torch.inf)):
+        model = convlora.load_adapter(network(folder), folder / "a")
+        with torch.no_grad():
+            model.get_submodule("layer1.0.conv1").convlora["default"].lora_A[0] = number
+            model.fc.bias[0] = number
+        convlora.save_adapter(model, tmp_path / name)
+    assert as_json("diff", tmp_path / "nan", tmp_path / "nan")["same"]
+    for other in (folder / "a", tmp_path / "inf"):
+        found = as_json("diff", tmp_path / "nan", other, "--exit-code", code=3)
+        apart = {each.get("name", each.get("key")): each["difference"] for each in found["layers"] + found["tensors"]}
+        assert [name for name, each in apart.items() if each is None] == ["layer1.0.conv1", "fc.bias"]
+    assert run("diff", tmp_path / "nan", folder / "a").stdout.count("not finite") == 2
+    assert run("diff", NETWORK, tmp_path / "nan", folder / "a", *CLASSES).stdout.count("not finite") == 2
+
+
 # merge, convert, extract, shrink
 
 
