@@ -238,6 +238,7 @@ def test_a_pickle_that_could_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pth")
     answer = run("plan", NETWORK, "--weights", tmp_path / "bomb.pth", code=1)
+    assert answer.stderr.count("Nothing was changed.") == 1
     assert "could run any code" in answer.stderr and not (tmp_path / "exploded").exists()
 
 
@@ -250,6 +251,13 @@ def test_a_weights_file_that_cannot_be_read_is_one_error(tmp_path, name):
     torch.save([1, 2], tmp_path / "list.pth")
     answer = run("plan", NETWORK, "--weights", tmp_path / name, code=1)
     assert name in answer.stderr and "Nothing was changed." in answer.stderr
+
+
+@pytest.mark.parametrize("text", ["hello\n", "this is text\n", '{"a": 1}', ""])
+def test_what_is_no_pickle_is_damaged_and_said_once(tmp_path, text):
+    (tmp_path / "junk.pth").write_text(text)
+    answer = run("plan", NETWORK, "--weights", tmp_path / "junk.pth", code=1)
+    assert "is damaged" in answer.stderr and answer.stderr.count("Nothing was changed.") == 1
 
 
 # inspect

@@ -22,6 +22,8 @@ INSIDE = ("state_dict", "model_state_dict", "model")
 """Where training scripts keep the state dict in what they save."""
 PREFIXES = ("module.", "_orig_mod.")
 """What DDP and torch.compile put before every key."""
+PICKLED = (b"PK", b"\x80")
+"""How what torch.save writes begins, a ZIP file or else a pickle."""
 SHOWN = 8
 
 
@@ -65,7 +67,9 @@ def read_weights(file: Path) -> State:
     """
     try:
         found: Any = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as cause:
+    except CommandError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, ValueError) as cause:
         raise CommandError(f"{file} cannot be read ({str(cause).splitlines()[0]}). Nothing was changed.") from cause
     found = next((found[key] for key in INSIDE if isinstance(found, dict) and isinstance(found.get(key), dict)), found)
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
@@ -79,7 +83,15 @@ def read_weights(file: Path) -> State:
 def _unpickled(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as cause:
+    except (OSError, RuntimeError):
+        raise
+    except Exception as cause:  # what is no pickle is read as one until anything goes wrong
+        with file.open("rb") as stream:
+            is_pickle = stream.read(4).startswith(PICKLED)
+        if not (is_pickle and isinstance(cause, pickle.UnpicklingError)):
+            raise CommandError(
+                f"{file} is damaged, or not what torch.save wrote ({type(cause).__name__}). Nothing was changed."
+            ) from cause
         raise CommandError(
             f"{file} holds more than tensors, and reading it could run any code; torch.load(…, weights_only=True) "
             "refuses it. Where you trust it, write its state dict anew with safetensors.torch.save_file. "
