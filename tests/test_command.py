@@ -277,6 +277,10 @@ def test_inspect_says_what_the_file_says_without_a_model(folder):
     assert "accuracy: 0.9" in text and "layer4.0.conv2" in text and fingerprint(manifest.base) in text
 
 
+def test_inspect_of_the_file_alone_reads_the_config_beside_it(folder):
+    assert as_json("inspect", folder / "a" / "adapter_model.safetensors") == as_json("inspect", folder / "a")
+
+
 def test_inspect_finds_a_changed_tensor(folder, tmp_path):
     file = tmp_path / "adapter_model.safetensors"
     data = bytearray((folder / "a" / file.name).read_bytes())
