@@ -400,6 +400,17 @@ def test_what_is_there_is_written_over_only_by_force(folder, tmp_path, with_weig
     assert (tmp_path / "here" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.filterwarnings("always:.*README.md was edited")
+def test_force_leaves_an_edited_card_and_says_so(folder, tmp_path, with_weights):
+    shrink = ["shrink", NETWORK, folder / "a", tmp_path / "small", *with_weights, "--force", "--rank"]
+    run(*shrink, 2)
+    card = tmp_path / "small" / "README.md"
+    assert "README.md" not in run(*shrink, 3).stderr and "| 3 |" in card.read_text()
+    card.write_text("mine")
+    assert "README.md was edited" in run(*shrink, 1).stderr and card.read_text() == "mine"
+    assert as_json("inspect", tmp_path / "small")["plan"]["rank"] == 1
+
+
 def test_merge_writes_safetensors_alone(folder, tmp_path):
     assert "must be a .safetensors file" in run("merge", NETWORK, folder / "a", tmp_path / "m.pth", code=1).stderr
 

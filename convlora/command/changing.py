@@ -23,9 +23,10 @@ from torch import nn
 from .._algebra import Approximation
 from .._algebra import extract as extract_adapter
 from .._algebra import shrink as shrink_adapter
-from .._checkpoint import load_adapter, save_adapter
+from .._card import CARD, is_replaceable
+from .._checkpoint import load_adapter, save_adapter, warn_of_old_card
 from .._inject import remove, summary
-from .._manifest import tensors_of
+from .._manifest import TENSORS, tensors_of
 from .._merge import merge as merge_adapter
 from .answers import Answer, CommandError
 from .files import is_foreign, located
@@ -174,17 +175,21 @@ def _check_free(out: Path, force: bool) -> None:
 
 
 def _fill(out: Path, save: Callable[[nn.Module, Path], None], model: nn.Module) -> None:
-    """Save into a folder beside, then move every file to its place."""
+    """Save into a folder beside, then move every file to its place, the tensors last; an edited card stays."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
             made = Path(beside) / out.name
             save(model, made)
             out.mkdir(exist_ok=True)
-            for file in made.iterdir():
-                shutil.move(file, out / file.name)
+            has_new_card = is_replaceable(out / CARD)
+            for file in sorted(made.iterdir(), key=lambda file: file.name == TENSORS):
+                if file.name != CARD or has_new_card:
+                    shutil.move(file, out / file.name)
     except (OSError, SafetensorError) as cause:  # safetensors wraps a full disk in its own
         raise CommandError(f"{out} cannot be written ({cause}).") from cause
+    if not has_new_card:
+        warn_of_old_card(out / CARD)
 
 
 def _written(out: Path, save: Callable[[Path], None]) -> None:
