@@ -16,7 +16,7 @@ from torch import nn
 
 import convlora
 import convlora.command
-from convlora._manifest import fingerprint, read_manifest
+from convlora._manifest import fingerprint
 
 pytest.importorskip("typer")
 pytest.importorskip("timm")
@@ -26,6 +26,7 @@ import torchvision
 from typer.testing import CliRunner
 
 from convlora.command.app import app
+from convlora.command.files import read_saved
 
 NETWORK = "test_resnet"
 CLASSES = ["--num-classes", "3"]
@@ -264,7 +265,7 @@ def test_what_is_no_pickle_is_damaged_and_said_once(tmp_path, text):
 
 
 def test_inspect_says_what_the_file_says_without_a_model(folder):
-    found, manifest = as_json("inspect", folder / "a"), read_manifest(folder / "a")
+    found, manifest = as_json("inspect", folder / "a"), read_saved(folder / "a").manifest
     assert found["metrics"] == {"accuracy": 0.9} and found["format"] == "convlora" and found["peft_type"] == "LORA"
     assert found["base"]["fingerprint"] == fingerprint(manifest.base)
     assert found["base"]["name"] == "timm/test_resnet.r160_in1k"
