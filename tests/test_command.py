@@ -521,6 +521,20 @@ def test_the_librarys_own_refusals_come_through(folder, tmp_path, with_weights):
     assert "Closest names" in run("plan", NETWORK, "--target", "layer9.*", code=1).stderr
 
 
+@pytest.mark.filterwarnings("ignore:.*the training has diverged")
+def test_errors_name_options_that_there_are(folder, tmp_path, with_weights):
+    out = tmp_path / "out.safetensors"
+    assert "or give --any-base to use it" in run("merge", NETWORK, folder / "a", out, *CLASSES, code=1).stderr
+    answer = run("shrink", NETWORK, folder / "a", out, *CLASSES, "--rank", 2, code=1)  # has no such option
+    assert "call convlora.load_adapter(check_base=False) in Python" in answer.stderr
+    model = convlora.load_adapter(network(folder), folder / "a")
+    with torch.no_grad():
+        model.fc.bias[0] = torch.nan
+    convlora.save_adapter(model, tmp_path / "nan")
+    answer = run("merge", NETWORK, tmp_path / "nan", out, *with_weights, code=1)
+    assert "call convlora.load_adapter(check_finite=False) in Python" in answer.stderr
+
+
 # bench
 
 

@@ -28,6 +28,7 @@ from .._checkpoint import load_adapter, save_adapter, warn_of_old_card
 from .._inject import remove, summary
 from .._manifest import TENSORS, tensors_of
 from .._merge import merge as merge_adapter
+from ..errors import CheckpointError
 from .answers import Answer, CommandError
 from .files import is_foreign, located
 from .models import build, need_weights
@@ -70,7 +71,7 @@ def merge(
     if is_foreign(path):
         need_weights(built, FOREIGN)
     plain = built.model
-    load_adapter(plain, path, check_base=not any_base)
+    _load(plain, path, any_base)
     layers = len(summary(plain).layers)
     plain = remove(merge_adapter(plain))
     state = {key: tensor.detach().contiguous().clone() for key, tensor in tensors_of(plain).items()}
@@ -98,7 +99,7 @@ def convert(
     built = build(model, building)
     if to == "convlora":
         need_weights(built, FOREIGN)
-    load_adapter(built.model, path, check_base=not any_base)
+    _load(built.model, path, any_base)
     planned = summary(built.model)
     _fill(out, _save if to == "convlora" else _save_as_peft, built.model)
     data = {"out": str(out), "to": to, "layers": len(planned.layers), "adapter_parameters": planned.adapter_parameters}
@@ -143,10 +144,28 @@ def shrink(
     """Lower the ranks of an adapter to the nearest change that each layer can have then."""
     _check_free(out, force)
     base = build(model, building).model
-    load_adapter(base, located(source))
+    _load(base, located(source))
     report = shrink_adapter(base, rank, energy=energy, tolerance=tolerance)
     _fill(out, _save, base)
     return _approximated(report, out)
+
+
+def _load(model: nn.Module, path: Path, any_base: bool | None = None) -> None:
+    """Load an adapter; errors name the command's options, or say that only Python has them.
+
+    Args:
+        model: the base.
+        path: where the adapter is.
+        any_base: the option of this name; None where the command has none.
+    """
+    try:
+        load_adapter(model, path, check_base=not any_base)
+    except CheckpointError as error:
+        in_python = "call convlora.load_adapter({}=False) in Python"
+        remedy = in_python.format("check_base") if any_base is None else "give --any-base"
+        text = str(error).replace("pass check_base=False", remedy)
+        text = text.replace("pass check_finite=False", in_python.format("check_finite"))
+        raise CheckpointError(text) from error
 
 
 def _approximated(report: Approximation, out: Path) -> Answer:
