@@ -127,7 +127,7 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
     except (OSError, SafetensorError) as cause:  # safetensors wraps a full disk in its own
         raise CheckpointError(f"{path} cannot be written ({cause}). What was there before is still there.") from cause
     if not has_new_card:
-        _warn_of_old_card(path / CARD)
+        warn_of_old_card(path / CARD)
     return path
 
 
@@ -167,7 +167,8 @@ def _warn_if_not_finite(tensors: State, base: State) -> None:
         )
 
 
-def _warn_of_old_card(file: Path) -> None:
+def warn_of_old_card(file: Path) -> None:
+    """Say that a card was not written; of the caller's caller's caller's line."""
     warnings.warn(
         f"{file} was edited, or not written by convlora, and is left as it is: it may not describe this adapter. "
         "Delete it to have a new one.",

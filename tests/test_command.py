@@ -16,7 +16,7 @@ from torch import nn
 
 import convlora
 import convlora.command
-from convlora._manifest import fingerprint, read_manifest
+from convlora._manifest import fingerprint
 
 pytest.importorskip("typer")
 pytest.importorskip("timm")
@@ -26,6 +26,7 @@ import torchvision
 from typer.testing import CliRunner
 
 from convlora.command.app import app
+from convlora.command.files import read_saved
 
 NETWORK = "test_resnet"
 CLASSES = ["--num-classes", "3"]
@@ -222,6 +223,13 @@ def test_weights_that_do_not_fit_are_one_error_that_names_them(folder, tmp_path)
         assert message in run("plan", NETWORK, *CLASSES, "--weights", tmp_path / "broken.safetensors", code=1).stderr
 
 
+def test_weights_without_a_head_do_not_leave_a_random_one_silently(folder, tmp_path):
+    state = load_file(folder / "base.safetensors")
+    save_file({key: t for key, t in state.items() if not key.startswith("fc.")}, tmp_path / "headless.safetensors")
+    answer = run("plan", NETWORK, *CLASSES, "--weights", tmp_path / "headless.safetensors", code=1)
+    assert "fc.weight: not in the file" in answer.stderr
+
+
 class Bomb:
     def __reduce__(self):
         return (Path.touch, (Path("exploded"),))
@@ -231,6 +239,7 @@ def test_a_pickle_that_could_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pth")
     answer = run("plan", NETWORK, "--weights", tmp_path / "bomb.pth", code=1)
+    assert answer.stderr.count("Nothing was changed.") == 1
     assert "could run any code" in answer.stderr and not (tmp_path / "exploded").exists()
 
 
@@ -245,11 +254,18 @@ def test_a_weights_file_that_cannot_be_read_is_one_error(tmp_path, name):
     assert name in answer.stderr and "Nothing was changed." in answer.stderr
 
 
+@pytest.mark.parametrize("text", ["hello\n", "this is text\n", '{"a": 1}', ""])
+def test_what_is_no_pickle_is_damaged_and_said_once(tmp_path, text):
+    (tmp_path / "junk.pth").write_text(text)
+    answer = run("plan", NETWORK, "--weights", tmp_path / "junk.pth", code=1)
+    assert "is damaged" in answer.stderr and answer.stderr.count("Nothing was changed.") == 1
+
+
 # inspect
 
 
 def test_inspect_says_what_the_file_says_without_a_model(folder):
-    found, manifest = as_json("inspect", folder / "a"), read_manifest(folder / "a")
+    found, manifest = as_json("inspect", folder / "a"), read_saved(folder / "a").manifest
     assert found["metrics"] == {"accuracy": 0.9} and found["format"] == "convlora" and found["peft_type"] == "LORA"
     assert found["base"]["fingerprint"] == fingerprint(manifest.base)
     assert found["base"]["name"] == "timm/test_resnet.r160_in1k"
@@ -260,6 +276,10 @@ def test_inspect_says_what_the_file_says_without_a_model(folder):
     assert found["plan"]["adapter_parameters"] == manifest.plan.adapter_parameters
     text = run("inspect", folder / "a").stdout
     assert "accuracy: 0.9" in text and "layer4.0.conv2" in text and fingerprint(manifest.base) in text
+
+
+def test_inspect_of_the_file_alone_reads_the_config_beside_it(folder):
+    assert as_json("inspect", folder / "a" / "adapter_model.safetensors") == as_json("inspect", folder / "a")
 
 
 def test_inspect_finds_a_changed_tensor(folder, tmp_path):
@@ -319,6 +339,23 @@ def test_settings_and_other_bases_are_differences(folder, tmp_path):
     assert "bn1.running_mean" not in found["only_first"] and any("running_mean" in key for key in found["only_second"])
 
 
+@pytest.mark.filterwarnings("ignore:.*the training has diverged")
+def test_what_is_not_finite_is_null_and_the_same_file_is_still_the_same(folder, tmp_path):
+    for name, number in (("nan", torch.nan), ("inf", torch.inf)):
+        model = convlora.load_adapter(network(folder), folder / "a")
+        with torch.no_grad():
+            model.get_submodule("layer1.0.conv1").convlora["default"].lora_A[0] = number
+            model.fc.bias[0] = number
+        convlora.save_adapter(model, tmp_path / name)
+    assert as_json("diff", tmp_path / "nan", tmp_path / "nan")["same"]
+    for other in (folder / "a", tmp_path / "inf"):
+        found = as_json("diff", tmp_path / "nan", other, "--exit-code", code=3)
+        apart = {each.get("name", each.get("key")): each["difference"] for each in found["layers"] + found["tensors"]}
+        assert [name for name, each in apart.items() if each is None] == ["layer1.0.conv1", "fc.bias"]
+    assert run("diff", tmp_path / "nan", folder / "a").stdout.count("not finite") == 2
+    assert run("diff", NETWORK, tmp_path / "nan", folder / "a", *CLASSES).stdout.count("not finite") == 2
+
+
 # merge, convert, extract, shrink
 
 
@@ -340,6 +377,15 @@ def test_merge_onto_random_weights_is_refused_unless_asked_for(folder, tmp_path)
     assert out.is_file()
 
 
+@pytest.mark.parametrize("any_base", [[], ["--any-base"]])
+def test_merge_of_another_librarys_file_onto_random_weights_is_refused(tmp_path, any_base):
+    keys = {"lora_down.weight": torch.randn(2, 96, 3, 3), "lora_up.weight": torch.randn(96, 2, 1, 1)}
+    save_file({f"lycoris_layer4_0_conv2.{key}": tensor for key, tensor in keys.items()}, tmp_path / "style.safetensors")
+    out = tmp_path / "merged.safetensors"
+    answer = run("merge", NETWORK, tmp_path / "style.safetensors", out, *CLASSES, *any_base, code=1)
+    assert "random weights" in answer.stderr and not out.exists()
+
+
 def test_what_is_there_is_written_over_only_by_force(folder, tmp_path, with_weights):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "note.txt").write_text("mine")
@@ -355,8 +401,29 @@ def test_what_is_there_is_written_over_only_by_force(folder, tmp_path, with_weig
     assert (tmp_path / "here" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.filterwarnings("always:.*README.md was edited")
+def test_force_leaves_an_edited_card_and_says_so(folder, tmp_path, with_weights):
+    shrink = ["shrink", NETWORK, folder / "a", tmp_path / "small", *with_weights, "--force", "--rank"]
+    run(*shrink, 2)
+    card = tmp_path / "small" / "README.md"
+    assert "README.md" not in run(*shrink, 3).stderr and "| 3 |" in card.read_text()
+    card.write_text("mine")
+    assert "README.md was edited" in run(*shrink, 1).stderr and card.read_text() == "mine"
+    assert as_json("inspect", tmp_path / "small")["plan"]["rank"] == 1
+
+
 def test_merge_writes_safetensors_alone(folder, tmp_path):
     assert "must be a .safetensors file" in run("merge", NETWORK, folder / "a", tmp_path / "m.pth", code=1).stderr
+
+
+def test_what_cannot_be_written_is_a_refusal(folder, tmp_path, with_weights):
+    (tmp_path / "file").write_text("no folder")
+    for out in (
+        tmp_path / "file" / "m.safetensors",
+        tmp_path / f"{'m' * 240}.safetensors",
+    ):  # too long
+        answer = run("merge", NETWORK, folder / "a", out, *with_weights, code=1)
+        assert "cannot be written" in answer.stderr and "Traceback" not in answer.stderr
 
 
 def test_converted_files_load_in_stock_peft_and_predict_the_same(folder, tmp_path, with_weights):
@@ -452,6 +519,20 @@ def test_the_librarys_own_refusals_come_through(folder, tmp_path, with_weights):
     answer = run("shrink", NETWORK, folder / "a", tmp_path / "s", *with_weights, "--rank", 2, "--energy", 0.5, code=1)
     assert "TargetError: Give one of rank=2, energy=0.5" in answer.stderr and not list(tmp_path.iterdir())
     assert "Closest names" in run("plan", NETWORK, "--target", "layer9.*", code=1).stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*the training has diverged")
+def test_errors_name_options_that_there_are(folder, tmp_path, with_weights):
+    out = tmp_path / "out.safetensors"
+    assert "or give --any-base to use it" in run("merge", NETWORK, folder / "a", out, *CLASSES, code=1).stderr
+    answer = run("shrink", NETWORK, folder / "a", out, *CLASSES, "--rank", 2, code=1)  # has no such option
+    assert "call convlora.load_adapter(check_base=False) in Python" in answer.stderr
+    model = convlora.load_adapter(network(folder), folder / "a")
+    with torch.no_grad():
+        model.fc.bias[0] = torch.nan
+    convlora.save_adapter(model, tmp_path / "nan")
+    answer = run("merge", NETWORK, tmp_path / "nan", out, *with_weights, code=1)
+    assert "call convlora.load_adapter(check_finite=False) in Python" in answer.stderr
 
 
 # bench

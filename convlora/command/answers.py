@@ -84,9 +84,10 @@ def _answer(run: Callable[[], Answer], as_json: bool) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr), _plain_warnings():
             answer = run()
+        text = _json(answer.data) if as_json else ""
     except ConvLoraError as error:
         if as_json:
-            _print_json({"error": type(error).__name__, "message": str(error)})
+            typer.echo(_json({"error": type(error).__name__, "message": str(error)}))
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(REFUSED) from None
     except (typer.Exit, typer.BadParameter):
@@ -95,7 +96,7 @@ def _answer(run: Callable[[], Answer], as_json: bool) -> None:
         traceback.print_exc()
         raise typer.Exit(OWN_ERROR) from None
     if as_json:
-        _print_json(answer.data)
+        typer.echo(text)
     else:
         _show(answer.shown)
     raise typer.Exit(answer.code)
@@ -109,8 +110,8 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
-def _print_json(data: dict[str, Any]) -> None:
-    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=2, allow_nan=False)
 
 
 def _show(shown: Sequence[str | Table]) -> None:

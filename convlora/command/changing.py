@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,16 +16,19 @@ from typing import Annotated, Any
 from uuid import uuid4
 
 import typer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from .._algebra import Approximation
 from .._algebra import extract as extract_adapter
 from .._algebra import shrink as shrink_adapter
-from .._checkpoint import load_adapter, save_adapter
+from .._card import CARD, is_replaceable
+from .._checkpoint import load_adapter, save_adapter, warn_of_old_card
 from .._inject import remove, summary
-from .._manifest import tensors_of
+from .._manifest import TENSORS, tensors_of
 from .._merge import merge as merge_adapter
+from ..errors import CheckpointError
 from .answers import Answer, CommandError
 from .files import is_foreign, located
 from .models import build, need_weights
@@ -47,6 +51,7 @@ AdapterArgument = Annotated[
 AnyBaseOption = Annotated[
     bool, typer.Option("--any-base", help="Also onto other weights than the adapter was trained on.")
 ]
+FOREIGN = "the file of another library does not say which base it is for"
 
 
 def merge(
@@ -61,8 +66,12 @@ def merge(
     if out.suffix != ".safetensors":
         raise CommandError(f"{out}: OUT must be a .safetensors file. Nothing was written.")
     _check_free(out, force)
-    plain = build(model, building).model
-    load_adapter(plain, located(source), check_base=not any_base)
+    path = located(source)
+    built = build(model, building)
+    if is_foreign(path):
+        need_weights(built, FOREIGN)
+    plain = built.model
+    _load(plain, path, any_base)
     layers = len(summary(plain).layers)
     plain = remove(merge_adapter(plain))
     state = {key: tensor.detach().contiguous().clone() for key, tensor in tensors_of(plain).items()}
@@ -89,8 +98,8 @@ def convert(
         raise CommandError(f"{source} is convlora's already; --to peft makes it peft's. Nothing was written.")
     built = build(model, building)
     if to == "convlora":
-        need_weights(built, "the file says which base it is for, by its numbers")
-    load_adapter(built.model, path, check_base=not any_base)
+        need_weights(built, FOREIGN)
+    _load(built.model, path, any_base)
     planned = summary(built.model)
     _fill(out, _save if to == "convlora" else _save_as_peft, built.model)
     data = {"out": str(out), "to": to, "layers": len(planned.layers), "adapter_parameters": planned.adapter_parameters}
@@ -135,10 +144,28 @@ def shrink(
     """Lower the ranks of an adapter to the nearest change that each layer can have then."""
     _check_free(out, force)
     base = build(model, building).model
-    load_adapter(base, located(source))
+    _load(base, located(source))
     report = shrink_adapter(base, rank, energy=energy, tolerance=tolerance)
     _fill(out, _save, base)
     return _approximated(report, out)
+
+
+def _load(model: nn.Module, path: Path, any_base: bool | None = None) -> None:
+    """Load an adapter; errors name the command's options, or say that only Python has them.
+
+    Args:
+        model: the base.
+        path: where the adapter is.
+        any_base: the option of this name; None where the command has none.
+    """
+    try:
+        load_adapter(model, path, check_base=not any_base)
+    except CheckpointError as error:
+        in_python = "call convlora.load_adapter({}=False) in Python"
+        remedy = in_python.format("check_base") if any_base is None else "give --any-base"
+        text = str(error).replace("pass check_base=False", remedy)
+        text = text.replace("pass check_finite=False", in_python.format("check_finite"))
+        raise CheckpointError(text) from error
 
 
 def _approximated(report: Approximation, out: Path) -> Answer:
@@ -167,17 +194,21 @@ def _check_free(out: Path, force: bool) -> None:
 
 
 def _fill(out: Path, save: Callable[[nn.Module, Path], None], model: nn.Module) -> None:
-    """Save into a folder beside, then move every file to its place."""
+    """Save into a folder beside, then move every file to its place, the tensors last; an edited card stays."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
             made = Path(beside) / out.name
             save(model, made)
             out.mkdir(exist_ok=True)
-            for file in made.iterdir():
-                shutil.move(file, out / file.name)
-    except OSError as cause:
+            has_new_card = is_replaceable(out / CARD)
+            for file in sorted(made.iterdir(), key=lambda file: file.name == TENSORS):
+                if file.name != CARD or has_new_card:
+                    shutil.move(file, out / file.name)
+    except (OSError, SafetensorError) as cause:  # safetensors wraps a full disk in its own
         raise CommandError(f"{out} cannot be written ({cause}).") from cause
+    if not has_new_card:
+        warn_of_old_card(out / CARD)
 
 
 def _written(out: Path, save: Callable[[Path], None]) -> None:
@@ -187,7 +218,8 @@ def _written(out: Path, save: Callable[[Path], None]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
         temporary.replace(out)
-    except OSError as cause:
+    except (OSError, SafetensorError) as cause:
         raise CommandError(f"{out} cannot be written ({cause}). What was there before is still there.") from cause
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the file is in its place, or the error is under way
+            temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ The change of a layer is scaling · B @ A: the same change in other factors, or 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -13,8 +14,9 @@ import typer
 from torch import Tensor
 
 from .._checkpoint import adapter_tensors, load_adapter
+from .._files import is_finite
 from .._lowrank import Spectrum
-from .._manifest import fingerprint
+from .._manifest import digest, fingerprint
 from .._peft_format import factor_shapes
 from .._plan import LayerPlan, Plan
 from .._state import the_adapter, the_injection
@@ -68,7 +70,7 @@ def _through_model(name: str, building: Building, *sources: str) -> tuple[Side, 
     model, sides = build(name, building).model, []
     for source, adapter_name in zip(sources, ("first", "second"), strict=True):
         path = located(source)
-        load_adapter(model, path, adapter_name, check_base=False)
+        load_adapter(model, path, adapter_name, check_base=False, check_finite=False)
         root, injection = the_injection(model)
         adapter = the_adapter(injection, adapter_name)
         base = None if is_foreign(path) else fingerprint(read_saved(path).manifest.base)
@@ -91,7 +93,7 @@ def _compared(first: Side, second: Side, exit_code: bool) -> Answer:
     names = [[*ours, *rest[0]], [*theirs, *rest[1]]]
     only = [[name for name in names[0] if name not in names[1]], [name for name in names[1] if name not in names[0]]]
     same_base = None if None in (first.base, second.base) else first.base == second.base
-    moved = [each for each in (*layers, *tensors) if each["difference"]]
+    moved = [each for each in (*layers, *tensors) if each["difference"] != 0]
     same = not (moved or settings or only[0] or only[1] or same_base is False)
     data = {
         "same": same,
@@ -106,7 +108,10 @@ def _compared(first: Side, second: Side, exit_code: bool) -> Answer:
 
 
 def _layer(first: Side, second: Side, ours: LayerPlan, theirs: LayerPlan) -> dict[str, Any]:
-    """One layer's ranks, and ‖ΔW₁ − ΔW₂‖ over the larger of ‖ΔW₁‖ and ‖ΔW₂‖: 0 the same, 1 unlike, 2 opposite."""
+    """One layer's ranks, and ‖ΔW₁ − ΔW₂‖ over the larger of ‖ΔW₁‖ and ‖ΔW₂‖: 0 the same, 1 unlike, 2 opposite.
+
+    None where numbers are not finite, and the factors are not the same bytes.
+    """
     if ours.weight_shape != theirs.weight_shape:
         raise CommandError(
             f"{ours.name}: {ours.weight_shape} in the first, {theirs.weight_shape} in the second: they are of "
@@ -115,11 +120,13 @@ def _layer(first: Side, second: Side, ours: LayerPlan, theirs: LayerPlan) -> dic
     changes = [_change(first, ours), _change(second, theirs)]
     (A, B, scaling), (A2, B2, scaling2) = changes
     found = {"name": ours.name, "rank": [ours.rank, theirs.rank], "difference": 0.0}
-    if A.shape == A2.shape and torch.equal(A, A2) and torch.equal(B, B2) and scaling == scaling2:
+    if _same(A, A2) and _same(B, B2) and scaling == scaling2:
         return found
+    if not all(is_finite(factor) for factor in (A, B, A2, B2)):
+        return found | {"difference": None}
     size = max(Spectrum.of_sum([change]).size for change in changes)
     apart = Spectrum.of_sum([changes[0], (A2, B2, -scaling2)]).size
-    return found | {"difference": apart / size if size else 0.0}
+    return found | {"difference": _ratio(apart, size)}
 
 
 def _change(side: Side, layer: LayerPlan) -> tuple[Tensor, Tensor, float]:
@@ -128,13 +135,26 @@ def _change(side: Side, layer: LayerPlan) -> tuple[Tensor, Tensor, float]:
     return A, B.flatten(1), side.plan.scaling(layer)
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
-    """‖a − b‖ over the larger of the two; 1 where the shapes differ."""
+def _apart(one: Tensor, other: Tensor) -> float | None:
+    """‖a − b‖ over the larger of the two; 1 where the shapes differ, None where it is not finite."""
     if one.shape != other.shape:
         return 1.0
+    if _same(one, other):
+        return 0.0
     a, b = one.double(), other.double()
     size = max(float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)))
-    return float(torch.linalg.vector_norm(a - b)) / size if size else 0.0
+    return _ratio(float(torch.linalg.vector_norm(a - b)), size)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether the numbers are the same, NaN too where it is the same bytes."""
+    return one.shape == other.shape and (torch.equal(one, other) or digest(one) == digest(other))
+
+
+def _ratio(apart: float, size: float) -> float | None:
+    if not (math.isfinite(apart) and math.isfinite(size)):  # JSON has no NaN
+        return None
+    return apart / size if size else 0.0
 
 
 def _shown(data: dict[str, Any]) -> list[Any]:
@@ -152,4 +172,6 @@ def _shown(data: dict[str, Any]) -> list[Any]:
 
 
 def _share(each: dict[str, Any]) -> str:
+    if each["difference"] is None:
+        return "not finite"
     return f"{each['difference']:.3%}" if each["difference"] else "same"

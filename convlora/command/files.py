@@ -60,7 +60,7 @@ def read_saved(path: Path) -> Saved:
     damaged = [key for key, tensor in tensors.items() if digest(tensor) != manifest.adapter.get(key)]
     if damaged:
         raise CheckpointError(f"{manifest.file} is damaged: {damaged[0]} is not what was saved; get the file again.")
-    return Saved(manifest, tensors, read_fields(path / CONFIG))
+    return Saved(manifest, tensors, read_fields(manifest.file.parent / CONFIG))
 
 
 def read_fields(file: Path) -> dict[str, Any]:

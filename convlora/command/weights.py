@@ -22,6 +22,8 @@ INSIDE = ("state_dict", "model_state_dict", "model")
 """Where training scripts keep the state dict in what they save."""
 PREFIXES = ("module.", "_orig_mod.")
 """What DDP and torch.compile put before every key."""
+PICKLED = (b"PK", b"\x80")
+"""How what torch.save writes begins, a ZIP file or else a pickle."""
 SHOWN = 8
 
 
@@ -30,7 +32,8 @@ def load_weights(
 ) -> None:
     """Load a file or a state dict; every key must be there, in its shape.
 
-    Where ``head`` is true, a head of another number of classes is left as it was built, with a line on stderr.
+    Where ``head`` is true, a head of another number of classes is left as it was built, with a line on stderr. One that
+    the file lacks is an error like any other missing key.
 
     Raises:
         CommandError: the file cannot be read, or does not fit; what differs is named.
@@ -38,8 +41,9 @@ def load_weights(
     name = name or str(source)
     state = read_weights(source) if isinstance(source, Path) else dict(source)
     here = model.state_dict()
+    others: tuple[str, ...] = ()
     if head:
-        state = _without_other_heads(model, state, here, name)
+        state, others = _without_other_heads(model, state, here, name)
     faults = [
         f"  {key}: {tuple(state[key].shape)} in the file, {tuple(here[key].shape)} in the model"
         for key in here
@@ -47,8 +51,7 @@ def load_weights(
     ]
     if not faults:
         answer = model.load_state_dict(state, strict=False)
-        left = {key for key in answer.missing_keys if not (head and _inside(key, _heads(model)))}
-        faults = [f"  {key}: not in the file" for key in answer.missing_keys if key in left]
+        faults = [f"  {key}: not in the file" for key in answer.missing_keys if not _inside(key, others)]
         faults += [f"  {key}: not in the model" for key in answer.unexpected_keys]
     if faults:
         more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
@@ -64,7 +67,9 @@ def read_weights(file: Path) -> State:
     """
     try:
         found: Any = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as cause:
+    except CommandError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, ValueError) as cause:
         raise CommandError(f"{file} cannot be read ({str(cause).splitlines()[0]}). Nothing was changed.") from cause
     found = next((found[key] for key in INSIDE if isinstance(found, dict) and isinstance(found.get(key), dict)), found)
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
@@ -78,7 +83,15 @@ def read_weights(file: Path) -> State:
 def _unpickled(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as cause:
+    except (OSError, RuntimeError):
+        raise
+    except Exception as cause:  # what is no pickle is read as one until anything goes wrong
+        with file.open("rb") as stream:
+            is_pickle = stream.read(4).startswith(PICKLED)
+        if not (is_pickle and isinstance(cause, pickle.UnpicklingError)):
+            raise CommandError(
+                f"{file} is damaged, or not what torch.save wrote ({type(cause).__name__}). Nothing was changed."
+            ) from cause
         raise CommandError(
             f"{file} holds more than tensors, and reading it could run any code; torch.load(…, weights_only=True) "
             "refuses it. Where you trust it, write its state dict anew with safetensors.torch.save_file. "
@@ -86,15 +99,18 @@ def _unpickled(file: Path) -> Any:
         ) from cause
 
 
-def _without_other_heads(model: nn.Module, state: State, here: Mapping[str, Any], name: str) -> State:
+def _without_other_heads(
+    model: nn.Module, state: State, here: Mapping[str, Any], name: str
+) -> tuple[State, tuple[str, ...]]:
+    """The state without the heads that are of another shape, and the names of those."""
     other = [key for key in state if key in here and state[key].shape != here[key].shape]
-    heads = _heads(model) if other else ()
+    heads = tuple(head for head in _heads(model) if any(_inside(key, (head,)) for key in other)) if other else ()
     if not other or not all(_inside(key, heads) for key in other):
-        return state
-    typer.echo(
-        f"{name}: {other[0]} is of another head, {tuple(state[other[0]].shape)}; the model's is as built.", err=True
-    )
-    return {key: tensor for key, tensor in state.items() if not _inside(key, heads)}
+        return state, ()
+    for head in heads:
+        key = next(key for key in other if _inside(key, (head,)))
+        typer.echo(f"{name}: {key} is of another head, {tuple(state[key].shape)}; the model's is as built.", err=True)
+    return {key: tensor for key, tensor in state.items() if not _inside(key, heads)}, heads
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
