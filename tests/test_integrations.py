@@ -127,6 +127,16 @@ def test_a_lightning_checkpoint_of_another_adapter_is_refused_by_name(lightning,
         fit(lightning, a_module(lightning, net), 2, tmp_path, tmp_path / "last.ckpt")
 
 
+def test_a_lightning_checkpoint_of_full_fine_tuning_is_refused(lightning, net, tmp_path):
+    fit(lightning, a_module(lightning, net), 1, tmp_path)
+    whole = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    del whole["convlora_base"]
+    whole["state_dict"] = {f"model.{key}": tensor for key, tensor in net.state_dict().items()}
+    torch.save(whole, tmp_path / "full.ckpt")
+    with pytest.raises(CheckpointError, match=r"model\.stem\.convlora\.default\.lora_A: not in the checkpoint"):
+        fit(lightning, a_module(lightning, net), 2, tmp_path, tmp_path / "full.ckpt")
+
+
 def test_lightning_callback_leaves_a_part_alone_that_is_injected_already(lightning, net, tmp_path):
     module = a_module(lightning, net)
     convlora.inject(module.model, 1, target_modules="stem")
