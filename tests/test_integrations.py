@@ -203,6 +203,20 @@ def test_trainer_writes_the_adapter_beside_each_checkpoint(tmp_path):
     assert same(state_of(convlora.remove(model)), state_of(WithLoss()))
 
 
+@pytest.mark.filterwarnings("ignore:every lora_B is zero")
+def test_the_card_gets_the_finite_numbers_of_the_last_evaluation_of_any_set(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from convlora.transformers import AdapterCallback
+
+    model = convlora.inject(WithLoss(), 2)
+    last = {"eval_test_loss": float("nan"), "eval_test_accuracy": 0.5, "eval_test_best": True, "eval_test_runtime": 1.0}
+    state = transformers.TrainerState(log_history=[{"eval_loss": 2.0}, last, {"loss": 0.1}], global_step=3)
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    AdapterCallback().on_save(arguments, state, transformers.TrainerControl(), model=model)
+    card = (tmp_path / "checkpoint-3" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "eval_test_accuracy" in card and not any(name in card for name in ("_loss", "_best", "runtime"))
+
+
 def test_trainer_resumes_an_injected_model_bit_for_bit(tmp_path):
     whole = convlora.inject(WithLoss(), 2)
     trainer_for(whole, tmp_path / "whole", 3).train()
