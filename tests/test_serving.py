@@ -1,6 +1,7 @@
 """The serving example: a batch of mixed adapters answers each request as if it came alone."""
 
 import asyncio
+import threading
 
 import httpx
 import pytest
@@ -98,6 +99,45 @@ def test_an_error_in_a_forward_reaches_its_requests_and_the_next_ones_are_answer
 
     first, second = asyncio.run(run())
     assert [str(each) for each in first] == ["broken", "broken"] and all(float(each) == 1 for each in second)
+
+
+@pytest.mark.parametrize(
+    ("forward", "sizes", "says"),
+    [
+        (lambda names, images: images, (1, 2), "equal size"),
+        (lambda names, images: images[1:] if len(images) > 1 else images, (1, 1), "shorter"),
+    ],
+)
+def test_a_batch_that_fails_before_or_behind_its_forward_is_no_end_of_the_others(forward, sizes, says):
+    async def run():
+        async with Batcher(forward, largest=2, wait=0.1) as batcher:
+            bad = [batcher.predict(None, torch.ones(size)) for size in sizes]
+            failed = await asyncio.gather(*bad, return_exceptions=True)
+            return failed, await asyncio.wait_for(batcher.predict(None, torch.ones(1)), 10)
+
+    failed, answer = asyncio.run(run())
+    assert all(says in str(each) for each in failed) and float(answer) == 1
+
+
+@pytest.mark.parametrize("largest", [1, 2])  # in its forward; waiting for another
+def test_a_batch_that_is_not_done_when_the_batcher_closes_is_cancelled(largest):
+    started, go_on = threading.Event(), threading.Event()
+
+    def forward(names, images):
+        started.set()
+        go_on.wait(10)
+        return images
+
+    async def run():
+        async with Batcher(forward, largest=largest, wait=60.0) as batcher:
+            waiting = asyncio.create_task(batcher.predict(None, torch.ones(1)))
+            await asyncio.sleep(0)
+            await (asyncio.to_thread(started.wait, 10) if largest == 1 else asyncio.sleep(0.1))
+            asyncio.get_running_loop().call_soon(go_on.set)
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(waiting, 10)
+
+    asyncio.run(run())
 
 
 def test_the_load_test_runs_on_loopback_and_prints_what_it_says(capsys):
