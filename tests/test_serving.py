@@ -1,7 +1,9 @@
 """The serving example: a batch of mixed adapters answers each request as if it came alone."""
 
 import asyncio
+import struct
 import threading
+import zlib
 
 import httpx
 import pytest
@@ -81,6 +83,18 @@ def test_bad_requests_are_told_apart_and_disturb_no_batch(model):
     )
     assert unknown.status_code == 404 and "a0, a1, a2" in unknown.json()["detail"]
     assert no_image.status_code == 422 and good.status_code == 200
+
+
+def test_broken_image_files_are_no_images(model):
+    start, rest = picture(0)[:33], picture(0)[33:]  # to the end of the header
+    short = start[:8] + chunk(b"IHDR", b"1234") + rest
+    nameless = start + chunk(b"IDAT", rest[8:28]) + chunk(b"\xff\xff\xff\xff", b"")
+    answers = asked(Batcher(routed(model), wait=0.001), [({}, body) for body in (short, nameless, picture(0)[:-40])])
+    assert [answer.status_code for answer in answers] == [422, 422, 422]
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def test_an_error_in_a_forward_reaches_its_requests_and_the_next_ones_are_answered():
