@@ -83,9 +83,8 @@ class AdapterCallback(Callback):  # type: ignore[misc]
         checkpoint["state_dict"] = {key: tensor for key, tensor in state.items() if key not in base}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Check that what was left out of the checkpoint is what the model has."""
-        if KEY in checkpoint:
-            _check(pl_module.state_dict(), checkpoint["state_dict"].keys(), checkpoint[KEY])
+        """Check that the checkpoint has all of the model's tensors, and that the base left out is the model's own."""
+        _check(pl_module.state_dict(), checkpoint["state_dict"].keys(), checkpoint.get(KEY, {}))
 
 
 def _base_keys(pl_module: nn.Module) -> Iterator[str]:

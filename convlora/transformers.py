@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +55,15 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _evaluated(state: TrainerState) -> dict[str, float]:
-    """What the last evaluation gave, without its running times."""
-    last: dict[str, float] = next((log for log in reversed(state.log_history) if "eval_loss" in log), {})
-    return {name: value for name, value in last.items() if name.startswith("eval_") and not _is_time(name)}
+    """The finite numbers that the last evaluation gave, without its running times."""
+    logs = ({name: value for name, value in log.items() if name.startswith("eval_")} for log in state.log_history[::-1])
+    last = next(filter(None, logs), {})
+    return {name: value for name, value in last.items() if not _is_time(name) and _is_finite(value)}
 
 
 def _is_time(name: str) -> bool:
     return name.endswith(("_runtime", "_per_second", "_time"))
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -127,6 +127,16 @@ def test_a_lightning_checkpoint_of_another_adapter_is_refused_by_name(lightning,
         fit(lightning, a_module(lightning, net), 2, tmp_path, tmp_path / "last.ckpt")
 
 
+def test_a_lightning_checkpoint_of_full_fine_tuning_is_refused(lightning, net, tmp_path):
+    fit(lightning, a_module(lightning, net), 1, tmp_path)
+    whole = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    del whole["convlora_base"]
+    whole["state_dict"] = {f"model.{key}": tensor for key, tensor in net.state_dict().items()}
+    torch.save(whole, tmp_path / "full.ckpt")
+    with pytest.raises(CheckpointError, match=r"model\.stem\.convlora\.default\.lora_A: not in the checkpoint"):
+        fit(lightning, a_module(lightning, net), 2, tmp_path, tmp_path / "full.ckpt")
+
+
 def test_lightning_callback_leaves_a_part_alone_that_is_injected_already(lightning, net, tmp_path):
     module = a_module(lightning, net)
     convlora.inject(module.model, 1, target_modules="stem")
@@ -191,6 +201,20 @@ def test_trainer_writes_the_adapter_beside_each_checkpoint(tmp_path):
     card = (last / "README.md").read_text(encoding="utf-8")
     assert "eval_loss" in card and "runtime" not in card
     assert same(state_of(convlora.remove(model)), state_of(WithLoss()))
+
+
+@pytest.mark.filterwarnings("ignore:every lora_B is zero")
+def test_the_card_gets_the_finite_numbers_of_the_last_evaluation_of_any_set(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from convlora.transformers import AdapterCallback
+
+    model = convlora.inject(WithLoss(), 2)
+    last = {"eval_test_loss": float("nan"), "eval_test_accuracy": 0.5, "eval_test_best": True, "eval_test_runtime": 1.0}
+    state = transformers.TrainerState(log_history=[{"eval_loss": 2.0}, last, {"loss": 0.1}], global_step=3)
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    AdapterCallback().on_save(arguments, state, transformers.TrainerControl(), model=model)
+    card = (tmp_path / "checkpoint-3" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "eval_test_accuracy" in card and not any(name in card for name in ("_loss", "_best", "runtime"))
 
 
 def test_trainer_resumes_an_injected_model_bit_for_bit(tmp_path):

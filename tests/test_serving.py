@@ -1,6 +1,9 @@
 """The serving example: a batch of mixed adapters answers each request as if it came alone."""
 
 import asyncio
+import struct
+import threading
+import zlib
 
 import httpx
 import pytest
@@ -82,6 +85,18 @@ def test_bad_requests_are_told_apart_and_disturb_no_batch(model):
     assert no_image.status_code == 422 and good.status_code == 200
 
 
+def test_broken_image_files_are_no_images(model):
+    start, rest = picture(0)[:33], picture(0)[33:]  # to the end of the header
+    short = start[:8] + chunk(b"IHDR", b"1234") + rest
+    nameless = start + chunk(b"IDAT", rest[8:28]) + chunk(b"\xff\xff\xff\xff", b"")
+    answers = asked(Batcher(routed(model), wait=0.001), [({}, body) for body in (short, nameless, picture(0)[:-40])])
+    assert [answer.status_code for answer in answers] == [422, 422, 422]
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def test_an_error_in_a_forward_reaches_its_requests_and_the_next_ones_are_answered():
     calls = []
 
@@ -98,6 +113,45 @@ def test_an_error_in_a_forward_reaches_its_requests_and_the_next_ones_are_answer
 
     first, second = asyncio.run(run())
     assert [str(each) for each in first] == ["broken", "broken"] and all(float(each) == 1 for each in second)
+
+
+@pytest.mark.parametrize(
+    ("forward", "sizes", "says"),
+    [
+        (lambda names, images: images, (1, 2), "equal size"),
+        (lambda names, images: images[1:] if len(images) > 1 else images, (1, 1), "shorter"),
+    ],
+)
+def test_a_batch_that_fails_before_or_behind_its_forward_is_no_end_of_the_others(forward, sizes, says):
+    async def run():
+        async with Batcher(forward, largest=2, wait=0.1) as batcher:
+            bad = [batcher.predict(None, torch.ones(size)) for size in sizes]
+            failed = await asyncio.gather(*bad, return_exceptions=True)
+            return failed, await asyncio.wait_for(batcher.predict(None, torch.ones(1)), 10)
+
+    failed, answer = asyncio.run(run())
+    assert all(says in str(each) for each in failed) and float(answer) == 1
+
+
+@pytest.mark.parametrize("largest", [1, 2])  # in its forward; waiting for another
+def test_a_batch_that_is_not_done_when_the_batcher_closes_is_cancelled(largest):
+    started, go_on = threading.Event(), threading.Event()
+
+    def forward(names, images):
+        started.set()
+        go_on.wait(10)
+        return images
+
+    async def run():
+        async with Batcher(forward, largest=largest, wait=60.0) as batcher:
+            waiting = asyncio.create_task(batcher.predict(None, torch.ones(1)))
+            await asyncio.sleep(0)
+            await (asyncio.to_thread(started.wait, 10) if largest == 1 else asyncio.sleep(0.1))
+            asyncio.get_running_loop().call_soon(go_on.set)
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(waiting, 10)
+
+    asyncio.run(run())
 
 
 def test_the_load_test_runs_on_loopback_and_prints_what_it_says(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from .batching import Batcher
@@ -47,7 +48,8 @@ def make_app(batcher: Batcher, adapters: Iterable[str], size: int) -> FastAPI:
             body += chunk
             if len(body) > LARGEST:
                 raise HTTPException(413, f"an image of more than {LARGEST:,} bytes")
-        logits = await batcher.predict(adapter, pixels(bytes(body), size))
+        image = await asyncio.to_thread(pixels, bytes(body), size)  # other requests come in meanwhile
+        logits = await batcher.predict(adapter, image)
         return {"adapter": adapter, "label": int(logits.argmax()), "logits": logits.tolist()}
 
     app.get("/adapters")(known)
@@ -64,7 +66,7 @@ def pixels(data: bytes, size: int) -> Tensor:
     try:
         with Image.open(io.BytesIO(data)) as image:
             small = image.convert("RGB").resize((size, size))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as cause:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as cause:  # Pillow's, of broken files
         raise HTTPException(422, "the body must be an image file: PNG, JPEG, …") from cause
     values = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).float()
     return values.view(size, size, 3).permute(2, 0, 1) / 127.5 - 1

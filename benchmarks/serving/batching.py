@@ -79,24 +79,30 @@ class Batcher:
 
     async def _run(self) -> None:
         while True:
-            batch = await self._gathered()
-            self.batches.append(len(batch))
-            names, images = [each.name for each in batch], torch.stack([each.image for each in batch])
+            batch: list[Request] = []
             try:
+                await self._gather(batch)
+                self.batches.append(len(batch))
+                names, images = [each.name for each in batch], torch.stack([each.image for each in batch])
                 loop = asyncio.get_running_loop()
                 outputs = await loop.run_in_executor(self._thread, self.forward, names, images)
+                pairs = list(zip(batch, outputs, strict=True))
+            except asyncio.CancelledError:
+                for each in batch:
+                    each.answer.cancel()
+                raise
             except Exception as error:
                 for each in batch:
                     if not each.answer.done():
                         each.answer.set_exception(error)
                 continue
-            for each, output in zip(batch, outputs, strict=True):
+            for each, output in pairs:
                 if not each.answer.done():  # its client has gone
                     each.answer.set_result(output)
 
-    async def _gathered(self) -> list[Request]:
-        """The first request, and those that come until the wait is over or the batch is full; of one shape."""
-        batch = [await self._queue.get()]
+    async def _gather(self, batch: list[Request]) -> None:
+        """Put in the first request, and those that come until the wait is over or the batch is full."""
+        batch.append(await self._queue.get())
         until = asyncio.get_running_loop().time() + self.wait
         while len(batch) < self.largest:
             left = until - asyncio.get_running_loop().time()
@@ -107,4 +113,3 @@ class Batcher:
                     batch.append(self._queue.get_nowait())
             except (asyncio.TimeoutError, asyncio.QueueEmpty):
                 break
-        return batch

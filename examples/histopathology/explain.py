@@ -94,7 +94,7 @@ def occlusion(model: nn.Module, images: Tensor, side: int, stride: int, towards:
         model: gives logits ``(B, 1)``.
         images: ``(B, 3, H, W)``, normalised, so that 0 is the mean colour; on the model's device.
         side: of the square, in pixels.
-        stride: between squares; each pixel gets the mean over the squares that cover it.
+        stride: between squares; each pixel gets the mean over the squares that cover it, and 0 where none does.
         towards: as in `grad_cam`.
     """
     height, width = images.shape[2:]
@@ -108,7 +108,7 @@ def occlusion(model: nn.Module, images: Tensor, side: int, stride: int, towards:
             less = sign * (whole - model(hidden).flatten().float().cpu())
             fall[:, top : top + side, left : left + side] += less[:, None, None]
             cover[top : top + side, left : left + side] += 1
-    return (fall / cover).relu()
+    return (fall / cover.clamp(min=1)).relu()
 
 
 def _corners(height: int, width: int, side: int, stride: int) -> Iterator[tuple[int, int]]:

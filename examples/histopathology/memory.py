@@ -31,6 +31,7 @@ from .errors import ExampleError
 # Of what is free: the rest is for what operations allocate inside themselves, for the loader and for fragments.
 SHARE = 0.6
 _PROBES = (2, 4)
+_CACHE = "inactive_file "
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -127,10 +128,13 @@ def largest_batch(
 
 
 def free_bytes() -> int:
-    """What the system can still give, and no more than the container's limit leaves."""
+    """What the system can still give, and no more than the container's limit leaves beside what it must keep."""
     free = int(psutil.virtual_memory().available)
-    limit, used = (_read_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    return free if limit is None or used is None else max(0, min(free, limit - used))
+    group = Path("/sys/fs/cgroup")
+    limit, used = (_read_number(group / name) for name in ("memory.max", "memory.current"))
+    if limit is None or used is None:
+        return free
+    return max(0, min(free, limit - used + _file_cache(group / "memory.stat")))
 
 
 def _largest_tried(model: nn.Module, most: int, image_size: int, to_train_mode: Callable[[nn.Module], Any]) -> int:
@@ -168,6 +172,14 @@ def _step(model: nn.Module, batch_size: int, image_size: int, to_train_mode: Cal
         logits = model(images).squeeze(1)
         binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
+
+
+def _file_cache(path: Path) -> int:
+    """Bytes of files read long ago, which count as used and are let go where memory is wanted."""
+    try:
+        return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(_CACHE)), 0)
+    except (OSError, ValueError):
+        return 0
 
 
 def _read_number(path: Path) -> int | None:

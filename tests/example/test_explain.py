@@ -112,3 +112,8 @@ def test_occlusion_finds_what_the_network_looks_at():
 @pytest.mark.parametrize(("side", "stride"), [(5, 3), (32, 1), (7, 7)])
 def test_occlusion_covers_every_pixel(side, stride):
     assert occlusion(Corner(), torch.ones(1, 3, 32, 32), side, stride).isfinite().all()
+
+
+def test_occlusion_is_0_between_squares_that_leave_gaps():
+    fall = occlusion(Corner(), torch.ones(1, 3, 32, 32), 4, 8)[0]
+    assert fall[:4, :4].min() > 0 and fall[4:8].max() == fall[:, 4:8].max() == 0

@@ -106,5 +106,7 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     real = memory.Path
     monkeypatch.setattr(memory, "Path", lambda name: tmp_path if name == "/sys/fs/cgroup" else real(name))
     assert free_bytes() == 3000
+    (tmp_path / "memory.stat").write_text("active_file 900\ninactive_file 700\n")  # files' cache is let go when wanted
+    assert free_bytes() == 3700
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes() > 3000
