@@ -125,7 +125,7 @@ def test_every_option_of_plan_reaches_the_library():
     assert {key: found[key] for key in expected.to_json()} == json.loads(json.dumps(expected.to_json()))
 
 
-@pytest.mark.parametrize(("given", "meant"), [("2%", "2%"), ("0.02", 0.02), ("20000", 20000)])
+@pytest.mark.parametrize(("given", "meant"), [("2%", "2%"), ("0.02", 0.02), ("20000", 20000), ("2e4", 20000)])
 def test_a_budget_is_a_share_or_a_number(given, meant):
     found = as_json("plan", NETWORK, "--budget", given)
     expected = convlora.plan(timm.create_model(NETWORK), budget=meant)

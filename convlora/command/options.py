@@ -149,10 +149,11 @@ def _number(pattern: str, text: str, kind: type[int] | type[float], option: str)
 
 
 def _budget(text: str | None) -> Any:
-    """A share such as ``1%`` as it is; else a number, if it is one."""
+    """A share such as ``1%`` as it is; else a number, if it is one. ``1e6`` is whole, ``1.0`` a share."""
     if text is None or not re.fullmatch(r"[0-9.eE+-]+", text):
         return text
-    return _value(text)
+    value = _value(text)
+    return int(value) if isinstance(value, float) and value > 1 and value.is_integer() else value
 
 
 def _pattern(text: str) -> str | re.Pattern[str]:
