@@ -173,6 +173,8 @@ def _is_quick(pattern: str) -> bool:
     choices = [run.count("|") + 1 for run in re.split(r"[()]", bare) if "|" in run]
     if stars >= len(_MOST_WAYS) or len(choices) + options > 4 or re.search(r"\)[*+{]", bare):
         return False
+    if re.search(r"\(\?[a-zA-Z-]*x", pattern):  # blanks and comments may stand between a bracket and its star
+        return False
     return (math.prod(choices) << options) <= _MOST_WAYS[stars]
 
 

@@ -337,6 +337,7 @@ def peft_like(saved):
     "change, message",
     [
         ({"alpha_pattern": {"([a-z0-9.]+)+!": 1}}, r"could search too long; name the layers"),
+        ({"alpha_pattern": {"(?x:([a-z0-9.]+) +)!": 1}}, r"could search too long; name the layers"),
         ({"alpha_pattern": {"(.|.)(.|.)(.|.)(.|.)(.|.)(.|.)!": 1}}, r"could search too long; name the layers"),
         ({"alpha_pattern": {"a?a?a?a?a?a?a?a?!": 1}}, r"could search too long; name the layers"),
         ({"alpha_pattern": {".*.*.*(.|.|.|.|.)!": 1}}, r"could search too long; name the layers"),
