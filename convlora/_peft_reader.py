@@ -6,6 +6,7 @@ in peft is read; the rest is refused with its reason. peft itself is not importe
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 import warnings
@@ -45,6 +46,9 @@ INITIALISED = (True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base's weight as it is; the others (PiSSA, OLoRA, LoftQ, ...) write to it."""
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|magnitude_vector)")
 _MOST_SEARCHING = 100
+_OF_THREE_STARS = 10
+_MOST_WAYS = (256, 256, 16, 4)
+"""In which a pattern may go on from a place, by its stars: of 0, 1, 2 and 3."""
 _WRAPPERS = ("original_module", "modules_to_save")
 
 
@@ -138,12 +142,17 @@ def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
     if not _is_number(config.get("lora_alpha", 8)):
         yield f"lora_alpha={config['lora_alpha']!r}: it must be a finite number above 0"
     patterns = config.get("alpha_pattern") or {}  # rank_pattern says nothing that the tensors do not
-    if not isinstance(patterns, dict) or not all(map(_compiles, patterns)):
+    if isinstance(patterns, dict) and (slow := [pattern for pattern in patterns if not _is_quick(pattern)]):
+        yield f"alpha_pattern: {reprlib.repr(slow[0])} could search too long; name the layers"
+    elif not isinstance(patterns, dict) or not all(map(_compiles, patterns)):
         yield f"alpha_pattern={reprlib.repr(patterns)}: no table of regular expressions"
     elif not all(map(_is_number, patterns.values())):
         yield f"alpha_pattern={reprlib.repr(patterns)}: an alpha must be a finite number above 0"
-    elif len(patterns) > _MOST_SEARCHING and sum(map(_searches, patterns)) > _MOST_SEARCHING:
-        yield f"alpha_pattern has more than {_MOST_SEARCHING} patterns that are no plain names; name the layers"
+    elif sum(map(_searches, patterns)) > _MOST_SEARCHING:
+        yield (
+            f"alpha_pattern has more than {_MOST_SEARCHING} patterns that are no plain names (of three stars: "
+            f"{_MOST_SEARCHING // _OF_THREE_STARS}); name the layers"
+        )
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, (list, tuple, set)) or not all(isinstance(name, str) for name in saved):
         yield f"modules_to_save={saved!r}: no list of names"
@@ -153,14 +162,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST_ALPHA
 
 
-def _compiles(pattern: str) -> bool:
-    """Whether it is a regular expression, and none that could search for hours.
+def _is_quick(pattern: str) -> bool:
+    """Whether it is none that could search for hours.
 
-    A stranger's may: ``([a-z0-9.]+)+!`` takes twice as long for each letter of a layer's name.
+    A stranger's may: ``([a-z0-9.]+)+!`` takes twice as long for each letter of a layer's name. Nothing in brackets may
+    be repeated; what is between two brackets is one choice, of as many ways as it has alternatives.
     """
     bare = _bare(pattern)
-    if len(re.findall(r"[*+{]", bare)) > 2 or len(re.findall(r"[?|]", bare)) > 4 or re.search(r"\)[*+{]", bare):
+    stars, options = len(re.findall(r"[*+{]", bare)), bare.count("?")
+    choices = [run.count("|") + 1 for run in re.split(r"[()]", bare) if "|" in run]
+    if stars >= len(_MOST_WAYS) or len(choices) + options > 4 or re.search(r"\)[*+{]", bare):
         return False
+    if re.search(r"\(\?[a-zA-Z-]*x", pattern):  # blanks and comments may stand between a bracket and its star
+        return False
+    return (math.prod(choices) << options) <= _MOST_WAYS[stars]
+
+
+def _compiles(pattern: str) -> bool:
     try:
         _ending(pattern)
     except (re.error, OverflowError, RecursionError):
@@ -168,8 +186,12 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def _searches(pattern: str) -> bool:
-    return re.search(r"[*+{?|]", _bare(pattern)) is not None
+def _searches(pattern: str) -> int:
+    """How many patterns it counts for: none for a plain name, more where three stars search."""
+    bare = _bare(pattern)
+    if len(re.findall(r"[*+{]", bare)) > 2:
+        return _OF_THREE_STARS
+    return int(re.search(r"[*+{?|]", bare) is not None)
 
 
 def _bare(pattern: str) -> str:

@@ -336,10 +336,14 @@ def peft_like(saved):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"alpha_pattern": {"([a-z0-9.]+)+!": 1}}, r"no table of regular expressions"),
-        ({"alpha_pattern": {"(.|.)(.|.)(.|.)(.|.)(.|.)(.|.)!": 1}}, r"no table of regular expressions"),
-        ({"alpha_pattern": {"a?a?a?a?a?a?a?a?!": 1}}, r"no table of regular expressions"),
-        ({"alpha_pattern": {".*.*.*.*!": 1}}, r"no table of regular expressions"),
+        ({"alpha_pattern": {"([a-z0-9.]+)+!": 1}}, r"could search too long; name the layers"),
+        ({"alpha_pattern": {"(?x:([a-z0-9.]+) +)!": 1}}, r"could search too long; name the layers"),
+        ({"alpha_pattern": {"(.|.)(.|.)(.|.)(.|.)(.|.)(.|.)!": 1}}, r"could search too long; name the layers"),
+        ({"alpha_pattern": {"a?a?a?a?a?a?a?a?!": 1}}, r"could search too long; name the layers"),
+        ({"alpha_pattern": {".*.*.*(.|.|.|.|.)!": 1}}, r"could search too long; name the layers"),
+        ({"alpha_pattern": {"([^)]|.)" * 5: 1}}, r"could search too long; name the layers"),
+        ({"alpha_pattern": {f"{n}.*.*.*": 1 for n in range(11)}}, r"more than 100 patterns"),
+        ({"alpha_pattern": {".*.*.*.*!": 1}}, r"could search too long; name the layers"),
         ({"alpha_pattern": {"a{99999999999999999999}": 1}}, r"no table of regular expressions"),
         ({"alpha_pattern": {"(" * 5000: 1}}, r"no table of regular expressions"),
         ({"alpha_pattern": {"(?i)stem": 1}}, r"no table of regular expressions"),
@@ -359,7 +363,8 @@ def test_a_configuration_that_would_hang_or_crash(peft_like, change, message):
 
 
 def test_patterns_that_people_write_are_read(peft_like):
-    base, directory = peft_like(alpha_pattern={r"^block\.[03]$": 3, "stem": 7})
+    stages = "(stage0|stage1|stage2|stage3|stage4|stage5)"
+    base, directory = peft_like(alpha_pattern={stages: 2, ".*stage.*[13].*": 2, r"^block\.[03]$": 3, "stem": 7})
     convlora.load_adapter(base, directory)
     alphas = {layer.name: layer.alpha for layer in convlora.summary(base).layers}
     assert alphas["stem"] == 7 and {alphas[name] for name in alphas if name.startswith("block")} == {3}
