@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import convlora
+from convlora._places import SWAPPING
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side, and those that tests start, take a core each
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,6 +31,17 @@ def _modes_are_left_as_they_were() -> Iterator[None]:
     """A test that leaves gradients off would change what the next ones test."""
     yield
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.fixture(autouse=True)
+def _no_lock_stays_held() -> Iterator[None]:
+    """An interrupt that a test raises on the line that leaves a ``with`` comes before Python releases the lock.
+
+    So it would with any lock; another test's threads would then wait for it for ever.
+    """
+    yield
+    while cast(Any, SWAPPING)._is_owned():
+        SWAPPING.release()
 
 
 @dataclass(frozen=True)
