@@ -152,7 +152,7 @@ def commands() -> list[tuple[str, str]]:
     return [(name, part.strip()) for name, line in lines for part in line.split("&&")]
 
 
-TOOLS = {"accelerate", "hf", "mkdocs", "mypy", "ruff", *PROJECT.get("scripts", {})}
+TOOLS = {"accelerate", "curl", "hf", "mkdocs", "mypy", "ruff", *PROJECT.get("scripts", {})}
 
 
 @pytest.mark.parametrize(("name", "command"), commands())
@@ -163,6 +163,9 @@ def test_shell_commands_exist(name: str, command: str):
         words[0] = "python"
     if words[0] != "python":
         assert words[0] in TOOLS
+        return
+    if words[1].endswith(".py"):
+        assert (ROOT / words[1]).is_file()
         return
     assert words[1] == "-m"
     assert importlib.util.find_spec(words[2]), words[2]
