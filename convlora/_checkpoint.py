@@ -137,13 +137,13 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[
     _tidy(path)
     with ExitStack() as files:
         files.enter_context(_put_back([path / name for name in texts]))
-        first = files.enter_context(_replacing(path / TENSORS))
+        first = files.enter_context(replacing(path / TENSORS))
         # Not save_file, which makes a temporary file of its own, under a name that nobody could clear away later.
         data = ordered(save({PREFIX + key: tensor for key, tensor in tensors.items()}, metadata=header))
         with first.open("wb") as stream:
             stream.writelines(data)
         for name, text in texts.items():
-            files.enter_context(_replacing(path / name)).write_bytes(text.encode())
+            files.enter_context(replacing(path / name)).write_bytes(text.encode())
 
 
 def _warn_if_untrained(adapter: Adapter) -> None:
@@ -231,7 +231,7 @@ def load_adapter(
             check_intact(root, before)
         if foreign is None:
             check_fits(manifest, root, check_base)
-        tensors = foreign[1] if foreign else _read_tensors(file, manifest)
+        tensors = foreign[1] if foreign else read_tensors(file, manifest)
     if check_finite:
         _check_finite(manifest, tensors, root)
     install(plan, tensors, manifest, root)
@@ -304,7 +304,7 @@ def _for_disk(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that takes the place of ``path`` when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
@@ -329,7 +329,7 @@ def _put_back(files: Iterable[Path]) -> Iterator[None]:
                 if content is None:
                     file.unlink(missing_ok=True)
                 elif not file.is_file() or file.read_bytes() != content:
-                    with _replacing(file) as temporary:
+                    with replacing(file) as temporary:
                         temporary.write_bytes(content)
         raise
 
@@ -347,7 +347,12 @@ _ABANDONED = 3600.0
 """Seconds after which a temporary file belongs to nobody."""
 
 
-def _read_tensors(file: TensorFile, manifest: Manifest) -> State:
+def read_tensors(file: TensorFile, manifest: Manifest) -> State:
+    """Every tensor of a saved adapter, without peft's prefix.
+
+    Raises:
+        CheckpointError: one is not what was saved.
+    """
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in file.read().items()}
     damaged = [key for key, tensor in tensors.items() if digest(tensor) != manifest.adapter.get(key)]
     if damaged:

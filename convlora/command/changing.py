@@ -8,12 +8,10 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
-from uuid import uuid4
+from typing import Annotated
 
 import typer
 from safetensors import SafetensorError
@@ -24,7 +22,7 @@ from .._algebra import Approximation
 from .._algebra import extract as extract_adapter
 from .._algebra import shrink as shrink_adapter
 from .._card import CARD, is_replaceable
-from .._checkpoint import load_adapter, save_adapter, warn_of_old_card
+from .._checkpoint import load_adapter, replacing, save_adapter, warn_of_old_card
 from .._inject import remove, summary
 from .._manifest import TENSORS, tensors_of
 from .._merge import merge as merge_adapter
@@ -34,14 +32,12 @@ from .files import is_foreign, located
 from .models import build, need_weights
 from .options import (
     Building,
-    EnergyOption,
     ForceOption,
     ModelArgument,
+    Nearness,
     OutArgument,
-    RankOption,
     Targeting,
     To,
-    ToleranceOption,
 )
 from .weights import load_weights
 
@@ -114,9 +110,7 @@ def extract(
     out: OutArgument,
     building: Building,
     targeting: Targeting,
-    rank: RankOption = None,
-    energy: EnergyOption = None,
-    tolerance: ToleranceOption = None,
+    nearness: Nearness,
     force: ForceOption = False,
 ) -> Answer:
     """Make an adapter of what a full fine-tuning changed. --weights or --pretrained are those before it."""
@@ -125,8 +119,7 @@ def extract(
     need_weights(built, "what the fine-tuning changed is the difference to the weights before it")
     after = copy.deepcopy(built.model)
     load_weights(after, tuned, head=False)
-    goal: dict[str, Any] = {"rank": rank, "energy": energy, "tolerance": tolerance}
-    report = extract_adapter(built.model, after, **goal, **targeting.arguments())
+    report = extract_adapter(built.model, after, **nearness.arguments(), **targeting.arguments())
     _fill(out, _save, built.model)
     return _approximated(report, out)
 
@@ -136,16 +129,14 @@ def shrink(
     source: AdapterArgument,
     out: OutArgument,
     building: Building,
-    rank: RankOption = None,
-    energy: EnergyOption = None,
-    tolerance: ToleranceOption = None,
+    nearness: Nearness,
     force: ForceOption = False,
 ) -> Answer:
     """Lower the ranks of an adapter to the nearest change that each layer can have then."""
     _check_free(out, force)
     base = build(model, building).model
     _load(base, located(source))
-    report = shrink_adapter(base, rank, energy=energy, tolerance=tolerance)
+    report = shrink_adapter(base, **nearness.arguments())
     _fill(out, _save, base)
     return _approximated(report, out)
 
@@ -213,13 +204,9 @@ def _fill(out: Path, save: Callable[[nn.Module, Path], None], model: nn.Module) 
 
 def _written(out: Path, save: Callable[[Path], None]) -> None:
     """Write a file under another name beside, then give it its own."""
-    temporary = out.with_name(f".{out.name}.{uuid4().hex}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save(temporary)
-        temporary.replace(out)
+        with replacing(out) as temporary:
+            save(temporary)
     except (OSError, SafetensorError) as cause:
         raise CommandError(f"{out} cannot be written ({cause}). What was there before is still there.") from cause
-    finally:
-        with suppress(OSError):  # the file is in its place, or the error is under way
-            temporary.unlink(missing_ok=True)

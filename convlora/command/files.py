@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from .._checkpoint import read_tensors
 from .._files import opened, read_json
 from .._foreign import file_in
 from .._hub import local_directory
-from .._manifest import CONFIG, TENSORS, Manifest, digest, is_own, read_manifest
-from .._peft_format import PREFIX
-from ..errors import CheckpointError
+from .._manifest import CONFIG, TENSORS, Manifest, is_own, read_manifest
 from .answers import CommandError
 
 
@@ -56,10 +55,7 @@ def read_saved(path: Path) -> Saved:
     """
     with opened(file_in(path)) as file:
         manifest = read_manifest(file)
-        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in file.read().items()}
-    damaged = [key for key, tensor in tensors.items() if digest(tensor) != manifest.adapter.get(key)]
-    if damaged:
-        raise CheckpointError(f"{manifest.file} is damaged: {damaged[0]} is not what was saved; get the file again.")
+        tensors = read_tensors(file, manifest)
     return Saved(manifest, tensors, read_fields(manifest.file.parent / CONFIG))
 
 

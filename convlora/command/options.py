@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,11 +29,6 @@ ModelArgument = Annotated[
 ]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
 ForceOption = Annotated[bool, typer.Option("--force", help="Write into OUT also where something is there.")]
-RankOption = Annotated[int | None, typer.Option("--rank", "-r", help="For every layer; or")]
-EnergyOption = Annotated[
-    float | None, typer.Option(help="share of the squared change to keep in each layer, 0 to 1; or")
-]
-ToleranceOption = Annotated[float | None, typer.Option(help="relative error that each layer may have, 0 to 1.")]
 
 
 @dataclass(frozen=True)
@@ -56,6 +51,21 @@ class Building:
         pairs = dict(_pair(text, "--arg") for text in self.arg or ())
         given = {} if self.num_classes is None else {"num_classes": self.num_classes}
         return given | {name: _value(text) for name, text in pairs.items()}
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """How near a change of lower rank is to be: one of the three, which the library checks."""
+
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="For every layer; or")] = None
+    energy: Annotated[
+        float | None, typer.Option(help="share of the squared change to keep in each layer, 0 to 1; or")
+    ] = None
+    tolerance: Annotated[float | None, typer.Option(help="relative error that each layer may have, 0 to 1.")] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The library's arguments."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
