@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 import shutil
 import sys
@@ -187,8 +186,6 @@ def _inductor(name: str, norm: str, graphs: list[torch.fx.GraphModule]) -> None:
 
 
 def test_inductor_trains_and_predicts_like_eager_mode(graphs):
-    # First, and by itself: setuptools puts its own distutils in place, which at times failed while torch was compiling.
-    importlib.import_module("torch.utils.cpp_extension")
     _inductor("small", "track", graphs)
 
 
