@@ -1,6 +1,8 @@
 """The accuracy benchmark: equal treatment, resuming, and a quick run of the program from training to page."""
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
@@ -118,7 +120,9 @@ def test_what_was_measured_is_not_measured_again_also_after_a_line_cut_short(qui
         runs.Work, "run", lambda work, arm, task, lr, seed: Outcome(Key("scratch", task, arm.name, lr, seed))
     )
     program.main(options)
-    assert [o.key for o in runs.read(file)][-1] == key and len(runs.read(file)) == 8
+    assert (
+        file.read_text().count("\n") == 8 and [o.key for o in runs.read(file)][-1] == key and len(runs.read(file)) == 8
+    )
     file.write_text(whole)
 
 
@@ -145,6 +149,46 @@ def test_the_rate_is_chosen_by_validation_and_reported_for_all_seeds():
     ]
     assert runs.best_lr(found, "b", "all", "lora-8", 0) == 3e-3  # of two equals the smaller, whatever the test says
     assert [o.test for o in runs.reported(found)] == [0.7, 0.6]
+
+
+def test_a_sweep_goes_on_past_its_ends_and_is_resumed(splits, monkeypatch):
+    def sweep(peak, known=(), **options):
+        """Rates in order, of a network whose validation accuracy is best at a rate."""
+
+        def run(work, arm, task, lr, seed):
+            near = -abs(math.log(lr / peak))
+            return Outcome(Key("b", task, arm.name, lr, seed), validation=near, unavailable=options.get("no", ""))
+
+        monkeypatch.setattr(runs.Work, "run", run)
+        work = runs.Work("b", None, splits, 1)
+        return list(runs.missing(work, "all", ARMS["probe"], runs.Sweep((1.0, 4.0, 16.0), 3), known))
+
+    def rates(outcomes, first):
+        return [o.key.lr for o in outcomes if (o.key.seed == 0) == first]
+
+    inside = sweep(peak=4.0)
+    assert rates(inside, True) == [1, 4, 16] and rates(inside, False) == [4, 4]
+    assert rates(sweep(peak=64.0), True) == [1, 4, 16, 64, 256] and rates(sweep(peak=64.0), False) == [64, 64]
+    assert rates(sweep(peak=1e6), True) == [1, 4, 16, 64, 256]  # two at most
+    below = sweep(peak=0.25)
+    assert rates(below, True) == [1, 4, 16, 0.25, 0.0625]
+    for done in range(len(below) + 1):  # killed anywhere: the rest is run, and nothing twice
+        assert sweep(0.25, below[:done]) == below[done:]
+    assert rates(sweep(4.0, no="not here"), True) == [1, 4, 16] and rates(sweep(4.0, no="not here"), False) == []
+
+
+def test_processes_share_the_results_file(quick, tmp_path):
+    """Spawned workers: what one process measures, with a thread each."""
+    shutil.copy(quick[0] / "scratch.safetensors", tmp_path)
+    program.main([*quick[1][:-1], str(tmp_path), "--arms", "probe", "norms", "--jobs", "2"])
+    ours, theirs = (
+        {o.key: o for o in runs.read(place / "results.jsonl") if o.key.arm in ("probe", "norms")}
+        for place in (tmp_path, quick[0])
+    )
+    assert ours.keys() == theirs.keys() and {o.threads for o in ours.values()} == {1}
+    assert {k: o.trainable for k, o in ours.items()} == {k: o.trainable for k, o in theirs.items()}
+    for key, outcome in ours.items():
+        assert outcome.test == pytest.approx(theirs[key].test, abs=0.05), key  # other threads, other rounding
 
 
 def test_the_frontier_is_what_nothing_smaller_beats():

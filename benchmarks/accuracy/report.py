@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +23,10 @@ INTRODUCTION = """# Does it adapt?
 
 Real pretrained weights, real labelled images: scikit-learn's digits, upsampled; 600 to train on, 200 to choose the
 learning rate by, 997 to test. Every arm sees the same batches with the same augmentation, the same number of steps
-(AdamW, warm-up, cosine) and the same sweep of learning rates; the rate with the best validation accuracy at the first
-seed is then used for all seeds. `lite0` is EfficientNet-Lite0 with its ImageNet weights; `scratch` is a small ResNet
-trained here on the digits 0 to 4, and adapted to 5 to 9. `few-N`: N images of each class are trained on. The shifts
-change test images alone.
+(AdamW, warm-up, cosine) and the same sweep of learning rates, which goes on by the same factor, twice at most, while
+its best is at an end; the rate with the best validation accuracy at the first seed is then used for all seeds. `lite0`
+is EfficientNet-Lite0 with its ImageNet weights; `scratch` is a small ResNet trained here on the digits 0 to 4, and
+adapted to 5 to 9. `few-N`: N images of each class are trained on. The shifts change test images alone.
 
 - *accuracy*: mean over seeds ± standard deviation, in per cent; *train*: trainable parameters, as a share of the
   network's;
@@ -109,34 +109,47 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     return [" ".join(words)]
 
 
-def frontier(rows: Sequence[Row]) -> list[Row]:
-    """Rows that no other beats with as few trainable parameters, from the smallest on."""
+Measure = Callable[[Row], float]
+TRAINED: tuple[str, Measure] = ("trainable, % of the network", lambda row: 100 * row.first.share)
+COSTS: tuple[tuple[str, Measure], ...] = (
+    ("seconds of training steps", lambda row: row.seconds),
+    ("saved by autograd for 32 images, MB", lambda row: row.first.saved / 1e6),
+)
+
+
+def frontier(rows: Sequence[Row], cost: Measure = TRAINED[1]) -> list[Row]:
+    """Rows that no other beats at the same cost or less, from the cheapest on."""
     found: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row.first.trainable, -row.mean)):
+    for row in sorted(rows, key=lambda row: (cost(row), -row.mean)):
         if not found or row.mean > found[-1].mean:
             found.append(row)
     return found
 
 
 def draw(groups: dict[tuple[str, str], list[Row]], path: Path) -> None:
-    """Accuracy against trainable share, a panel for each task, with the frontier as a line."""
+    """Accuracy against trainable share, a panel a task, then against the first task's costs; with frontiers."""
     from matplotlib.figure import Figure
 
-    columns = min(3, len(groups))
-    lines = -(-len(groups) // columns)
+    first = next(iter(groups))
+    wanted = [(task, *TRAINED) for task in groups] + [(first, *cost) for cost in COSTS]
+    columns = min(3, len(wanted))
+    lines = -(-len(wanted) // columns)
     picture = Figure(figsize=(4.6 * columns, 3.8 * lines), layout="constrained")
-    panels = picture.subplots(lines, columns, squeeze=False).flat
-    for axes, ((backbone, task), rows) in zip(panels, groups.items(), strict=False):
-        share, mean = [100 * r.first.share for r in rows], [100 * r.mean for r in rows]
-        axes.errorbar(share, mean, [100 * r.spread for r in rows], fmt="o", markersize=3.5, linewidth=0.8, color="C0")
-        best = frontier(rows)
-        axes.plot([100 * r.first.share for r in best], [100 * r.mean for r in best], color="C1", linewidth=1)
-        for row, x, y in zip(rows, share, mean, strict=True):
+    panels = list(picture.subplots(lines, columns, squeeze=False).flat)
+    for axes, (task, label, cost) in zip(panels, wanted, strict=False):
+        rows = groups[task]
+        where, mean = [cost(r) for r in rows], [100 * r.mean for r in rows]
+        axes.errorbar(where, mean, [100 * r.spread for r in rows], fmt="o", markersize=3.5, linewidth=0.8, color="C0")
+        best = frontier(rows, cost)
+        axes.plot([cost(r) for r in best], [100 * r.mean for r in best], color="C1", linewidth=1)
+        for row, x, y in zip(rows, where, mean, strict=True):
             axes.annotate(row.arm, (x, y), fontsize=5.5, xytext=(3, 2), textcoords="offset points")
         axes.set_xscale("log")
-        axes.set_title(f"{backbone}, {task}", fontsize="small")
-        axes.set_xlabel("trainable, % of the network")
+        axes.set_title(", ".join(task), fontsize="small")
+        axes.set_xlabel(label)
         axes.set_ylabel("test accuracy, %")
+    for axes in panels[len(wanted) :]:
+        axes.set_axis_off()
     picture.savefig(path, dpi=110)
 
 
@@ -144,7 +157,8 @@ def page(outcomes: list[Outcome], path: Path) -> str:
     """The page; its picture goes beside it."""
     groups = rows_by_task(outcomes)
     draw(groups, path.with_suffix(".png"))
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = ", ".join(str(count) for count in sorted({o.threads for o in outcomes} - {0}))
+    machine = f"{platform.machine()}, threads of each training: {threads}, torch {torch.__version__}"
     legend = "\n".join(f"- {arm.name}: {arm.what}" for arm in ARMS.values())
     checks = sorted({f"{o.key.arm}: {o.checked}" for o in outcomes if "DIFFERS" in o.checked})
     merged = [o.checked for o in outcomes if "merge" in o.checked]

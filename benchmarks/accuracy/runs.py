@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class Outcome:
     checked: str = ""
     """What was found when the arm was saved, loaded and merged."""
     unavailable: str = ""
+    threads: int = 0
+    """That the training had."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Outcome:
@@ -70,13 +72,18 @@ def read(path: Path) -> list[Outcome]:
     return [Outcome.from_json(json.loads(line)) for line in lines[:-1] if line]
 
 
+def mend(path: Path) -> None:
+    """Cut off a last line that a killed run left unfinished; call it while no run writes."""
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):
+            path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+
+
 def append(path: Path, outcome: Outcome) -> None:
-    """Add one, at the start of a line of its own also after a run that was killed while it wrote."""
+    """Add one line, in one write: several processes may do so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    with path.open("w" if text and not text.endswith("\n") else "a", encoding="utf-8") as file:
-        if text and not text.endswith("\n"):
-            file.write(text[: text.rfind("\n") + 1])
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(outcome)) + "\n")
 
 
@@ -127,6 +134,7 @@ class Work:
             share=trainable / parameters,
             seconds=seconds,
             saved=_saved(model, arm, images, mean, std),
+            threads=torch.get_num_threads(),
             **self._checked(model, arm, seed, mean, std),
         )
 
@@ -190,6 +198,49 @@ def best_lr(outcomes: Iterable[Outcome], backbone: str, task: str, arm: str, see
     there = [o for o in outcomes if (o.key.backbone, o.key.task, o.key.arm, o.key.seed) == (backbone, task, arm, seed)]
     there = [outcome for outcome in there if not outcome.unavailable]
     return min(there, key=lambda o: (-o.validation, o.key.lr)).key.lr if there else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The learning rates that every arm is given, and the seeds."""
+
+    lrs: tuple[float, ...]
+    """Ascending, each the same factor above the one before."""
+    seeds: int
+    further: int = 2
+    """While the best rate is at an end of the sweep, it goes on there: at most so many rates."""
+
+    def beyond(self, tried: Collection[float], best: float) -> float | None:
+        """The rate to try next, or None: the best has a neighbour on either side, or enough were tried."""
+        low, high = min(tried), max(tried)
+        if low < best < high or len(self.lrs) < 2 or len(tried) == len(self.lrs) + self.further:
+            return None
+        factor = self.lrs[1] / self.lrs[0]
+        return best * factor if best == high else best / factor
+
+
+def missing(work: Work, task: str, arm: Arm, sweep: Sweep, known: Iterable[Outcome]) -> Iterator[Outcome]:
+    """An arm's runs that are not known yet: the sweep at the first seed, then the best rate at the other seeds."""
+    found = {outcome.key: outcome for outcome in known}
+    lrs = list(sweep.lrs)
+
+    def ask(lr: float, seed: int) -> Iterator[Outcome]:
+        key = Key(work.backbone, task, arm.name, lr, seed)
+        if key not in found:
+            found[key] = work.run(arm, task, lr, seed)
+            yield found[key]
+
+    def best() -> float | None:
+        return best_lr(found.values(), work.backbone, task, arm.name, 0)
+
+    for lr in lrs:
+        yield from ask(lr, 0)
+    while (chosen := best()) is not None and (further := sweep.beyond(lrs, chosen)) is not None:
+        lrs.append(further)
+        yield from ask(further, 0)
+    if chosen is not None:  # None: the arm is not available here
+        for seed in range(1, sweep.seeds):
+            yield from ask(chosen, seed)
 
 
 def reported(outcomes: list[Outcome], sweep_seed: int = 0) -> Iterator[Outcome]:
