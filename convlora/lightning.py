@@ -25,6 +25,7 @@ except ImportError as cause:
     ) from cause
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from typing_extensions import Unpack
 
     from ._planner import Options
@@ -58,12 +59,28 @@ class AdapterCallback(Callback):  # type: ignore[misc]
     def __init__(self, rank: int | None = None, *, attribute: str = "model", **options: Unpack[Options]) -> None:
         super().__init__()
         self.rank, self.attribute, self.options = rank, attribute, options
+        self._watch: RemovableHandle | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject; Lightning calls this before it loads a checkpoint and before it makes the optimizer."""
-        pl_module.strict_loading = False  # on_load_checkpoint is stricter
         if next(injections(pl_module), None) is None:
             inject(self._network(pl_module), self.rank, **self.options)
+        pl_module.strict_loading = False  # _before_load is as strict: it lets the base alone be left out
+        self._unwatch()
+        self._watch = pl_module.register_load_state_dict_pre_hook(_before_load)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave ``load_state_dict`` to the caller again."""
+        self._unwatch()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As ``teardown``, which Lightning leaves out then."""
+        self._unwatch()
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         network = getattr(pl_module, self.attribute, None) if self.attribute else pl_module
@@ -83,8 +100,31 @@ class AdapterCallback(Callback):  # type: ignore[misc]
         checkpoint["state_dict"] = {key: tensor for key, tensor in state.items() if key not in base}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint has all of the model's tensors, and that the base left out is the model's own."""
-        _check(pl_module.state_dict(), checkpoint["state_dict"].keys(), checkpoint.get(KEY, {}))
+        """Check that the base which was left out is the model's own."""
+        model, stored, base = pl_module.state_dict(), checkpoint["state_dict"], checkpoint.get(KEY, {})
+        unlike = [key for key in base if key in model and digest(model[key]) != base[key]]
+        _refuse(
+            [
+                *(f"{key}: not in the checkpoint" for key in _base_keys(pl_module) if key not in {**stored, **base}),
+                *(f"{key}: not in the model" for key in base if key not in model),
+                *(f"{key}: other numbers than at training" for key in unlike),
+            ]
+        )
+
+
+def _before_load(pl_module: nn.Module, stored: Mapping[str, Tensor], *_: Any) -> None:
+    """Before a number is copied: all of the model's tensors must be there but for the base, and no others.
+
+    A hook of the module, since Lightning shows callbacks a checkpoint once it is loaded, and one of
+    ``save_weights_only`` never.
+    """
+    model, base = pl_module.state_dict(), set(_base_keys(pl_module))
+    _refuse(
+        [
+            *(f"{key}: not in the checkpoint" for key in model if key not in stored and key not in base),
+            *(f"{key}: not in the model" for key in stored if key not in model),
+        ]
+    )
 
 
 def _base_keys(pl_module: nn.Module) -> Iterator[str]:
@@ -95,10 +135,7 @@ def _base_keys(pl_module: nn.Module) -> Iterator[str]:
         yield from (dotted(name, key) for key in base_keys(frozen, set()))
 
 
-def _check(model: Mapping[str, Tensor], stored: Any, base: Mapping[str, str]) -> None:
-    faults = [f"{key}: not in the checkpoint" for key in model if key not in stored and key not in base]
-    faults += [f"{key}: not in the model" for key in (*stored, *base) if key not in model]
-    faults = faults or [f"{key}: other numbers than at training" for key in base if digest(model[key]) != base[key]]
+def _refuse(faults: list[str]) -> None:
     if faults:
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
         listed = "\n  ".join([*faults[:SHOWN], *more])

@@ -59,12 +59,14 @@ def a_module(lightning, net, name="model"):
     return Module()
 
 
-def fit(lightning, module, epochs, folder, ckpt_path=None, **options):
+def fit(lightning, module, epochs, folder, ckpt_path=None, save_weights_only=False, **options):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from convlora.lightning import AdapterCallback
 
-    saver = ModelCheckpoint(folder, save_last=True, every_n_epochs=1, enable_version_counter=False)
+    saver = ModelCheckpoint(
+        folder, save_last=True, every_n_epochs=1, enable_version_counter=False, save_weights_only=save_weights_only
+    )
     torch.manual_seed(0)  # of the factors that the callback makes
     trainer = lightning.Trainer(
         max_epochs=epochs,
@@ -135,6 +137,26 @@ def test_a_lightning_checkpoint_of_full_fine_tuning_is_refused(lightning, net, t
     torch.save(whole, tmp_path / "full.ckpt")
     with pytest.raises(CheckpointError, match=r"model\.stem\.convlora\.default\.lora_A: not in the checkpoint"):
         fit(lightning, a_module(lightning, net), 2, tmp_path, tmp_path / "full.ckpt")
+
+
+def test_a_lightning_checkpoint_of_weights_alone_is_checked_as_well(lightning, net, tmp_path):
+    """Lightning shows it to no callback; it has the base in it."""
+    module = a_module(lightning, net)
+    trainer, loader = fit(lightning, module, 1, tmp_path, save_weights_only=True)
+    file, fresh = tmp_path / "last.ckpt", a_module(lightning, net)
+    trainer.validate(fresh, loader, ckpt_path=file, verbose=False)
+    assert same(state_of(fresh), state_of(module))
+
+    other = a_module(lightning, net)
+    trainer, loader = fit(lightning, other, 1, tmp_path / "other", exclude_modules="stem")
+    before = state_of(other)
+    empty = tmp_path / "empty.ckpt"
+    torch.save({**torch.load(file, weights_only=False), "state_dict": {}}, empty)
+    for unlike, fault in ((file, "lora_A: not in the model"), (empty, "lora_A: not in the checkpoint")):
+        with pytest.raises(CheckpointError, match=fault):
+            trainer.validate(other, loader, ckpt_path=unlike, verbose=False)
+        assert same(state_of(other), before)  # refused before a number was copied
+    other.load_state_dict({}, strict=False)  # the check was Lightning's alone
 
 
 def test_lightning_callback_leaves_a_part_alone_that_is_injected_already(lightning, net, tmp_path):
