@@ -240,8 +240,9 @@ def test_the_page_is_made_of_the_files_figures(measured, tmp_path, capsys):
     arms = ["--arms", "convlora"]
     overhead.main([*OPTIONS, *arms, "--sweep", "rank", "1", "4", "--json", str(sweep)])
     capsys.readouterr()
-    overhead.main(["--report", str(path), str(sweep)])
+    overhead.main(["--report", str(sweep), str(path), "--plot", str(tmp_path / "cost.png")])
     page = capsys.readouterr().out
+    assert "](cost.png)" in page and (tmp_path / "cost.png").stat().st_size > 5000
     for r in found.training:
         assert f"- {r.arm}: {r.what}" in page
         assert (r.unavailable if r.unavailable else f"| {r.arm} | {r.ratio.median:.2f} |") in page

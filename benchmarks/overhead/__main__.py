@@ -2,7 +2,7 @@
 
     python -m benchmarks.overhead --model resnet50 --batch 16 --size 224 --json resnet50.json --plot resnet50.png
     python -m benchmarks.overhead --model resnet50 --sweep rank 1 4 8 16 32 64 --json ranks.json
-    python -m benchmarks.overhead --report resnet50.json ranks.json > docs/performance.md
+    python -m benchmarks.overhead --report resnet50.json ranks.json --plot docs/performance.png > docs/performance.md
 
 Ratios come first, each of two times of the same round. Peers that are not installed are named, not measured.
 """
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--arms", nargs="+", choices=[*TRAINING, *INFERENCE], metavar="ARM", help="default: all")
     found.add_argument("--sweep", nargs="+", metavar=("WHAT", "VALUE"), help="rank, batch or size, and its values")
     found.add_argument("--json", type=Path, help="write everything there")
-    found.add_argument("--plot", type=Path, help="write a picture there (not of a sweep)")
+    found.add_argument("--plot", type=Path, help="write a picture there (not of a sweep); with --report, of the first")
     found.add_argument("--report", nargs="+", type=Path, metavar="JSON", help="write the docs' page, measure nothing")
     return found
 
@@ -95,7 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = parser()
     options = found.parse_args(arguments)
     if options.report:
-        print(markdown([read(path) for path in options.report]), end="")
+        measurements = [read(path) for path in options.report]
+        if options.plot:
+            draw(next(run for runs in measurements for run in runs if run.training and not run.sweep), options.plot)
+        print(markdown(measurements, options.plot.name if options.plot else ""), end="")
         return
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -115,9 +118,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         write(options.json, runs)
     if options.plot:
-        from .plot import draw
-
         draw(runs[0], options.plot)
+
+
+def draw(measured: Run, path: Path) -> None:
+    """The picture; matplotlib is imported where one is asked for."""
+    from . import plot
+
+    plot.draw(measured, path)
 
 
 if __name__ == "__main__":

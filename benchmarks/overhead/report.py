@@ -104,9 +104,10 @@ def _again(line: str) -> str:
     return f"Again:\n\n```bash\n{line}\n```"
 
 
-def markdown(measurements: Sequence[Sequence[Run]]) -> str:
-    """The whole page; each measurement is the runs of one file, in order."""
+def markdown(measurements: Sequence[Sequence[Run]], picture: str = "") -> str:
+    """The whole page; each measurement is the runs of one file, in order. A picture is named as the page sees it."""
     parts = [INTRODUCTION.rstrip()]
+    parts += [f"![time and peak memory over full fine-tuning's]({picture})"] if picture else []
     for runs in measurements:
         for _, group in itertools.groupby(runs, key=lambda run: run.sweep):
             same = list(group)
