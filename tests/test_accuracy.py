@@ -217,8 +217,9 @@ def test_a_folder_of_images_is_split_by_class(tmp_path):
 
 
 def test_every_arm_trains_something_on_a_small_network():
+    batches = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])) for _ in range(2)]
     for arm in ARMS.values():
         torch.manual_seed(0)
-        model = arm.build(timm.create_model("test_resnet", num_classes=3))
+        model = arm.build(timm.create_model("test_resnet", num_classes=3), batches)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert trained > 0, arm.name

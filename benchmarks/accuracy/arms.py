@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import convlora
 from benchmarks.overhead import peers
@@ -15,26 +18,31 @@ from benchmarks.overhead.subjects import NORMS, heads, train_only
 from convlora._targets import modules_of
 
 FULL = "full"
+Batches = Sequence[tuple[Tensor, Tensor]]
+"""Images as the network takes them, and labels."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of adapting, by name; ``build`` changes a fresh network and returns the one to train."""
+    """A way of adapting, by name; ``build`` changes a fresh network and returns the one to train.
+
+    It is given the first batches of the training too, which most have no use for.
+    """
 
     name: str
     what: str
-    build: Callable[[nn.Module], nn.Module]
+    build: Callable[[nn.Module, Batches], nn.Module]
     tracks: bool = False
     """Whether statistics of norms move in training."""
     is_adapter: bool = False
     """Whether convlora's merge, save and load can be asked of it."""
 
 
-def _full(model: nn.Module) -> nn.Module:
+def _full(model: nn.Module, _: Batches) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def _biases(model: nn.Module) -> nn.Module:
+def _biases(model: nn.Module, _: Batches) -> nn.Module:
     train_only(model, *heads(model))
     for module in model.modules():
         bias = module._parameters.get("bias")
@@ -43,21 +51,49 @@ def _biases(model: nn.Module) -> nn.Module:
     return model
 
 
-def _norms(model: nn.Module) -> nn.Module:
+def _norms(model: nn.Module, _: Batches) -> nn.Module:
     train_only(model, *(module for module in model.modules() if isinstance(module, NORMS)), *heads(model))
     return model
 
 
-def _lora(model: nn.Module, **options: Any) -> nn.Module:
+def _lora(model: nn.Module, _: Batches, **options: Any) -> nn.Module:
     return convlora.inject(model, **options)
 
 
-def _lora_and_norms(model: nn.Module, rank: int) -> nn.Module:
+def _dense(model: nn.Module, _: Batches, rank: int) -> nn.Module:
+    return convlora.inject(model, rank, target_modules=lambda _, m: isinstance(m, nn.Conv2d) and m.groups == 1)
+
+
+def _late(model: nn.Module, _: Batches, rank: int) -> nn.Module:
+    layers = convlora.plan(model, rank).layers
+    return convlora.inject(model, rank, target_modules=[layer.name for layer in layers[len(layers) // 2 :]])
+
+
+def _eva(model: nn.Module, batches: Batches, rank: int) -> nn.Module:
+    return convlora.inject(model, rank, init="eva", init_data=batches)
+
+
+def _by_gradient(model: nn.Module, batches: Batches, budget: str) -> nn.Module:
+    """Ranks by the loss's gradient, behind a head that has seen the batches: a fresh one knows nothing of the task."""
+    fresh = copy.deepcopy(model.state_dict())
+    train_only(model, *heads(model))
+    model.eval()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-3)
+    for x, y in [*batches] * 3:
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(model(x), y))
+        optimizer.step()
+    scores = convlora.sensitivity(model, batches, lambda network, batch: F.cross_entropy(network(batch[0]), batch[1]))
+    model.load_state_dict(fresh)  # trained from there, as in every other arm
+    return convlora.inject(model.requires_grad_(True), budget=budget, importance=scores)
+
+
+def _lora_and_norms(model: nn.Module, _: Batches, rank: int) -> nn.Module:
     norms = [n.name for n in modules_of(model) if isinstance(n.module, NORMS)]
     return convlora.inject(model, rank, modules_to_save=(*norms, *convlora.plan(model, 1).modules_to_save))
 
 
-def _peft(model: nn.Module, rank: int) -> nn.Module:
+def _peft(model: nn.Module, _: Batches, rank: int) -> nn.Module:
     return peers.peft(model, rank).model
 
 
@@ -73,12 +109,22 @@ _ALL = (
     _adapter("lora-8-track", 'rank 8, norm="track"', tracks=True, rank=8, norm="track"),
     _adapter("lora-8-alpha-8", "rank 8, alpha 8: a scaling of 1", rank=8, alpha=8),
     _adapter("lora-8-alpha-64", "rank 8, alpha 64: a scaling of 8", rank=8, alpha=64),
+    Arm("lora-8-dense", "rank 8 in convolutions without groups alone", partial(_dense, rank=8), is_adapter=True),
+    Arm("lora-8-late", "rank 8 in the second half of the convolutions", partial(_late, rank=8), is_adapter=True),
     _adapter("rslora-8", "rank 8, use_rslora", rank=8, use_rslora=True),
     _adapter("dora-8", "rank 8, use_dora", rank=8, use_dora=True),
     _adapter("pissa-8", 'rank 8, init="pissa"', rank=8, init="pissa"),
     _adapter("olora-8", 'rank 8, init="olora"', rank=8, init="olora"),
     _adapter("orthogonal-8", 'rank 8, init="orthogonal"', rank=8, init="orthogonal"),
-    _adapter("budget-2%", 'ranks by size, budget="2%"', budget="2%"),
+    _adapter("gaussian-8", 'rank 8, init="gaussian"', rank=8, init="gaussian"),
+    Arm("eva-8", 'rank 8, init="eva" from eight batches', partial(_eva, rank=8), is_adapter=True),
+    _adapter("budget-2%", 'ranks as equal as budget="2%" allows', budget="2%"),
+    Arm(
+        "budget-2%-gradient",
+        'budget="2%", importance from sensitivity on eight batches, behind a head that saw them three times',
+        partial(_by_gradient, budget="2%"),
+        is_adapter=True,
+    ),
     Arm("lora-8-norms", "rank 8, and norms trained in full", partial(_lora_and_norms, rank=8), True, True),
     Arm("peft-8", "peft LoRA of rank 8 on the layers that it accepts", partial(_peft, rank=8)),
     Arm("full-freeze", "full fine-tuning, norm statistics constant", _full),
@@ -92,9 +138,11 @@ SECOND = (
     "biases",
     "lora-2",
     "lora-32",
+    "lora-4",
     "lora-8-track",
     "lora-8-alpha-8",
     "lora-8-alpha-64",
+    "lora-8-late",
     "pissa-8",
     "budget-2%",
 )

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,9 @@ def append(path: Path, outcome: Outcome) -> None:
         file.write(json.dumps(asdict(outcome)) + "\n")
 
 
+FIRST = 8
+"""Batches that an arm may look at while it is built."""
+
 Make = Callable[[int], tuple[nn.Module, float, float]]
 """A fresh pretrained network with a head drawn by a seed, and the mean and deviation of its input."""
 
@@ -111,12 +115,13 @@ class Work:
         key = Key(self.backbone, task, arm.name, lr, seed)
         base, mean, std = self.make(seed)
         parameters = sum(p.numel() for p in base.parameters())
+        images, recipe = self.images(task, seed), Recipe(lr, self.epochs)
+        first = [((x - mean) / std, y) for x, y in islice(batches(images, recipe, seed), FIRST)]
         try:
             with their_warnings_aside():
-                model = arm.build(base)
+                model = arm.build(base, first)
         except (NotAvailable, convlora.ConvLoraError) as reason:
             return Outcome(key, unavailable=str(reason).splitlines()[0])
-        images, recipe = self.images(task, seed), Recipe(lr, self.epochs)
         model.train() if arm.tracks or arm.is_adapter else constant_statistics(model)
         torch.manual_seed(seed)
         if arm.name == "probe":
