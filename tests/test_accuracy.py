@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -178,9 +180,10 @@ def test_a_sweep_goes_on_past_its_ends_and_is_resumed(splits, monkeypatch):
 
 
 def test_processes_share_the_results_file(quick, tmp_path):
-    """Spawned workers: what one process measures, with a thread each."""
+    """What one process measures, as the command line starts them: with a thread each."""
     shutil.copy(quick[0] / "scratch.safetensors", tmp_path)
-    program.main([*quick[1][:-1], str(tmp_path), "--arms", "probe", "norms", "--jobs", "2"])
+    command = [*quick[1][:-1], str(tmp_path), "--arms", "probe", "norms", "--jobs", "2"]
+    subprocess.run([sys.executable, "-m", "benchmarks.accuracy", *command], check=True, capture_output=True)
     ours, theirs = (
         {o.key: o for o in runs.read(place / "results.jsonl") if o.key.arm in ("probe", "norms")}
         for place in (tmp_path, quick[0])
