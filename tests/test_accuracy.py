@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from benchmarks.accuracy import data, report, runs, training
 from benchmarks.accuracy.arms import ARMS
 from benchmarks.accuracy.runs import Key, Outcome
 
+ROOT = Path(convlora.__file__).parent.parent
 RECIPE = training.Recipe(1e-3, epochs=1, batch=8, least_steps=3)
 
 
@@ -183,7 +185,7 @@ def test_processes_share_the_results_file(quick, tmp_path):
     """What one process measures, as the command line starts them: with a thread each."""
     shutil.copy(quick[0] / "scratch.safetensors", tmp_path)
     command = [*quick[1][:-1], str(tmp_path), "--arms", "probe", "norms", "--jobs", "2"]
-    subprocess.run([sys.executable, "-m", "benchmarks.accuracy", *command], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.accuracy", *command], check=True, capture_output=True, cwd=ROOT)
     ours, theirs = (
         {o.key: o for o in runs.read(place / "results.jsonl") if o.key.arm in ("probe", "norms")}
         for place in (tmp_path, quick[0])

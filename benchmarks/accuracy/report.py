@@ -30,7 +30,7 @@ adapted to 5 to 9. `few-N`: N images of each class are trained on. The shifts ch
 
 - *accuracy*: mean over seeds ± standard deviation, in per cent; *train*: trainable parameters, as a share of the
   network's;
-- *s*: seconds of training steps; *saved*: what autograd keeps for a batch of 32; *file*: what is stored.
+- *s*: processor seconds of all training steps; *saved*: what autograd keeps for a batch of 32; *file*: what is stored.
 """
 
 
@@ -112,7 +112,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 Measure = Callable[[Row], float]
 TRAINED: tuple[str, Measure] = ("trainable, % of the network", lambda row: 100 * row.first.share)
 COSTS: tuple[tuple[str, Measure], ...] = (
-    ("seconds of training steps", lambda row: row.seconds),
+    ("processor seconds of training steps", lambda row: row.seconds),
     ("saved by autograd for 32 images, MB", lambda row: row.first.saved / 1e6),
 )
 

@@ -51,7 +51,8 @@ def fit(
     std: float,
     ready: Iterable[tuple[Tensor, Tensor]] | None = None,
 ) -> float:
-    """Train what requires a gradient, in place; the modes are the caller's. Returns seconds, without data's.
+    """Train what requires a gradient, in place; the modes are the caller's. Returns the process's
+    processor seconds, without data's.
 
     ``ready`` takes the place of the batches that the seed would draw.
     """
@@ -61,13 +62,13 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(total))
     spent = 0.0
     for x, y in batches(images, recipe, seed) if ready is None else ready:
-        began = time.perf_counter()
+        began = time.process_time()
         loss = F.cross_entropy(logits(model, (x - mean) / std), y)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
-        spent += time.perf_counter() - began
+        spent += time.process_time() - began
     return spent
 
 
