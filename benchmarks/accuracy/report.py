@@ -30,7 +30,8 @@ adapted to 5 to 9. `few-N`: N images of each class are trained on. The shifts ch
 
 - *accuracy*: mean over seeds ± standard deviation, in per cent; *train*: trainable parameters, as a share of the
   network's;
-- *s*: processor seconds of all training steps; *saved*: what autograd keeps for a batch of 32; *file*: what is stored.
+- *s*: processor seconds of all training steps, the probe's without the frozen network's forward, which is run once for
+  all its learning rates; *saved*: what autograd keeps for a batch of 32; *file*: what is stored.
 """
 
 

@@ -49,7 +49,7 @@ class Outcome:
     share: float = 0.0
     """Of the base's parameters, the head included."""
     seconds: float = 0.0
-    """Of all training steps, data's not counted."""
+    """Of processor time in all training steps, data's not counted."""
     saved: int = 0
     """Kept by autograd for one batch of 32."""
     file: int = 0

@@ -51,8 +51,9 @@ def fit(
     std: float,
     ready: Iterable[tuple[Tensor, Tensor]] | None = None,
 ) -> float:
-    """Train what requires a gradient, in place; the modes are the caller's. Returns the process's
-    processor seconds, without data's.
+    """Train what requires a gradient, in place; the modes are the caller's.
+
+    Returns seconds of processor time, without data's.
 
     ``ready`` takes the place of the batches that the seed would draw.
     """
