@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
@@ -74,9 +76,22 @@ def measure_all(options: argparse.Namespace) -> None:
         return
     # Spawned, not forked: torch has computed here.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(options.jobs, context, _begin) as pool:
         for future in as_completed([pool.submit(_measure, unit, options) for unit in todo]):
             future.result()
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A program that was killed leaves no process that goes on beside the next one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _measure(unit: Unit, options: argparse.Namespace) -> None:
