@@ -31,8 +31,9 @@ from benchmarks.overhead.runs import environment
 from benchmarks.overhead.subjects import make_base
 from benchmarks.overhead.tables import Row, as_text, figure, machine, wrapped
 from convlora import _paths
-from convlora._convolution import Geometry, convolve
+from convlora._convolution import convolve
 from convlora._fast import _padding, is_plain, shapes_of
+from convlora._functional import Geometry
 from convlora._layer import AdaptedLayer, active_adapter
 from convlora._paths import Shapes
 from convlora._swap import original_class

@@ -10,23 +10,13 @@ Every step of the backward is itself differentiable, so that double backward wor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._functional import effective_weight, no_autocast
-
-Ints = tuple[int, ...]
-
-
-class Geometry(NamedTuple):
-    """How the kernel is applied; a number for each spatial dimension."""
-
-    stride: Ints
-    padding: Ints
-    dilation: Ints
-    groups: int
+from . import _depthwise
+from ._functional import Geometry, Ints, effective_weight, no_autocast
 
 
 def convolve(
@@ -172,8 +162,12 @@ def _through_dense(
     g: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
     """The factors' gradients from the dense weight's, where that is small."""
-    like = x.new_empty(()).expand(lora_B.shape[0], *lora_A.shape[1:])
-    dense = _convolution_backward(g, x, like, geometry, 1).flatten(1).to(lora_A.dtype) * scaling
+    kernel = lora_A.shape[2:]
+    if _depthwise.wins(g, x, kernel, geometry):
+        dense = _depthwise.weight_grad(g, x, kernel, geometry)
+    else:
+        dense = _convolution_backward(g, x, x.new_empty(()).expand(lora_B.shape[0], *lora_A.shape[1:]), geometry, 1)
+    dense = dense.flatten(1).to(lora_A.dtype) * scaling
     return (lora_B.T @ dense).view(lora_A.shape), dense @ lora_A.flatten(1).T
 
 

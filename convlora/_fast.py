@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ._convolution import Geometry, convolve
-from ._functional import autocasts, is_transformed
+from ._convolution import convolve
+from ._functional import Geometry, autocasts, is_transformed
 from ._paths import Path, Shapes, choose, choose_once
 
 PLAIN: dict[Any, Any] = {cls.forward: cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}

@@ -10,11 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+Ints = tuple[int, ...]
+
+
+class Geometry(NamedTuple):
+    """How a kernel is applied; a number for each spatial dimension."""
+
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    groups: int
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ._compiler import uncompiled
-from ._convolution import Geometry, conv, is_pointwise, sampled
+from ._convolution import conv, is_pointwise, sampled
 from ._fast import is_batch, is_plain, prepare, shapes_of
-from ._functional import autocasts, is_transformed, no_autocast
+from ._functional import Geometry, autocasts, is_transformed, no_autocast
 from ._paths import branch_wins
 from ._routing import Kind, Route
 

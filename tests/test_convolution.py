@@ -7,13 +7,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from conftest import SmallNet, convolutions, dense_delta, randomise
-from hypothesis import given
+from hypothesis import assume, given
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import convlora
-from convlora import _layer, _paths
-from convlora._convolution import Geometry, convolve
+from convlora import _depthwise, _layer, _paths
+from convlora._convolution import convolve
+from convlora._functional import Geometry
 
 PATHS = ["auto", "fused", "weight", "branch"]
 paths = pytest.mark.parametrize("path", PATHS)
@@ -71,7 +72,7 @@ def test_output_and_gradients_are_those_of_the_dense_weight(path, channels_last,
 
 
 @pytest.mark.parametrize("path", PATHS[1:])
-@pytest.mark.parametrize("groups, kernel, stride", [(1, 3, 2), (1, 1, 1), (1, 1, 2), (2, 3, 1)])
+@pytest.mark.parametrize("groups, kernel, stride", [(1, 3, 2), (1, 1, 1), (1, 1, 2), (2, 3, 1), (4, 5, 1)])
 def test_first_and_second_derivatives_in_double_precision(path, groups, kernel, stride):
     torch.manual_seed(0)
     geometry = Geometry((stride, stride), (kernel // 2,) * 2, (1, 1), groups)
@@ -96,6 +97,42 @@ def test_fresh_adapter_is_exact_also_where_gradients_are_asked_for(path, images)
     convlora.inject(net, path=path)
     net.eval()
     assert torch.equal(net(images), base(images))
+
+
+@given(data=st.data())
+def test_a_depthwise_weight_gradient_by_bands_is_autograds(data):
+    """Whatever the kernel, also where it is larger than the image, strided or dilated."""
+    pair = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))  # noqa: E731
+    kernel, stride, padding, dilation = (data.draw(pair(*limits)) for limits in ((1, 7), (1, 3), (0, 4), (1, 2)))
+    size = data.draw(pair(1, 9))
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    assume(all(s + 2 * p >= span for s, p, span in zip(size, padding, spans, strict=True)))
+    images, channels = data.draw(pair(1, 4))
+    geometry = Geometry(stride, padding, dilation, channels)
+    x = torch.randn(images, channels, *size, dtype=torch.float64)
+    weight = torch.randn(channels, 1, *kernel, dtype=torch.float64, requires_grad=True)
+    y = nn.functional.conv2d(x, weight, None, *geometry)
+    g = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, weight, g)
+    torch.testing.assert_close(_depthwise.weight_grad(g, x, kernel, geometry), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel, size, wins", [(3, 8, False), (3, 2, True), (5, 8, True), (7, 112, False)])
+def test_bands_take_the_place_of_torchs_own_where_that_is_slow(kernel, size, wins, monkeypatch):
+    layer, x = nn.Conv2d(8, 8, kernel, padding=kernel // 2, groups=8), torch.randn(2, 8, size, size)
+    adapt(layer)
+    asked = []
+    own = _depthwise.weight_grad
+    monkeypatch.setattr(_depthwise, "weight_grad", lambda *args: asked.append(1) or own(*args))
+    layer(x).sum().backward()
+    assert bool(asked) is wins
+    plain, dense = with_dense_weight(layer), layer.convlora["default"]
+    plain(x).sum().backward()
+    grads = dense_gradients(layer, plain)
+    torch.testing.assert_close((dense.lora_A.grad, dense.lora_B.grad), grads, rtol=1e-4, atol=1e-3)
+    asked.clear()
+    layer.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last)).sum().backward()
+    assert not asked
 
 
 def saved_bytes(run):

@@ -22,6 +22,7 @@ FLOORS = [
     "_swap",
     "_computed",
     "_dora",
+    "_depthwise",
     "_convolution",
     "_paths",
     "_fast",

@@ -131,7 +131,7 @@ _ALL = (
     Arm(FULL, "full fine-tuning", _full, tracks=True),
 )
 ARMS = {arm.name: arm for arm in _ALL}
-FEW = ("probe", "norms", "lora-1", "lora-8", "dora-8", "lora-8-norms", "full-freeze", FULL)
+FEW = ("probe", "norms", "lora-1", "lora-8", "lora-8-norms", "full-freeze", FULL)
 """The arms of the few-shot tasks."""
 SECOND = (
     *FEW,
