@@ -131,11 +131,13 @@ _ALL = (
     Arm(FULL, "full fine-tuning", _full, tracks=True),
 )
 ARMS = {arm.name: arm for arm in _ALL}
-FEW = ("probe", "norms", "lora-1", "lora-8", "lora-8-norms", "full-freeze", FULL)
+FEW = ("probe", "norms", "lora-1", "lora-8", FULL)
 """The arms of the few-shot tasks."""
 SECOND = (
     *FEW,
     "biases",
+    "lora-8-norms",
+    "full-freeze",
     "lora-2",
     "lora-32",
     "lora-4",
