@@ -40,7 +40,7 @@ def wins(g: Tensor, x: Tensor, kernel: Sequence[int], geometry: Geometry) -> boo
 def weight_grad(g: Tensor, x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
     """``(C, 1, kH, kW)`` from the output's gradient ``(N, C, *spatial_out)`` and the input ``(N, C, *spatial)``."""
     (n, channels, height, width), (kh, kw) = g.shape, kernel
-    (sh, sw), (ph, pw), (dh, dw) = geometry[:3]
+    (sh, sw), (ph, pw), (dh, dw), _ = geometry
     # Channels are the batch of the products, rows and images what is summed over: (C, H, N, W).
     rows = F.pad(x.permute(1, 2, 0, 3), (pw, pw, 0, 0, ph, ph))
     grads = g.permute(1, 3, 2, 0).reshape(channels, width, height * n)

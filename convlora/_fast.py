@@ -20,7 +20,7 @@ PLAIN: dict[Any, Any] = {cls.forward: cls._conv_forward for cls in (nn.Conv1d, n
 
 def is_plain(layer: nn.Module, cls: Any) -> bool:
     """Whether a layer of this class computes a convolution of torch's own with ``weight``, and nothing else."""
-    return cls.forward in PLAIN and cls._conv_forward is PLAIN[cls.forward] and "_conv_forward" not in vars(layer)
+    return cls.forward in PLAIN and cls._conv_forward is PLAIN[cls.forward] and "_conv_forward" not in layer.__dict__
 
 
 def linear(
@@ -96,7 +96,7 @@ def _padding(layer: _ConvNd) -> tuple[int, ...] | None:
 
 
 def shapes_of(layer: _ConvNd, x: Tensor, geometry: Geometry, rank: int) -> Shapes:
-    sizes = zip(x.shape[2:], layer.kernel_size, *geometry[:3], strict=True)
+    sizes = zip(x.shape[2:], layer.kernel_size, geometry.stride, geometry.padding, geometry.dilation, strict=True)
     outputs = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
     return Shapes(
         out_channels=layer.out_channels,

@@ -64,7 +64,9 @@ def no_autocast(device_type: str) -> AbstractContextManager[object]:
 
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a kind of device; meta, say, has none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # PyTorch 2.6's compiler cannot ask the first, and compiles for no kind of device that has no autocast.
+    there = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return there and torch.is_autocast_enabled(device_type)
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
