@@ -111,6 +111,10 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     return [" ".join(words)]
 
 
+NAMED = ("probe", "norms", "lora-8", "lora-8-track", "peft-8", "full-freeze", FULL)
+"""Arms whose name stands beside their point; those on the frontier have theirs too."""
+SHOWN = 10
+"""Points of accuracy below the best that a picture shows."""
 Measure = Callable[[Row], float]
 TRAINED: tuple[str, Measure] = ("trainable, % of the network", lambda row: 100 * row.first.share)
 COSTS: tuple[tuple[str, Measure], ...] = (
@@ -134,9 +138,9 @@ def draw(groups: dict[tuple[str, str], list[Row]], path: Path) -> None:
 
     first = next(iter(groups))
     wanted = [(task, *TRAINED) for task in groups] + [(first, *cost) for cost in COSTS]
-    columns = min(3, len(wanted))
+    columns = min(2, len(wanted))
     lines = -(-len(wanted) // columns)
-    picture = Figure(figsize=(4.6 * columns, 3.8 * lines), layout="constrained")
+    picture = Figure(figsize=(5.5 * columns, 4 * lines), layout="constrained")
     panels = list(picture.subplots(lines, columns, squeeze=False).flat)
     for axes, (task, label, cost) in zip(panels, wanted, strict=False):
         rows = groups[task]
@@ -145,8 +149,11 @@ def draw(groups: dict[tuple[str, str], list[Row]], path: Path) -> None:
         best = frontier(rows, cost)
         axes.plot([cost(r) for r in best], [100 * r.mean for r in best], color="C1", linewidth=1)
         for row, x, y in zip(rows, where, mean, strict=True):
-            axes.annotate(row.arm, (x, y), fontsize=5.5, xytext=(3, 2), textcoords="offset points")
-        axes.set_xscale("log")
+            if row in best or row.arm in NAMED:
+                axes.annotate(row.arm, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        if label == TRAINED[0]:
+            axes.set_xscale("log")
+        axes.set_ylim(max(min(mean), max(mean) - SHOWN) - 1, max(mean) + 1)
         axes.set_title(", ".join(task), fontsize="small")
         axes.set_xlabel(label)
         axes.set_ylabel("test accuracy, %")
@@ -169,6 +176,9 @@ def page(outcomes: list[Outcome], path: Path) -> str:
         f"Saved and loaded again: {reloads} runs bit-equal, {len(checks)} not; merged and compared: {len(merged)}."
     )
     parts = [INTRODUCTION.rstrip(), f"![accuracy against trainable share]({path.with_suffix('.png').name})"]
+    parts += [
+        f"Lines join what no cheaper arm beats. Arms more than {SHOWN} points below the best are in the tables alone."
+    ]
     parts += [
         tables(outcomes),
         checked,
