@@ -102,10 +102,11 @@ class AdapterCallback(Callback):  # type: ignore[misc]
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Check that the base which was left out is the model's own."""
         model, stored, base = pl_module.state_dict(), checkpoint["state_dict"], checkpoint.get(KEY, {})
+        known = {*stored, *base}
         unlike = [key for key in base if key in model and digest(model[key]) != base[key]]
         _refuse(
             [
-                *(f"{key}: not in the checkpoint" for key in _base_keys(pl_module) if key not in {**stored, **base}),
+                *(f"{key}: not in the checkpoint" for key in _base_keys(pl_module) if key not in known),
                 *(f"{key}: not in the model" for key in base if key not in model),
                 *(f"{key}: other numbers than at training" for key in unlike),
             ]
