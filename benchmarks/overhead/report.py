@@ -52,7 +52,7 @@ Install with `pip install -e ".[benchmarks]"`, run the commands above with `--js
 else, and write the page:
 
 ```bash
-python -m benchmarks.overhead --report FILE.json ... > docs/performance.md
+python -m benchmarks.overhead --report FILE.json ... --plot docs/performance.png > docs/performance.md
 ```
 """
 
