@@ -1,7 +1,8 @@
 """The whole table: an equal learning-rate sweep for every trained arm, several seeds, paired differences.
 
-The sweep is on the first seed; the rate with the lowest validation loss trains the other seeds. The test set has no
-say in it. A rate at the sweep's end is said, since a better one may lie beyond.
+The sweep is on the first seed; while its best rate lies at an end it goes on there, ``FURTHER`` times at most. The rate
+with the lowest validation loss trains the other seeds. The test set has no say in it. A best rate that still lies at an
+end is said, since a better one may lie beyond.
 """
 
 import dataclasses
@@ -34,6 +35,9 @@ REPORTED = {
     "probe-centre-ensemble+balanced": [("DINOv2", ".8935", ".9432")],
     "lora-track": [("ResNet50", ".9391", ".9451")],
 }
+FURTHER = 2
+"""Rates that a training may try beyond the sweep's ends."""
+
 CHALLENGE = {"train": (100_000, {0, 3, 4}), "val": (34_904, {1}), "test": (85_054, {2})}
 
 
@@ -49,10 +53,18 @@ class Sweep:
         """The rate of the lowest validation loss."""
         return min(self.losses, key=lambda lr: self.losses[lr])
 
+    @property
+    def beyond(self) -> float | None:
+        """The next rate behind the end at which the best one lies, as far off as the end's neighbour; or None."""
+        rates = sorted(self.losses)
+        if len(rates) < 2 or self.best not in (rates[0], rates[-1]):
+            return None
+        neighbour = rates[1] if self.best == rates[0] else rates[-2]
+        return float(f"{self.best * self.best / neighbour:.3g}")
+
     def __str__(self) -> str:
-        each = ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in self.losses.items())
-        at_end = len(self.losses) > 1 and self.best in (min(self.losses), max(self.losses))
-        return f"{self.training}: {self.best:g} ({each}){', the end of the sweep' if at_end else ''}"
+        each = ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in sorted(self.losses.items()))
+        return f"{self.training}: {self.best:g} ({each}){'' if self.beyond is None else ', the end of the sweep'}"
 
 
 def compare(
@@ -80,8 +92,13 @@ def compare(
 def sweep(
     method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, rates: Sequence[float], job: Job
 ) -> Sweep:
-    """Train at each rate; one that makes the loss infinite counts as that."""
-    return Sweep(method.training, {lr: _val_loss(method, splits, recipe, lr, job, len(rates) > 1) for lr in rates})
+    """Train at each rate, then beyond an end that does best; one that makes the loss infinite counts as that."""
+    done = Sweep(method.training)
+    for lr in rates:
+        done.losses[lr] = _val_loss(method, splits, recipe, lr, job, len(rates) > 1)
+    while len(done.losses) < len(rates) + FURTHER and (further := done.beyond) is not None:
+        done.losses[further] = _val_loss(method, splits, recipe, further, job, True)
+    return done
 
 
 def _val_loss(

@@ -13,7 +13,7 @@ from examples.histopathology import catalogue, experiment
 from examples.histopathology.ablation import RANKS, variants
 from examples.histopathology.backbones import Normalisation
 from examples.histopathology.catalogue import find_method, find_methods, method_from, read_method
-from examples.histopathology.comparison import TABLE, parse_rates, reported
+from examples.histopathology.comparison import TABLE, Sweep, parse_rates, reported
 from examples.histopathology.data import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
 from examples.histopathology.features import linear_head
@@ -89,6 +89,24 @@ def test_methods_compose_by_name():
 @pytest.mark.parametrize("word", ["centre", "adabn", "balanced"])
 def test_what_looks_at_the_test_set_is_marked(word):
     assert find_method(f"lora+{word}").title == f"lora+{word} (transductive)"
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "beyond"),
+    [
+        ({3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.7}, 3e-4, 9e-5),
+        ({3e-4: 0.7, 1e-3: 0.6, 3e-3: 0.5}, 3e-3, 9e-3),
+        ({3e-4: 0.7, 1e-3: 0.5, 3e-3: 0.6}, 1e-3, None),
+        ({3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.7, 9e-5: 0.4, 2.7e-5: 0.6}, 9e-5, None),
+        ({1e-3: 0.5}, 1e-3, None),
+        ({1e-3: math.inf, 1e-2: math.inf}, 1e-3, 1e-4),
+    ],
+)
+def test_a_sweep_goes_on_at_the_end_that_does_best(losses, best, beyond):
+    sweep = Sweep("lora", losses)
+    assert sweep.best == best
+    assert sweep.beyond == beyond
+    assert ("the end of the sweep" in str(sweep)) == (beyond is not None)
 
 
 def test_the_comparison_names_methods_that_there_are():
