@@ -40,7 +40,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 OWN, PEFT, LOCON, CHALLENGE, PCAM, WILDS = range(6)
 READERS = [
-    *(f"convlora.{name}" for name in ("_files", "_manifest", "_foreign", "_peft_reader", "_locon", "_rebuilt")),
+    *(f"convlora._checkpoint.{name}" for name in ("files", "manifest", "digests", "keys", "fitting")),
+    *(f"convlora._checkpoint.{name}" for name in ("foreign", "peft_reader", "locon", "rebuilt")),
     *(f"examples.histopathology.{name}" for name in ("layout", "challenge", "pcam", "wilds", "rows")),
 ]
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -292,7 +293,7 @@ def mutate_tensors(data: bytes, choose: random.Random) -> bytes:
 
 def reseal(data: bytes) -> bytes:
     """With the digests of the numbers that are there: a hostile file has them right."""
-    from convlora._manifest import digest
+    from convlora._checkpoint.digests import digest
 
     with contextlib.suppress(Exception):
         length = int.from_bytes(data[:8], "little")

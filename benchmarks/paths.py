@@ -3,8 +3,8 @@
     python -m benchmarks.paths --model resnet50 mobilenetv2_100 --batch 16 --size 224
 
 Forward and backward of every layer shape that the networks have, by each path, in interleaved rounds; beside the times
-stands what ``convlora._paths.choose`` takes, and what the choice loses. Grouped convolutions have one path and are left
-out. At the end: the constants of ``_paths`` under which the choices would have lost the least time here.
+stands what ``convlora/_layer/paths.py`` chooses, and what the choice loses. Grouped convolutions have one path and are
+left out. At the end: the constants of that file under which the choices would have lost the least time here.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from benchmarks.overhead.measuring import Quartiles, interleave, seconds
 from benchmarks.overhead.runs import environment
 from benchmarks.overhead.subjects import make_base
 from benchmarks.overhead.tables import Row, as_text, figure, machine, wrapped
-from convlora import _paths
-from convlora._convolution import convolve
-from convlora._fast import _padding, is_plain, shapes_of
-from convlora._functional import Geometry
-from convlora._layer import AdaptedLayer, active_adapter
-from convlora._paths import Shapes
-from convlora._swap import original_class
+from convlora._layer import paths as chooser
+from convlora._layer.adapted import AdaptedLayer, active_adapter
+from convlora._layer.convolution import convolve
+from convlora._layer.fast import _padding, is_plain, shapes_of
+from convlora._layer.functional import Geometry
+from convlora._layer.paths import Shapes
+from convlora._layer.swap import original_class
 
 PATHS = ("fused", "weight", "branch")
 WRONG = 0.05
@@ -82,7 +82,7 @@ class Timed:
     @property
     def chosen(self) -> str:
         """The path that the present constants choose."""
-        return _paths.choose(self.case.shapes)
+        return chooser.choose(self.case.shapes)
 
     @property
     def lost(self) -> float:
@@ -160,13 +160,13 @@ def time_case(
 
 @contextmanager
 def constants(balance: float, thin: int) -> Iterator[None]:
-    """Other constants in ``_paths`` for a while."""
-    before = _paths.BALANCE, _paths.THIN
-    _paths.BALANCE, _paths.THIN = balance, thin
+    """Other constants in ``convlora/_layer/paths.py`` for a while."""
+    before = chooser.BALANCE, chooser.THIN
+    chooser.BALANCE, chooser.THIN = balance, thin
     try:
         yield
     finally:
-        _paths.BALANCE, _paths.THIN = before
+        chooser.BALANCE, chooser.THIN = before
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Suggestion:
 
 def suggest(timed: Sequence[Timed]) -> Suggestion:
     """The pair of the grid under which the choices lose the least; of equals, the one nearest to the present pair."""
-    present = _paths.BALANCE, _paths.THIN
+    present = chooser.BALANCE, chooser.THIN
 
     def lost(balance: float, thin: int) -> float:
         with constants(balance, thin):
@@ -206,10 +206,10 @@ def table(timed: Sequence[Timed]) -> str:
 
 
 def estimates(timed: Sequence[Timed]) -> str:
-    """A line for each shape: what ``_paths.estimate`` says of it, and by how much each path is not the fastest."""
+    """A line for each shape: what ``chooser.estimate`` says of it, and by how much each path is not the fastest."""
     rows: list[Row] = [("shape", *(f"{path}{unit}" for path in PATHS for unit in ("", " ms")))]
     for item in timed:
-        costs = {str(path): cost for path, cost in _paths.estimate(item.case.shapes).items()}
+        costs = {str(path): cost for path, cost in chooser.estimate(item.case.shapes).items()}
         least = item.times[item.best]
         pairs = ((figure(costs[path] / 1e6), figure(1e3 * (item.times[path] - least))) for path in PATHS)
         rows.append((str(item.case), *itertools.chain.from_iterable(pairs)))
@@ -228,7 +228,7 @@ def conclusion(timed: Sequence[Timed]) -> str:
             f"Lost by the choices: {100 * lost / best:.1f} % ({1e3 * lost:.2f} ms a step beside {1e3 * best:.1f} ms, "
             f"each shape as often as it occurs); {wrong} of {len(timed)} shapes lose more than {100 * WRONG:.0f} %.",
             "Always one path would lose: " + ", ".join(f"{path} {100 * share:.1f} %" for path, share in always.items()),
-            f"Constants now: BALANCE {_paths.BALANCE:g}, THIN {_paths.THIN}. The least would be lost with BALANCE "
+            f"Constants now: BALANCE {chooser.BALANCE:g}, THIN {chooser.THIN}. The least would be lost with BALANCE "
             f"{found.balance:g}, THIN {found.thin}: {100 * found.lost / best:.1f} %.",
         ]
     )
@@ -238,11 +238,11 @@ def to_json(timed: Sequence[Timed], where: dict[str, Any], options: argparse.Nam
     """Everything measured, as plain JSON data."""
     names = ("model", "batch", "size", "rank", "rounds", "repeats", "channels_last")
     layers = [asdict(item) | {"chosen": item.chosen, "best": item.best, "lost": item.lost} for item in timed]
-    costs = [_paths.estimate(item.case.shapes) for item in timed]
+    costs = [chooser.estimate(item.case.shapes) for item in timed]
     return {
         "settings": {name: getattr(options, name) for name in names},
         "environment": where,
-        "constants": {"BALANCE": _paths.BALANCE, "THIN": _paths.THIN},
+        "constants": {"BALANCE": chooser.BALANCE, "THIN": chooser.THIN},
         "layers": [layer | {"estimate": found} for layer, found in zip(layers, costs, strict=True)],
         "suggestion": asdict(suggest(timed)),
     }

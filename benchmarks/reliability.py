@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 import convlora
-from convlora import _checkpoint
+from convlora._checkpoint import saving
 
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
@@ -158,7 +158,7 @@ def _parts(data: bytes) -> Iterator[bytes]:
 
 
 CALLS = [(os, name) for name in ("mkdir", "replace", "unlink", "fsync", "chmod", "stat")]
-CALLS += [(io, "open"), (_checkpoint, "save")]
+CALLS += [(io, "open"), (saving, "save")]
 
 
 @contextlib.contextmanager

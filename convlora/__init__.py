@@ -1,17 +1,22 @@
 """LoRA adapters for the convolutions of any PyTorch network: inject, train, merge, save."""
 
-from ._adapters import add_adapter, delete_adapter, disable_adapter, set_adapter
-from ._algebra import Approximation, extract, shrink
-from ._budget import sensitivity
-from ._checkpoint import load_adapter, save_adapter
-from ._combine import combine_adapters
-from ._inject import adapter_parameters, inject, remove, summary, trainable_parameters
-from ._layer import base_weight
-from ._merge import merge, unmerge
+from ._algebra.approximation import Approximation
+from ._algebra.combine import combine_adapters
+from ._algebra.extract import extract
+from ._algebra.shrink import shrink
+from ._checkpoint.loading import load_adapter
+from ._checkpoint.push import push_to_hub
+from ._checkpoint.saving import save_adapter
+from ._layer.adapted import base_weight
+from ._model.adapters import add_adapter, delete_adapter, disable_adapter, set_adapter
+from ._model.budget import sensitivity
+from ._model.inject import inject
+from ._model.merge import merge, unmerge
+from ._model.planner import plan
+from ._model.remove import remove
+from ._model.summary import adapter_parameters, summary, trainable_parameters
+from ._model.use import use_adapters
 from ._plan import LayerPlan, Plan
-from ._planner import plan
-from ._push import push_to_hub
-from ._use import use_adapters
 from ._version import __version__ as __version__
 from .errors import CheckpointError, ConvLoraError, StateError, TargetError, UnsupportedLayerError
 

@@ -19,12 +19,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ._computed import has_parameter
-from ._fast import convolution, is_plain
-from ._functional import delta_weight, effective_weight, is_tracing, scaling_of
-from ._kept import Kept
-from ._peft_format import is_faithful
-from ._peft_reader import unlike_peft
+from ._checkpoint.peft_format import is_faithful
+from ._checkpoint.peft_reader import unlike_peft
+from ._layer.computed import has_parameter
+from ._layer.fast import convolution, is_plain
+from ._layer.functional import delta_weight, effective_weight, is_tracing, scaling_of
+from ._layer.kept import Kept
 from .errors import UnsupportedLayerError
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from ._functional import factor_count, scaling_of
-from ._paths import Path
+from ._layer.functional import factor_count, scaling_of
+from ._layer.paths import Path
 
 NormPolicy = Literal["freeze", "track"]
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"]

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ._files import SHOWN
-from ._inject import inject
-from ._manifest import base_keys, digest
-from ._peft_format import dotted
-from ._state import injections
+from ._checkpoint.digests import digest
+from ._checkpoint.files import SHOWN
+from ._checkpoint.keys import base_keys
+from ._checkpoint.peft_format import dotted
+from ._model.inject import inject
+from ._model.state import injections
 from .errors import CheckpointError, TargetError
 
 try:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from typing_extensions import Unpack
 
-    from ._planner import Options
+    from ._model.choice import Options
 
 KEY = "convlora_base"
 """Where a checkpoint keeps the digests of what was left out of it."""

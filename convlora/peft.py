@@ -1,6 +1,6 @@
 """Hugging Face peft, both ways in memory, and convlora's layers inside peft.
 
-This and ``_peft_layer`` are the only files that import peft: ``pip install "convlora[peft]"``. Files need neither:
+This and ``_peft_layer.py`` are the only files that import peft: ``pip install "convlora[peft]"``. Files need neither:
 :func:`convlora.save_adapter` and :func:`convlora.load_adapter` write and read peft's by themselves.
 """
 
@@ -14,12 +14,10 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ._adapters import set_adapter
-from ._checkpoint import adapter_tensors, install
-from ._checks import check_model
-from ._inject import remove
-from ._manifest import Manifest
-from ._peft_format import (
+from ._checkpoint.contents import adapter_tensors
+from ._checkpoint.loading import install
+from ._checkpoint.manifest import Manifest
+from ._checkpoint.peft_format import (
     ALONE,
     PREFIX,
     REGISTERED,
@@ -30,10 +28,13 @@ from ._peft_format import (
     peft_config,
     peft_type,
 )
-from ._peft_reader import from_peft_tensors
+from ._checkpoint.peft_reader import from_peft_tensors
+from ._checkpoint.rebuilt import rebuild
+from ._model.adapters import set_adapter
+from ._model.checks import check_model
+from ._model.remove import remove
+from ._model.state import check_enabled, check_intact, check_plain, check_unmerged, injections, the_injection
 from ._plan import Plan
-from ._rebuilt import rebuild
-from ._state import check_enabled, check_intact, check_plain, check_unmerged, injections, the_injection
 from .errors import StateError, TargetError, UnsupportedLayerError
 
 try:

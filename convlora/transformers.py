@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ._checkpoint import save_adapter
+from ._checkpoint.saving import save_adapter
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

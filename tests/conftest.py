@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import convlora
-from convlora._places import SWAPPING
+from convlora._layer.places import SWAPPING
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side, and those that tests start, take a core each
     os.environ["OMP_NUM_THREADS"] = "1"

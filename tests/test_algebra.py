@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import convlora
-from convlora._lowrank import Spectrum, tolerance_of
+from convlora._layer.lowrank import Spectrum, tolerance_of
 
 LAYERS = ("stem", "block.0", "block.3")
 
@@ -136,7 +136,7 @@ def test_dare_scales_up_what_it_keeps():
     with torch.no_grad():
         net[0].convlora["a"].lora_A.fill_(1.0)
         net[0].convlora["a"].lora_B.fill_(0.5)  # scaling 2: every entry of the change is 1
-    from convlora._combine import _dare
+    from convlora._algebra.methods import _dare
 
     combined = _dare({"0": {"a": (net[0].convlora["a"], 1.0)}}, 32, 0.25, 0)
     _, _, lost, size = combined["0"]
@@ -433,6 +433,6 @@ def test_a_real_network(images):
 
 
 def report_room(net: nn.Module, name: str) -> int:
-    from convlora._functional import largest_rank
+    from convlora._layer.functional import largest_rank
 
     return largest_rank(convlora.base_weight(net.get_submodule(name)).shape)

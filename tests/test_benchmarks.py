@@ -18,7 +18,7 @@ from benchmarks.overhead.arms import INFERENCE, TRAINING
 from benchmarks.overhead.bench import Bench, run
 from benchmarks.overhead.runs import Run, Settings
 from benchmarks.overhead.subjects import NotAvailable, head_names, make_base
-from convlora import _paths
+from convlora._layer import paths as paths_room
 
 CPU = torch.device("cpu")
 NETWORK = "test_resnet"
@@ -160,7 +160,7 @@ def test_inference_arms_of_one_library_predict_the_same():
 
 
 def test_the_dropped_weight_is_computed_again():
-    from convlora._layer import AdaptedLayer, held
+    from convlora._layer.adapted import AdaptedLayer, held
 
     bench = bench_of("not-kept", train=False)
     bench.look()
@@ -273,7 +273,7 @@ def test_a_gpu_is_measured_by_events():
 
 def layer(times, count=1, rank=4, size=8):
     """A timed 16 → 16 3 × 3 layer."""
-    shapes = _paths.Shapes(16, 16, 9, 1, rank, 2 * size**2, 2 * size**2, True)
+    shapes = paths_room.Shapes(16, 16, 9, 1, rank, 2 * size**2, 2 * size**2, True)
     geometry = paths.Geometry((1, 1), (1, 1), (1, 1), 1)
     case = paths.Case((16, 16, 3, 3), geometry, (2, 16, size, size), shapes)
     return paths.Timed(case, count, dict(zip(paths.PATHS, times, strict=True)))
@@ -298,12 +298,12 @@ def test_the_program_times_every_plain_layer_by_each_path(tmp_path, capsys):
 def test_the_shapes_are_those_that_the_layers_choose_from(monkeypatch):
     """What the program finds is what a forward of the injected network asks ``choose`` for, and as often."""
     import convlora
-    from convlora import _fast
+    from convlora._layer import fast
 
     images = torch.zeros(2, 3, 32, 32)
     found, grouped = paths.find_cases("test_efficientnet", 4, images)
     asked = []
-    monkeypatch.setattr(_fast, "choose_once", lambda shapes: asked.append(shapes) or "fused")
+    monkeypatch.setattr(fast, "choose_once", lambda shapes: asked.append(shapes) or "fused")
     convlora.inject(make_base("test_efficientnet"), 4).train()(images)
     assert grouped == sum(shapes.groups > 1 for shapes in asked) > 0
     plain = [shapes for shapes in asked if shapes.groups == 1]
@@ -319,19 +319,19 @@ def test_what_a_choice_loses():
 
 
 def test_the_suggestion_loses_no_more_than_the_present_constants_and_leaves_them():
-    before = _paths.BALANCE, _paths.THIN
+    before = paths_room.BALANCE, paths_room.THIN
     times = [[3.0, 1.0, 2.0], [1.0, 2.0, 3.0], [2.0, 3.0, 1.0], [1.0, 1.0, 5.0]]
     timed = [layer(t, count, size=size) for t, count, size in zip(times, (1, 2, 3, 4), (4, 8, 32, 128), strict=True)]
     found = paths.suggest(timed)
     assert found.lost <= sum(item.lost for item in timed)
-    assert before == (_paths.BALANCE, _paths.THIN)
+    assert before == (paths_room.BALANCE, paths_room.THIN)
     with paths.constants(found.balance, found.thin):
         assert sum(item.lost for item in timed) == pytest.approx(found.lost)
 
 
 def test_constants_stay_where_all_are_equal():
     found = paths.suggest([layer([1.0, 1.0, 1.0])])
-    assert (found.balance, found.thin) == (_paths.BALANCE, _paths.THIN)
+    assert (found.balance, found.thin) == (paths_room.BALANCE, paths_room.THIN)
 
 
 def test_the_routing_benchmark_compares_every_way_and_prints_the_machine(capsys):

@@ -10,8 +10,9 @@ from torch import nn
 
 import convlora
 from convlora import CheckpointError, TargetError
-from convlora._files import opened
-from convlora._manifest import fingerprint, read_manifest
+from convlora._checkpoint.digests import fingerprint
+from convlora._checkpoint.files import opened
+from convlora._checkpoint.manifest import read_manifest
 
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
@@ -187,7 +188,7 @@ def test_line_ends_that_git_or_an_editor_changes_are_no_edit(net, tmp_path, chan
 
 
 def test_failed_save_keeps_the_old_card(net, tmp_path, monkeypatch):
-    import convlora._checkpoint as room
+    import convlora._checkpoint.saving as room
 
     first = written(convlora.inject(net), tmp_path)
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import convlora
 import convlora.command
-from convlora._manifest import fingerprint
+from convlora._checkpoint.digests import fingerprint
 
 pytest.importorskip("typer")
 pytest.importorskip("timm")

@@ -12,9 +12,10 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import convlora
-from convlora import _depthwise, _layer, _paths
-from convlora._convolution import convolve
-from convlora._functional import Geometry
+from convlora._layer import adapted, depthwise, factors
+from convlora._layer.convolution import convolve
+from convlora._layer.functional import Geometry
+from convlora._layer.paths import Shapes, choose
 
 PATHS = ["auto", "fused", "weight", "branch"]
 paths = pytest.mark.parametrize("path", PATHS)
@@ -114,7 +115,7 @@ def test_a_depthwise_weight_gradient_by_bands_is_autograds(data):
     y = nn.functional.conv2d(x, weight, None, *geometry)
     g = torch.randn_like(y)
     (expected,) = torch.autograd.grad(y, weight, g)
-    torch.testing.assert_close(_depthwise.weight_grad(g, x, kernel, geometry), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(depthwise.weight_grad(g, x, kernel, geometry), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kernel, size, wins", [(3, 8, False), (3, 2, True), (5, 8, True), (7, 112, False)])
@@ -122,8 +123,8 @@ def test_bands_take_the_place_of_torchs_own_where_that_is_slow(kernel, size, win
     layer, x = nn.Conv2d(8, 8, kernel, padding=kernel // 2, groups=8), torch.randn(2, 8, size, size)
     adapt(layer)
     asked = []
-    own = _depthwise.weight_grad
-    monkeypatch.setattr(_depthwise, "weight_grad", lambda *args: asked.append(1) or own(*args))
+    own = depthwise.weight_grad
+    monkeypatch.setattr(depthwise, "weight_grad", lambda *args: asked.append(1) or own(*args))
     layer(x).sum().backward()
     assert bool(asked) is wins
     plain, dense = with_dense_weight(layer), layer.convlora["default"]
@@ -273,8 +274,8 @@ def test_unknown_path_is_refused(net):
 
 def test_the_choice_follows_the_shapes():
     def chosen(out, into, kernel, positions, groups=1, rank=8):
-        shapes = _paths.Shapes(out, into, kernel, groups, rank, positions, positions, input_grad=True)
-        return _paths.choose(shapes)
+        shapes = Shapes(out, into, kernel, groups, rank, positions, positions, input_grad=True)
+        return choose(shapes)
 
     assert chosen(512, 512, 9, positions=16 * 56 * 56) == "fused"  # large image: W + ΔW costs next to nothing
     assert chosen(512, 512, 9, positions=9) == "branch"  # it would cost more than the convolution
@@ -289,8 +290,8 @@ def test_the_choice_follows_the_shapes():
 def computed(monkeypatch):
     """A list that grows with every effective weight that is computed."""
     calls = []
-    compute = _layer.effective_weight
-    monkeypatch.setattr(_layer, "effective_weight", lambda *args: calls.append(1) or compute(*args))
+    compute = factors.effective_weight
+    monkeypatch.setattr(factors, "effective_weight", lambda *args: calls.append(1) or compute(*args))
     return calls
 
 
@@ -320,7 +321,7 @@ def test_writes_to_the_weight_that_was_handed_out_are_lost(write):
 
 def test_what_is_kept_goes_with_a_move_and_a_merge():
     layer, x = adapt(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 7, 7)
-    kept = _layer.held(layer).kept
+    kept = adapted.held(layer).kept
     for change in (lambda: layer.double().float(), lambda: convlora.unmerge(convlora.merge(layer))):
         with torch.no_grad():
             layer(x)

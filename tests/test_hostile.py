@@ -4,6 +4,7 @@ Each case was found by reading, or by ``python -m benchmarks.fuzz``, whose corpu
 """
 
 import copy
+import importlib
 import json
 import os
 import resource
@@ -22,7 +23,7 @@ from torch import nn
 import convlora
 from benchmarks import fuzz
 from convlora import CheckpointError
-from convlora._files import LIMIT, plain, strict_json
+from convlora._checkpoint.files import LIMIT, plain, strict_json
 from examples.histopathology.challenge import ChallengeRows
 from examples.histopathology.errors import ExampleError
 from examples.histopathology.pcam import PcamRows
@@ -559,3 +560,8 @@ def test_pictures_from_strangers(tmp_path, name, make, message):
     make(folder / "patch_patient_004_node_4_x_1_y_2.png")
     rows = WildsRows(tmp_path / "metadata.csv", "train")
     refused_data(rows.read, message, 0, np.empty((3, 96, 96), np.float32))
+
+
+@pytest.mark.parametrize("name", fuzz.READERS)
+def test_what_is_fuzzed_is_there(name):
+    importlib.import_module(name)

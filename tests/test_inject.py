@@ -364,7 +364,7 @@ def test_not_a_module():
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("step", range(3))
 def test_interrupted_injection_leaves_the_model_untouched(net, monkeypatch, error, step):
-    import convlora._inject as room
+    import convlora._model.inject as room
 
     before, real, calls = snapshot(net), room.attach, []
 

@@ -204,7 +204,7 @@ def test_what_killed_saves_left_is_cleared_away_once_it_is_old(two):
 def test_a_load_beside_a_save_reads_one_file_to_the_end(two, images, monkeypatch):
     """The manifest of one save and the tensors of the next would not go together."""
     model, directory = two
-    import convlora._checkpoint as room
+    import convlora._checkpoint.loading as room
 
     base = convlora.remove(copy.deepcopy(model))
     expected = convlora.load_adapter(copy.deepcopy(base), directory).eval()(images)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import convlora
-from convlora._norms import set_policy
+from convlora._model.norms import set_policy
 
 
 def statistics(model):

@@ -109,7 +109,7 @@ def test_a_convolution_of_any_geometry(geometry, names, wins):
     net.eval()
     expected = alone(net, x, names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("convlora._routed.branch_wins", lambda *_: wins)
+        patch.setattr("convlora._layer.routed.branch_wins", lambda *_: wins)
         torch.testing.assert_close(routed(net, x, names), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -144,7 +144,7 @@ def test_real_networks(network, wins, monkeypatch):
     expected = alone(model, images, names)
     assert not torch.allclose(expected, alone(model, images, ["a"] * 6), **CLOSE)
     if wins is not None:
-        monkeypatch.setattr("convlora._routed.branch_wins", lambda *_: wins)
+        monkeypatch.setattr("convlora._layer.routed.branch_wins", lambda *_: wins)
     close = 1e-6 if wins is None else 1e-12
     scale = expected.abs().max().clamp(min=1)  # 1e-6 of outputs of size 1
     torch.testing.assert_close(routed(model, images, names) / scale, expected / scale, rtol=close, atol=close)
@@ -444,7 +444,7 @@ def test_compiled_models_are_routed_too(three, batch):
 @pytest.mark.parametrize("wins", [True, False])
 def test_variants_are_routed_like_plain_adapters(net, images, batch, wins, monkeypatch):
     """DoRA is no branch beside the base, and PiSSA's change has twice its factors' rank."""
-    monkeypatch.setattr("convlora._routed.branch_wins", lambda *_: wins)
+    monkeypatch.setattr("convlora._layer.routed.branch_wins", lambda *_: wins)
     convlora.inject(net, 4, adapter_name="a", use_dora=True, target_modules=(nn.Conv2d, "hidden"))
     convlora.add_adapter(net, "b", 2, init="pissa", target_modules=(nn.Conv2d, "hidden"))
     convlora.add_adapter(net, "c", 3, norm="track")

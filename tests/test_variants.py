@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import convlora
-from convlora import _init
+from convlora._model import init as init_room
 
 ANCHORED = ["pissa", "olora"]
 anchored = pytest.mark.parametrize("init", ANCHORED)
@@ -628,9 +628,9 @@ def test_eva_of_a_large_layer_by_subspace_iteration(monkeypatch):
     torch.manual_seed(0)
     rows = torch.randn(400, 96) * torch.linspace(2, 0.1, 96)
     covariance = rows.T @ rows
-    monkeypatch.setattr(_init, "EXACT_UP_TO", 95)
+    monkeypatch.setattr(init_room, "EXACT_UP_TO", 95)
     before = torch.random.get_rng_state()
-    found = _init._leading(covariance, 4)
+    found = init_room._leading(covariance, 4)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.testing.assert_close(found @ found.T, torch.eye(4), rtol=1e-5, atol=1e-5)
     best = torch.linalg.eigvalsh(covariance)[-4:].sum().item()
@@ -670,7 +670,7 @@ def test_eva_leaves_the_model_as_it_was(make_batch):
     before, random = snapshot(model), torch.random.get_rng_state()
     batches = (make_batch(torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(i))) for i in range(3))
     plan = convlora.plan(model, 2, init="eva")
-    factors = _init.first_factors(plan, model, batches)
+    factors = init_room.first_factors(plan, model, batches)
     assert factors.keys() == {"conv"}
     assert snapshot(model) == before and torch.equal(torch.random.get_rng_state(), random)
     convlora.inject(model, 2, init="eva", init_data=[make_batch(torch.randn(2, 3, 6, 6))])

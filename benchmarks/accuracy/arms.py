@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import convlora
 from benchmarks.overhead import peers
 from benchmarks.overhead.subjects import NORMS, heads, train_only
-from convlora._targets import modules_of
+from convlora._model.targets import modules_of
 
 FULL = "full"
 Batches = Sequence[tuple[Tensor, Tensor]]

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 import convlora
-from convlora._kept import Kept
-from convlora._layer import AdaptedLayer, held
-from convlora._paths import Path as Way
+from convlora._layer.adapted import AdaptedLayer, held
+from convlora._layer.kept import Kept
+from convlora._layer.paths import Path as Way
 from convlora._plan import NormPolicy
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)

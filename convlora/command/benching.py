@@ -18,8 +18,9 @@ import typer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._inject import inject, remove
-from .._merge import merge
+from .._model.inject import inject
+from .._model.merge import merge
+from .._model.remove import remove
 from .answers import Answer, CommandError, table
 from .measuring import Quartiles, interleave, ratios, saved_bytes, seconds
 from .models import build

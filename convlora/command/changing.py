@@ -18,27 +18,23 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from .._algebra import Approximation
-from .._algebra import extract as extract_adapter
-from .._algebra import shrink as shrink_adapter
-from .._card import CARD, is_replaceable
-from .._checkpoint import load_adapter, replacing, save_adapter, warn_of_old_card
-from .._inject import remove, summary
-from .._manifest import TENSORS, tensors_of
-from .._merge import merge as merge_adapter
+from .._algebra.approximation import Approximation
+from .._algebra.extract import extract as extract_adapter
+from .._algebra.shrink import shrink as shrink_adapter
+from .._checkpoint.atomic import replacing
+from .._checkpoint.card import CARD, is_replaceable
+from .._checkpoint.keys import tensors_of
+from .._checkpoint.loading import load_adapter
+from .._checkpoint.manifest import TENSORS
+from .._checkpoint.saving import save_adapter, warn_of_old_card
+from .._model.merge import merge as merge_adapter
+from .._model.remove import remove
+from .._model.summary import summary
 from ..errors import CheckpointError
 from .answers import Answer, CommandError
 from .files import is_foreign, located
 from .models import build, need_weights
-from .options import (
-    Building,
-    ForceOption,
-    ModelArgument,
-    Nearness,
-    OutArgument,
-    Targeting,
-    To,
-)
+from .options import Building, ForceOption, ModelArgument, Nearness, OutArgument, Targeting, To
 from .weights import load_weights
 
 AdapterArgument = Annotated[

@@ -13,13 +13,14 @@ import torch
 import typer
 from torch import Tensor
 
-from .._checkpoint import adapter_tensors, load_adapter
-from .._files import is_finite
-from .._lowrank import Spectrum
-from .._manifest import digest, fingerprint
-from .._peft_format import factor_shapes
+from .._checkpoint.contents import adapter_tensors
+from .._checkpoint.digests import digest, fingerprint
+from .._checkpoint.files import is_finite
+from .._checkpoint.loading import load_adapter
+from .._checkpoint.peft_format import factor_shapes
+from .._layer.lowrank import Spectrum
+from .._model.state import the_adapter, the_injection
 from .._plan import LayerPlan, Plan
-from .._state import the_adapter, the_injection
 from .answers import DIFFERS, Answer, CommandError, table
 from .files import is_foreign, located, read_saved
 from .models import build

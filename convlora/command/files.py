@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .._checkpoint import read_tensors
-from .._files import opened, read_json
-from .._foreign import file_in
-from .._hub import local_directory
-from .._manifest import CONFIG, TENSORS, Manifest, is_own, read_manifest
+from .._checkpoint.files import opened, read_json
+from .._checkpoint.foreign import file_in
+from .._checkpoint.hub import local_directory
+from .._checkpoint.loading import read_tensors
+from .._checkpoint.manifest import CONFIG, TENSORS, Manifest, is_own, read_manifest
 from .answers import CommandError
 
 

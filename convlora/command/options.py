@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 import typer
 from torch import nn
 
-from .._paths import Path as Way
+from .._layer.paths import Path as Way
+from .._model.targets import Target
 from .._plan import Init, NormPolicy
-from .._targets import Target
 from .answers import CommandError
 
 ModelArgument = Annotated[

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._model.planner import plan as make_plan
 from .._plan import Plan
-from .._planner import plan as make_plan
 from .answers import Answer
 from .models import build
 from .options import Adapting, Building, ModelArgument

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .._planner import plan
+from .._model.planner import plan
 from ..errors import ConvLoraError
 from .answers import CommandError
 

@@ -1,0 +1,1 @@
+"""Adapters out of adapters, and out of full fine-tunings."""

@@ -1,0 +1,86 @@
+"""An adapter of lower ranks out of a larger one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .._layer.functional import scaling_of
+from .._model.state import (
+    check_enabled,
+    check_intact,
+    check_unmerged,
+    check_unrouted,
+    the_adapter,
+    the_injection,
+    to_the_end,
+)
+from .approximation import Approximation, Goal, LayerError, check_factors, spectrum_of_sum
+
+
+def shrink(
+    model: nn.Module,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    tolerance: float | None = None,
+    adapter_name: str | None = None,
+) -> Approximation:
+    """Lower the ranks of a trained adapter, in place, to the nearest change that each layer can have then.
+
+    >>> print(convlora.shrink(model, energy=0.99))
+
+    The factors are new parameters: an optimizer has to be made again. No rank is raised; but an adapter that began
+    with PiSSA or OLoRA is a change of twice its rank, and becomes one whose factors hold all of it. DoRA's magnitudes
+    stay; the errors are those of ΔW before them.
+
+    Args:
+        model: an injected model.
+        rank: for every layer; or
+        energy: the share of ‖ΔW‖² to keep in each layer, 0 to 1, each with the smallest rank that does; or
+        tolerance: the relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ that a layer may have, 0 to 1, likewise.
+        adapter_name: one of the model's adapters; default the active one.
+
+    Returns:
+        Each layer's rank and error.
+
+    Raises:
+        TargetError: not exactly one of the three, or one out of range.
+        StateError: no such adapter; a factor holds NaN or Inf; the model is merged, or its adapters are disabled, or a
+            ``use_adapters`` block is open.
+
+    Whatever is raised, the model is as it was.
+    """
+    goal = Goal.of(rank, energy, tolerance)
+    root, injection = the_injection(model)
+    adapter = the_adapter(injection, adapter_name)
+    check_unmerged(injection)
+    check_intact(root, injection)
+    check_enabled(injection)
+    check_unrouted(injection)
+    check_factors(adapter)
+    old, layers, errors, smaller = adapter.plan, [], [], []
+    with torch.inference_mode(False), torch.no_grad():
+        for planned, lora in zip(old.layers, adapter.loras, strict=True):
+            A, B = lora.factors()
+            spectrum = spectrum_of_sum(planned.name, [(A, B, lora.scaling)])
+            fitting = min(goal.rank_of(spectrum), lora.rank)
+            pair = (A, B) if fitting == lora.rank else spectrum.factors(fitting, lora.scaling)
+            lost = 0.0 if fitting == lora.rank else spectrum.lost(fitting)
+            alpha = planned.alpha * scaling_of(1.0, planned.rank, old.use_rslora)
+            alpha /= scaling_of(1.0, fitting, old.use_rslora)  # the same scaling
+            layers.append(replace(planned, rank=fitting, alpha=alpha, anchored=False))
+            errors.append(LayerError(planned.name, fitting, lost, spectrum.size))
+            smaller.append(pair)
+    top = max((layer.rank for layer in layers), default=old.rank)
+    plan = replace(old, layers=tuple(layers), rank=top, alpha=old.alpha * top / old.rank)
+
+    def put() -> None:
+        for lora, (lora_A, lora_B) in zip(adapter.loras, smaller, strict=True):
+            lora.replace_factors(lora_A, lora_B)
+        adapter.plan = plan
+
+    to_the_end(put)
+    return Approximation(tuple(errors))

@@ -1,0 +1,1 @@
+"""Adapters on disk: writing, reading, other libraries' files, the hub."""

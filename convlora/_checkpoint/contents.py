@@ -1,0 +1,50 @@
+"""Which tensors are an adapter's, by their keys in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .._layer.places import BASE
+from .._model.state import Adapter, Injection
+from .keys import own_keys, tensors_as
+from .peft_format import dotted, factor_shapes
+
+State = dict[str, Tensor]
+
+
+def adapter_tensors(root: nn.Module, injection: Injection, adapter: Adapter) -> tuple[State, frozenset[str]]:
+    """Copies of an adapter's tensors by their keys in the file, and the keys of the buffers among them that moved."""
+    buffers = moved_buffers(root, injection, adapter)
+    own = own_keys(root, adapter.plan, buffers)
+    tensors = {key: tensor.detach().clone() for key, tensor in adapter_state(root, adapter, own).items()}
+    return tensors, frozenset(buffers)
+
+
+def moved_buffers(root: nn.Module, injection: Injection, adapter: Adapter) -> set[str]:
+    """Keys of the base's persistent buffers whose numbers are no longer the base's in this adapter."""
+    names = {module: name for name, module in root.named_modules()}
+    moved = set()
+    for place in injection.places:
+        now, base = place.of(adapter.plan.adapter_name), place.of(BASE)
+        is_there = place.name in place.home and place.module in names
+        if now is None or place.is_parameter or not place.is_saved or not is_there:
+            continue
+        if base is None or not torch.equal(now, base.to(now.device, now.dtype)):
+            moved.add(dotted(names[place.module], place.name))
+    return moved
+
+
+def adapter_state(root: nn.Module, adapter: Adapter, own: set[str]) -> State:
+    """Every tensor of the adapter by its key in the file: the model's own tensors, not copies."""
+    state = tensors_as(root, adapter.plan.adapter_name)
+    return dict(_factors(adapter)) | {key: state[key] for key in state if key in own}
+
+
+def _factors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    for plan, lora in zip(adapter.plan.layers, adapter.loras, strict=True):
+        tensors = (*lora.stored_factors(), *((lora.lora_magnitude,) if lora.use_dora else ()))
+        for (key, shape), tensor in zip(factor_shapes(plan).items(), tensors, strict=True):
+            yield key, tensor.view(shape)

@@ -1,0 +1,111 @@
+"""Whether an adapter fits a model: layer by layer, tensor by tensor, and by the base's numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from .._layer.computed import weight_shape
+from .._layer.places import BASE
+from .._layer.swap import original_class
+from .._model.choice import geometry
+from .._model.norms import keeps_statistics
+from .._plan import LayerPlan, Plan
+from ..errors import CheckpointError
+from .digests import digest
+from .files import SHOWN, plain
+from .keys import base_keys, own_keys, tensors_as
+from .manifest import Form, Manifest, form_of
+from .peft_format import dotted, factor_shapes
+
+
+def check_fits(manifest: Manifest, model: nn.Module, check_base: bool) -> None:
+    """Raise one error that names the differences between the file and the model."""
+    faults, state = [*_layer_faults(manifest.plan, model)], tensors_as(model, BASE)
+    faults = faults or [*_tensor_faults(manifest, model, state), *_structure_faults(manifest, model, state)]
+    remedy = "Build the model as it was trained (same architecture, num_classes) and load again."
+    if not faults and check_base:
+        faults = list(_number_faults(manifest, state))
+        remedy = "Load the same pretrained weights first, or pass check_base=False to use it on this base all the same."
+    if faults:
+        more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        title = f"{manifest.file}: this adapter was made for another base model:"
+        shown = map(plain, faults[:SHOWN])
+        raise CheckpointError("\n".join([title, *shown, *more, f"{remedy} Nothing was changed."]))
+
+
+def _layer_faults(plan: Plan, model: nn.Module) -> Iterator[str]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    saved = {module for name in plan.modules_to_save if name in modules for module in modules[name].modules()}
+    adapted: set[nn.Module] = set()
+    for layer in plan.layers:
+        module = modules.get(layer.name)
+        shape = () if module is None else weight_shape(module)
+        if module is None or not shape:
+            yield f"  {layer.name}: {layer.kind} in the file, no such layer in the model"
+        elif module in saved:
+            yield f"  {layer.name}: adapted and trained in full at once in the file"
+        elif module in adapted:
+            yield f"  {layer.name}: a layer that the file adapts under another name already"
+        elif found := _differences(layer, module, shape):
+            yield f"  {layer.name}: {found}"
+        elif layer.rank > highest_rank(shape):
+            yield f"  {layer.name}: rank {layer.rank} in the file, for a weight {shape} at most {highest_rank(shape)}"
+        if module is not None:
+            adapted.add(module)
+    for name in (*plan.modules_to_save, *plan.norms):
+        if name not in modules:
+            yield f"  {name}: no such module in the model"
+    for name in plan.norms:
+        if name in modules and not keeps_statistics(modules[name]):
+            yield f"  {name}: a norm with statistics in the file, a {type(modules[name]).__name__} in the model"
+    for name in plan.biases:
+        if name not in modules or modules[name]._parameters.get("bias") is None:
+            yield f"  {name}.bias: no such bias in the model"
+
+
+def highest_rank(shape: tuple[int, ...]) -> int:
+    """The largest rank that is read: more than anyone trains, and no more memory than some layers of the kind."""
+    return max(1024, shape[0], math.prod(shape[1:]))
+
+
+def _differences(layer: LayerPlan, module: nn.Module, shape: tuple[int, ...]) -> str:
+    here = {"kind": original_class(module).__name__, "weight": shape, **geometry(module)}
+    file = {"kind": layer.kind, "weight": layer.weight_shape, **layer.geometry}
+    return "; ".join(
+        f"{key} {file.get(key)} in the file, {here.get(key)} in the model"
+        for key in dict.fromkeys([*file, *here])
+        if file.get(key) != here.get(key)
+    )
+
+
+def _tensor_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
+    """Differences between what the file holds and what its plan promises and the model has room for."""
+    plan = manifest.plan
+    modules = model.named_modules(remove_duplicate=False)
+    slots = {dotted(name, buffer): now for name, m in modules for buffer, now in m._buffers.items()}
+    buffers = {key for key in manifest.buffers & slots.keys() if slots[key] is None or key in state}
+    yield from (f"  {key}: no such buffer in the model" for key in sorted(manifest.buffers - buffers))
+    expected = {key: Form(shape, "float") for p in plan.layers for key, shape in factor_shapes(p).items()}
+    for key in own_keys(model, plan, buffers):
+        tensor = state.get(key)  # a buffer that is None takes what there is
+        expected[key] = manifest.forms.get(key, Form((), "float")) if tensor is None else form_of(tensor)
+    for key in sorted({*expected, *manifest.forms}):
+        there, here = manifest.forms.get(key, "nothing"), expected.get(key, "nothing")
+        if there != here:
+            yield f"  {key}: {there} in the file, {here} in the model"
+
+
+def _structure_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
+    here = base_keys(state, own_keys(model, manifest.plan, manifest.buffers))
+    yield from (f"  {key}: only in the model's base" for key in here if key not in manifest.base)
+    yield from (f"  {key}: only in the file's base" for key in manifest.base if key not in here)
+
+
+def _number_faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[str]:
+    for key, text in manifest.base.items():
+        there, here = text.split(":"), digest(state[key]).split(":")
+        if there[0] == here[0] and there != here:
+            yield f"  {key}: the base's numbers differ"

@@ -1,0 +1,83 @@
+"""Adapters that convlora did not write: which file it is, and who reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .files import TensorFile
+from .locon import from_locon_tensors, is_locon
+from .manifest import TENSORS, Manifest
+from .peft_reader import from_peft_tensors, read_config
+from .rebuilt import Found, State, rebuild
+
+CONFIG = "adapter_config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_foreign(file: TensorFile, root: nn.Module, adapter_name: str) -> tuple[Manifest, State]:
+    """The adapter that Hugging Face peft, kohya's scripts or LyCORIS wrote there, made to fit this model.
+
+    Args:
+        file: what is open.
+        root: the base, plain or with adapters.
+        adapter_name: what it will be called.
+
+    Returns:
+        Its manifest and tensors, which are read once all but their numbers has been checked.
+
+    Raises:
+        CheckpointError: it cannot be read, or not exactly, or does not fit the model.
+    """
+    origin, beside = str(file.path), file.path.parent / CONFIG
+    config = read_config(beside) if file.path.name == TENSORS and beside.is_file() else None
+    if config is None and not is_locon(file.entries):
+        raise CheckpointError(
+            f"{origin} holds no convlora manifest, no {CONFIG} of peft lies beside it, and its tensors are not named "
+            "as in kohya's and LyCORIS' LoRA files. Nothing was changed."
+        )
+
+    def found(tensors: Mapping[str, Tensor]) -> Found:
+        if config is None:
+            return from_locon_tensors(tensors, root, origin)
+        return from_peft_tensors(config, tensors, root, origin)
+
+    rebuild(found(file.outline()), root, adapter_name)
+    return rebuild(found(file.read()), root, adapter_name)
+
+
+def file_in(path: Path) -> Path:
+    """The file to read; it may be missing.
+
+    Raises:
+        CheckpointError: there are several, or none but pickles.
+    """
+    try:
+        return _file_in(path)
+    except OSError as cause:
+        raise CheckpointError(f"{path} cannot be read ({cause}). Nothing was changed.") from cause
+
+
+def _file_in(path: Path) -> Path:
+    if path.suffix in PICKLES and path.is_file():
+        raise _pickled(path)
+    if path.is_dir() and not (path / TENSORS).is_file():
+        files = sorted(path.glob("*.safetensors"))
+        pickles = [file for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise CheckpointError(f"{path} holds several files ({names}); give one of them. Nothing was changed.")
+        if not files and pickles:
+            raise _pickled(pickles[0])
+        return files[0] if files else path / TENSORS
+    return path if path.is_file() else path / TENSORS
+
+
+def _pickled(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is a pickle, which could run any code when it is read. Where you trust it, write it anew: "
+        f"safetensors.torch.save_file(torch.load({file.name!r}, weights_only=True), {TENSORS!r}). Nothing was changed."
+    )

@@ -1,0 +1,67 @@
+"""Whose is which tensor of the state dict: the base's or an adapter's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from .._layer.adapted import CHILD, Adapters
+from .._layer.factors import LoRA
+from .._layer.places import Place
+from .._model.state import RECORD, Injection
+from .._plan import Plan
+from .peft_format import dotted
+
+
+def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
+    """The state dict without what is no tensor (``get_extra_state`` may return anything)."""
+    state = model.state_dict(keep_vars=keep_vars)
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def tensors_as(model: nn.Module, owner: str) -> dict[str, Tensor]:
+    """The state dict as it is while this owner, an adapter or ``BASE``, has its tensors in place; no copies."""
+    state: dict[str, Tensor | None] = dict(tensors_of(model, keep_vars=True))
+    places = places_of(model)
+    # By their tensors those that a hook on the state dict has given other keys.
+    unnamed = {id(place.now): place for place in places.values() if place.now is not None}
+    for key, tensor in state.items():
+        place = places.get(key, unnamed.get(id(tensor)))
+        state[key] = tensor if place is None else place.of(owner)
+    # A buffer that is None here is in no state dict, and may be a tensor for another owner.
+    state |= {key: place.of(owner) for key, place in places.items() if place.now is None and place.is_saved}
+    return {key: tensor for key, tensor in state.items() if tensor is not None}
+
+
+def places_of(model: nn.Module) -> dict[str, Place]:
+    """The model's places, if it has any, by state-dict key; those of shared modules under each name."""
+    record = vars(model).get(RECORD)
+    inside: dict[nn.Module, list[Place]] = {}
+    for place in record.places if isinstance(record, Injection) else ():
+        inside.setdefault(place.module, []).append(place)
+    modules = model.named_modules(remove_duplicate=False)
+    return {dotted(name, place.name): place for name, module in modules for place in inside.get(module, ())}
+
+
+def own_keys(model: nn.Module, plan: Plan, buffers: Iterable[str]) -> set[str]:
+    """Keys of the state dict that belong to the adapter besides its factors.
+
+    All of the modules trained in full, tracked norm layers, the biases and the buffers named.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = {module for name in plan.modules_to_save for module in modules[name].modules()}
+    owners |= {modules[name] for name in plan.norms if plan.norm == "track"}
+    owners = {module for module in owners if not isinstance(module, (Adapters, LoRA))}  # another adapter's factors
+    inside = {key for key in tensors_of(model) if modules.get(key.rpartition(".")[0]) in owners}
+    with_bias = {modules[name] for name in plan.biases}
+    return inside | {dotted(n, "bias") for n, m in modules.items() if m in with_bias} | set(buffers)
+
+
+def base_keys(state: Mapping[str, Tensor], own: set[str]) -> list[str]:
+    """Keys of the base: all but the adapter's and any adapter's factors."""
+    return [key for key in state if key not in own and not _FACTOR.fullmatch(key)]
+
+
+_FACTOR = re.compile(rf"(.*\.)?{CHILD}\.[^.]+\.lora_(A|B|A0|B0|magnitude)")

@@ -1,0 +1,146 @@
+"""Reading an adapter, ours or another library's, onto its base; everything is checked before anything is changed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .._layer.places import BASE
+from .._model.adapters import check_new
+from .._model.checks import check_model, check_values
+from .._model.inject import applied
+from .._model.state import RECORD, Injection, check_intact, check_plain, injections, the_adapter, the_injection
+from .._plan import Plan
+from ..errors import CheckpointError
+from .contents import State, adapter_state
+from .digests import digest
+from .files import SHOWN, TensorFile, finite_faults, opened, plain
+from .fitting import check_fits
+from .foreign import file_in, read_foreign
+from .hub import local_directory
+from .keys import own_keys, places_of, tensors_as
+from .manifest import Manifest, is_own, read_manifest
+from .peft_format import PREFIX, factor_shapes
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_adapter(
+    model: M,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    check_base: bool = True,
+    check_finite: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> M:
+    """Inject a saved adapter into a base model, in place; it then predicts bit for bit as when saved.
+
+    >>> model = timm.create_model("resnet50", pretrained=True, num_classes=1)
+    >>> convlora.load_adapter(model, "tumour/")                   # or "user/repo" on the Hugging Face Hub
+
+    Where the base carries adapters already, the loaded one comes beside them and waits for ``set_adapter``.
+    LoRA checkpoints of Hugging Face peft and LoCon files of kohya's scripts and LyCORIS are read too, where they
+    predict the same here; ``docs/peft.md`` says which.
+
+    Args:
+        model: the base as it was built for training.
+        directory: what :func:`save_adapter` wrote; or peft's directory; or a ``.safetensors`` file; or, where nothing
+            is at that path, a repository on the hub, ``"user/repo"``, of which the adapter's two files are downloaded
+            once and kept in the hub's cache.
+        adapter_name: another name for the adapter; default the saved one, or ``"default"``.
+        check_base: refuse a base whose tensors differ from those that the adapter was trained on. Tensors in
+            another dtype than then are not compared. False loads onto any base of the same architecture. The files
+            of other libraries do not say what base they are for.
+        check_finite: refuse NaN and Inf in the adapter's factors, and in its head and statistics where the base's own
+            are finite. False loads them.
+        revision: a branch, tag or commit of the repository; default its main branch.
+        token: for a private or gated repository, as huggingface_hub takes it; default the one you logged in with.
+
+    Returns:
+        The same object; factors and head are trainable as after :func:`convlora.inject`.
+
+    Raises:
+        CheckpointError: no adapter there, a damaged file, another base, or NaN; what differs is named. Whatever a file
+            claims is checked against its size and the model before its tensors are read.
+        StateError: the model carries an adapter of this name already, or is merged.
+
+    Whatever is raised, the model is as it was.
+    """
+    root = _root(model)
+    with opened(file_in(local_directory(directory, revision, token))) as file:
+        foreign = None if is_own(file) else read_foreign(file, root, adapter_name or "default")
+        manifest = foreign[0] if foreign else read_manifest(file)
+        plan = manifest.plan if adapter_name is None else replace(manifest.plan, adapter_name=adapter_name)
+        check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
+        before = vars(root).get(RECORD)
+        if isinstance(before, Injection):
+            check_new(before, plan.adapter_name)
+            check_intact(root, before)
+        if foreign is None:
+            check_fits(manifest, root, check_base)
+        tensors = foreign[1] if foreign else read_tensors(file, manifest)
+    if check_finite:
+        _check_finite(manifest, tensors, root)
+    install(plan, tensors, manifest, root)
+    return model
+
+
+def install(plan: Plan, tensors: State, manifest: Manifest, root: nn.Module) -> None:
+    """Carry out a plan that fits the model, and give the adapter its numbers; all or nothing."""
+    with applied(plan, root):
+        _copy_tensors(tensors, manifest, root, plan.adapter_name)
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """The module that carries adapters already, or else the model, which then must be plain."""
+    check_model(model)
+    if list(injections(model)):
+        return the_injection(model)[0]
+    check_plain(model)
+    return model
+
+
+def read_tensors(file: TensorFile, manifest: Manifest) -> State:
+    """Every tensor of a saved adapter, without peft's prefix.
+
+    Raises:
+        CheckpointError: one is not what was saved.
+    """
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in file.read().items()}
+    damaged = [key for key, tensor in tensors.items() if digest(tensor) != manifest.adapter.get(key)]
+    if damaged:
+        raise CheckpointError(f"{file.path} is damaged: {plain(damaged[0])} is not what was saved; get the file again.")
+    return tensors
+
+
+def _check_finite(manifest: Manifest, tensors: State, root: nn.Module) -> None:
+    faults = list(finite_faults(tensors, tensors_as(root, BASE)))
+    if faults:
+        more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        lines = [f"{manifest.file}: what it holds are not all numbers:", *(f"  {plain(f)}" for f in faults[:SHOWN])]
+        remedy = "Take an adapter from before the training diverged, or pass check_finite=False. Nothing was changed."
+        raise CheckpointError("\n".join([*lines, *more, remedy]))
+
+
+def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_name: str) -> None:
+    adapter = the_adapter(the_injection(root)[1], adapter_name)
+    own = own_keys(root, manifest.plan, manifest.buffers)
+    with torch.inference_mode(False), torch.no_grad():
+        for plan, lora in zip(manifest.plan.layers, adapter.loras, strict=True):
+            A, B, *magnitudes = (tensors[key] for key in factor_shapes(plan))
+            lora.to(A.dtype)  # as trained: another dtype would predict other bits
+            lora.set_factors(A, B.flatten(1))
+            for magnitude in magnitudes:
+                lora.lora_magnitude.copy_(magnitude.flatten())
+        own_tensors = {key: tensor for key, tensor in adapter_state(root, adapter, own).items() if key in own}
+        for key, tensor in own_tensors.items():
+            tensor.copy_(tensors[key])
+        for key, place in places_of(root).items():
+            if key in tensors and key not in own_tensors:  # None in the base
+                place.give(adapter_name, tensors[key].to(next(root.parameters()).device))

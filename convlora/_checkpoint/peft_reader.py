@@ -1,0 +1,265 @@
+"""Reading what Hugging Face peft wrote: its LoRA configuration and tensors, in convlora's words.
+
+The tensors' keys name the layers, so peft's ways of matching targets are not needed. Only what predicts here as it did
+in peft is read; the rest is refused with its reason. peft itself is not imported.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .._layer.swap import original_class
+from .._model.checks import LARGEST_ALPHA
+from .._model.targets import Named
+from ..errors import CheckpointError
+from .files import read_json
+from .peft_format import PREFIX, REGISTERED, STOCK, dotted, is_torchs_own
+from .rebuilt import Factors, Found, by_any_name, layer_fault, refuse
+
+READ = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("modules_to_save", "bias", "init_lora_weights"),
+}
+BESIDE = {
+    *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
+    "ensure_weight_tying",
+}
+"""Fields that say how the layers were chosen or first filled, and nothing of what they predict."""
+REASONS = {
+    "lora_bias": "a bias inside the branch has no place in an adapter here",
+    "fan_in_fan_out": "it is for weights that are stored transposed",
+    "layer_replication": "it changes the network itself",
+    "trainable_token_indices": "embeddings are not adapted here",
+}
+INITIALISED = (True, False, "gaussian", "orthogonal", "eva")
+"""Initialisations that leave the base's weight as it is; the others (PiSSA, OLoRA, LoftQ, ...) write to it."""
+_FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|magnitude_vector)")
+_MOST_SEARCHING = 100
+_OF_THREE_STARS = 10
+_MOST_WAYS = (256, 256, 16, 4)
+"""In which a pattern may go on from a place, by its stars: of 0, 1, 2 and 3."""
+_WRAPPERS = ("original_module", "modules_to_save")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """``adapter_config.json``.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is no JSON object.")
+    return config
+
+
+def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], root: nn.Module, origin: str) -> Found:
+    """An adapter as peft has it on disk, for this model.
+
+    Raises:
+        CheckpointError: peft's adapter is none that predicts the same here; every reason is named.
+    """
+    refuse(origin, _config_faults(config))
+    named = by_any_name(root)
+    wanted = config.get("modules_to_save") or []
+    sides: dict[str, dict[str, Tensor]] = {}
+    own: dict[str, Tensor] = {}
+    saved: dict[str, None] = {}
+    biases: dict[str, None] = {}
+    faults = []
+    for full_key, tensor in tensors.items():
+        key = full_key.removeprefix(PREFIX)
+        factor = _FACTOR.fullmatch(key)
+        if factor:
+            sides.setdefault(factor[1], {})[factor[2] or "magnitudes"] = tensor
+        elif name := _saved_module(key, named, wanted):
+            if key.removeprefix(name + ".").split(".")[0] not in _WRAPPERS:  # bias="all" lists these twice
+                saved[name] = None
+                own[key] = tensor
+        elif name := _with_bias(key, named, config):
+            biases[name] = None
+            own[dotted(name, "bias")] = tensor
+        else:
+            faults.append(_stray(key))
+    differs = None if config.get("peft_type") == REGISTERED else unlike_peft
+    faults += [layer_fault(name, named, differs, "peft") for name in sides]
+    for name, parts in sides.items():
+        faults += [f"{name}: one of lora_A and lora_B is missing"] * (not {"A", "B"} <= parts.keys())
+        faults += [_dora_fault(name, parts, named, config)]
+    faults += [_shared(name, named) for name in (*saved, *biases)]
+    refuse(origin, filter(None, faults))
+    is_outline = any(tensor.is_meta for tensor in tensors.values())  # looked through before it is read
+    has_none = not biases and any(_has_bias(named[name].module) for name in sides)
+    if config.get("bias") == "lora_only" and has_none and not is_outline:
+        warnings.warn(
+            f"{origin}: bias='lora_only', and no bias in it: peft 0.15 trains them and does not write them. The base's "
+            "own are used, as peft would.",
+            stacklevel=2,
+        )
+    patterns = {_ending(pattern): float(alpha) for pattern, alpha in (config.get("alpha_pattern") or {}).items()}
+    default = float(config.get("lora_alpha", 8))
+    return Found(
+        origin=origin,
+        factors={
+            name: Factors(parts["A"], parts["B"], _alpha(name, patterns, default), parts.get("magnitudes"))
+            for name, parts in sides.items()
+        },
+        rank=config.get("r", 8),
+        alpha=default,
+        own=own,
+        modules_to_save=tuple(saved),
+        biases=tuple(biases),
+        use_rslora=bool(config.get("use_rslora")),
+        dropout=config.get("lora_dropout") or 0.0,
+    )
+
+
+def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    kind = config.get("peft_type")
+    if kind not in (STOCK, REGISTERED):
+        yield f"peft_type {kind!r}; {STOCK} is read"
+        return
+    for name, value in config.items():
+        if value and name not in READ | BESIDE:
+            yield f"{name}={value!r}: {REASONS.get(name, 'it changes what peft computes, or is not known here')}"
+    initialised = config.get("init_lora_weights", True)
+    if initialised not in INITIALISED:
+        yield (
+            f"init_lora_weights={initialised!r}: it may have changed the base's own weights; save it in peft with "
+            "path_initial_model_for_weight_conversion, as plain LoRA"
+        )
+    if not _is_number(config.get("lora_alpha", 8)):
+        yield f"lora_alpha={config['lora_alpha']!r}: it must be a finite number above 0"
+    patterns = config.get("alpha_pattern") or {}  # rank_pattern says nothing that the tensors do not
+    if isinstance(patterns, dict) and (slow := [pattern for pattern in patterns if not _is_quick(pattern)]):
+        yield f"alpha_pattern: {reprlib.repr(slow[0])} could search too long; name the layers"
+    elif not isinstance(patterns, dict) or not all(map(_compiles, patterns)):
+        yield f"alpha_pattern={reprlib.repr(patterns)}: no table of regular expressions"
+    elif not all(map(_is_number, patterns.values())):
+        yield f"alpha_pattern={reprlib.repr(patterns)}: an alpha must be a finite number above 0"
+    elif sum(map(_searches, patterns)) > _MOST_SEARCHING:
+        yield (
+            f"alpha_pattern has more than {_MOST_SEARCHING} patterns that are no plain names (of three stars: "
+            f"{_MOST_SEARCHING // _OF_THREE_STARS}); name the layers"
+        )
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, (list, tuple, set)) or not all(isinstance(name, str) for name in saved):
+        yield f"modules_to_save={saved!r}: no list of names"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST_ALPHA
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether it is none that could search for hours.
+
+    A stranger's may: ``([a-z0-9.]+)+!`` takes twice as long for each letter of a layer's name. Nothing in brackets may
+    be repeated; what is between two brackets is one choice, of as many ways as it has alternatives.
+    """
+    bare = _bare(pattern)
+    stars, options = len(re.findall(r"[*+{]", bare)), bare.count("?")
+    choices = [run.count("|") + 1 for run in re.split(r"[()]", bare) if "|" in run]
+    if stars >= len(_MOST_WAYS) or len(choices) + options > 4 or re.search(r"\)[*+{]", bare):
+        return False
+    if re.search(r"\(\?[a-zA-Z-]*x", pattern):  # blanks and comments may stand between a bracket and its star
+        return False
+    return (math.prod(choices) << options) <= _MOST_WAYS[stars]
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        _ending(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def _searches(pattern: str) -> int:
+    """How many patterns it counts for: none for a plain name, more where three stars search."""
+    bare = _bare(pattern)
+    if len(re.findall(r"[*+{]", bare)) > 2:
+        return _OF_THREE_STARS
+    return int(re.search(r"[*+{?|]", bare) is not None)
+
+
+def _bare(pattern: str) -> str:
+    """Without escaped letters, and without what follows a group's bracket."""
+    return re.sub(r"\\.", "_", pattern, flags=re.DOTALL).replace("(?", "(")
+
+
+def _ending(pattern: str) -> re.Pattern[str]:
+    """What peft matches a layer's name with: the pattern, at the name's end."""
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def _alpha(name: str, patterns: Mapping[re.Pattern[str], float], default: float) -> float:
+    """As peft looks it up: the first pattern that the name ends with."""
+    return next((alpha for pattern, alpha in patterns.items() if pattern.match(name)), default)
+
+
+def _saved_module(key: str, named: Mapping[str, Named], wanted: list[str]) -> str:
+    """The outermost module of ``modules_to_save`` that a key lies in; peft matches the ends of names."""
+    parts = key.split(".")
+    for length in range(1, len(parts)):
+        name = ".".join(parts[:length])
+        if name in named and any(name.endswith(end) for end in wanted):
+            return name
+    return ""
+
+
+def _with_bias(key: str, named: Mapping[str, Named], config: Mapping[str, Any]) -> str:
+    """The module whose trained bias this is: an adapted layer's, or with ``bias="all"`` any module's."""
+    if config.get("bias", "none") == "none" or not key.endswith(".bias"):
+        return ""
+    name = key.removesuffix(".bias").removesuffix(".base_layer")
+    return name if name in named and _has_bias(named[name].module) else ""
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return module._parameters.get("bias") is not None
+
+
+def _stray(key: str) -> str:
+    if "lora_embedding" in key:
+        return f"{key}: embeddings are not adapted here"
+    if key.endswith("lora_B.bias"):
+        return f"{key}: {REASONS['lora_bias']}"
+    return f"{key}: neither a layer's factor nor in a module of modules_to_save that the model has"
+
+
+def _dora_fault(name: str, parts: Mapping[str, Tensor], named: Mapping[str, Named], config: Mapping[str, Any]) -> str:
+    """Why a layer's magnitudes are not what they should be; peft's DoRA runs torch's own convolution."""
+    if bool(config.get("use_dora")) is not ("magnitudes" in parts):
+        return f"{name}: use_dora={config.get('use_dora')!r}, and {'' if 'magnitudes' in parts else 'no '}magnitudes"
+    if "magnitudes" in parts and name in named and not is_torchs_own(original_class(named[name].module)):
+        return f"{name}: DoRA in a {type(named[name].module).__name__}, whose own forward peft's leaves out"
+    return ""
+
+
+def _shared(name: str, named: Mapping[str, Named]) -> str:
+    others = set(named[name].names) - {name}
+    return f"{name}: the same module as {', '.join(others)}; peft trains one of the two alone" if others else ""
+
+
+def unlike_peft(layer: nn.Module) -> str:
+    """What a plain convolution has that a branch as peft builds it drops; empty where it drops nothing."""
+    layer = cast(_ConvNd, layer)
+    if layer.groups > 1:
+        return f"groups {layer.groups}; there lora_A reads all channels, so that its change is no weight's"
+    if any(d != 1 for d in layer.dilation):
+        return f"dilation {tuple(layer.dilation)}, which the branch beside the layer drops"
+    if layer.padding_mode != "zeros":
+        return f"padding_mode {layer.padding_mode!r}, which the branch beside the layer drops"
+    return ""

@@ -1,0 +1,169 @@
+"""Writing an adapter: safetensors and JSON, never pickle.
+
+``adapter_model.safetensors`` is whole in itself: factors, modules trained in full, buffers that moved, and in its
+header the manifest (the plan, and a digest of every tensor of the base and of the adapter). One file means one
+atomic rename: a save that is cut short leaves the old adapter readable. ``adapter_config.json`` beside it is for
+people and for Hugging Face peft, whose key and field names both files use, and ``README.md`` a model card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .._layer.places import BASE
+from .._model.merge import unmerged
+from .._model.state import Adapter, Injection, check_intact, the_adapter, the_injection
+from ..errors import CheckpointError, StateError
+from .atomic import put_back, replacing, tidy
+from .card import CARD, About, card, checked_about, is_replaceable
+from .contents import State, adapter_state, moved_buffers
+from .digests import digest
+from .files import finite_faults, ordered
+from .keys import base_keys, own_keys, tensors_as
+from .manifest import CONFIG, FORMAT, TENSORS
+from .peft_format import PREFIX, peft_config
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    base_model: str | None = None,
+) -> Path:
+    """Write everything that training changed: factors, head, and norm statistics that moved; a few MB.
+
+    >>> convlora.save_adapter(model, "tumour/")
+
+    The directory is made where missing; an adapter already in it is replaced atomically. Works merged, too. Beside it
+    goes a model card, README.md; one that you have edited, or that is another's, is left as it is.
+
+    Args:
+        model: an injected model.
+        directory: where to write.
+        adapter_name: one of the model's adapters; default the active one.
+        metrics: what card and file say of how good it is: ``{"accuracy": 0.95}``.
+        base_model: the base's name on the Hugging Face Hub, for the card: ``"timm/resnet50.a1_in1k"``.
+
+    Returns:
+        The directory.
+
+    Raises:
+        StateError: the model holds no adapter, or several injected parts; a module was replaced since injection; or
+            a parameter of the base requires a gradient, so that training it would be lost.
+        CheckpointError: the directory cannot be written; what was there before is still there.
+        TargetError: a metric is no finite number, or ``base_model`` no name on the hub.
+
+    Warns:
+        UserWarning: every lora_B is zero, as when the optimizer was made before the injection; a tensor holds NaN or
+            Inf; or README.md was left as it is.
+    """
+    return write_adapter(model, directory, adapter_name, checked_about(metrics, base_model))
+
+
+def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None, about: About) -> Path:
+    """What :func:`save_adapter` does, with a card that says this; a warning names the caller's caller's line."""
+    root, injection = the_injection(model)
+    adapter = the_adapter(injection, adapter_name)
+    check_intact(root, injection)
+    with unmerged(root, injection):
+        buffers = moved_buffers(root, injection, adapter)
+        own = own_keys(root, adapter.plan, buffers)
+        _check_nothing_lost(root, injection)
+        tensors = {key: _for_disk(tensor) for key, tensor in adapter_state(root, adapter, own).items()}
+        base = tensors_as(root, BASE)
+        config = peft_config(root, adapter) | {"base_model_name_or_path": about.base_model}
+    digests = {key: digest(base[key]) for key in base_keys(base, own)}
+    manifest = {
+        "format": FORMAT,
+        "plan": adapter.plan.to_json(),
+        "base": digests,
+        "adapter": {key: digest(tensor) for key, tensor in tensors.items()},
+        "buffers": sorted(buffers),
+        "metrics": dict(about.metrics),
+    }
+    _warn_if_untrained(adapter)
+    _warn_if_not_finite(tensors, base)
+    path = Path(directory)
+    texts = {CONFIG: json.dumps(config, indent=2) + "\n"}
+    has_new_card = is_replaceable(path / CARD)
+    if has_new_card:
+        texts[CARD] = card(adapter.plan, digests, tensors, about)
+    try:
+        _write(path, tensors, manifest, texts)
+    except (OSError, SafetensorError) as cause:  # safetensors wraps a full disk in its own
+        raise CheckpointError(f"{path} cannot be written ({cause}). What was there before is still there.") from cause
+    if not has_new_card:
+        warn_of_old_card(path / CARD)
+    return path
+
+
+def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[str, str]) -> None:
+    header = {"format": "pt", "convlora": json.dumps(manifest)}
+    path.mkdir(parents=True, exist_ok=True)
+    tidy(path, (TENSORS, CONFIG, CARD))
+    with ExitStack() as files:
+        files.enter_context(put_back([path / name for name in texts]))
+        first = files.enter_context(replacing(path / TENSORS))
+        # Not save_file, which makes a temporary file of its own, under a name that nobody could clear away later.
+        data = ordered(save({PREFIX + key: tensor for key, tensor in tensors.items()}, metadata=header))
+        with first.open("wb") as stream:
+            stream.writelines(data)
+        for name, text in texts.items():
+            files.enter_context(replacing(path / name)).write_bytes(text.encode())
+
+
+def _warn_if_untrained(adapter: Adapter) -> None:
+    if adapter.loras and all(lora.is_fresh() for lora in adapter.loras):
+        what = "factor is as it began" if any(p.anchored for p in adapter.plan.layers) else "lora_B is zero"
+        warnings.warn(
+            f"every {what}: nothing was trained. Was the optimizer made before convlora.inject? Make it after, "
+            "from convlora.trainable_parameters(model).",
+            stacklevel=4,
+        )
+
+
+def _warn_if_not_finite(tensors: State, base: State) -> None:
+    faults = list(finite_faults(tensors, base))
+    if faults:
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        warnings.warn(
+            f"{faults[0]}{more}: the training has diverged. It is saved as it is, and convlora.load_adapter reads it "
+            "with check_finite=False alone.",
+            stacklevel=4,
+        )
+
+
+def warn_of_old_card(file: Path) -> None:
+    """Say that a card was not written; of the caller's caller's caller's line."""
+    warnings.warn(
+        f"{file} was edited, or not written by convlora, and is left as it is: it may not describe this adapter. "
+        "Delete it to have a new one.",
+        stacklevel=4,
+    )
+
+
+def _check_nothing_lost(root: nn.Module, injection: Injection) -> None:
+    own = own_keys(root, the_adapter(injection, None).plan, ())
+    factors = {id(p) for adapter in injection.adapters.values() for p in adapter.factors()}
+    for name, parameter in root.named_parameters():
+        if parameter.requires_grad and name not in own and id(parameter) not in factors:
+            raise StateError(
+                f"{name} requires a gradient but belongs to the base, which is not saved. Name its module in "
+                "modules_to_save when you inject, or freeze it with requires_grad_(False). Nothing was written."
+            )
+
+
+def _for_disk(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()

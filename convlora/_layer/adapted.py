@@ -1,0 +1,259 @@
+"""The adapted layer: the effective weight that the base's own forward reads, and how a layer comes to have it.
+
+A layer is adapted by a class swap (``swap.py``) that turns ``weight`` into a property, W + ΔW. The base Parameter stays
+in ``_parameters["weight"]``, so the layer keeps its forward, geometry, hooks and state-dict keys.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import StateError
+from .computed import Aside
+from .factors import LoRA
+from .fast import convolution, is_plain, linear
+from .functional import is_tracing
+from .kept import Kept
+from .routed import layer_forward
+from .routing import route_of
+from .swap import Swapped, original_class, restore, swap
+
+CHILD = "convlora"
+"""The child of an adapted layer that holds its adapters by name, hence the key ``conv1.convlora.default.lora_A``."""
+
+
+ASSIGNED = (
+    "Assigning `weight` of an adapted layer would add the adapter to the new weight again. "
+    "Call convlora.merge(model) first, or change convlora.base_weight(layer) in place."
+)
+
+
+class Adapters(nn.ModuleDict):
+    """A layer's adapters by name, which of them is active, and while merged also the base's weight, kept aside."""
+
+    active: str | None = None
+    """None where the layer computes with the base's weight alone."""
+    aside: Aside | None = None
+    """What the merged weight has taken the place of; not a part of the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = Kept()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.kept.clear()  # of another dtype or on another device
+        return cast(Any, super())._apply(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Nothing while merged: factors beside merged weights would be added to them again where they are loaded."""
+        if self.aside is None:
+            return super().state_dict(*args, **kwargs)
+        return kwargs.get("destination", {})
+
+
+class AdaptedLayer(Swapped):
+    """What the swap adds to a convolution or linear layer."""
+
+    _convlora_prefix: ClassVar[str] = "Adapted"
+    # torch.fx takes a module for a leaf when its class is from torch.nn; traced into, it could not follow the property.
+    _convlora_module: ClassVar[str | None] = "torch.nn.modules.conv"
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight W + ΔW. To change the base weight, use :func:`convlora.base_weight`."""
+        layer = cast(nn.Module, self)
+        base = layer._parameters.get("weight")
+        if hasattr(base, "device_mesh") and sys._getframe(1).f_code.co_name == "reset_sharded_param":
+            # FSDP2 asks by getattr for the Parameter that it registered, and would shard W + ΔW in its place.
+            return cast(Tensor, base)
+        try:
+            return layer_weight(layer)
+        except AttributeError as cause:
+            # As an AttributeError of a property it would fall through to nn.Module.__getattr__, which would hand
+            # back the base weight without a word.
+            raise StateError(f"The adapter of this layer is damaged ({cause}); inject or load it again.") from cause
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if "weight" not in vars(self):
+            raise StateError(ASSIGNED)
+        vars(self)["weight"] = value  # torch's older weight_norm: its hook writes the base's weight here each time
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's own forward with the effective weight; with dropout in training, base plus branch."""
+        layer = cast(nn.Module, self)
+        route = route_of(layer)
+        if route is not None:
+            return layer_forward(layer, self._convlora_base, held(layer)._modules, route, args, kwargs)
+        lora = active_adapter(layer)
+        if lora is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        is_eager, kept = not torch.compiler.is_compiling() and not is_tracing(), held(layer).kept
+        if layer.training or torch.is_grad_enabled():
+            if is_eager and torch.is_grad_enabled() and _is_trained(lora):
+                kept.train()
+            inputs = (*args, *kwargs.values())
+            if len(inputs) == 1 and (args or "input" in kwargs):
+                y = _forward_in_training(layer, self._convlora_base, lora, inputs[0])
+                if y is not None:
+                    return y
+        if not is_eager:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        kept.is_serving = True
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            kept.is_serving = False
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a new ``weight``: the property would add ΔW to it once more.
+
+        Here and not in ``__setattr__``: nn.Module's own leads here, and FSDP2 takes its direct way only while
+        ``__setattr__`` is nn.Module's.
+        """
+        if name == "weight" and "_convlora_loading" not in vars(self):
+            raise StateError(ASSIGNED)
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # load_state_dict(assign=True) assigns the *base* weight, which is what a checkpoint's `weight` means here.
+        vars(self)["_convlora_loading"] = True
+        try:
+            super()._load_from_state_dict(*args)  # type: ignore[misc]
+        finally:
+            del vars(self)["_convlora_loading"]
+
+
+def own_weight(layer: nn.Module) -> Tensor:
+    """The base's weight of an adapted, unmerged layer: its Parameter, or what it is computed to be."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        weight = vars(layer).get("weight")
+    return super(AdaptedLayer, layer).weight if weight is None else weight  # type: ignore[misc]
+
+
+def _is_trained(lora: LoRA) -> bool:
+    factors = lora.lora_A.requires_grad or lora.lora_B.requires_grad
+    return factors or (lora.use_dora and lora.lora_magnitude.requires_grad)
+
+
+def layer_weight(layer: nn.Module) -> Tensor:
+    """W + ΔW of an adapted layer; the base's own tensor where no adapter is active.
+
+    In the layer's own forward, where no gradient is asked for, it is computed once and kept until a tensor that it came
+    from has changed.
+    """
+    base, lora = own_weight(layer), active_adapter(layer)
+    if lora is None:
+        return base
+    if torch.compiler.is_compiling() or is_tracing():
+        return lora.effective_weight(base)
+    return held(layer).kept.weight(base, lora.sources(), lora.scaling, lora.effective_weight)
+
+
+def _forward_in_training(layer: nn.Module, cls: type[nn.Module], lora: LoRA, x: Tensor) -> Tensor | None:
+    """What a layer with a plain forward computes where gradients are asked for; None where the base's forward does."""
+    if lora.dropout and layer.training:
+        return _forward_with_dropout(layer, own_weight(layer), lora, x)
+    base = layer._parameters.get("weight")
+    if base is None or not torch.is_grad_enabled():
+        return None  # a computed weight is computed once a forward, by the property: spectral_norm moves each time
+    forward = convolution if is_plain(layer, cls) else linear if cls.forward is nn.Linear.forward else None
+    if forward is None:
+        return None
+    y = forward(layer, x, base, *lora.factors(), lora.scaling, lora.path)
+    return lora.scaled_output(layer, y, base) if lora.use_dora and y is not None else y
+
+
+def _forward_with_dropout(layer: nn.Module, base: Tensor, lora: LoRA, x: Tensor) -> Tensor:
+    delta, dropped = lora.delta_weight().to(base.dtype), F.dropout(x, lora.dropout)
+    if isinstance(layer, nn.Linear):
+        y = F.linear(x, base, layer.bias) + F.linear(dropped, delta)
+    else:
+        convolve = cast("Callable[..., Tensor]", layer._conv_forward)
+        y = convolve(x, base, layer.bias) + convolve(dropped, delta, None)
+    return lora.scaled_output(layer, y, base) if lora.use_dora else y
+
+
+def supports_dropout(layer: nn.Module) -> bool:
+    """Whether the layer's forward is linear in its weight as known here, so that the adapter can be a branch."""
+    cls = original_class(layer)
+    return cls.forward is nn.Linear.forward or is_plain(layer, cls)
+
+
+def attach(layer: nn.Module, adapter_name: str, lora: LoRA) -> None:
+    """Put an adapter's factors beside the layer's weight, at rest; swap the class where it is the first."""
+    if CHILD not in layer._modules:
+        layer.add_module(CHILD, Adapters())
+        swap(layer, AdaptedLayer)
+    held(layer).add_module(adapter_name, lora)
+
+
+def detach(layer: nn.Module, adapter_name: str) -> None:
+    """Undo :func:`attach`, also one that was interrupted halfway, and also where the layer is merged."""
+    if CHILD in layer._modules:
+        held(layer)._modules.pop(adapter_name, None)
+        if held(layer)._modules:
+            return
+    if isinstance(layer, AdaptedLayer):
+        restore(layer)
+    layer._modules.pop(CHILD, None)
+
+
+def fold(layer: nn.Module, merged: nn.Parameter) -> None:
+    """Put the merged weight in the base's place and give the layer its plain class back; may be run twice."""
+    aside = held(layer).aside or Aside.of(layer, original_class(layer))
+    held(layer).aside = aside
+    held(layer).kept.clear()
+    aside.take_out(layer, merged)
+
+
+def unfold(layer: nn.Module) -> None:
+    """Undo :func:`fold`, also one that was interrupted halfway, and also twice."""
+    aside = held(layer).aside
+    if aside is not None:
+        aside.put_back(layer)
+        swap(layer, AdaptedLayer)
+        held(layer).aside = None
+
+
+def held(layer: nn.Module) -> Adapters:
+    """What an adapted layer holds of its adapters."""
+    return cast(Adapters, layer._modules[CHILD])
+
+
+def lora_of(layer: nn.Module, adapter_name: str) -> LoRA:
+    """The layer's factors of this adapter."""
+    return cast(LoRA, held(layer)._modules[adapter_name])
+
+
+def active_adapter(layer: nn.Module) -> LoRA | None:
+    """The factors that the layer computes with; None for the base alone."""
+    adapters, route = held(layer), route_of(layer)
+    if route is not None:
+        owner = route.the_owner(
+            layer, "weight", lambda owner: (id(adapters._modules.get(owner)), *route.own(layer, owner))
+        )
+        return cast("LoRA | None", adapters._modules.get(owner))
+    return None if adapters.active is None else cast("LoRA | None", adapters._modules.get(adapters.active))
+
+
+def base_weight(layer: nn.Module) -> nn.Parameter:
+    """The base's own weight Parameter of a layer, adapted, merged or plain: what ``layer.weight`` was at first.
+
+    In-place changes to ``layer.weight`` of an adapted layer are lost, since that is computed; changes to this last.
+
+    Raises:
+        StateError: the layer has no weight Parameter, or its weight is computed from others (weight_norm, say).
+    """
+    aside = held(layer).aside if CHILD in layer._modules else None
+    weight = layer._parameters.get("weight") if aside is None else aside.weight
+    if weight is None:
+        raise StateError(f"{type(layer).__name__} has no weight Parameter of its own.")
+    return weight

@@ -1,0 +1,200 @@
+"""The adapted convolution with its own autograd: one convolution forward, gradients through tensors of rank r.
+
+Plain autograd of ``conv(x, W + ΔW)`` computes the dense gradient of the weight only to multiply it with the factors,
+and saves W + ΔW. Here the weight is computed again in the backward, and with h = A ∗ x and t = scaling · Bᵀ g, both of
+r channels, dB = scaling · Σ g hᵀ and dA is the weight gradient of a convolution to r channels.
+
+Every step of the backward is itself differentiable, so that double backward works by plain autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import depthwise
+from .functional import Geometry, Ints, effective_weight, no_autocast
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    geometry: Geometry,
+    path: str,
+) -> Tensor:
+    """``conv(x, weight + scaling · B @ A, bias)`` in x's dtype; gradients reach x, both factors and the bias.
+
+    Args:
+        x: ``(N, C_in, *spatial)``.
+        weight: ``(C_out, C_in / groups, *kernel)``; no gradient is computed for it.
+        lora_A: ``(rank, C_in / groups, *kernel)``.
+        lora_B: ``(C_out, rank)``.
+        bias: ``(C_out,)`` or None.
+        scaling: what multiplies B @ A.
+        geometry: stride, padding, dilation, groups.
+        path: ``"fused"``, ``"weight"`` or ``"branch"``; see ``paths.py``. With groups, ``"weight"`` takes their place.
+
+    Returns:
+        ``(N, C_out, *spatial_out)``.
+    """
+    if geometry.groups > 1:
+        path = "weight"
+    y: Tensor = _Convolution.apply(x, weight, lora_A, lora_B, bias, scaling, geometry, path)
+    return y
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        geometry: Geometry,
+        path: str,
+    ) -> Tensor:
+        hidden = None
+        with no_autocast(x.device.type):
+            if path == "branch":
+                hidden = _project(x, lora_A.to(x.dtype), geometry)
+                y = conv(x, weight.to(x.dtype), bias, geometry)
+                y = _add_mix(y, (scaling * lora_B).to(x.dtype), hidden)
+            else:
+                y = conv(x, effective_weight(weight, lora_A, lora_B, scaling).to(x.dtype), bias, geometry)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, bias, hidden)
+        ctx.scaling, ctx.geometry, ctx.path = scaling, geometry, path
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, bias, hidden = ctx.saved_tensors
+        (g,) = grads
+        for_x, _, for_A, for_B, for_bias, *_ = ctx.needs_input_grad
+        geometry: Geometry = ctx.geometry
+        with no_autocast(x.device.type):
+            A, B = lora_A.to(x.dtype), (ctx.scaling * lora_B).to(x.dtype)
+            grad_x = grad_A = grad_B = None
+            t_for_x, t_for_A = for_x and ctx.path == "branch", for_A and ctx.path != "weight"
+            t = _mix(B.T, g) if t_for_x or t_for_A else None
+            if for_x:
+                merged = weight if ctx.path == "branch" else effective_weight(weight, lora_A, lora_B, ctx.scaling)
+                grad_x = _input_grad(g, x, merged.to(x.dtype), geometry)
+                if ctx.path == "branch":
+                    assert t is not None, "computed above"
+                    grad_x = _add_input_grad(grad_x, t, x, A, geometry)
+            if ctx.path == "weight":
+                if for_A or for_B:
+                    grad_A, grad_B = _through_dense(g, x, lora_A, lora_B, ctx.scaling, geometry)
+            else:
+                if for_A:
+                    assert t is not None, "computed above"
+                    grad_A = _weight_grad(t, x, A, geometry).to(lora_A.dtype)
+                if for_B:
+                    # Computed again rather than saved: in the forward it would cost as much, and memory besides.
+                    hidden = _project(x, A, geometry) if hidden is None or torch.is_grad_enabled() else hidden
+                    grad_B = ctx.scaling * _outer(g, hidden).to(lora_B.dtype)
+            grad_bias = g.sum((0, *range(2, g.ndim))).to(bias.dtype) if for_bias else None
+        return grad_x, None, grad_A, grad_B, grad_bias, None, None, None
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
+
+
+def is_pointwise(kernel: Sequence[int], geometry: Geometry) -> bool:
+    """A 1×1 kernel without padding and groups: a matrix product over channels."""
+    return all(k == 1 for k in kernel) and not any(geometry.padding) and geometry.groups == 1
+
+
+def sampled(x: Tensor, stride: Ints) -> Tensor:
+    """The positions that a 1×1 kernel of this stride reads."""
+    steps = tuple(slice(None, None, s) for s in (1, 1, *stride))
+    return x[steps] if any(s > 1 for s in stride) else x
+
+
+def _project(x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
+    """h = A ∗ x: ``(N, rank, *spatial_out)``."""
+    if is_pointwise(lora_A.shape[2:], geometry):
+        return _mix(lora_A.flatten(1), sampled(x, geometry.stride))
+    return conv(x, lora_A, None, geometry)
+
+
+def _input_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    return _convolution_backward(g, x, weight, geometry, 0)
+
+
+def _add_input_grad(grad: Tensor, t: Tensor, x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
+    """``grad``, in place, and the gradient that reaches x through A."""
+    if is_pointwise(lora_A.shape[2:], geometry) and not any(s > 1 for s in geometry.stride):
+        return _add_mix(grad, lora_A.flatten(1).T, t)
+    return grad.add_(_input_grad(t, x, lora_A, geometry))
+
+
+def _weight_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    if is_pointwise(weight.shape[2:], geometry):
+        return _outer(g, sampled(x, geometry.stride)).view(weight.shape)
+    return _convolution_backward(g, x, weight, geometry, 1)
+
+
+def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, which: int) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    mask = [which == 0, which == 1, False]
+    found = torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, mask
+    )
+    grad: Tensor = found[which]
+    return grad
+
+
+def _through_dense(
+    g: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """The factors' gradients from the dense weight's, where that is small."""
+    kernel = lora_A.shape[2:]
+    if depthwise.wins(g, x, kernel, geometry):
+        dense = depthwise.weight_grad(g, x, kernel, geometry)
+    else:
+        dense = _convolution_backward(g, x, x.new_empty(()).expand(lora_B.shape[0], *lora_A.shape[1:]), geometry, 1)
+    dense = dense.flatten(1).to(lora_A.dtype) * scaling
+    return (lora_B.T @ dense).view(lora_A.shape), dense @ lora_A.flatten(1).T
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.shape[1] > 1
+
+
+def _mix(matrix: Tensor, x: Tensor) -> Tensor:
+    """``(m, C)`` times ``(N, C, *spatial)`` over channels: ``(N, m, *spatial)``, in x's memory format."""
+    if _channels_last(x):
+        return (x.movedim(1, -1) @ matrix.T).movedim(-1, 1)
+    images = x.shape[0]
+    return torch.bmm(matrix.expand(images, *matrix.shape), x.flatten(2)).view(images, -1, *x.shape[2:])
+
+
+def _add_mix(y: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
+    """Add ``_mix(matrix, x)`` to y, in place: one pass over y."""
+    if not y.is_contiguous():
+        return y.add_(_mix(matrix, x))
+    y.flatten(2).baddbmm_(matrix.expand(y.shape[0], *matrix.shape), x.flatten(2))
+    return y
+
+
+def _outer(g: Tensor, h: Tensor) -> Tensor:
+    """``(N, m, *spatial)`` and ``(N, r, *spatial)``, summed over images and positions: ``(m, r)``."""
+    if g.shape[1] > h.shape[1]:
+        return _outer(h, g).T  # the thin one first: half as long
+    if _channels_last(g):
+        return g.movedim(1, -1).flatten(0, -2).T @ h.movedim(1, -1).flatten(0, -2)
+    return torch.bmm(g.flatten(2), h.flatten(2).transpose(1, 2)).sum(0)

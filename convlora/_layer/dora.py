@@ -1,0 +1,80 @@
+"""DoRA: the weight's direction and its size per output channel, trained apart; arithmetic on plain tensors.
+
+Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024 (arXiv:2402.09353): W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, the
+norm over all that meets one output channel and, as in section 4.3 there, a constant to the gradient. For a convolution
+that is a norm over ``(C_in / groups, kH, kW)``, as in peft. A transposed convolution keeps its output channels in the
+second dimension of the weight, one block of it for each group; the norm is over the other dimensions of that block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .functional import effective_weight, no_autocast
+
+
+def channel_norms(weight: Tensor, rows: int, groups: int) -> Tensor:
+    """The Frobenius norm of what meets each output channel: ``(C_out,)``, in the weight's dtype.
+
+    Args:
+        weight: as many numbers as ``rows`` kernels have.
+        rows: of the matrix that the factors change: C_out, or C_in of a transposed convolution.
+        groups: of a transposed convolution; 0 for every other layer.
+    """
+    blocks = weight.reshape(groups, rows // groups, weight.shape[1], -1) if groups else weight.reshape(rows, 1, 1, -1)
+    # In double precision: the sum's order differs with memory format and device, and once rounded to fp32 the norms of
+    # the same weight do not, so that a fresh adapter's scale is exactly 1.
+    wide = torch.float64 if weight.device.type != "mps" else weight.dtype
+    norms: Tensor = torch.linalg.vector_norm(blocks, dim=(1, 3), dtype=wide)
+    return norms.flatten().to(weight.dtype)
+
+
+def channel_scale(magnitude: Tensor, weight: Tensor, rows: int, groups: int) -> Tensor:
+    """m / ‖W‖ per output channel; where all of a channel is zero, m."""
+    norms = channel_norms(weight.detach(), rows, groups)
+    return magnitude / torch.where(norms > 0, norms, 1)
+
+
+def scaled_weight(weight: Tensor, scale: Tensor, rows: int, groups: int, is_flat: bool = False) -> Tensor:
+    """Each output channel's kernel times its scale, in the weight's memory format.
+
+    ``is_flat``: several kernels are in one row of the weight, as in timm's CondConv2d.
+    """
+    if groups:
+        each = scale.view(groups, 1, -1).expand(groups, rows // groups, weight.shape[1]).reshape(rows, -1)
+        return weight * each.view(*each.shape, *[1] * (weight.ndim - 2))
+    if is_flat:
+        return weight * scale.repeat_interleave(weight.numel() // rows).view(weight.shape)
+    return weight * scale.view(-1, *[1] * (weight.ndim - 1))
+
+
+def dora_weight(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor, groups: int
+) -> Tensor:
+    """m ⊙ (W + ΔW) / ‖W + ΔW‖ in the weight's dtype and memory format, rounded once."""
+    with no_autocast(weight.device.type):
+        wide = weight.to(torch.promote_types(weight.dtype, lora_A.dtype))
+        changed, rows = effective_weight(wide, lora_A, lora_B, scaling), lora_B.shape[0]
+        scale = channel_scale(magnitude, changed, rows, groups)
+        return scaled_weight(changed, scale, rows, groups, weight.ndim != lora_A.ndim).to(weight.dtype)
+
+
+def dora_scale(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor) -> Tensor:
+    """What multiplies each output channel of a convolution or linear layer that computed with W + ΔW: ``(C_out,)``."""
+    with no_autocast(weight.device.type):
+        with torch.no_grad():
+            wide = weight.to(torch.promote_types(weight.dtype, lora_A.dtype))
+            changed = effective_weight(wide, lora_A, lora_B, scaling)
+        return channel_scale(magnitude, changed, lora_B.shape[0], groups=0)
+
+
+def scaled_output(y: Tensor, scale: Tensor, bias: Tensor | None, channel_dim: int) -> Tensor:
+    """The output with scaled weights, of one that has the bias in it already, in y's dtype; a scale of 1 moves no bit.
+
+    The channels, as many as there are scales, are in ``channel_dim``.
+    """
+    shape = [1] * y.ndim
+    shape[channel_dim] = -1
+    scale = scale.to(y.dtype).view(shape)
+    return y * scale if bias is None else y * scale + bias.to(y.dtype).view(shape) * (1 - scale)

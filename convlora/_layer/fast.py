@@ -1,0 +1,111 @@
+"""Where the adapted convolution's own autograd may stand in for the base's forward, because it computes the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from .convolution import convolve
+from .functional import Geometry, autocasts, is_transformed
+from .paths import Path, Shapes, choose, choose_once
+
+PLAIN: dict[Any, Any] = {cls.forward: cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
+def is_plain(layer: nn.Module, cls: Any) -> bool:
+    """Whether a layer of this class computes a convolution of torch's own with ``weight``, and nothing else."""
+    return cls.forward in PLAIN and cls._conv_forward is PLAIN[cls.forward] and "_conv_forward" not in layer.__dict__
+
+
+def linear(
+    layer: nn.Module, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, path: Path
+) -> Tensor | None:
+    """A linear layer's adapted forward with a branch beside the base, where autograd needs no dense gradient."""
+    if is_transformed() or path not in ("auto", "branch") or not lora_A.requires_grad:
+        return None
+    A, B = lora_A.to(weight.dtype), (scaling * lora_B).to(weight.dtype)
+    return F.linear(x, weight, cast("Tensor | None", layer.bias)) + F.linear(F.linear(x, A), B)
+
+
+def convolution(
+    layer: nn.Module, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, path: Path
+) -> Tensor | None:
+    """The adapted forward of a plain convolution with the own autograd behind it.
+
+    None where there is no gradient to compute, or one that the own autograd does not know (tracing, torch.func, forward
+    mode, a base that is trained), or an input that the layer will refuse: there the base's own forward computes.
+    """
+    layer = cast(_ConvNd, layer)
+    if not torch.is_grad_enabled() or weight.requires_grad or is_transformed() or not is_batch(layer, x, weight):
+        return None
+    if not (lora_A.requires_grad or lora_B.requires_grad or x.requires_grad):
+        return None
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else weight.dtype
+    if dtype != weight.dtype and x.dtype == torch.float64:
+        return None
+    prepared = prepare(layer, x.to(dtype))
+    if prepared is None:
+        return None
+    x, geometry = prepared
+    if path == "auto":
+        choice = choose if torch.compiler.is_compiling() else choose_once  # compilers warn of what remembers
+        path = choice(shapes_of(layer, x, geometry, lora_A.shape[0]))
+    return convolve(x, weight, lora_A, lora_B, layer.bias, scaling, geometry, path)
+
+
+def prepare(layer: _ConvNd, x: Tensor) -> tuple[Tensor, Geometry] | None:
+    """The input, padded where the mode is not zeros, and how the kernel goes over it; None for uneven padding."""
+    padding = _padding(layer)
+    if padding is None:
+        return None
+    if layer.padding_mode != "zeros":
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = (0,) * len(padding)
+    return x, Geometry(_each(layer, layer.stride), padding, _each(layer, layer.dilation), layer.groups)
+
+
+def is_batch(layer: _ConvNd, x: object, weight: Tensor) -> bool:
+    """Whether the input is a batch that the layer takes as it is or, under autocast, in another dtype."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and (x := cast(Tensor, x)).ndim == len(layer.kernel_size) + 2
+        and x.shape[1] == layer.in_channels
+        and x.numel() > 0
+        and x.device == weight.device
+        and (x.dtype == weight.dtype or (x.is_floating_point() and autocasts(x.device.type)))
+    )
+
+
+def _each(layer: _ConvNd, number: int | Sequence[int]) -> tuple[int, ...]:
+    """A number for each spatial dimension, also where one was set after construction, which torch takes too."""
+    return (number,) * len(layer.kernel_size) if isinstance(number, int) else tuple(number)
+
+
+def _padding(layer: _ConvNd) -> tuple[int, ...] | None:
+    """Zeros on each side; None where the two sides differ ('same' with an even kernel)."""
+    if layer.padding == "same":
+        both = [d * (k - 1) for d, k in zip(_each(layer, layer.dilation), layer.kernel_size, strict=True)]
+        return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
+    return _each(layer, 0 if isinstance(layer.padding, str) else layer.padding)
+
+
+def shapes_of(layer: _ConvNd, x: Tensor, geometry: Geometry, rank: int) -> Shapes:
+    sizes = zip(x.shape[2:], layer.kernel_size, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    outputs = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
+    return Shapes(
+        out_channels=layer.out_channels,
+        in_channels=layer.in_channels,
+        kernel=math.prod(layer.kernel_size),
+        groups=layer.groups,
+        rank=rank,
+        inputs=x.shape[0] * math.prod(x.shape[2:]),
+        outputs=x.shape[0] * math.prod(outputs),
+        input_grad=x.requires_grad,
+        width=x.element_size(),
+    )

@@ -1,0 +1,1 @@
+"""A whole model: which layers, the injection, several adapters, merging, and the way back."""

@@ -1,0 +1,169 @@
+"""Several adapters on one base, one of them active; and none of them for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import nn
+
+from .._layer.places import SWAPPING
+from ..errors import StateError
+from .checks import check_model
+from .choice import Options
+from .inject import begin
+from .planner import make_plan
+from .remove import drop
+from .state import (
+    RECORD,
+    Injection,
+    activate,
+    check_enabled,
+    check_intact,
+    check_outside_blocks,
+    check_unmerged,
+    check_unrouted,
+    injected,
+    the_adapter,
+    the_injection,
+    to_the_end,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def add_adapter(model: M, adapter_name: str, rank: int | None = None, **options: Unpack[Options]) -> M:
+    """Put another adapter beside those that the model carries, with a rank, targets, head and norms of its own.
+
+    >>> convlora.add_adapter(model, "lymph node", rank=4)
+    >>> convlora.set_adapter(model, "lymph node")
+
+    It starts from the base, not from the active adapter, and is not active until :func:`set_adapter` says so.
+
+    Args:
+        model: an injected model.
+        adapter_name: a name that the model does not know yet.
+        rank: as for :func:`convlora.inject`.
+        **options: the other arguments of :func:`convlora.inject`.
+
+    Raises:
+        StateError: the model carries no adapter yet (inject first), or one of this name, or it is merged.
+        TargetError, UnsupportedLayerError: as :func:`convlora.inject`.
+
+    Whatever is raised, the model is as it was.
+    """
+    unknown = options.keys() - Options.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"add_adapter has no argument {min(unknown)!r}")
+    check_model(model)
+    root, injection = the_injection(model)
+    check_new(injection, adapter_name)
+    check_intact(root, injection)
+    begin(make_plan(root, rank, adapter_name, **options), root, options.get("init_data"))
+    return model
+
+
+def check_new(injection: Injection, adapter_name: str) -> None:
+    """Raise StateError where an adapter of this name cannot be added."""
+    check_unmerged(injection)
+    if adapter_name in injection.adapters:
+        raise StateError(f"There is an adapter {adapter_name!r} already; choose another name. Nothing was changed.")
+
+
+def set_adapter(model: M, adapter_name: str) -> M:
+    """Let the model compute with this adapter: its factors, its head, its norm statistics and norm policy.
+
+    >>> convlora.set_adapter(model, "lymph node")
+
+    Only the active adapter is trainable; training it leaves every other bit for bit as it was. Each has parameters of
+    its own: make an optimizer from ``trainable_parameters(model)`` after the switch. Switch between steps: a backward
+    after a switch gives the adapter that computed the forward no gradient.
+
+    Raises:
+        StateError: no adapter of this name; the model is merged, or inside a ``disable_adapter`` block.
+    """
+    parts = injected(model)
+    for _, root, injection in parts:
+        the_adapter(injection, adapter_name)
+        check_unmerged(injection)
+        check_intact(root, injection)
+        check_outside_blocks(injection)
+    before = [(injection.active, injection.disabled) for _, _, injection in parts]
+
+    def switch() -> None:
+        for _, root, injection in parts:
+            activate(root, injection, adapter_name)
+
+    try:
+        to_the_end(switch)
+    except Exception:
+        for (_, root, injection), state in zip(parts, before, strict=True):
+            activate(root, injection, *state)
+        raise
+    return model
+
+
+def delete_adapter(model: M, adapter_name: str) -> M:
+    """Drop an adapter that is not active, with its head and its statistics.
+
+    Raises:
+        StateError: no adapter of this name; it is the active one; the model is merged, or its adapters are disabled.
+    """
+    root, injection = the_injection(model)
+    the_adapter(injection, adapter_name)
+    check_unmerged(injection)
+    check_intact(root, injection)
+    check_enabled(injection)
+    if adapter_name == injection.active:
+        raise StateError(
+            f"{adapter_name!r} is the active adapter; set_adapter another first, or convlora.remove(model) for the "
+            "base. Nothing was changed."
+        )
+    with SWAPPING:
+        check_unrouted(injection)
+        to_the_end(lambda: drop(injection, adapter_name))
+    return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """The base alone inside the block: its weights, its head, its statistics, bit for bit.
+
+    >>> with convlora.disable_adapter(model), torch.no_grad():
+    ...     reference = model(images)
+
+    Norm layers are frozen inside, in train mode too, and other buffers are copies: no forward in the block moves the
+    base. It holds for every thread, until the last of the blocks that are open is left.
+
+    Raises:
+        StateError: there is no adapter, or it is merged; call convlora.unmerge(model) first.
+    """
+    # A copy that was made inside a block is the base alone, and stays it.
+    parts = [(root, each) for _, root, each in injected(model) if each.blocks or not each.disabled]
+    for root, injection in parts:
+        check_unmerged(injection)
+        check_unrouted(injection)
+        check_intact(root, injection)
+
+    block = object()
+
+    def switch(is_open: bool) -> None:
+        with SWAPPING:
+            for _, injection in parts if is_open else ():
+                check_unrouted(injection)
+            for root, injection in parts:
+                (injection.blocks.add if is_open else injection.blocks.discard)(block)
+                if vars(root).get(RECORD) is injection:  # else removed inside the block
+                    activate(root, injection, injection.active, disabled=bool(injection.blocks))
+
+    try:
+        switch(is_open=True)
+        yield
+        switch(is_open=False)
+    except BaseException:  # an interrupt on the line above as well
+        to_the_end(lambda: switch(is_open=False))
+        raise

@@ -1,0 +1,187 @@
+"""What a plan refuses: arguments out of range, wrappers, layers that cannot carry an adapter."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .._layer.adapted import CHILD, AdaptedLayer, Adapters, supports_dropout
+from .._layer.computed import has_parameter
+from .._layer.paths import PATHS
+from .._plan import INITS, LayerPlan, Plan
+from ..errors import TargetError, UnsupportedLayerError
+from .targets import Named, is_conv2d
+
+LARGEST_ALPHA = torch.finfo(torch.float32).max
+
+
+def check_values(rank: int, alpha: float | None, norm: str, dropout: float, path: str, adapter_name: str) -> int:
+    """Arguments that need no model; returns the rank as an int."""
+    rank = checked_rank(rank, "rank")
+    if alpha is not None:
+        check_alpha(alpha, "alpha")
+    if norm not in ("freeze", "track"):
+        raise TargetError(f"norm={norm!r}; it must be 'freeze' or 'track'.")
+    if path not in PATHS:
+        raise TargetError(f"path={path!r}; it must be one of {', '.join(map(repr, PATHS))}.")
+    if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        raise TargetError(f"dropout={dropout!r}; it must be at least 0 and below 1.")
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise TargetError(f"adapter_name={adapter_name!r}; it must be a name without a dot.")
+    if not adapter_name.isprintable():
+        raise TargetError(f"adapter_name={adapter_name!r} holds characters that do not show; choose another.")
+    if hasattr(Adapters(), adapter_name):
+        raise TargetError(f"adapter_name={adapter_name!r} is taken by torch's ModuleDict; choose another.")
+    return rank
+
+
+def check_init(init: str) -> None:
+    """One of those that there are."""
+    if init not in INITS:
+        raise TargetError(f"init={init!r}; it must be one of {', '.join(map(repr, INITS))}.")
+
+
+def check_variant(n: Named, init: str, use_dora: bool) -> None:
+    """A layer that the variants asked for are defined for."""
+    if use_dora and not has_parameter(n.module):
+        raise UnsupportedLayerError(
+            f"{n.name}: its weight is computed (weight_norm, spectral_norm), and DoRA's magnitudes need one that "
+            "stays. Use use_dora=False or exclude_modules. Nothing was changed."
+        )
+    if init == "eva" and not isinstance(n.module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise UnsupportedLayerError(
+            f"{n.name}: init='eva' needs to know what the kernels meet, as in nn.Linear and torch's convolutions that "
+            f"are not transposed; this is a {type(n.module).__name__}. Use another init or exclude_modules. "
+            "Nothing was changed."
+        )
+
+
+def check_any_conv(adaptable: list[Named], model: nn.Module) -> None:
+    """The default targets are convolutions: there must be one."""
+    if not any(is_conv2d(n.module) for n in adaptable):
+        raise TargetError(
+            f"{type(model).__name__} has no nn.Conv2d. For other layers name their type, target_modules=nn.Linear or "
+            "nn.Conv1d, say; for a probe of the head alone, target_modules=(). Nothing was changed."
+        )
+
+
+def check_any_left(layers: list[LayerPlan], targets: set[nn.Module], saved: list[Named], model: nn.Module) -> None:
+    """Targets of which none can be adapted are a mistake, and so is an adapter that trains nothing."""
+    if targets and not any(layer.rank for layer in layers):
+        name = type(model).__name__
+        reasons = "; ".join(f"{p.name or name}: {p.note}" for p in layers if p.note != "not a target")
+        raise TargetError(f"No layer of {name} would be adapted ({reasons}). Nothing was changed.")
+    if not targets and not saved:
+        raise TargetError("Without targets and without modules_to_save nothing would train. Nothing was changed.")
+
+
+def checked_rank(rank: int, argument: str) -> int:
+    """The rank itself, once it is known to be one."""
+    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
+        raise TargetError(
+            f"{argument}={rank!r}; a rank is a whole number of at least 1. To leave a layer alone, "
+            "use exclude_modules; to train the head only, target_modules=()."
+        )
+    return int(rank)
+
+
+def check_alpha(alpha: float, argument: str) -> None:
+    """A finite number above 0 that the factors' dtype holds, too: torch refuses to multiply with a larger one."""
+    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha <= LARGEST_ALPHA:
+        raise TargetError(f"{argument}={alpha!r}; it must be a finite number above 0.")
+
+
+WRAPPERS = {
+    "DistributedDataParallel": "inject first, then wrap",
+    "DataParallel": "inject first, then wrap",
+    "FullyShardedDataParallel": "inject first, then wrap",
+    "FSDPModule": "inject first, then shard",
+    "OptimizedModule": "inject first, then torch.compile",
+    "ScriptModule": "inject into the Python module, then trace it",
+}
+
+
+def check_model(model: nn.Module) -> None:
+    """A module, neither wrapped nor compiled nor sharded, and every layer with a shape."""
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
+    for name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in WRAPPERS and cls.__module__.startswith("torch."):
+                where = name or "the model"
+                remedy = f"Take the model inside, {WRAPPERS[cls.__name__]}"
+                raise UnsupportedLayerError(f"{where} is wrapped: {cls.__name__}. {remedy}. Nothing was changed.")
+        if any(nn.parameter.is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+            raise UnsupportedLayerError(
+                f"{name}: {type(module).__name__} has no shape yet; run one batch through the model before "
+                "convlora.inject. Nothing was changed."
+            )
+
+
+def check_adaptable(n: Named, dropout: float) -> None:
+    """A plain floating weight, a free attribute, and a forward that dropout knows."""
+    weight = n.module._parameters.get("weight")
+    if weight is not None and not weight.is_floating_point():
+        raise UnsupportedLayerError(f"{n.name}: its weight is not of a floating type; use exclude_modules.")
+    if weight is not None and is_traceable_wrapper_subclass(weight):
+        raise UnsupportedLayerError(
+            f"{n.name}: its weight is a {type(weight).__name__}, not a plain tensor (quantized or sharded?). Inject "
+            "first and quantize after convlora.merge and remove, or use exclude_modules. Nothing was changed."
+        )
+    if hasattr(n.module, CHILD) and not isinstance(n.module, AdaptedLayer):
+        raise UnsupportedLayerError(f"{n.name} has an attribute named {CHILD!r} already; use exclude_modules.")
+    if dropout and not supports_dropout(n.module):
+        raise UnsupportedLayerError(
+            f"{n.name}: dropout needs the plain forward of a torch convolution or nn.Linear, and this is a "
+            f"{type(n.module).__name__}. Use dropout=0 or exclude_modules. Nothing was changed."
+        )
+
+
+def check_plan(plan: Plan) -> None:
+    """A plan that comes from a file: every value as :func:`plan` would have made it."""
+    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
+    check_init(plan.init)
+    if not isinstance(plan.use_rslora, bool):
+        raise TargetError(f"use_rslora={plan.use_rslora!r}; it must be true or false.")
+    names = [layer.name for layer in plan.layers]
+    for name in (*names, *plan.modules_to_save, *plan.norms, *plan.biases):
+        if not isinstance(name, str):
+            raise TargetError(f"{name!r} is no layer name.")
+    if plan.rank > 2**31:
+        raise TargetError(f"rank={plan.rank}; there is no layer of so high a rank.")
+    if len(set(names)) < len(names):
+        raise TargetError("a layer is listed twice.")
+    for layer in plan.layers:
+        checked_rank(layer.rank, f"rank of {layer.name}")
+        check_alpha(layer.alpha, f"alpha of {layer.name}")
+        if not isinstance(layer.anchored, bool) or not isinstance(layer.use_dora, bool):
+            raise TargetError(f"{layer.name}: anchored and use_dora must be true or false.")
+        sizes = layer.weight_shape
+        if (
+            len(sizes) < 2
+            or not all(isinstance(n, int) and n > 0 for n in sizes)
+            or not isinstance(layer.geometry, dict)
+        ):
+            raise TargetError(f"{layer.name}: weight {sizes!r} and geometry {layer.geometry!r} are no layer's.")
+    _check_shown(plan)
+
+
+def _check_shown(plan: Plan) -> None:
+    """What of a plan is only shown: a table must not break on it, nor a terminal."""
+    listed = (*plan.layers, *plan.skipped)
+    texts = [plan.model, plan.head_found_by, plan.state]
+    texts += [text for each in listed for text in (each.name, each.kind, each.note)]
+    texts += [text for part in plan.others for text in (part.name, part.kind)]
+    for text in texts:
+        if not isinstance(text, str) or not text.isprintable():
+            raise TargetError(f"{text!r} is no text to show.")
+    if any(each.rank for each in plan.skipped):
+        raise TargetError("a layer that is left alone has a rank.")
+    counts = [plan.base_parameters, plan.saved_parameters, *(part.parameters for part in plan.others)]
+    counts += [n for each in listed for n in (*each.weight_shape, each.rank)]
+    for count in counts:
+        if not isinstance(count, Integral) or not 0 <= count < 2**63:
+            raise TargetError(f"{count!r} is no number of parameters.")

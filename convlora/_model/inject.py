@@ -1,0 +1,272 @@
+"""Carrying out a plan, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .._layer.adapted import Adapters, attach, base_weight
+from .._layer.dora import channel_norms
+from .._layer.factors import LoRA
+from .._layer.paths import Path
+from .._layer.places import BASE, SWAPPING, Place
+from .._plan import Init, LayerPlan, NormPolicy, Plan
+from ..errors import UnsupportedLayerError
+from .budget import Budget
+from .choice import Pattern
+from .init import Factors, first_factors
+from .norms import keeps_statistics
+from .planner import plan
+from .remove import drop, remove, set_flag, undo
+from .state import RECORD, Adapter, Injection, activate, check_unrouted, injections
+from .targets import Targets
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def inject(
+    model: M,
+    rank: int | None = None,
+    *,
+    alpha: float | None = None,
+    target_modules: Targets = None,
+    exclude_modules: Targets = None,
+    rank_pattern: Mapping[Pattern, int] | None = None,
+    alpha_pattern: Mapping[Pattern, float] | None = None,
+    modules_to_save: Targets = "auto",
+    norm: NormPolicy = "freeze",
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init: Init = "kaiming",
+    init_data: Iterable[Any] | None = None,
+    budget: Budget | None = None,
+    importance: Mapping[str, float] | None = None,
+    path: Path = "auto",
+    adapter_name: str = "default",
+) -> M:
+    """Put a LoRA adapter into a model, in place: the base is frozen, the factors and the head are trainable.
+
+    >>> model = timm.create_model("resnet50", pretrained=True, num_classes=1)
+    >>> convlora.inject(model, rank=8)
+    >>> print(convlora.summary(model))
+    >>> optimizer = torch.optim.AdamW(convlora.trainable_parameters(model), lr=1e-3)
+
+    A layer's weight becomes W + scaling · B A (Hu et al. 2021, arXiv:2106.09685), with A of shape
+    ``(r, C_in / groups, kH, kW)`` and B of ``(C_out, r)`` for a 2-D convolution, ``(r, in_features)`` and
+    ``(out_features, r)`` for a linear layer. A fresh adapter changes no output. A rank is lowered where the factors
+    would outweigh their layer, and a layer that even rank 1 would outweigh is left alone; the summary says which. Make
+    the optimizer after this call, and wrap in DDP or torch.compile after it.
+
+    Args:
+        model: any module; convolutions of every dimension and geometry, transposed too, and linear layers.
+        rank: r, at least 1; default 8. With a budget the largest that a layer may get, default any.
+        alpha: the update is scaled by alpha / rank. Default: 2 · rank, so a scaling of 2 at every rank.
+        target_modules: which layers; default every ``nn.Conv2d``. A type, a glob (``"layer4.*"``, ``"*.conv2"``),
+            a compiled regular expression (matched in full), a predicate ``(name, module) -> bool``, or several of
+            these. Conv1d, Conv3d, transposed and linear layers are adapted where a target names them. ``()`` adapts
+            none: a probe of the head.
+        exclude_modules: layers to leave alone, named in the same ways.
+        rank_pattern: another rank for the layers that a glob or regular expression names; the first match counts.
+        alpha_pattern: likewise for alpha.
+        modules_to_save: modules trained in full and saved with the adapter. ``"auto"`` finds the classifier;
+            None means none; else named as above.
+        norm: ``"freeze"`` keeps norm layers with running statistics in eval behaviour also under
+            ``model.train()``; ``"track"`` lets the statistics move, and they belong to the adapter.
+        dropout: probability of dropping an input of the adapter's branch in training; 0 ≤ dropout < 1.
+        use_rslora: scale by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732).
+        use_dora: train the weight's size per output channel apart from its direction (Liu et al. 2024,
+            arXiv:2402.09353).
+        init: how the factors begin: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``; ``"pissa"``, ``"olora"`` from the
+            base's weight; ``"eva"`` from data. See ``docs/variants.md``.
+        init_data: for ``"eva"``, a few batches as the model takes them: tensors, tuples that begin with one, or dicts.
+            The base sees them in eval mode, and the model is as it was afterwards.
+        budget: how many numbers the factors may hold together, the head not counted: ``"1%"`` or 0.01 of the base's
+            parameters, or a whole number. Ranks are as equal as that allows.
+        importance: with a budget, a score for each layer by name, as :func:`convlora.sensitivity` gives them; ranks are
+            then in proportion to the scores.
+        path: how a plain convolution computes in training: ``"auto"`` chooses from each layer's shapes among
+            ``"fused"``, ``"weight"`` and ``"branch"``. They differ in time, memory and rounding only.
+        adapter_name: names the adapter in the state dict; no dots.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TargetError: an argument is out of range, or a pattern matches no layer (the nearest names are given).
+        UnsupportedLayerError: a layer or wrapper cannot carry an adapter.
+        StateError: the model carries an adapter already.
+
+    Whatever is raised, the model is as it was.
+    """
+    planned = plan(
+        model,
+        rank,
+        alpha=alpha,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        modules_to_save=modules_to_save,
+        norm=norm,
+        dropout=dropout,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        init=init,
+        budget=budget,
+        importance=importance,
+        path=path,
+        adapter_name=adapter_name,
+    )
+    return begin(planned, model, init_data)
+
+
+def begin(plan: Plan, model: M, init_data: Iterable[Any] | None) -> M:
+    """Carry out a plan for an adapter that is to be trained: its factors begin as ``plan.init`` says."""
+    refuse_meta(model)
+    return apply(plan, model, first_factors(plan, model, init_data))
+
+
+def apply(plan: Plan, model: M, factors: Mapping[str, Factors] | None = None) -> M:
+    """Carry out a plan on a plain base, or beside the adapters that it carries, at rest then.
+
+    On any error, an interrupt included, the model is as it was.
+
+    Args:
+        plan: what to do.
+        model: the base.
+        factors: what layers' factors begin as, by layer name; else A as a fresh layer's, B zero.
+    """
+    refuse_meta(model)
+    with SWAPPING:
+        return _apply(plan, model, factors or {})
+
+
+def _apply(plan: Plan, model: M, given: Mapping[str, Factors]) -> M:
+    injection = vars(model).get(RECORD, Injection())
+    check_unrouted(injection)
+    adapter = Adapter(
+        plan=plan,
+        modules={name: model.get_submodule(name) for name in _names(plan)},
+        layers=[model.get_submodule(layer.name) for layer in plan.layers],
+        norms=_norm_policies(plan, model),
+    )
+    first = not injection.adapters
+    try:
+        with torch.inference_mode(False):  # its tensors could not be trained
+            loras = [_new_factors(m, p, plan, given) for m, p in zip(adapter.layers, plan.layers, strict=True)]
+            injection.adapters[plan.adapter_name] = adapter
+            if first:
+                _freeze_base(injection, model)
+            _give_own_tensors(injection, adapter, model)
+            for layer, lora in zip(adapter.layers, loras, strict=True):
+                attach(layer, plan.adapter_name, lora)
+            vars(model)[RECORD] = injection
+            activate(model, injection, plan.adapter_name if first else injection.active, injection.disabled)
+    except BaseException:
+        if first:
+            undo(injection, model)
+        else:
+            drop(injection, plan.adapter_name)
+        raise
+    return model
+
+
+@contextmanager
+def applied(plan: Plan, root: nn.Module) -> Iterator[None]:
+    """The plan carried out; taken back where the block that gives the adapter its numbers fails."""
+    before = vars(root).get(RECORD)
+    try:
+        apply(plan, root)
+        yield
+    except BaseException:
+        if isinstance(before, Injection):
+            drop(before, plan.adapter_name)
+        elif list(injections(root)):
+            remove(root)
+        raise
+
+
+def _names(plan: Plan) -> tuple[str, ...]:
+    return (*(layer.name for layer in plan.layers), *plan.modules_to_save, *plan.norms, *plan.biases)
+
+
+def _new_factors(layer: nn.Module, planned: LayerPlan, plan: Plan, given: Mapping[str, Factors]) -> LoRA:
+    like = next(p for p in layer.parameters() if p.is_floating_point())
+    scaling, anchored = plan.scaling(planned), planned.anchored
+    lora = LoRA(planned.weight_shape, like, planned.rank, scaling, plan.dropout, plan.path, anchored)
+    if planned.name in given:
+        A, B = given[planned.name]
+        A = A.reshape(planned.rank, *planned.weight_shape[1:])
+        lora.set_factors(*((torch.cat([A, A]), torch.cat([B, -B], dim=1)) if anchored else (A, B)))
+    if planned.use_dora:
+        base = base_weight(layer).detach().to(lora.lora_A.dtype)
+        groups = planned.transposed_groups
+        lora.give_magnitudes(channel_norms(base, planned.weight_shape[0], groups), groups)
+    return lora
+
+
+def _norm_policies(plan: Plan, model: nn.Module) -> dict[nn.Module, NormPolicy]:
+    """The plan's policy for its norms; those inside modules trained in full are trained, so their statistics move."""
+    policies: dict[nn.Module, NormPolicy] = {model.get_submodule(name): plan.norm for name in plan.norms}
+    saved = (module for name in plan.modules_to_save for module in model.get_submodule(name).modules())
+    return policies | {module: "track" for module in saved if keeps_statistics(module)}
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Raise where a tensor of the model is on the meta device: there are no numbers to adapt."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise UnsupportedLayerError(
+                f"{name} is on the meta device and holds no numbers; load the base's weights before convlora.inject "
+                "(convlora.plan works without). Nothing was changed."
+            )
+
+
+def _freeze_base(injection: Injection, model: nn.Module) -> None:
+    injection.frozen += [
+        (module, key)
+        for module in model.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    for module, key in injection.frozen:
+        set_flag(module, key, False)
+
+
+def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) -> None:
+    """Give the adapter copies of its own of all that training moves besides factors, kept until it is active.
+
+    Every buffer is among them: not only statistics move in train mode.
+    """
+    plan = adapter.plan
+    trained = {module for name in plan.modules_to_save for module in model.get_submodule(name).modules()}
+    owned = trained | {norm for norm, policy in adapter.norms.items() if policy == "track"}
+    with_bias = {model.get_submodule(name) for name in plan.biases}
+    copies: dict[int, Tensor] = {}  # by identity: tensors shared between modules stay shared
+    places = {(place.module, place.name): place for place in injection.places}
+    for module in (m for m in model.modules() if not isinstance(m, (Adapters, LoRA))):
+        parameters = module._parameters if module in owned else {}
+        if module in with_bias - owned:
+            parameters = {"bias": module._parameters["bias"]}
+        for name, now in (*parameters.items(), *module._buffers.items()):
+            if now is None and name in parameters:
+                continue
+            place = places.get((module, name))
+            if place is None:
+                place = Place(module, name, is_parameter=name in parameters)
+                injection.places.append(place)
+            base = place.of(BASE)
+            if base is not None and id(base) not in copies:
+                copies[id(base)] = _own_copy(base, module in trained or (module in with_bias and name == "bias"))
+            place.kept[plan.adapter_name] = None if base is None else copies[id(base)]
+
+
+def _own_copy(base: Tensor, trained: bool) -> Tensor:
+    if isinstance(base, nn.Parameter):
+        return nn.Parameter(base.detach().clone(), requires_grad=trained)
+    return base.clone()

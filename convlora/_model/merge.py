@@ -1,0 +1,115 @@
+"""Folding the adapter into plain weights, and back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar, cast
+
+import torch
+from torch import nn
+
+from .._layer.adapted import fold, unfold
+from .._layer.computed import compute
+from .._layer.places import SWAPPING
+from .._layer.swap import check_restorable
+from ..errors import StateError
+from .state import Injection, check_enabled, check_intact, check_unrouted, injected, to_the_end
+
+M = TypeVar("M", bound=nn.Module)
+Parts = list[tuple[nn.Module, Injection]]
+
+
+def merge(model: M) -> M:
+    """Fold the adapter into the weights: every layer is of its plain class again and costs nothing extra.
+
+    >>> convlora.merge(model)        # predicts as before
+    >>> convlora.unmerge(model)      # the base weights, bit for bit, and the adapter beside them
+
+    The base weights are kept aside, so a merged model holds the adapted layers' weights twice;
+    ``convlora.remove(model)`` then drops adapter and base and leaves the merged plain model.
+    A merged model is for inference and export, and its state dict has the base's keys alone. To train on, unmerge.
+
+    Raises:
+        StateError: no adapter; merged already; a module was replaced, or its class changed, since injection.
+
+    Whatever is raised, the model is as it was.
+    """
+    # Outside inference mode: its tensors could never be trained or saved.
+    with SWAPPING, torch.inference_mode(False), torch.no_grad():
+        parts = _parts(model, merged=False)
+        for root, injection in parts:
+            check_intact(root, injection)
+            check_enabled(injection)
+            check_unrouted(injection)
+            for layer in injection.layers:
+                check_restorable(layer)
+        weights = [
+            [nn.Parameter(compute(layer), requires_grad=False) for layer in injection.layers] for _, injection in parts
+        ]
+        _fold(parts, weights)
+    return model
+
+
+def _fold(parts: Parts, weights: list[list[nn.Parameter]]) -> None:
+    try:
+        for (_, injection), merged in zip(parts, weights, strict=True):
+            for layer, weight in zip(injection.layers, merged, strict=True):
+                fold(layer, weight)
+            injection.merged = True
+    except BaseException:
+        _unfold(parts)
+        raise
+
+
+def unmerge(model: M) -> M:
+    """Take :func:`merge` back: the base weights return bit for bit, in every dtype, after any number of cycles.
+
+    What was written to the merged weights meanwhile is dropped.
+
+    Raises:
+        StateError: no adapter; not merged; a module was replaced or its weight taken away (pruned, say) since.
+    """
+    with SWAPPING:
+        parts = _parts(model, merged=True)
+        for root, injection in parts:
+            check_intact(root, injection)
+            for name, module in ((n, m) for each in injection.adapters.values() for n, m in each.modules.items()):
+                if module in injection.layers and module._parameters.get("weight") is None:
+                    raise StateError(
+                        f"{name}: its merged weight is no plain parameter any more (pruned or parametrized since?). "
+                        "Undo that, or call convlora.remove(model) to keep the merged model. Nothing was changed."
+                    )
+        to_the_end(lambda: _unfold(parts))
+    return model
+
+
+def _unfold(parts: Parts) -> None:
+    for _, injection in parts:
+        for layer in injection.layers:
+            unfold(layer)
+        injection.merged = False
+
+
+@contextmanager
+def unmerged(root: nn.Module, injection: Injection) -> Iterator[None]:
+    """The model unmerged inside the block; the merged weights come back after it as they were, the same Parameters."""
+    parts = [(root, injection)] if injection.merged else []
+    weights = [[cast(nn.Parameter, layer._parameters["weight"]) for layer in i.layers] for _, i in parts]
+    try:
+        _unfold(parts)
+        yield
+    finally:
+        to_the_end(lambda: _fold(parts, weights))
+
+
+def _parts(model: nn.Module, merged: bool) -> Parts:
+    """The injected parts in this state, at least one."""
+    parts = [(root, injection) for _, root, injection in injected(model) if injection.merged is merged]
+    if not parts:
+        raise StateError(
+            "The adapter is not merged; there is nothing to unmerge."
+            if merged
+            else "The adapter is merged already; convlora.unmerge(model) takes it back."
+        )
+    return parts

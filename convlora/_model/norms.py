@@ -1,0 +1,175 @@
+"""Norm layers that keep running statistics: frozen in place, or tracked so that an adapter can own the statistics."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._layer.compiler import uncompiled
+from .._layer.functional import is_transformed
+from .._layer.routed import batch_norm
+from .._layer.routing import Route, route_of
+from .._layer.swap import Swapped, restore, turn
+from .._plan import NormPolicy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether training moves statistics in this module: BatchNorm and its kin, InstanceNorm where it tracks.
+
+    Told by the buffers' field-wide names, so that norms outside torch (timm's EvoNorm) count too. A module with
+    weight matrices inside is a block that counts something, not a norm, and should hear ``train()``.
+    """
+    keeps = any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
+    return keeps and not any(p.ndim > 1 for child in module.children() for p in child.parameters())
+
+
+class FrozenNorm(Swapped):
+    """A norm layer that stays in eval behaviour whatever ``model.train()`` says."""
+
+    _convlora_prefix: ClassVar[str] = "Frozen"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm's own forward; where it is torch's batch norm, one that saves no input for the backward."""
+        norm = cast(nn.Module, self)
+        route = route_of(norm)
+        if route is not None:
+            return _forward_routed(norm, self._convlora_base, route, args, kwargs)
+        if torch.is_grad_enabled() and len(args) == 1 and not kwargs:
+            rest = _after_batch_norm(norm, self._convlora_base)
+            if rest is not None and _is_constant(norm, args[0]):
+                cast(Any, norm)._check_input_dim(args[0])  # torch's own error for an input of other dimensions
+                return rest(_Constant.apply(args[0], *(getattr(norm, name) for name in BATCH_NORM)))
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Self:
+        """Children (activation, dropout) follow ``mode``; the norm itself stays in eval."""
+        super().train(mode)  # type: ignore[misc]
+        cast(nn.Module, self).training = False
+        return self
+
+
+BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "eps")
+
+
+class _Constant(torch.autograd.Function):
+    """Batch norm with constant statistics, scale and shift: the same bits forward, ``g · scale`` backward.
+
+    torch's own keeps the input for the gradient of the scale, which nobody asks for here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        scale = torch.rsqrt(var.to(torch.promote_types(var.dtype, torch.float32)) + eps)
+        ctx.save_for_backward(scale if weight is None else scale * weight)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,), (g,) = ctx.saved_tensors, grads
+        return (g * scale.view(-1, *[1] * (g.ndim - 2))).to(g.dtype), None, None, None, None, None
+
+
+def _after_batch_norm(norm: nn.Module, cls: Any) -> Callable[[Tensor], Tensor] | None:
+    """What a norm whose forward begins with torch's batch norm does after it; None for other norms."""
+    if cls.forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
+        return nn.Identity()
+    timm = sys.modules.get("timm.layers.norm_act")
+    if timm is not None and cls.forward is timm.BatchNormAct2d.forward:
+        return lambda y: norm.act(norm.drop(y))  # type: ignore[operator]
+    return None
+
+
+@uncompiled
+def _forward_routed(norm: nn.Module, cls: type[nn.Module], route: Route, args: Any, kwargs: Any) -> Any:
+    """Each sample with its own adapter's statistics."""
+    route.check(norm)
+    rest = _after_batch_norm(norm, cls)
+    if rest is not None and len(args) == 1 and not kwargs:
+        cast(Any, norm)._check_input_dim(args[0])
+        return rest(batch_norm(norm, route, args[0]))
+
+    def alone(owner: str, *args: Any, **kwargs: Any) -> Any:
+        return route.run_with(norm, owner, cls.forward, *args, **kwargs)
+
+    return route.split(norm, alone, route.kinds(lambda owner: route.own(norm, owner)), args, kwargs)
+
+
+def _is_constant(norm: nn.Module, x: Any) -> bool:
+    """Whether a gradient passes through, and none is asked for scale or shift; for an input that the norm takes."""
+    return (
+        not torch.compiler.is_compiling()
+        and not is_transformed()
+        and type(x) is Tensor
+        and x.requires_grad
+        and x.ndim > 1
+        and x.shape[1] == norm.num_features
+        and not any(p is not None and p.requires_grad for p in norm._parameters.values())
+    )
+
+
+class TrackedNorm(Swapped):
+    """A norm layer whose statistics move once a step, also where gradient checkpointing runs its forward twice."""
+
+    _convlora_prefix: ClassVar[str] = "Tracked"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm's own forward; run again inside a backward, it leaves the statistics as they are."""
+        route = route_of(cast(nn.Module, self))
+        if route is not None:
+            return _forward_routed(cast(nn.Module, self), self._convlora_base, route, args, kwargs)
+        if _inside_backward():
+            with _spared(cast(nn.Module, self)):
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+MODES = "_convlora_modes"
+"""Where a frozen norm remembers its own mode and that of the module that holds it, as they were."""
+
+POLICIES: dict[NormPolicy, type[Swapped]] = {"freeze": FrozenNorm, "track": TrackedNorm}
+
+
+def _inside_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def _spared(norm: nn.Module) -> Iterator[None]:
+    """Copies take the buffers' places: the output in train mode does not depend on them."""
+    buffers = dict(norm._buffers)
+    norm._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})
+    try:
+        yield
+    finally:
+        norm._buffers.update(buffers)
+
+
+def set_policy(norm: nn.Module, policy: NormPolicy | None, holder: nn.Module | None) -> None:
+    """Freeze the norm, track it, or with None give it back its own class and mode; may be run again.
+
+    A norm that was frozen gets the mode that it had; where the module that holds it has changed its mode meanwhile, it
+    follows. Its own ``training`` says nothing of that: code that saves and restores every module's mode has written it.
+    """
+    if policy is not None:
+        turn(norm, POLICIES[policy])
+    elif isinstance(norm, (FrozenNorm, TrackedNorm)):
+        restore(cast(nn.Module, norm))
+    mode, mode_of_holder = vars(norm).get(MODES, (norm.training, None))
+    followed = holder is None or mode_of_holder in (None, holder.training)
+    norm.training = mode if followed or holder is None else holder.training
+    if policy == "freeze":
+        vars(norm)[MODES] = norm.training, None if holder is None else holder.training
+        norm.training = False
+    else:
+        vars(norm).pop(MODES, None)  # last: an interrupt before it must not lose the mode

@@ -1,0 +1,90 @@
+"""Taking an injection back: the base as it was, or the merged model as a plain one."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from .._layer.adapted import CHILD, detach, held
+from .._layer.places import BASE, SWAPPING
+from .._layer.swap import check_restorable
+from .norms import set_policy
+from .state import RECORD, Injection, check_unrouted, check_whole, holders_of, injected, to_the_end
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def remove(model: M) -> M:
+    """Take the adapter out: the base as it was before :func:`inject`, or, where merged, the merged plain model.
+
+    >>> model = convlora.remove(model)                    # the base: same objects, keys, classes, bits, flags
+    >>> model = convlora.remove(convlora.merge(model))    # a plain model that predicts like the adapted one
+
+    Unmerged, everything that training changed is lost with the adapter, the trained head and norm statistics too:
+    :func:`convlora.save_adapter` first.
+
+    Raises:
+        StateError: there is no adapter, or another library has changed the class of an adapted layer since.
+    """
+    found = injected(model)
+
+    def take_out() -> None:
+        for _, root, injection in reversed(found):  # the inner parts were injected last
+            undo(injection, root)
+
+    with SWAPPING:
+        for _, root, injection in found:
+            check_unrouted(injection)
+            check_whole(root)
+            for module in (*injection.norms, *injection.layers):
+                check_restorable(module)
+        to_the_end(take_out)
+    return model
+
+
+def undo(injection: Injection, root: nn.Module) -> None:
+    """Take back what was done, however much of it was; running it twice changes nothing more."""
+    holders = holders_of(root)
+    for norm in injection.norms:
+        set_policy(norm, None, holders.get(norm))
+    for place in [] if injection.merged else injection.places:
+        place.put(BASE)
+    _give_flags_back(injection)
+    for adapter in injection.adapters.values():
+        for layer in adapter.layers:
+            detach(layer, adapter.plan.adapter_name)
+    vars(root).pop(RECORD, None)
+
+
+def drop(injection: Injection, adapter_name: str) -> None:
+    """Take one adapter out that is not active; running it twice changes nothing more."""
+    adapter = injection.adapters.get(adapter_name)
+    if adapter is not None:
+        for layer in adapter.layers:
+            detach(layer, adapter_name)
+        for place in injection.places:
+            place.forget(adapter_name)
+        injection.adapters.pop(adapter_name)
+
+
+def _give_flags_back(injection: Injection) -> None:
+    """The base's requires_grad flags, also for what an adapter trained and a merged model keeps."""
+    was_trainable = set(injection.frozen)
+    for place in injection.places:
+        if place.is_parameter and (place.module, place.name) not in was_trainable:
+            set_flag(place.module, place.name, False)
+    for module, key in injection.frozen:
+        set_flag(module, key, True)
+    trained = {module for module, _ in injection.frozen}
+    for layer in injection.layers if injection.merged else ():
+        aside = held(layer).aside if CHILD in layer._modules else None
+        if aside is not None and aside.weight is None and trained & {layer, *aside.sources}:
+            set_flag(layer, "weight", True)  # it was computed from trainable parameters
+
+
+def set_flag(module: nn.Module, key: str, requires_grad: bool) -> None:
+    """Whether a parameter asks for gradients, if it is still there."""
+    parameter = module._parameters.get(key)
+    if parameter is not None:  # the user may have pruned or dropped it since
+        parameter.requires_grad_(requires_grad)

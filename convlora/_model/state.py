@@ -1,0 +1,264 @@
+"""What an injected model remembers: its adapters, which of them is active, and how all can be taken back.
+
+One :class:`Injection` is kept on the module that was given to ``inject``. It refers to modules, not only to names, so
+that it follows deepcopy and pickle, and can tell where the user has replaced a part since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .._layer.adapted import CHILD, AdaptedLayer, held, lora_of
+from .._layer.factors import LoRA
+from .._layer.places import COPY, SWAPPING, Place
+from .._plan import NormPolicy, Plan
+from ..errors import StateError
+from .norms import FrozenNorm, TrackedNorm, set_policy
+
+RECORD = "_convlora"
+
+
+@dataclass
+class Adapter:
+    """One adapter of a model."""
+
+    plan: Plan
+    modules: dict[str, nn.Module]
+    """Every module that the plan names."""
+    layers: list[nn.Module]
+    """Adapted layers, in the plan's order."""
+    norms: dict[nn.Module, NormPolicy]
+    """What its norm layers do while it is active."""
+    resting: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """Factors that were trainable when the adapter was last active, and are again when it is, as (module, name)."""
+
+    @property
+    def loras(self) -> list[LoRA]:
+        """The factors of every layer, in the plan's order."""
+        return [lora_of(layer, self.plan.adapter_name) for layer in self.layers]
+
+    def factors(self) -> Iterator[nn.Parameter]:
+        """lora_A and lora_B of every layer, and DoRA's magnitudes."""
+        for lora in self.loras:
+            yield from lora.parameters()
+
+
+@dataclass
+class Injection:
+    """What was done to a model."""
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: str = ""
+    """The adapter that the model computes with."""
+    disabled: bool = False
+    """Whether the base computes alone for now."""
+    blocks: set[object] = field(default_factory=set)
+    """``disable_adapter`` blocks that are open; a copy that is made inside one has none to leave."""
+    routed: set[object] = field(default_factory=set)
+    """``use_adapters`` blocks that are open, in any thread."""
+    merged: bool = False
+    """Whether merged weights are in the base's place."""
+    places: list[Place] = field(default_factory=list)
+    frozen: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """Base parameters that were trainable, as (module, name)."""
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Every layer that any adapter adapts."""
+        return list(dict.fromkeys(layer for each in self.adapters.values() for layer in each.layers))
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """Every norm layer that any adapter freezes or tracks."""
+        return list(dict.fromkeys(norm for each in self.adapters.values() for norm in each.norms))
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"blocks": set(), "routed": set()}
+
+    @property
+    def state(self) -> str:
+        """How a plan's table names the state of the model."""
+        return "merged" if self.merged else "injected"
+
+
+def activate(root: nn.Module, injection: Injection, adapter_name: str, disabled: bool = False) -> None:
+    """Let the model compute with one adapter, or for now with the base alone; may be run again after an interrupt.
+
+    What belongs to the adapter comes with it: the modules it trained in full, its norm statistics and policy.
+    Factors of the others are not trainable meanwhile. The base alone is the base with its own statistics: its norm
+    layers are frozen.
+    """
+    with SWAPPING:
+        _activate(root, injection, adapter_name, disabled)
+
+
+def _activate(root: nn.Module, injection: Injection, adapter_name: str, disabled: bool) -> None:
+    copies: dict[int, Tensor] = {}
+    for place in injection.places:
+        if disabled:
+            place.put_copy(copies)
+        else:
+            place.put(adapter_name)
+            place.forget(COPY)
+    for layer in injection.layers:
+        held(layer).active = None if disabled else adapter_name
+    holders = holders_of(root)
+    for norm in injection.norms:
+        policy = injection.adapters[adapter_name].norms.get(norm)
+        set_policy(norm, "freeze" if disabled and policy else policy, holders.get(norm))
+    for name, each in injection.adapters.items():
+        _wake(each) if name == adapter_name else _rest(each)
+    injection.active, injection.disabled = adapter_name, disabled
+
+
+def holders_of(root: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The module that holds each module."""
+    return {child: module for module in root.modules() for child in module.children()}
+
+
+def _rest(each: Adapter) -> None:
+    for lora in each.loras:
+        for name, factor in lora.named_parameters():
+            if factor.requires_grad:
+                each.resting.append((lora, name))
+                factor.requires_grad_(False)
+
+
+def _wake(each: Adapter) -> None:
+    for lora, name in each.resting:
+        lora.get_parameter(name).requires_grad_(True)
+    each.resting.clear()
+
+
+def injections(model: nn.Module) -> Iterator[tuple[str, nn.Module, Injection]]:
+    """Every injected module in the model, with its name: the model itself, or parts, or what a wrapper holds."""
+    for name, module in model.named_modules():
+        record = vars(module).get(RECORD)
+        if isinstance(record, Injection):
+            yield name, module, record
+
+
+def injected(model: nn.Module) -> list[tuple[str, nn.Module, Injection]]:
+    """As :func:`injections`, at least one.
+
+    Raises:
+        StateError: there is none.
+    """
+    found = list(injections(model))
+    if not found:
+        raise StateError(
+            f"{type(model).__name__} carries no adapter. Call convlora.inject(model) first; if you injected into "
+            "a larger model, give that one."
+        )
+    return found
+
+
+def the_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
+    """The one injected module in the model and its record.
+
+    Raises:
+        StateError: there is none, or there are several.
+    """
+    found = injected(model)
+    if len(found) > 1:
+        names = ", ".join(name or "the model" for name, _, _ in found)
+        raise StateError(f"{type(model).__name__} holds several injected parts ({names}); give one of them.")
+    return found[0][1], found[0][2]
+
+
+def the_adapter(injection: Injection, adapter_name: str | None) -> Adapter:
+    """The adapter of this name; None for the active one.
+
+    Raises:
+        StateError: there is none of this name.
+    """
+    found = injection.adapters.get(injection.active if adapter_name is None else adapter_name)
+    if found is None:
+        there = ", ".join(map(repr, injection.adapters))
+        raise StateError(f"There is no adapter {adapter_name!r}; there is {there}.")
+    return found
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise StateError where a part of the model carries an adapter already, or is a part of what does."""
+    for name, _, injection in injections(model):
+        raise StateError(
+            f"{name or type(model).__name__} carries the adapter {injection.active!r} already; call "
+            "convlora.add_adapter for another beside it, or convlora.remove(model) first. Nothing was changed."
+        )
+    for name, module in model.named_modules():
+        if RECORD in vars(module):
+            raise StateError(
+                f"{name or type(model).__name__} has an attribute named {RECORD!r}, which convlora needs for itself; "
+                "rename it. Nothing was changed."
+            )
+        if isinstance(module, (AdaptedLayer, FrozenNorm, TrackedNorm)) or CHILD in module._modules:
+            raise StateError(
+                f"{name or type(model).__name__} belongs to a model that carries an adapter already; "
+                "call convlora.remove on that model first. Nothing was changed."
+            )
+
+
+def check_whole(root: nn.Module) -> None:
+    """Raise StateError where the model's numbers are not here: on the meta device, or sharded over processes."""
+    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+        if tensor.is_meta:
+            raise StateError(f"{name} is on the meta device and holds no numbers. Nothing was changed.")
+        if hasattr(tensor, "device_mesh"):
+            raise StateError(
+                f"{name} is sharded over processes. Gather the state dict, load it into an injected model that is not "
+                "sharded, and call again with that. Nothing was changed."
+            )
+
+
+def check_intact(root: nn.Module, injection: Injection) -> None:
+    """Raise StateError where numbers are elsewhere, or a module was replaced since: it would be passed over."""
+    check_whole(root)
+    now = dict(root.named_modules(remove_duplicate=False))
+    concerned = {name: module for each in injection.adapters.values() for name, module in each.modules.items()}
+    replaced = [name or "the model" for name, module in concerned.items() if now.get(name) is not module]
+    if replaced:
+        raise StateError(
+            f"{', '.join(replaced)} of {type(root).__name__} was replaced after convlora.inject, and the adapter is "
+            "on the old module still. Change a model before you inject: convlora.remove(model), change, inject again."
+        )
+
+
+def check_unmerged(injection: Injection) -> None:
+    """Raise StateError while merged weights are in place."""
+    if injection.merged:
+        raise StateError("The adapter is merged; call convlora.unmerge(model) first. Nothing was changed.")
+
+
+def check_outside_blocks(injection: Injection) -> None:
+    """Raise StateError inside a ``disable_adapter`` block."""
+    if injection.blocks:
+        raise StateError("Adapters are disabled; leave the disable_adapter block first. Nothing was changed.")
+
+
+def check_enabled(injection: Injection) -> None:
+    """Raise StateError inside a ``disable_adapter`` block, and for a copy that was made inside one."""
+    check_outside_blocks(injection)
+    if injection.disabled:
+        raise StateError(
+            "Adapters are disabled: this copy was made inside a disable_adapter block. "
+            f"convlora.set_adapter(model, {injection.active!r}) enables them. Nothing was changed."
+        )
+
+
+def check_unrouted(injection: Injection) -> None:
+    """Raise StateError while a ``use_adapters`` block is open in any thread: it computes with what is there."""
+    if injection.routed:
+        raise StateError("A use_adapters block is open; leave every one of them first. Nothing was changed.")
+
+
+def to_the_end(step: Callable[[], None]) -> None:
+    """Run a step that may be run twice; an interrupt is let through when all is done, so that no half is left."""
+    try:
+        step()
+    except BaseException:
+        step()
+        raise

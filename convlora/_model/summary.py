@@ -1,0 +1,50 @@
+"""What is in an injected model, and what an optimizer should have of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import nn
+
+from .._plan import Plan
+from .state import injected, the_adapter, the_injection
+
+
+def summary(model: nn.Module, adapter_name: str | None = None) -> Plan:
+    """What is in an injected model; ``print`` shows a table of layers, ranks, sizes, and what was skipped and why.
+
+    >>> print(convlora.summary(model))
+    >>> convlora.summary(model).trainable_share
+
+    Args:
+        model: an injected model.
+        adapter_name: one of its adapters; default the active one.
+
+    Raises:
+        StateError: there is no such adapter, or there are several injected parts; then give one of them.
+    """
+    injection = the_injection(model)[1]
+    return replace(the_adapter(injection, adapter_name).plan, state=injection.state)
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The active adapter's lora_A and lora_B, and DoRA's magnitudes, of every layer: an optimizer group of their own.
+
+    Raises:
+        StateError: there is no adapter.
+    """
+    for _, _, injection in injected(model):
+        yield from injection.adapters[injection.active].factors()
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """All that an optimizer should have: the factors, the head, and whatever else requires a gradient.
+
+    >>> optimizer = torch.optim.AdamW(convlora.trainable_parameters(model), lr=1e-3)
+
+    Raises:
+        StateError: there is no adapter.
+    """
+    injected(model)
+    return (p for p in model.parameters() if p.requires_grad)

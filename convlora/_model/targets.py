@@ -1,0 +1,184 @@
+"""Which layers to adapt, and which module is the head.
+
+A target is named by type, glob, regular expression or predicate. Everything here reads the model and changes
+nothing; ``inject.py`` carries out what is decided. Order of the result is ``named_modules`` order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from .._layer.adapted import Adapters
+from .._layer.computed import weight_shape
+from .._layer.factors import LoRA
+from ..errors import TargetError
+
+Target = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
+Targets = Target | Iterable[Target] | None
+T = TypeVar("T")
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """A torch convolution of any dimension, transposed too, or a module that keeps kernels of its own.
+
+    The latter is told by its ``kernel_size`` and a weight of kernels: torchvision's DeformConv2d, timm's CondConv2d.
+    """
+    return isinstance(module, _ConvNd) or (hasattr(module, "kernel_size") and len(weight_shape(module)) > 2)
+
+
+def is_conv2d(module: nn.Module) -> bool:
+    """What is adapted where no target is named: nn.Conv2d, and modules that keep 2-D kernels of their own."""
+    if isinstance(module, _ConvNd):
+        return isinstance(module, nn.Conv2d)
+    return is_convolution(module) and len(weight_shape(module)) == 4
+
+
+def is_packed(module: nn.Module) -> bool:
+    """A quantized layer of torch's, whose weight is a method."""
+    return callable(getattr(type(module), "weight", None))
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """A convolution or a linear layer."""
+    return isinstance(module, nn.Linear) or is_convolution(module)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A module and every name that it has in the model; a shared module has several, and the first one counts."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+
+    @property
+    def name(self) -> str:
+        """The name that ``named_modules()`` gives."""
+        return self.names[0]
+
+
+def modules_of(model: nn.Module) -> list[Named]:
+    """Each module of the base once, with all its names; the root's is empty."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, (Adapters, LoRA)):
+            names.setdefault(module, []).append(name)
+    return [Named(tuple(all_names), module) for module, all_names in names.items()]
+
+
+def as_targets(targets: Targets) -> tuple[Target, ...]:
+    """One target or several, as a tuple."""
+    if targets is None:
+        return ()
+    if isinstance(targets, (str, re.Pattern, type)) or not isinstance(targets, Iterable):
+        return (targets,)
+    return tuple(targets)
+
+
+def matches(target: Target, candidate: Named) -> bool:
+    """Whether one target names this module; any of a shared module's names will do."""
+    if isinstance(target, type):
+        return isinstance(candidate.module, target)
+    if isinstance(target, str):
+        return any(fnmatch.fnmatchcase(name, target) for name in candidate.names)
+    if isinstance(target, re.Pattern):
+        return any(target.fullmatch(name) for name in candidate.names)
+    if callable(target) and not isinstance(target, nn.Module):
+        return any(_ask(target, name, candidate.module) for name in candidate.names)
+    raise TargetError(
+        f"{target!r} is no target; give a type such as nn.Conv2d, a glob such as 'layer4.*', a compiled regular "
+        "expression, or a function (name, module) -> bool."
+    )
+
+
+def _ask(predicate: Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
+    try:
+        return bool(predicate(name, module))
+    except Exception as cause:
+        raise TargetError(
+            f"The predicate failed at {name} ({type(module).__name__}): {cause!r}. It is asked for linear layers as "
+            "well as for convolutions: begin with isinstance(module, nn.Conv2d). Nothing was changed."
+        ) from cause
+
+
+def select(candidates: list[Named], targets: Targets, argument: str, model: nn.Module) -> list[Named]:
+    """The candidates that any target names; each target must name at least one.
+
+    Raises:
+        TargetError: all targets that match nothing, in one error, each with the nearest names there are.
+    """
+    wanted = as_targets(targets)
+    missed = [target for target in wanted if not any(matches(target, c) for c in candidates)]
+    if missed:
+        raise TargetError(_missed(missed, candidates, argument, model))
+    return [c for c in candidates if any(matches(target, c) for target in wanted)]
+
+
+def first_match(patterns: Mapping[str | re.Pattern[str], T], candidate: Named, default: T) -> T:
+    """The value of the first pattern that names the module."""
+    return next((value for pattern, value in patterns.items() if matches(pattern, candidate)), default)
+
+
+def _missed(missed: list[Target], candidates: list[Named], argument: str, model: nn.Module) -> str:
+    lines = [_missed_one(target, candidates, argument, model) for target in missed]
+    return "\n".join([*lines, "`print(convlora.plan(model))` lists every layer. Nothing was changed."])
+
+
+def _missed_one(target: Target, candidates: list[Named], argument: str, model: nn.Module) -> str:
+    pattern = target.pattern if isinstance(target, re.Pattern) else target
+    kind = type(model).__name__
+    if not isinstance(pattern, str):
+        return f"{argument}={getattr(pattern, '__name__', pattern)} matches no layer of {kind}."
+    what = "module with parameters" if argument == "modules_to_save" else "layer that could be adapted"
+    line = f"{argument}={pattern!r} matches no {what} of {kind}."
+    inside = sum(c.name.startswith(pattern + ".") for c in candidates)
+    if inside:
+        return f"{line} For what is inside {pattern!r} ({inside}) write {pattern + '.*'!r}."
+    if isinstance(target, str) and set(pattern) & set("\\()|^$+"):
+        line += " A string is a glob; for a regular expression give re.compile(...)."
+    near = difflib.get_close_matches(pattern, [c.name for c in candidates], n=4, cutoff=0.0)
+    return f"{line} Closest names: {', '.join(near)}." if near else line
+
+
+def find_head(model: nn.Module, named: list[Named]) -> tuple[list[Named], str]:
+    """The classifier: the last layer with weights in what the model names as its head, and how it was found.
+
+    Asked in this order: timm's ``get_classifier()``; torchvision's ``fc``, ``classifier``, ``heads``, ``head``;
+    the model's last layer where that is an ``nn.Linear``. An empty list where there is none (timm with
+    ``num_classes=0``, or a network that ends in a convolution).
+    """
+    get_classifier = getattr(model, "get_classifier", None)
+    if callable(get_classifier):
+        found = get_classifier()
+        heads = found if isinstance(found, (tuple, list)) else (found,)
+        return _output_layers(heads, named), "get_classifier()"
+    for attribute in ("fc", "classifier", "heads", "head"):
+        head = getattr(model, attribute, None)
+        if isinstance(head, nn.Module):
+            layers = _output_layers((head,), named)
+            if layers:
+                return layers, f"attribute {attribute!r}"
+    last = [n for n in named if is_adaptable(n.module)][-1:]
+    if last and last[0].name and isinstance(last[0].module, nn.Linear):
+        return last, "the last layer"
+    return [], "no classifier was found; name one with modules_to_save"
+
+
+def _output_layers(heads: Iterable[object], named: list[Named]) -> list[Named]:
+    last = []
+    for head in heads:
+        inside = [m for m in head.modules() if is_adaptable(m)] if isinstance(head, nn.Module) else []
+        last += inside[-1:]
+    return [n for n in named if any(n.module is layer for layer in last)]
+
+
+def exactly(names: Iterable[str]) -> Targets:
+    """A target that names these modules and no other."""
+    return tuple(re.compile(re.escape(name)) for name in names) or None

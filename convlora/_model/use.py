@@ -1,0 +1,179 @@
+"""One batch, several adapters: ``use_adapters``.
+
+Adapted layers and norms are of our classes already and look for a route by themselves (``routed.py``). Heads and
+whatever else has tensors of its own in each adapter are not: while a block is open they are of a class that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .._layer.adapted import AdaptedLayer
+from .._layer.compiler import uncompiled
+from .._layer.places import BASE, SWAPPING, Place
+from .._layer.routing import Block, Route, opened, route_of
+from .._layer.swap import Swapped, check_swappable, restore, swap
+from ..errors import StateError
+from .checks import check_model
+from .norms import FrozenNorm, TrackedNorm
+from .state import Injection, check_enabled, check_intact, check_unmerged, injected, the_adapter, to_the_end
+
+Parts = list[tuple[nn.Module, Injection]]
+
+
+@contextmanager
+def use_adapters(model: nn.Module, adapter_names: Iterable[str | None]) -> Iterator[None]:
+    """Inside the block each sample of a batch goes to the adapter of its own, all in one forward.
+
+    >>> with convlora.use_adapters(model, ["tumour", "stain", None]), torch.inference_mode():
+    ...     predictions = model(three_images)
+
+    The result is what each sample gives alone with its adapter active, its head and its norm statistics included, up to
+    rounding; None is the base alone. It holds for the forwards of this thread or asyncio task; others go on with the
+    active adapter. Of nested blocks on one model the inner one holds.
+
+    It is for inference: every module in eval mode. All samples of a batch must give outputs of one shape, and layers
+    must keep samples in the first dimension. Where adapters differ in a layer whose forward is its own, the layer takes
+    them one after another.
+
+    Args:
+        model: an injected model.
+        adapter_names: one for each sample, None for the base.
+
+    Raises:
+        StateError: no adapter of a name; the model is merged, its adapters are disabled, or a module was replaced. From
+            a forward inside: train mode, a batch of another size, or a layer that cannot be routed.
+        UnsupportedLayerError: the model is wrapped (give the one inside), or a module cannot change its class.
+    """
+    owners = _owners(adapter_names)
+    with _looking(model, owners) as routes, opened(routes):
+        yield
+
+
+def _owners(adapter_names: Iterable[str | None]) -> tuple[str, ...]:
+    if isinstance(adapter_names, str):
+        raise StateError(f"adapter_names={adapter_names!r}; it must be a list with a name or None for each sample.")
+    names = tuple(adapter_names)
+    wrong = [name for name in names if name is not None and (not isinstance(name, str) or name == BASE)]
+    if wrong or not names:
+        raise StateError(
+            f"adapter_names={list(names)!r}; it must be a list with an adapter's name, or None for the base, for each "
+            "sample."
+        )
+    return tuple(BASE if name is None else name for name in names)
+
+
+def _block(root: nn.Module, injection: Injection) -> Block:
+    """Every module of the part that has something of its own in each adapter, and the root, which sees the batch."""
+    places: dict[nn.Module, dict[str, Place]] = {root: {}}
+    places.update((module, {}) for module in (*injection.layers, *injection.norms))
+    for place in injection.places:
+        places.setdefault(place.module, {})[place.name] = place
+    return Block(root, places)
+
+
+def _parts(model: nn.Module, owners: tuple[str, ...]) -> Parts:
+    """The injected parts, each of which can be routed to all of these."""
+    check_model(model)
+    parts = [(root, injection) for _, root, injection in injected(model)]
+    for root, injection in parts:
+        for owner in dict.fromkeys(owners):
+            if owner != BASE:
+                the_adapter(injection, owner)
+        check_unmerged(injection)
+        check_intact(root, injection)
+        check_enabled(injection)
+    return parts
+
+
+@contextmanager
+def _looking(model: nn.Module, owners: tuple[str, ...]) -> Iterator[dict[nn.Module, Route]]:
+    """Modules that would not look for a route by themselves do so meanwhile; in other threads to no effect."""
+    parts: Parts = []
+    modules: list[nn.Module] = []
+    block = object()
+
+    def leave() -> None:
+        with SWAPPING:
+            for _, injection in parts:
+                injection.routed.discard(block)
+            if not any(injection.routed for _, injection in parts):
+                for module in modules:
+                    if isinstance(module, Routed):
+                        restore(module)
+
+    try:
+        with SWAPPING:  # from the checks on: no other thread may merge or remove what was found fit
+            parts = _parts(model, owners)
+            blocks = [_block(root, injection) for root, injection in parts]
+            own = (AdaptedLayer, FrozenNorm, TrackedNorm)
+            modules = [module for each in blocks for module in each.places if not isinstance(module, own)]
+            for module in modules:
+                if not isinstance(module, Routed):
+                    check_swappable(type(module).__name__, module, Routed)
+            for _, injection in parts:
+                injection.routed.add(block)
+            for module in modules:
+                if not isinstance(module, Routed):
+                    swap(module, Routed)
+        yield {module: Route(each, owners) for each in blocks for module in each.places}
+        leave()
+    except BaseException:  # an interrupt on the line above as well
+        to_the_end(leave)
+        raise
+
+
+class Routed(Swapped):
+    """A module with tensors of its own in each adapter, or the root, while a block is open.
+
+    Another thread may close the last block in the middle of a call and give the class back: it is read once.
+    """
+
+    _convlora_prefix: ClassVar[str] = "Routed"
+
+    @uncompiled
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's own forward for each part of the batch that has the same tensors; not compiled."""
+        module, base = cast(nn.Module, self), _base(self)
+        route = route_of(module)
+        if route is None:
+            return base.forward(self, *args, **kwargs)
+        route.check(module, _batch(args, kwargs) if module is route.block.root else None)
+
+        def alone(_: str, *args: Any, **kwargs: Any) -> Any:
+            return base.forward(self, *args, **kwargs)  # finds its tensors by __getattr__
+
+        return route.split(module, alone, route.kinds(lambda owner: route.own(module, owner)), args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        found, module = _base(self).__getattr__(self, name), cast(nn.Module, self)
+        route = route_of(module)
+        place = None if route is None else route.block.places[module].get(name)
+        if route is None or place is None:
+            return found
+        return route.tensor(module, name, route.the_owner(module, name, lambda owner: route.told(place, owner)))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy that is made inside a block is of the plain class.
+        _, _, *state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
+        return (_new, (_base(self),), *state)
+
+
+def _base(module: object) -> Any:
+    cls = type(module)
+    return vars(cls).get("_convlora_base", cls)
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
+
+
+def _batch(args: Any, kwargs: Any) -> int | None:
+    """How many samples the model is given; None where no tensor shows it."""
+    sizes = (leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim)
+    return next(sizes, None)
