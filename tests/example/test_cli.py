@@ -179,7 +179,7 @@ def test_compare_sweeps_every_training_alike_and_pairs_seeds(toy, tmp_path):
     assert "| probe-dihedral+ensemble+balanced (transductive) |" in table
     assert "Learning rate by validation loss on seed 0, probe: " in table
     # two trainings, each with two rates and up to two beyond them on the first seed, and one more seed at the best
-    tried = [line.count(": 0.") for line in table.splitlines() if "Learning rate by validation loss" in line]
+    tried = [line.split("(")[1].count(": ") for line in table.splitlines() if "Learning rate by validation" in line]
     assert len(tried) == 2
     assert all(2 <= each <= 4 for each in tried)
     assert len(list((tmp_path / "adapters").iterdir())) == sum(tried) + 2
