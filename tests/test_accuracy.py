@@ -178,6 +178,9 @@ def test_a_sweep_goes_on_past_its_ends_and_is_resumed(splits, monkeypatch):
     assert rates(below, True) == [1, 4, 16, 0.25, 0.0625]
     for done in range(len(below) + 1):  # killed anywhere: the rest is run, and nothing twice
         assert sweep(0.25, below[:done]) == below[done:]
+    above = sweep(1e6)
+    for done in range(len(above) + 1):  # and no rate beyond the two
+        assert sweep(1e6, above[:done]) == above[done:]
     assert rates(sweep(4.0, no="not here"), True) == [1, 4, 16] and rates(sweep(4.0, no="not here"), False) == []
 
 

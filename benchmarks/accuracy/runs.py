@@ -19,6 +19,7 @@ import convlora
 from benchmarks.overhead import measuring
 from benchmarks.overhead.peers import their_warnings_aside
 from benchmarks.overhead.subjects import NotAvailable
+from examples.histopathology import rates
 
 from .arms import Arm
 from .data import SHIFTS, Images, Splits, few
@@ -212,22 +213,19 @@ class Sweep:
     lrs: tuple[float, ...]
     """Ascending, each the same factor above the one before."""
     seeds: int
-    further: int = 2
+    further: int = rates.FURTHER
     """While the best rate is at an end of the sweep, it goes on there: at most so many rates."""
 
     def beyond(self, tried: Collection[float], best: float) -> float | None:
         """The rate to try next, or None: the best has a neighbour on either side, or enough were tried."""
-        low, high = min(tried), max(tried)
-        if low < best < high or len(self.lrs) < 2 or len(tried) == len(self.lrs) + self.further:
-            return None
-        factor = self.lrs[1] / self.lrs[0]
-        return best * factor if best == high else best / factor
+        return None if len(tried) >= len(self.lrs) + self.further else rates.beyond(tried, best)
 
 
 def missing(work: Work, task: str, arm: Arm, sweep: Sweep, known: Iterable[Outcome]) -> Iterator[Outcome]:
     """An arm's runs that are not known yet: the sweep at the first seed, then the best rate at the other seeds."""
     found = {outcome.key: outcome for outcome in known}
-    lrs = list(sweep.lrs)
+    here = [k.lr for k in found if (k.backbone, k.task, k.arm, k.seed) == (work.backbone, task, arm.name, 0)]
+    lrs = list(dict.fromkeys([*sweep.lrs, *here]))  # those beyond an end too, of a run that was ended
 
     def ask(lr: float, seed: int) -> Iterator[Outcome]:
         key = Key(work.backbone, task, arm.name, lr, seed)

@@ -16,6 +16,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 import torch
 from torch import nn
 
+from examples.histopathology.rates import FURTHER
+
 from . import backbones, data, report
 from .arms import ARMS, FEW, QUICK, SECOND
 from .runs import Make, Sweep, Work, append, mend, missing, read
@@ -60,7 +62,7 @@ def measure(unit: Unit, work: Work, options: argparse.Namespace) -> None:
     """The runs of one arm that are not in the results yet."""
     _, task, arm = unit
     path = options.out / "results.jsonl"
-    sweep = Sweep(tuple(sorted(options.lrs)), options.seeds, further=0 if options.quick else 2)
+    sweep = Sweep(tuple(sorted(options.lrs)), options.seeds, further=0 if options.quick else FURTHER)
     for outcome in missing(work, task, ARMS[arm], sweep, read(path)):
         append(path, outcome)
         print(report.line(outcome), file=sys.stderr)

@@ -8,11 +8,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .contents import State
 from .files import TensorFile
 from .locon import from_locon_tensors, is_locon
 from .manifest import TENSORS, Manifest
 from .peft_reader import from_peft_tensors, read_config
-from .rebuilt import Found, State, rebuild
+from .rebuilt import Found, rebuild
 
 CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

@@ -23,13 +23,12 @@ from .._model.planner import make_plan
 from .._model.targets import Named, is_adaptable, modules_of
 from .._plan import LayerPlan, Plan
 from ..errors import CheckpointError, TargetError, UnsupportedLayerError
+from .contents import State
 from .files import SHOWN, plain
 from .fitting import check_fits
 from .keys import base_keys, own_keys, tensors_as
 from .manifest import Manifest, form_of
 from .peft_format import dotted, factor_shapes, is_faithful
-
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def _give_flags_back(injection: Injection) -> None:
 
 
 def set_flag(module: nn.Module, key: str, requires_grad: bool) -> None:
-    """Whether a parameter asks for gradients, if it is still there."""
+    """Let a parameter ask for gradients or not, if it is still there."""
     parameter = module._parameters.get(key)
     if parameter is not None:  # the user may have pruned or dropped it since
         parameter.requires_grad_(requires_grad)

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from .._checkpoint.contents import State
 from .._checkpoint.digests import fingerprint
 from .._checkpoint.files import opened
 from .._checkpoint.foreign import file_in
 from .._checkpoint.locon import is_locon
 from .._checkpoint.manifest import CONFIG
 from .._checkpoint.peft_format import ALONE, REGISTERED, STOCK
-from .._checkpoint.rebuilt import State
 from .answers import Answer, CommandError, table
 from .files import Saved, is_foreign, is_stock_peft, located, read_fields, read_saved
 from .planning import plan_data

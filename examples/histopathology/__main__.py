@@ -24,7 +24,6 @@ from . import comparison, exhibits, experiment, exporting, inspection, report, s
 from .ablation import variants
 from .backbones import PATHOLOGY, check_backbone, native_size
 from .catalogue import find_methods, names
-from .comparison import parse_rates
 from .costs import Cost
 from .costs import costs as measure_costs
 from .data import HistoDataset, find_splits, open_splits
@@ -32,6 +31,7 @@ from .errors import ExampleError
 from .files import write_text
 from .method import MODIFIERS, Method, modified
 from .processes import PRECISIONS, Job, is_first_process, make_accelerator
+from .rates import parse_rates
 from .tiles import find_tiles
 from .training import Recipe, accuracy, default_workers, pick_device
 

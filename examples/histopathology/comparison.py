@@ -1,8 +1,8 @@
 """The whole table: an equal learning-rate sweep for every trained arm, several seeds, paired differences.
 
-The sweep is on the first seed; while its best rate lies at an end it goes on there, ``FURTHER`` times at most. The rate
-with the lowest validation loss trains the other seeds. The test set has no say in it. A best rate that still lies at an
-end is said, since a better one may lie beyond.
+The sweep is on the first seed; while its best rate lies at an end it goes on there, twice at most. The rate with the
+lowest validation loss trains the other seeds. The test set has no say in it. A best rate that still lies at an end is
+said, since a better one may lie beyond.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor
 
+from . import rates
 from .data import HistoDataset
 from .errors import ExampleError
 from .experiment import Result, run_method, train
@@ -35,9 +36,6 @@ REPORTED = {
     "probe-centre-ensemble+balanced": [("DINOv2", ".8935", ".9432")],
     "lora-track": [("ResNet50", ".9391", ".9451")],
 }
-FURTHER = 2
-"""Rates that a training may try beyond the sweep's ends."""
-
 CHALLENGE = {"train": (100_000, {0, 3, 4}), "val": (34_904, {1}), "test": (85_054, {2})}
 
 
@@ -55,12 +53,8 @@ class Sweep:
 
     @property
     def beyond(self) -> float | None:
-        """The next rate behind the end at which the best one lies, as far off as the end's neighbour; or None."""
-        rates = sorted(self.losses)
-        if len(rates) < 2 or self.best not in (rates[0], rates[-1]):
-            return None
-        neighbour = rates[1] if self.best == rates[0] else rates[-2]
-        return float(f"{self.best * self.best / neighbour:.3g}")
+        """The next rate behind the end at which the best one lies; None where it lies inside."""
+        return rates.beyond(self.losses, self.best)
 
     def __str__(self) -> str:
         each = ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in sorted(self.losses.items()))
@@ -71,13 +65,13 @@ def compare(
     methods: Sequence[Method],
     splits: Mapping[str, HistoDataset],
     recipe: Recipe,
-    rates: Sequence[float],
+    lrs: Sequence[float],
     seeds: int,
     job: Job,
 ) -> tuple[list[Result], list[Sweep]]:
     """Sweep each training once, then run every method with every seed at its training's rate."""
     sweeps = {
-        name: sweep(dataclasses.replace(method, name=name, predict=Predict()), splits, recipe, rates, job)
+        name: sweep(dataclasses.replace(method, name=name, predict=Predict()), splits, recipe, lrs, job)
         for name, method in {method.training: method for method in methods}.items()
     }
     results = []
@@ -89,15 +83,13 @@ def compare(
     return results, list(sweeps.values())
 
 
-def sweep(
-    method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, rates: Sequence[float], job: Job
-) -> Sweep:
+def sweep(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, lrs: Sequence[float], job: Job) -> Sweep:
     """Train at each rate, then beyond an end that does best; one that makes the loss infinite counts as that."""
-    done = Sweep(method.training)
-    for lr in rates:
-        done.losses[lr] = _val_loss(method, splits, recipe, lr, job, len(rates) > 1)
-    while len(done.losses) < len(rates) + FURTHER and (further := done.beyond) is not None:
-        done.losses[further] = _val_loss(method, splits, recipe, further, job, True)
+    done, may_fail = Sweep(method.training), len(lrs) > 1
+    for lr in lrs:
+        done.losses[lr] = _val_loss(method, splits, recipe, lr, job, may_fail)
+    while len(done.losses) < len(lrs) + rates.FURTHER and (further := done.beyond) is not None:
+        done.losses[further] = _val_loss(method, splits, recipe, further, job, may_fail)
     return done
 
 
@@ -117,21 +109,6 @@ def _val_loss(
 def suffix(lr: float, seed: int) -> str:
     """What a training's files are named by, behind its method."""
     return f"-lr{lr:g}-seed{seed}"
-
-
-def parse_rates(text: str) -> list[float]:
-    """Comma-separated learning rates.
-
-    Raises:
-        ExampleError: not numbers above 0, or one given twice.
-    """
-    try:
-        rates = [float(word) for word in text.split(",")]
-    except ValueError:
-        rates = []
-    if not rates or len(set(rates)) < len(rates) or not all(lr > 0 and math.isfinite(lr) for lr in rates):
-        raise ExampleError(f"--lrs {text}: give different positive numbers, such as 1e-4,3e-4,1e-3.")
-    return rates
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from examples.histopathology import catalogue, experiment
 from examples.histopathology.ablation import RANKS, variants
 from examples.histopathology.backbones import Normalisation
 from examples.histopathology.catalogue import find_method, find_methods, method_from, read_method
-from examples.histopathology.comparison import TABLE, Sweep, parse_rates, reported
+from examples.histopathology.comparison import TABLE, Sweep, reported
 from examples.histopathology.data import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
 from examples.histopathology.features import linear_head
@@ -22,6 +22,7 @@ from examples.histopathology.loading import make_loader
 from examples.histopathology.method import Adapt, Augment
 from examples.histopathology.prediction import adapted_to, balanced, ensembled
 from examples.histopathology.processes import Job
+from examples.histopathology.rates import parse_rates
 from examples.histopathology.training import Recipe, fit, predict
 from examples.histopathology.transforms import VIEWS, dihedral, train_transform
 
