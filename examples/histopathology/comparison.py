@@ -88,8 +88,9 @@ def sweep(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, lr
     done, may_fail = Sweep(method.training), len(lrs) > 1
     for lr in lrs:
         done.losses[lr] = _val_loss(method, splits, recipe, lr, job, may_fail)
-    while len(done.losses) < len(lrs) + rates.FURTHER and (further := done.beyond) is not None:
-        done.losses[further] = _val_loss(method, splits, recipe, further, job, may_fail)
+    for _ in range(rates.FURTHER):
+        if (further := done.beyond) is not None:
+            done.losses[further] = _val_loss(method, splits, recipe, further, job, may_fail)
     return done
 
 

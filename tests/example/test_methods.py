@@ -100,6 +100,7 @@ def test_what_looks_at_the_test_set_is_marked(word):
         ({3e-4: 0.7, 1e-3: 0.5, 3e-3: 0.6}, 1e-3, None),
         ({3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.7, 9e-5: 0.4, 2.7e-5: 0.6}, 9e-5, None),
         ({1e-3: 0.5}, 1e-3, None),
+        ({1e-3: 0.6, 1.0001e-3: 0.5}, 1.0001e-3, 1.00020001e-3),  # beyond, however near
         ({1e-3: math.inf, 1e-2: math.inf}, 1e-3, 1e-4),
     ],
 )
