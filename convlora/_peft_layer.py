@@ -189,14 +189,15 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         )
         if self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in names):
             return self._forward_with_dropout(names, x)
-        weight, (A, B, scaling) = layer._parameters["weight"], self._factors(names)
+        weight = layer._parameters["weight"]
         if torch.is_grad_enabled():
+            A, B, scaling = self._factors(names)
             if A.requires_grad or B.requires_grad:
                 self._kept.train()
             y = convolution(layer, x, weight, A, B.flatten(1), scaling, "auto") if is_direct else None
             if y is not None:
                 return y
-        changed = self._weight(weight, A, B, scaling)
+        changed = self._weight(weight, names)
         if is_direct:
             return cast(Tensor, layer._conv_forward(x, changed, layer.bias))
         return cast(Tensor, functional_call(layer, {"weight": changed}, (x, *args), kwargs))
@@ -216,14 +217,14 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         A = torch.cat([self.lora_A[name].weight for name in names])
         return A, torch.cat([self.scaling[name] * self.lora_B[name].weight for name in names], dim=1), 1.0
 
-    def _weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    def _weight(self, weight: Tensor, names: Sequence[str]) -> Tensor:
+        def compute(base: Tensor) -> Tensor:
+            return effective_weight(base, *self._factors(names))
+
         if torch.compiler.is_compiling() or is_tracing():
-            return effective_weight(weight, A, B, scaling)
-        self._kept.is_serving = True
-        try:
-            return self._kept.weight(weight, (A, B), scaling, lambda base: effective_weight(base, A, B, scaling))
-        finally:
-            self._kept.is_serving = False
+            return compute(weight)
+        factors = tuple(factor[name].weight for name in names for factor in (self.lora_A, self.lora_B))
+        return self._kept.weight(weight, factors, tuple(self.scaling[name] for name in names), compute)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._kept.clear()

@@ -1,6 +1,7 @@
 """The adapted convolution's own autograd: whichever path it takes, output and gradients are the dense weight's."""
 
 import copy
+import ctypes
 import random
 
 import hypothesis.strategies as st
@@ -390,6 +391,14 @@ def test_an_evaluation_before_training_leaves_nothing_stale(train, dropout):
         assert torch.equal(convlora.merge(layer)(x), fresh)
 
 
+def refill(tensor):
+    """As sharded training frees memory and fills it again; the tensor and its version stay."""
+    storage, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
+    storage.resize_(0)
+    storage.resize_(size)
+    torch.frombuffer((ctypes.c_char * size).from_address(storage.data_ptr()), dtype=tensor.dtype).fill_(0.5)
+
+
 MUTATIONS = {
     "factor in place": lambda layer: layer.convlora["default"].lora_A.mul_(1.5),
     "factor by foreach": lambda layer: torch._foreach_add_([layer.convlora["default"].lora_B], 0.25),
@@ -409,6 +418,13 @@ MUTATIONS = {
     ),
     "scaling": lambda layer: setattr(layer.convlora["default"], "scaling", layer.convlora["default"].scaling + 1),
     "factor past the counters": lambda layer: layer.convlora["default"].lora_A.data.mul_(0.5),
+    "factor turned over": lambda layer: setattr(
+        layer.convlora["default"].lora_A, "data", layer.convlora["default"].lora_A.data.transpose(2, 3)
+    ),
+    "base turned over": lambda layer: setattr(
+        convlora.base_weight(layer), "data", convlora.base_weight(layer).data.transpose(2, 3)
+    ),
+    "memory given anew": lambda layer: refill(layer.convlora["default"].lora_A),
     "factor by numpy": lambda layer: layer.convlora["default"].lora_B.numpy().__imul__(0.5),
     "written to a copy": lambda layer: layer.weight.data.zero_(),
     "dtype": lambda layer: layer.double() if layer.weight.dtype == torch.float32 else layer.float(),
@@ -457,6 +473,21 @@ def test_what_is_kept_is_never_stale(names, seed):
                 weight, x = convlora.base_weight(layer) + delta, torch.randn(1, 4, 5, 5, dtype=delta.dtype)
                 expected = nn.functional.conv2d(x, weight, layer.bias)
                 torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_ensemble_of_adapters_by_vmap_after_one_of_them_was_kept():
+    layer, x = adapt(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 7, 7)
+    own = {name: factor.detach() for name, factor in layer.named_parameters() if "lora" in name}
+
+    def run(factors):
+        return torch.func.functional_call(layer, factors, (x,))
+
+    with torch.no_grad():
+        kept = layer(x)
+        outputs = torch.vmap(run)({name: torch.stack([factor, 2 * factor]) for name, factor in own.items()})
+        torch.testing.assert_close(outputs[0], kept, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(outputs[1], run({name: 2 * factor for name, factor in own.items()}))
+        assert torch.equal(layer(x), kept)
 
 
 def test_copies_and_pickles_start_with_nothing_kept(tmp_path, computed):

@@ -19,6 +19,7 @@ from convlora import CheckpointError, StateError, TargetError, UnsupportedLayerE
 peft = pytest.importorskip("peft")
 timm = pytest.importorskip("timm")
 import convlora.peft  # noqa: E402
+from convlora import _peft_layer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own
 
@@ -131,6 +132,28 @@ def test_registered_layers_live_peft_s_whole_life(tmp_path, name):
     with model.disable_adapter():
         assert torch.equal(predict(model), predict(base))
     assert torch.equal(predict(model.merge_and_unload()), expected)
+
+
+def test_the_weight_of_several_active_adapters_is_computed_once_until_one_of_them_changes(odd, small, monkeypatch):
+    model = peft.get_peft_model(odd, registered(odd)).eval()
+    model.add_adapter("other", registered(odd))
+    model.base_model.set_adapter(["default", "other"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    compute, calls = _peft_layer.effective_weight, []
+    monkeypatch.setattr(_peft_layer, "effective_weight", lambda *args: calls.append(1) or compute(*args))
+    with torch.no_grad():
+        first = model(small)
+        count = len(calls)
+        assert count and torch.equal(model(small), first) and len(calls) == count
+        odd.a.lora_B["other"].weight.data.mul_(2)
+        assert not near(model(small), first) and len(calls) == count + 1
+        odd.a.scaling["default"] *= 2
+        model(small)
+        assert len(calls) == count + 2
+        expected = copy.deepcopy(model)(small)
+        assert torch.equal(model(small), expected)
 
 
 def test_what_a_registered_configuration_writes_stock_peft_reads_or_refuses(tmp_path, monkeypatch):

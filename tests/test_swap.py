@@ -27,6 +27,8 @@ def test_error_in_the_weight_does_not_fall_through_to_the_base_weight(net):
     del net.stem.convlora["default"]._parameters["lora_A"]
     with pytest.raises(StateError, match=r"damaged.*lora_A"):
         _ = net.stem.weight
+    with torch.no_grad(), pytest.raises(StateError, match=r"damaged.*lora_A"):
+        net.eval()(torch.randn(1, 3, 8, 8))
 
 
 def test_assigning_the_weight_is_refused_while_unmerged(net):

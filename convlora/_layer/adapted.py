@@ -33,6 +33,8 @@ ASSIGNED = (
     "Call convlora.merge(model) first, or change convlora.base_weight(layer) in place."
 )
 
+DAMAGED = "The adapter of this layer is damaged ({}); inject or load it again."
+
 
 class Adapters(nn.ModuleDict):
     """A layer's adapters by name, which of them is active, and while merged also the base's weight, kept aside."""
@@ -45,6 +47,10 @@ class Adapters(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.kept = Kept()
+
+    def current(self) -> LoRA | None:
+        """The factors that the layer computes with outside of blocks; None for the base alone."""
+        return None if self.active is None else cast("LoRA | None", self._modules.get(self.active))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.kept.clear()  # of another dtype or on another device
@@ -77,7 +83,7 @@ class AdaptedLayer(Swapped):
         except AttributeError as cause:
             # As an AttributeError of a property it would fall through to nn.Module.__getattr__, which would hand
             # back the base weight without a word.
-            raise StateError(f"The adapter of this layer is damaged ({cause}); inject or load it again.") from cause
+            raise StateError(DAMAGED.format(cause)) from cause
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -88,28 +94,36 @@ class AdaptedLayer(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own forward with the effective weight; with dropout in training, base plus branch."""
         layer = cast(nn.Module, self)
-        route = route_of(layer)
+        route, adapters = route_of(layer), held(layer)
         if route is not None:
-            return layer_forward(layer, self._convlora_base, held(layer)._modules, route, args, kwargs)
-        lora = active_adapter(layer)
+            return layer_forward(layer, self._convlora_base, adapters._modules, route, args, kwargs)
+        lora = adapters.current()
         if lora is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        is_eager, kept = not torch.compiler.is_compiling() and not is_tracing(), held(layer).kept
+        is_eager = not torch.compiler.is_compiling() and not is_tracing()
+        is_single = len(args) == 1 and not kwargs
         if layer.training or torch.is_grad_enabled():
             if is_eager and torch.is_grad_enabled() and _is_trained(lora):
-                kept.train()
-            inputs = (*args, *kwargs.values())
-            if len(inputs) == 1 and (args or "input" in kwargs):
-                y = _forward_in_training(layer, self._convlora_base, lora, inputs[0])
+                adapters.kept.train()
+            if is_single or (not args and list(kwargs) == ["input"]):
+                y = _forward_in_training(layer, self._convlora_base, lora, args[0] if args else kwargs["input"])
                 if y is not None:
                     return y
         if not is_eager:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        kept.is_serving = True
+        base = layer._parameters.get("weight")
+        if base is not None and is_single and is_plain(layer, self._convlora_base):  # as its forward, and shorter
+            try:
+                weight = adapters.kept.weight(base, lora.sources(), lora.scaling, lora.effective_weight)
+            except AttributeError as cause:
+                raise StateError(DAMAGED.format(cause)) from cause
+            convolve = cast("Callable[..., Tensor]", layer._conv_forward)
+            return convolve(args[0], weight, layer.bias)
+        adapters.kept.is_serving = True
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            kept.is_serving = False
+            adapters.kept.is_serving = False
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse a new ``weight``: the property would add ΔW to it once more.
@@ -154,7 +168,10 @@ def layer_weight(layer: nn.Module) -> Tensor:
         return base
     if torch.compiler.is_compiling() or is_tracing():
         return lora.effective_weight(base)
-    return held(layer).kept.weight(base, lora.sources(), lora.scaling, lora.effective_weight)
+    kept = held(layer).kept
+    if not kept.is_serving:
+        return lora.effective_weight(base)
+    return kept.weight(base, lora.sources(), lora.scaling, lora.effective_weight)
 
 
 def _forward_in_training(layer: nn.Module, cls: type[nn.Module], lora: LoRA, x: Tensor) -> Tensor | None:
@@ -241,7 +258,7 @@ def active_adapter(layer: nn.Module) -> LoRA | None:
             layer, "weight", lambda owner: (id(adapters._modules.get(owner)), *route.own(layer, owner))
         )
         return cast("LoRA | None", adapters._modules.get(owner))
-    return None if adapters.active is None else cast("LoRA | None", adapters._modules.get(adapters.active))
+    return adapters.current()
 
 
 def base_weight(layer: nn.Module) -> nn.Parameter:

@@ -8,14 +8,18 @@ or a numpy view; on an accelerator the same holds for the factors.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .functional import is_transformed
+
+Scaling = float | tuple[float, ...]
+_HAS_PROCESSES = torch.distributed.is_available()
 _trainings = 0
 """Counts what may be followed by writes that leave no trace on a tensor: forwards of adapted layers that ask for
 gradients, and steps of optimizers. What was kept before does not count after it."""
@@ -35,55 +39,48 @@ def _watch_optimizers() -> None:
         register_optimizer_step_post_hook(_count_training)
 
 
-@dataclass(frozen=True)
 class _Seen:
     """A tensor as it was: the object, its memory (kept alive, so that none takes its address), how often written."""
 
-    tensor: Tensor
-    memory: Tensor
+    __slots__ = ("_address", "_bytes", "_copy", "_memory", "_shape", "_stride", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor, by_numbers: bool) -> None:
+        """``by_numbers``: told by its numbers, whatever way they are written. They have to lie in host memory."""
+        self._tensor, self._memory, self._address = tensor, tensor.detach(), tensor.data_ptr()
+        self._version, self._shape, self._stride = tensor._version, tensor.shape, tensor.stride()
+        self._bytes: Any = None
+        self._copy: bytearray | None = None
+        if by_numbers:  # as bytes: next to no work beside torch.equal's for a few thousand numbers
+            self._bytes = (ctypes.c_char * tensor.nbytes).from_address(self._address)
+            self._copy = bytearray(self._bytes)
+
+    def is_still(self, tensor: Tensor) -> bool:
+        return (
+            tensor is self._tensor
+            and tensor.data_ptr() == self._address  # so that the bytes are the tensor's
+            and tensor.shape == self._shape
+            and tensor.stride() == self._stride
+            and (tensor._version == self._version if self._copy is None else self._copy == self._bytes)
+        )
+
+
+class _Entry(NamedTuple):
+    """What is kept, and all that it came from."""
+
+    weight: Tensor
     version: int
-    form: tuple[object, ...]
+    sources: tuple[_Seen, ...]
+    scaling: Scaling
+    trainings: int
+    stream: int
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Seen:
-        return cls(tensor, tensor.detach(), tensor._version, _form(tensor))
-
-    def is_still(self, tensor: Tensor) -> bool:
-        return tensor is self.tensor and tensor._version == self.version and _form(tensor) == self.form
-
-
-def _form(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-@dataclass(frozen=True)
-class _Copied:
-    """A tensor by its numbers: no way of writing it goes unseen."""
-
-    numbers: Tensor
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Copied:
-        return cls(tensor.detach().clone())
-
-    def is_still(self, tensor: Tensor) -> bool:
-        numbers = self.numbers
-        return tensor.dtype is numbers.dtype and tensor.device == numbers.device and torch.equal(tensor, numbers)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    state: tuple[object, ...]
-    sources: tuple[_Seen | _Copied, ...]
-    merged: _Seen
-
-    def serves(self, state: tuple[object, ...], sources: tuple[Tensor, ...]) -> bool:
-        if state != self.state:
+    def is_right(self, sources: tuple[Tensor, ...], scaling: Scaling) -> bool:
+        # Each forward of each layer comes by here, its caches full of other things: few calls, few objects.
+        if scaling != self.scaling or self.trainings != _trainings or self.stream != _stream(sources[0]):
             return False
-        for seen, source in zip(self.sources, sources, strict=True):  # each forward of each layer comes by here
-            if not seen.is_still(source):
-                return False
-        return self.merged.is_still(self.merged.tensor)  # nobody wrote into what we handed out
+        if len(sources) != len(self.sources) or not all(map(_Seen.is_still, self.sources, sources)):
+            return False
+        return self.weight._version == self.version  # nobody wrote into what we handed out
 
 
 class Kept:
@@ -92,36 +89,36 @@ class Kept:
     def __init__(self) -> None:
         self._entry: _Entry | None = None
         self.is_serving = False
-        """Whether the layer's own forward is under way: then :meth:`weight` may be the one that is kept."""
+        """Whether the layer's own forward is under way and may have what is kept when it reads its ``weight``."""
 
     def weight(
-        self, base: Tensor, factors: tuple[Tensor, ...], scaling: float, compute: Callable[[Tensor], Tensor]
+        self, base: Tensor, factors: tuple[Tensor, ...], scaling: Scaling, compute: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """W + ΔW: kept where the layer's own forward asks and no gradient flows through it, else computed.
+        """W + ΔW for the layer's own forward: kept where no gradient flows through it, else computed.
 
         Args:
             base: W.
             factors: all other tensors that ``compute`` reads.
-            scaling: what multiplies B @ A.
+            scaling: what multiplies B @ A; of each adapter, where there are several.
             compute: makes the effective weight of W.
         """
-        sources = (base, *factors)
-        gradient = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        if gradient or not self.is_serving or _is_written_past_counters(base):
+        sources, entry = (base, *factors), self._entry
+        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             return compute(base)
-        state = (_trainings, scaling, _stream(base))
-        entry = self._entry
-        if entry is None or not entry.serves(state, sources):
-            if type(base) is not nn.Parameter or not all(map(_has_its_own_memory, sources)):
-                return compute(base)
-            _watch_optimizers()
-            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve outside
-                # Before computing: what is written meanwhile counts as a change. Factors are small enough to compare.
-                look: type[_Copied] | type[_Seen] = _Copied if base.device.type == "cpu" else _Seen
-                seen = (_Seen.of(base), *(look.of(factor) for factor in factors))
-                merged = compute(base)
-            entry = self._entry = _Entry(state, seen, _Seen.of(merged))
-        return entry.merged.tensor
+        if _is_written_past_counters(base):
+            return compute(base)
+        if entry is not None and entry.is_right(sources, scaling):
+            return entry.weight
+        if is_transformed() or type(base) is not nn.Parameter or not all(map(_has_its_own_memory, sources)):
+            return compute(base)
+        _watch_optimizers()
+        trainings, stream = _trainings, _stream(base)
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve outside
+            # Before computing: what is written meanwhile counts as a change. Factors are small enough to compare.
+            seen = (_Seen(base, False), *(_Seen(factor, factor.device.type == "cpu") for factor in factors))
+            weight = compute(base)
+        self._entry = _Entry(weight, weight._version, seen, scaling, trainings, stream)
+        return weight
 
     def train(self) -> None:
         """A forward with gradients is under way: nothing that was kept anywhere counts any more."""
@@ -141,7 +138,7 @@ class Kept:
 
 def _is_written_past_counters(base: Tensor) -> bool:
     """While tensors may be sharded over processes, or a graph is captured."""
-    in_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
+    in_processes = _HAS_PROCESSES and torch.distributed.is_initialized()
     return in_processes or (base.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
