@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import convlora
-from convlora._layer import adapted, depthwise, factors
+from convlora._layer import adapted, convolution, depthwise, factors
 from convlora._layer.convolution import convolve
 from convlora._layer.functional import Geometry
 from convlora._layer.paths import Shapes, choose
@@ -89,6 +89,32 @@ def test_first_and_second_derivatives_in_double_precision(path, groups, kernel, 
 
     assert gradcheck(run, (x, A, B, bias))
     assert gradgradcheck(run, (x, A, B, bias))
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize("large", [1, 10**9], ids=["large", "small"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_a_1x1_kernels_gradient_to_the_input_is_autograds(path, stride, large, memory_format, monkeypatch):
+    """A product over channels where the image is large, at the positions alone that the kernel reads."""
+    monkeypatch.setattr(convolution, "LARGE", large)
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 7, 6, dtype=torch.float64).to(memory_format=memory_format).requires_grad_(True)
+    A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5, 1, 1), (4, 2)))
+    weight, geometry = torch.randn(4, 5, 1, 1, dtype=torch.float64), Geometry(stride, (0, 0), (1, 1), 1)
+
+    def own(x, A, B):
+        return convolve(x, weight, A, B, None, 0.7, geometry, path)
+
+    def plain(x, A, B):
+        return nn.functional.conv2d(x, weight + 0.7 * torch.einsum("or,riyx->oiyx", B, A), None, stride)
+
+    assert gradgradcheck(own, (x, A, B))
+    grads = []
+    for run in (own, plain):
+        first = torch.autograd.grad(run(x, A, B).square().sum(), (x, A, B), create_graph=True)
+        grads.append((*first, *torch.autograd.grad(first[0].square().sum(), (x, A, B))))
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
 
 
 @paths

@@ -20,7 +20,7 @@ _TRAINING = (
     Arm("convlora-fused", 'convlora, path="fused", norm="freeze"', subjects.adapted("fused")),
     Arm("convlora-weight", 'convlora, path="weight", norm="freeze"', subjects.adapted("weight")),
     Arm("convlora-branch", 'convlora, path="branch", norm="freeze"', subjects.adapted("branch")),
-    Arm("floor", "gradients to every layer and for none, norm statistics constant", subjects.floor()),
+    Arm("floor", "torch's own gradients to every layer and for none, norm statistics constant", subjects.floor()),
     Arm("floor-track", "the same, norm statistics moving", subjects.floor("track")),
     Arm("peft", "peft LoRA, as it is", peers.peft, "moving"),
     Arm("peft-freeze", "peft LoRA, norm statistics constant", peers.peft, "constant"),

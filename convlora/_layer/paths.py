@@ -17,17 +17,20 @@ from typing import Literal
 Path = Literal["auto", "fused", "weight", "branch"]
 PATHS: tuple[Path, ...] = ("auto", "fused", "weight", "branch")
 
-# Both as ``benchmarks/paths.py`` found them over ResNet-50, DenseNet-121, MobileNetV3 and ConvNeXt-atto on two x86
-# cores with AVX-512: the choices lose 0.3 to 1.1 % of these layers' time.
+# Both as ``benchmarks/paths.py`` found them over ResNet-50 at 128 and 224 px, DenseNet-121, MobileNetV3, ConvNeXt-atto
+# and EfficientNet-Lite0 on two x86 cores with AVX2: the choices lose 0.5 to 2.1 % of these layers' time.
 BALANCE = 1.0
 """FLOPs that a machine does while it moves one byte between memory and cores."""
-THIN = 28
-"""A convolution to r channels runs as slowly as one to this many: vector units and threads idle."""
+THIN = 12
+"""A convolution to r channels runs as slowly as one to this many: vector units and threads idle. A product over
+channels, which a 1×1 kernel is, does not."""
 
 PART = 4
 """Times that W + ΔW costs more than its arithmetic and traffic where an adapter has a part of a batch for itself: the
 weight is packed again for few images. As found over ResNet-18 and ResNet-50 at 96 and 128 px with 2, 8 and 32 adapters
-in a batch of 32: the choices lose 1 to 4 % of these layers' time."""
+in a batch of 32, with the next: the choices lose 1 to 4 % of these layers' time."""
+THIN_EACH = 28
+"""As :data:`THIN`, where each sample has r channels of its own, in groups."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def estimate(s: Shapes) -> dict[Path, float]:
     The base's convolution and its gradient to the input are in all of them, and not counted.
     """
     rank = max(s.rank, 1)
-    thin = max(rank, THIN)  # what the rank costs where it is a number of output channels
+    thin = rank if s.kernel == 1 else max(rank, THIN)  # what the rank costs where it is a number of output channels
     weight, x, g = s.out_channels * s.fan_in, s.inputs * s.in_channels, s.outputs * s.out_channels
 
     def cost(flops: float, numbers: float) -> float:
@@ -100,7 +103,7 @@ def branch_wins(s: Shapes, adapters: int, scattered: bool) -> bool:
         scattered: whether their samples do not lie side by side, so that each part is gathered and put back.
     """
     weight, x, g = s.out_channels * s.fan_in, s.inputs * s.in_channels, s.outputs * s.out_channels
-    branch = 2 * g * s.rank + 2 * s.outputs * s.fan_in * max(s.rank, THIN) + BALANCE * s.width * (x + 2 * g)
+    branch = 2 * g * s.rank + 2 * s.outputs * s.fan_in * max(s.rank, THIN_EACH) + BALANCE * s.width * (x + 2 * g)
     part = PART * (2 * weight * s.rank + BALANCE * s.width * 3 * weight)
     copies = PART * (x + g) if scattered else g
     parts = adapters * part + BALANCE * s.width * 2 * copies
