@@ -74,13 +74,16 @@ class _Entry(NamedTuple):
     trainings: int
     stream: int
 
-    def is_right(self, sources: tuple[Tensor, ...], scaling: Scaling) -> bool:
+    def is_right(self, sources: tuple[Tensor, ...], scaling: Scaling, stream: int) -> bool:
         # Each forward of each layer comes by here, its caches full of other things: few calls, few objects.
-        if scaling != self.scaling or self.trainings != _trainings or self.stream != _stream(sources[0]):
-            return False
-        if len(sources) != len(self.sources) or not all(map(_Seen.is_still, self.sources, sources)):
-            return False
-        return self.weight._version == self.version  # nobody wrote into what we handed out
+        return (
+            scaling == self.scaling
+            and self.trainings == _trainings
+            and stream == self.stream
+            and len(sources) == len(self.sources)
+            and all(map(_Seen.is_still, self.sources, sources))
+            and self.weight._version == self.version  # nobody wrote into what we handed out
+        )
 
 
 class Kept:
@@ -105,14 +108,17 @@ class Kept:
         sources, entry = (base, *factors), self._entry
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             return compute(base)
-        if _is_written_past_counters(base):
+        if _HAS_PROCESSES and torch.distributed.is_initialized():
+            return compute(base)  # tensors may be sharded, and are then written past the counters
+        stream = _stream(base) if base.is_cuda else 0
+        if stream is None:
             return compute(base)
-        if entry is not None and entry.is_right(sources, scaling):
+        if entry is not None and entry.is_right(sources, scaling, stream):
             return entry.weight
         if is_transformed() or type(base) is not nn.Parameter or not all(map(_has_its_own_memory, sources)):
             return compute(base)
         _watch_optimizers()
-        trainings, stream = _trainings, _stream(base)
+        trainings = _trainings
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve outside
             # Before computing: what is written meanwhile counts as a change. Factors are small enough to compare.
             seen = (_Seen(base, False), *(_Seen(factor, factor.device.type == "cpu") for factor in factors))
@@ -136,12 +142,6 @@ class Kept:
         return Kept, ()
 
 
-def _is_written_past_counters(base: Tensor) -> bool:
-    """While tensors may be sharded over processes, or a graph is captured."""
-    in_processes = _HAS_PROCESSES and torch.distributed.is_initialized()
-    return in_processes or (base.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
 def _has_its_own_memory(source: Tensor) -> bool:
     """A plain tensor that shares its memory with no other tensor or process."""
     if type(source) not in (nn.Parameter, Tensor) or source.is_inference():
@@ -150,6 +150,8 @@ def _has_its_own_memory(source: Tensor) -> bool:
     return not shared and source.untyped_storage().nbytes() == source.nbytes
 
 
-def _stream(tensor: Tensor) -> int:
-    """The queue of work on which the weight is ready; another one would have to wait for it."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+def _stream(tensor: Tensor) -> int | None:
+    """The queue of work on which the weight is ready, for another one would have to wait; None while it is captured."""
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(tensor.device).cuda_stream
