@@ -21,7 +21,7 @@ from .functional import Geometry, Ints, effective_weight, no_autocast
 
 LARGE = 256
 """Positions in an image from which on a product over channels is faster on a CPU than torch's 1×1 convolution, which
-brings its operands into another layout and back: by up to a third over ResNet-50's layers, on two x86 cores with AVX2."""
+brings its operands into another layout and back: by up to a third in ResNet-50's layers, on two cores with AVX2."""
 PRODUCTS = (torch.float32, torch.float64)
 """Where that was measured."""
 
