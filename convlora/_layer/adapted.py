@@ -166,12 +166,9 @@ def layer_weight(layer: nn.Module) -> Tensor:
     base, lora = own_weight(layer), active_adapter(layer)
     if lora is None:
         return base
-    if torch.compiler.is_compiling() or is_tracing():
+    if torch.compiler.is_compiling() or is_tracing() or not held(layer).kept.is_serving:
         return lora.effective_weight(base)
-    kept = held(layer).kept
-    if not kept.is_serving:
-        return lora.effective_weight(base)
-    return kept.weight(base, lora.sources(), lora.scaling, lora.effective_weight)
+    return held(layer).kept.weight(base, lora.sources(), lora.scaling, lora.effective_weight)
 
 
 def _forward_in_training(layer: nn.Module, cls: type[nn.Module], lora: LoRA, x: Tensor) -> Tensor | None:

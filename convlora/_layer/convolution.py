@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from . import depthwise
-from .functional import Geometry, Ints, effective_weight, no_autocast
+from .functional import Geometry, Ints, effective_weight, is_float_on_cpu, no_autocast
 
 LARGE = 256
 """Positions in an image from which on a product over channels is faster on a CPU than torch's 1×1 convolution, which
 brings its operands into another layout and back: by up to a third in ResNet-50's layers, on two cores with AVX2."""
-PRODUCTS = (torch.float32, torch.float64)
-"""Where that was measured."""
 
 
 def convolve(
@@ -97,14 +95,12 @@ class _Convolution(torch.autograd.Function):
                 if for_A or for_B:
                     grad_A, grad_B = _through_dense(g, x, lora_A, lora_B, ctx.scaling, geometry)
             else:
-                if for_B:
-                    # Computed again rather than saved: in the forward it would cost as much, and memory besides.
-                    hidden = _project(x, A, geometry) if hidden is None or torch.is_grad_enabled() else hidden
                 if for_A:
                     assert t is not None, "computed above"
                     grad_A = _weight_grad(t, x, A, geometry).to(lora_A.dtype)
                 if for_B:
-                    assert hidden is not None, "computed above"
+                    # Computed again rather than saved: in the forward it would cost as much, and memory besides.
+                    hidden = _project(x, A, geometry) if hidden is None or torch.is_grad_enabled() else hidden
                     grad_B = ctx.scaling * _outer(g, hidden).to(lora_B.dtype)
             if for_x:
                 merged = weight if ctx.path == "branch" else effective_weight(weight, lora_A, lora_B, ctx.scaling)
@@ -129,8 +125,12 @@ def is_pointwise(kernel: Sequence[int], geometry: Geometry) -> bool:
 
 def sampled(x: Tensor, stride: Ints) -> Tensor:
     """The positions that a 1×1 kernel of this stride reads."""
-    steps = tuple(slice(None, None, s) for s in (1, 1, *stride))
-    return x[steps] if any(s > 1 for s in stride) else x
+    return x[tuple(slice(None, None, step) for step in (1, 1, *stride))] if _skips(stride) else x
+
+
+def _skips(stride: Ints) -> bool:
+    """Whether a 1×1 kernel does not read all positions."""
+    return any(step > 1 for step in stride)
 
 
 def _project(x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
@@ -142,9 +142,9 @@ def _project(x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
 
 def _input_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient that reaches x through a convolution with ``weight``; of x, only the form counts."""
-    if not is_pointwise(weight.shape[2:], geometry) or x.device.type != "cpu" or x.dtype not in PRODUCTS:
+    if not is_pointwise(weight.shape[2:], geometry) or not is_float_on_cpu(x):
         return _convolution_backward(g, x, weight, geometry, 0)
-    if _skips(geometry):  # torch's is two to three times as slow with a stride as without
+    if _skips(geometry.stride):  # torch's is two to three times as slow with a stride as without
         grad = torch.zeros_like(x)
         reached = sampled(grad, geometry.stride)
         once = geometry._replace(stride=(1,) * len(geometry.stride))
@@ -159,15 +159,8 @@ def _add_input_grad(grad: Tensor, t: Tensor, x: Tensor, lora_A: Tensor, geometry
     """``grad``, in place, and the gradient that reaches x through A."""
     if not is_pointwise(lora_A.shape[2:], geometry):
         return grad.add_(_input_grad(t, x, lora_A, geometry))
-    if _skips(geometry):
-        sampled(grad, geometry.stride).add_(_mix(lora_A.flatten(1).T, t))
-        return grad
-    return _add_mix(grad, lora_A.flatten(1).T, t)
-
-
-def _skips(geometry: Geometry) -> bool:
-    """Whether a 1×1 kernel does not read all positions."""
-    return any(step > 1 for step in geometry.stride)
+    _add_mix(sampled(grad, geometry.stride), lora_A.flatten(1).T, t)
+    return grad
 
 
 def _weight_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .functional import Geometry
+from .functional import Geometry, is_float_on_cpu
 
 FAST = 3
 """Taps in a row that oneDNN's own kernel takes."""
@@ -27,8 +27,7 @@ def wins(g: Tensor, x: Tensor, kernel: Sequence[int], geometry: Geometry) -> boo
     """Whether :func:`weight_grad` is the faster way, and one at all."""
     return (
         len(kernel) == 2
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
+        and is_float_on_cpu(x)
         and geometry.groups == x.shape[1] == g.shape[1]
         and (kernel[1] > FAST or x.shape[2] < kernel[0])
         and (x.shape[3] + 2 * geometry.padding[1]) * geometry.stride[1] <= WIDE * kernel[1]

@@ -102,6 +102,11 @@ def is_transformed() -> bool:
     return functions or is_tracing() or cast(Any, forward_ad)._current_level >= 0
 
 
+def is_float_on_cpu(x: Tensor) -> bool:
+    """Whether matrix products may stand in for oneDNN's kernels: what they save was measured there alone."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
 def move_like(tensor: Tensor, other: Tensor | None) -> Tensor:
     """The tensor, the same object, on the other's device and in its dtype; its gradient with it."""
     if other is not None and (other.device, other.dtype) != (tensor.device, tensor.dtype):
