@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import depthwise
-from .functional import Geometry, Ints, effective_weight, is_float_on_cpu, no_autocast
+from .functional import Geometry, Ints, in_dtype, is_float_on_cpu, no_autocast, plus_delta
 
 LARGE = 256
 """Positions in an image from which on a product over channels is faster on a CPU than torch's 1×1 convolution, which
@@ -71,11 +71,12 @@ class _Convolution(torch.autograd.Function):
         hidden = None
         with no_autocast(x.device.type):
             if path == "branch":
-                hidden = _project(x, lora_A.to(x.dtype), geometry)
-                y = conv(x, weight.to(x.dtype), bias, geometry)
-                y = _add_mix(y, (scaling * lora_B).to(x.dtype), hidden)
+                A = in_dtype(lora_A, x.dtype)
+                hidden = _project(_as_read(x, A, geometry), A, geometry)
+                y = conv(x, in_dtype(weight, x.dtype), bias, geometry)
+                _add_mix(y, in_dtype(scaling * lora_B, x.dtype), hidden)
             else:
-                y = conv(x, effective_weight(weight, lora_A, lora_B, scaling).to(x.dtype), bias, geometry)
+                y = conv(x, in_dtype(plus_delta(weight, lora_A, lora_B, scaling), x.dtype), bias, geometry)
         ctx.save_for_backward(x, weight, lora_A, lora_B, bias, hidden)
         ctx.scaling, ctx.geometry, ctx.path = scaling, geometry, path
         return y
@@ -87,40 +88,42 @@ class _Convolution(torch.autograd.Function):
         for_x, _, for_A, for_B, for_bias, *_ = ctx.needs_input_grad
         geometry: Geometry = ctx.geometry
         with no_autocast(x.device.type):
-            A, B = lora_A.to(x.dtype), (ctx.scaling * lora_B).to(x.dtype)
-            grad_x = grad_A = grad_B = None
-            t_for_x, t_for_A = for_x and ctx.path == "branch", for_A and ctx.path != "weight"
-            t = _mix(B.T, g) if t_for_x or t_for_A else None
+            A, B = in_dtype(lora_A, x.dtype), in_dtype(ctx.scaling * lora_B, x.dtype)
+            grad_x = grad_A = grad_B = t = None
             if ctx.path == "weight":
                 if for_A or for_B:
                     grad_A, grad_B = _through_dense(g, x, lora_A, lora_B, ctx.scaling, geometry)
             else:
+                flat = _flat(g)
+                read = _as_read(x, A, geometry) if for_A or for_B else x
+                if for_A or (for_x and ctx.path == "branch"):
+                    t = _mix(B.T, flat)
                 if for_A:
                     assert t is not None, "computed above"
-                    grad_A = _weight_grad(t, x, A, geometry).to(lora_A.dtype)
+                    grad_A = in_dtype(_weight_grad(t, g, read, A, geometry), lora_A.dtype)
                 if for_B:
                     # Computed again rather than saved: in the forward it would cost as much, and memory besides.
-                    hidden = _project(x, A, geometry) if hidden is None or torch.is_grad_enabled() else hidden
-                    grad_B = ctx.scaling * _outer(g, hidden).to(lora_B.dtype)
+                    hidden = _project(read, A, geometry) if hidden is None or torch.is_grad_enabled() else hidden
+                    grad_B = in_dtype(ctx.scaling * _outer(flat, hidden), lora_B.dtype)
             if for_x:
-                merged = weight if ctx.path == "branch" else effective_weight(weight, lora_A, lora_B, ctx.scaling)
-                grad_x = _input_grad(g, x, merged.to(x.dtype), geometry)
+                merged = weight if ctx.path == "branch" else plus_delta(weight, lora_A, lora_B, ctx.scaling)
+                grad_x = _input_grad(g, x, in_dtype(merged, x.dtype), geometry)
                 if ctx.path == "branch":
                     assert t is not None, "computed above"
-                    grad_x = _add_input_grad(grad_x, t, x, A, geometry)
-            grad_bias = g.sum((0, *range(2, g.ndim))).to(bias.dtype) if for_bias else None
+                    _add_input_grad(grad_x, t, g, x, A, geometry)
+            grad_bias = in_dtype(g.sum((0, *range(2, g.ndim))), bias.dtype) if for_bias else None
         return grad_x, None, grad_A, grad_B, grad_bias, None, None, None
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
-    bias = None if bias is None else bias.to(x.dtype)
+    bias = None if bias is None else in_dtype(bias, x.dtype)
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
 
 
 def is_pointwise(kernel: Sequence[int], geometry: Geometry) -> bool:
     """A 1×1 kernel without padding and groups: a matrix product over channels."""
-    return all(k == 1 for k in kernel) and not any(geometry.padding) and geometry.groups == 1
+    return math.prod(kernel) == 1 and not any(geometry.padding) and geometry.groups == 1
 
 
 def sampled(x: Tensor, stride: Ints) -> Tensor:
@@ -130,14 +133,26 @@ def sampled(x: Tensor, stride: Ints) -> Tensor:
 
 def _skips(stride: Ints) -> bool:
     """Whether a 1×1 kernel does not read all positions."""
-    return any(step > 1 for step in stride)
+    return math.prod(stride) > 1
 
 
-def _project(x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
-    """h = A ∗ x: ``(N, rank, *spatial_out)``."""
+def _as_read(x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
+    """x as A reads it, made once for two uses: for a 1×1 kernel ``(N, C_in, positions)``, else x itself."""
+    return _flat(sampled(x, geometry.stride)) if is_pointwise(lora_A.shape[2:], geometry) else x
+
+
+def _project(read: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
+    """h = A ∗ x: ``(N, rank, positions)``."""
     if is_pointwise(lora_A.shape[2:], geometry):
-        return _mix(lora_A.flatten(1), sampled(x, geometry.stride))
-    return conv(x, lora_A, None, geometry)
+        return _mix(lora_A.flatten(1), read)
+    return _flat(conv(read, lora_A, None, geometry))
+
+
+def _weight_grad(t: Tensor, g: Tensor, read: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
+    """dA, in A's shape; of g, only the form counts."""
+    if is_pointwise(lora_A.shape[2:], geometry):
+        return _outer(t, read).view(lora_A.shape)
+    return _convolution_backward(_shaped(t, g), read, lora_A, geometry, 1)
 
 
 def _input_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -151,22 +166,16 @@ def _input_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Ten
         reached.copy_(_input_grad(g, torch.empty_like(reached), weight, once))
         return grad
     if math.prod(g.shape[2:]) >= LARGE and not _channels_last(g):
-        return _mix(weight.flatten(1).T, g)
+        return _shaped(_mix(weight.flatten(1).T, _flat(g)), g)
     return _convolution_backward(g, x, weight, geometry, 0)
 
 
-def _add_input_grad(grad: Tensor, t: Tensor, x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
-    """``grad``, in place, and the gradient that reaches x through A."""
-    if not is_pointwise(lora_A.shape[2:], geometry):
-        return grad.add_(_input_grad(t, x, lora_A, geometry))
-    _add_mix(sampled(grad, geometry.stride), lora_A.flatten(1).T, t)
-    return grad
-
-
-def _weight_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    if is_pointwise(weight.shape[2:], geometry):
-        return _outer(g, sampled(x, geometry.stride)).view(weight.shape)
-    return _convolution_backward(g, x, weight, geometry, 1)
+def _add_input_grad(grad: Tensor, t: Tensor, g: Tensor, x: Tensor, lora_A: Tensor, geometry: Geometry) -> None:
+    """Add to ``grad``, in place, the gradient that reaches x through A; of g and x, only the form counts."""
+    if is_pointwise(lora_A.shape[2:], geometry):
+        _add_mix(sampled(grad, geometry.stride), lora_A.flatten(1).T, t)
+    else:
+        grad.add_(_input_grad(_shaped(t, g), x, lora_A, geometry))
 
 
 def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, which: int) -> Tensor:
@@ -196,26 +205,35 @@ def _channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1
 
 
+def _flat(x: Tensor) -> Tensor:
+    """``(N, C, *spatial)`` as ``(N, C, positions)``, in x's memory format."""
+    return x.movedim(1, -1).flatten(1, -2).mT if _channels_last(x) else x.flatten(2)
+
+
+def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """``(N, m, positions)`` as ``(N, m, *spatial)``, with the positions of ``like``."""
+    return flat.view(flat.shape[0], -1, *like.shape[2:])
+
+
 def _mix(matrix: Tensor, x: Tensor) -> Tensor:
-    """``(m, C)`` times ``(N, C, *spatial)`` over channels: ``(N, m, *spatial)``, in x's memory format."""
+    """``(m, C)`` times ``(N, C, positions)`` over channels: ``(N, m, positions)``, in x's memory format."""
     if _channels_last(x):
-        return (x.movedim(1, -1) @ matrix.T).movedim(-1, 1)
-    images = x.shape[0]
-    return torch.bmm(matrix.expand(images, *matrix.shape), x.flatten(2)).view(images, -1, *x.shape[2:])
+        return (x.mT @ matrix.T).mT
+    return torch.bmm(matrix.expand(x.shape[0], *matrix.shape), x)
 
 
-def _add_mix(y: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
-    """Add ``_mix(matrix, x)`` to y, in place: one pass over y."""
-    if not y.is_contiguous():
-        return y.add_(_mix(matrix, x))
-    y.flatten(2).baddbmm_(matrix.expand(y.shape[0], *matrix.shape), x.flatten(2))
-    return y
+def _add_mix(y: Tensor, matrix: Tensor, x: Tensor) -> None:
+    """Add ``_mix(matrix, x)`` to y ``(N, m, *spatial)``, in place: one pass over y."""
+    if y.is_contiguous():
+        y.flatten(2).baddbmm_(matrix.expand(y.shape[0], *matrix.shape), x)
+    else:
+        y.add_(_shaped(_mix(matrix, x), y))
 
 
 def _outer(g: Tensor, h: Tensor) -> Tensor:
-    """``(N, m, *spatial)`` and ``(N, r, *spatial)``, summed over images and positions: ``(m, r)``."""
+    """``(N, m, positions)`` and ``(N, r, positions)``, summed over images and positions: ``(m, r)``."""
     if g.shape[1] > h.shape[1]:
         return _outer(h, g).T  # the thin one first: half as long
     if _channels_last(g):
-        return g.movedim(1, -1).flatten(0, -2).T @ h.movedim(1, -1).flatten(0, -2)
-    return torch.bmm(g.flatten(2), h.flatten(2).transpose(1, 2)).sum(0)
+        return g.mT.flatten(0, 1).T @ h.mT.flatten(0, 1)
+    return torch.bmm(g, h.mT).sum(0)

@@ -70,14 +70,15 @@ class _Constant(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        scale = torch.rsqrt(var.to(torch.promote_types(var.dtype, torch.float32)) + eps)
-        ctx.save_for_backward(scale if weight is None else scale * weight)
+        ctx.save_for_backward(var, weight)
+        ctx.eps = eps
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,), (g,) = ctx.saved_tensors, grads
-        return (g * scale.view(-1, *[1] * (g.ndim - 2))).to(g.dtype), None, None, None, None, None
+        var, weight = ctx.saved_tensors
+        scaled = F.batch_norm(grads[0], torch.zeros_like(var), var, weight, None, training=False, eps=ctx.eps)
+        return scaled, None, None, None, None, None
 
 
 def _after_batch_norm(norm: nn.Module, cls: Any) -> Callable[[Tensor], Tensor] | None:
