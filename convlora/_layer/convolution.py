@@ -96,7 +96,15 @@ class _Convolution(torch.autograd.Function):
             else:
                 flat = _flat(g)
                 read = _as_read(x, A, geometry) if for_A or for_B else x
-                if for_A or (for_x and ctx.path == "branch"):
+                if (
+                    for_A
+                    and for_x
+                    and ctx.path == "fused"
+                    and len(weight) > len(x[0])
+                    and _as_product(g, weight, geometry)
+                ):
+                    grad_x, t = _both(flat, g, x, plus_delta(weight, lora_A, lora_B, ctx.scaling), B, geometry)
+                elif for_A or (for_x and ctx.path == "branch"):
                     t = _mix(B.T, flat)
                 if for_A:
                     assert t is not None, "computed above"
@@ -105,7 +113,7 @@ class _Convolution(torch.autograd.Function):
                     # Computed again rather than saved: in the forward it would cost as much, and memory besides.
                     hidden = _project(read, A, geometry) if hidden is None or torch.is_grad_enabled() else hidden
                     grad_B = in_dtype(ctx.scaling * _outer(flat, hidden), lora_B.dtype)
-            if for_x:
+            if for_x and grad_x is None:
                 merged = weight if ctx.path == "branch" else plus_delta(weight, lora_A, lora_B, ctx.scaling)
                 grad_x = _input_grad(g, x, in_dtype(merged, x.dtype), geometry)
                 if ctx.path == "branch":
@@ -157,17 +165,41 @@ def _weight_grad(t: Tensor, g: Tensor, read: Tensor, lora_A: Tensor, geometry: G
 
 def _input_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient that reaches x through a convolution with ``weight``; of x, only the form counts."""
-    if not is_pointwise(weight.shape[2:], geometry) or not is_float_on_cpu(x):
-        return _convolution_backward(g, x, weight, geometry, 0)
-    if _skips(geometry.stride):  # torch's is two to three times as slow with a stride as without
-        grad = torch.zeros_like(x)
-        reached = sampled(grad, geometry.stride)
+    if _as_product(g, weight, geometry):
+        return _spread(_shaped(_mix(weight.flatten(1).T, _flat(g)), g), x, geometry)
+    if _skips(geometry.stride) and is_pointwise(weight.shape[2:], geometry) and is_float_on_cpu(x):
+        # torch's is two to three times as slow with a stride as without
         once = geometry._replace(stride=(1,) * len(geometry.stride))
-        reached.copy_(_input_grad(g, torch.empty_like(reached), weight, once))
-        return grad
-    if math.prod(g.shape[2:]) >= LARGE and not _channels_last(g):
-        return _shaped(_mix(weight.flatten(1).T, _flat(g)), g)
+        read = torch.empty_like(sampled(x, geometry.stride))
+        return _spread(_convolution_backward(g, read, weight, once, 0), x, geometry)
     return _convolution_backward(g, x, weight, geometry, 0)
+
+
+def _both(flat: Tensor, g: Tensor, x: Tensor, weight: Tensor, B: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """The gradient to x and t = Bᵀ g by one product, whose larger operand g is read once."""
+    columns = weight.shape[1]
+    both = _mix(torch.cat([in_dtype(weight, B.dtype).flatten(1), B], 1).T, flat)
+    return _spread(_shaped(both[:, :columns], g), x, geometry), both[:, columns:]
+
+
+def _as_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether the gradient to the input is faster as a product over channels than by torch's kernel."""
+    positions, outputs, inputs = math.prod(g.shape[2:]), *weight.shape[:2]
+    return (
+        is_pointwise(weight.shape[2:], geometry)
+        and is_float_on_cpu(g)
+        and not _channels_last(g)
+        and positions * max(outputs / inputs, 1) >= LARGE
+    )
+
+
+def _spread(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """A gradient at the positions that a 1×1 kernel reads, as one at all positions of x."""
+    if not _skips(geometry.stride):
+        return grad
+    whole = torch.zeros_like(x)
+    sampled(whole, geometry.stride).copy_(grad)
+    return whole
 
 
 def _add_input_grad(grad: Tensor, t: Tensor, g: Tensor, x: Tensor, lora_A: Tensor, geometry: Geometry) -> None:
