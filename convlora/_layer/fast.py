@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from . import paths
 from .convolution import convolve
-from .functional import Geometry, autocasts, is_transformed
-from .paths import Path, Shapes, choose, choose_once
+from .functional import Geometry, Ints, autocasts, is_transformed
+from .paths import Path, Shapes
 
 PLAIN: dict[Any, Any] = {cls.forward: cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -55,7 +57,7 @@ def convolution(
     x, geometry = prepared
     if path == "auto":
         choice = choose if torch.compiler.is_compiling() else choose_once  # compilers warn of what remembers
-        path = choice(shapes_of(layer, x, geometry, lora_A.shape[0]))
+        path = choice(x.shape, weight.shape, geometry, lora_A.shape[0], x.requires_grad, x.element_size())
     return convolve(x, weight, lora_A, lora_B, layer.bias, scaling, geometry, path)
 
 
@@ -96,16 +98,30 @@ def _padding(layer: _ConvNd) -> tuple[int, ...] | None:
 
 
 def shapes_of(layer: _ConvNd, x: Tensor, geometry: Geometry, rank: int) -> Shapes:
-    sizes = zip(x.shape[2:], layer.kernel_size, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    weight = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    return _shapes(x.shape, weight, geometry, rank, x.requires_grad, x.element_size())
+
+
+def _shapes(x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bool, width: int) -> Shapes:
+    sizes = zip(x[2:], weight[2:], geometry.stride, geometry.padding, geometry.dilation, strict=True)
     outputs = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
     return Shapes(
-        out_channels=layer.out_channels,
-        in_channels=layer.in_channels,
-        kernel=math.prod(layer.kernel_size),
-        groups=layer.groups,
+        out_channels=weight[0],
+        in_channels=x[1],
+        kernel=math.prod(weight[2:]),
+        groups=geometry.groups,
         rank=rank,
-        inputs=x.shape[0] * math.prod(x.shape[2:]),
-        outputs=x.shape[0] * math.prod(outputs),
-        input_grad=x.requires_grad,
-        width=x.element_size(),
+        inputs=x[0] * math.prod(x[2:]),
+        outputs=x[0] * math.prod(outputs),
+        input_grad=input_grad,
+        width=width,
     )
+
+
+def choose(x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bool, width: int) -> Path:
+    """The path for an input and a weight of these sizes; see ``paths.py``."""
+    return paths.choose(_shapes(x, weight, geometry, rank, input_grad, width))
+
+
+choose_once = lru_cache(maxsize=4096)(choose)
+"""The same, remembered: a network meets few sizes, each at every step."""

@@ -11,7 +11,6 @@ it ``branch`` is cheaper; ``weight`` wins where the layer has so few channels th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 Path = Literal["auto", "fused", "weight", "branch"]
@@ -66,10 +65,6 @@ def choose(shapes: Shapes) -> Path:
     for path in PATHS[2:]:  # min with a key is more than torch's compiler follows where sizes are symbols
         best = path if costs[path] < costs[best] else best
     return best
-
-
-choose_once = lru_cache(maxsize=4096)(choose)
-"""The same, remembered: a network meets few shapes, each at every step."""
 
 
 def estimate(s: Shapes) -> dict[Path, float]:

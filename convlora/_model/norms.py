@@ -43,11 +43,14 @@ class FrozenNorm(Swapped):
         route = route_of(norm)
         if route is not None:
             return _forward_routed(norm, self._convlora_base, route, args, kwargs)
-        if torch.is_grad_enabled() and len(args) == 1 and not kwargs:
-            rest = _after_batch_norm(norm, self._convlora_base)
+        if len(args) == 1 and not kwargs and torch.is_grad_enabled():
+            rest = _after_batch_norm(self._convlora_base)
             if rest is not None and _is_constant(norm, args[0]):
                 cast(Any, norm)._check_input_dim(args[0])  # torch's own error for an input of other dimensions
-                return rest(_Constant.apply(args[0], *(getattr(norm, name) for name in BATCH_NORM)))
+                # From where they are: nn.Module's attributes cost several calls each, for every norm at every step.
+                state, affine = norm._buffers, norm._parameters
+                mean, var, eps = state["running_mean"], state["running_var"], cast(Any, norm).eps
+                return rest(norm, _Constant.apply(args[0], mean, var, affine["weight"], affine["bias"], eps))
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Self:
@@ -55,9 +58,6 @@ class FrozenNorm(Swapped):
         super().train(mode)  # type: ignore[misc]
         cast(nn.Module, self).training = False
         return self
-
-
-BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "eps")
 
 
 class _Constant(torch.autograd.Function):
@@ -81,24 +81,30 @@ class _Constant(torch.autograd.Function):
         return scaled, None, None, None, None, None
 
 
-def _after_batch_norm(norm: nn.Module, cls: Any) -> Callable[[Tensor], Tensor] | None:
+def _after_batch_norm(cls: Any) -> Callable[[nn.Module, Tensor], Tensor] | None:
     """What a norm whose forward begins with torch's batch norm does after it; None for other norms."""
     if cls.forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
-        return nn.Identity()
+        return _nothing
     timm = sys.modules.get("timm.layers.norm_act")
-    if timm is not None and cls.forward is timm.BatchNormAct2d.forward:
-        return lambda y: norm.act(norm.drop(y))  # type: ignore[operator]
-    return None
+    return _drop_and_act if timm is not None and cls.forward is timm.BatchNormAct2d.forward else None
+
+
+def _nothing(norm: nn.Module, y: Tensor) -> Tensor:
+    return y
+
+
+def _drop_and_act(norm: nn.Module, y: Tensor) -> Tensor:
+    return cast(Tensor, norm.act(norm.drop(y)))  # type: ignore[operator]
 
 
 @uncompiled
 def _forward_routed(norm: nn.Module, cls: type[nn.Module], route: Route, args: Any, kwargs: Any) -> Any:
     """Each sample with its own adapter's statistics."""
     route.check(norm)
-    rest = _after_batch_norm(norm, cls)
+    rest = _after_batch_norm(cls)
     if rest is not None and len(args) == 1 and not kwargs:
         cast(Any, norm)._check_input_dim(args[0])
-        return rest(batch_norm(norm, route, args[0]))
+        return rest(norm, batch_norm(norm, route, args[0]))
 
     def alone(owner: str, *args: Any, **kwargs: Any) -> Any:
         return route.run_with(norm, owner, cls.forward, *args, **kwargs)
@@ -108,14 +114,18 @@ def _forward_routed(norm: nn.Module, cls: type[nn.Module], route: Route, args: A
 
 def _is_constant(norm: nn.Module, x: Any) -> bool:
     """Whether a gradient passes through, and none is asked for scale or shift; for an input that the norm takes."""
+    affine = norm._parameters
     return (
-        not torch.compiler.is_compiling()
-        and not is_transformed()
-        and type(x) is Tensor
+        type(x) is Tensor
         and x.requires_grad
         and x.ndim > 1
         and x.shape[1] == norm.num_features
-        and not any(p is not None and p.requires_grad for p in norm._parameters.values())
+        and not torch.compiler.is_compiling()
+        and not is_transformed()
+        # else they are computed, by a parametrization say
+        and {"weight", "bias"} <= affine.keys()
+        and {"running_mean", "running_var"} <= norm._buffers.keys()
+        and not any(p is not None and p.requires_grad for p in affine.values())
     )
 
 
