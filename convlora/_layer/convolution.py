@@ -1,8 +1,8 @@
 """The adapted convolution with its own autograd: one convolution forward, gradients through tensors of rank r.
 
 Plain autograd of ``conv(x, W + ΔW)`` computes the dense gradient of the weight only to multiply it with the factors,
-and saves W + ΔW. Here the weight is computed again in the backward, and with h = A ∗ x and t = scaling · Bᵀ g, both of
-r channels, dB = scaling · Σ g hᵀ and dA is the weight gradient of a convolution to r channels.
+and saves W + ΔW. Here the weight is computed again in the backward, and with h = A ∗ x and t = Bᵀ g, both of r
+channels, dB = scaling · Σ g hᵀ, and dA is scaling times the weight gradient of a convolution to r channels.
 
 Every step of the backward is itself differentiable, so that double backward works by plain autograd.
 """
@@ -74,7 +74,7 @@ class _Convolution(torch.autograd.Function):
                 A = in_dtype(lora_A, x.dtype)
                 hidden = _project(_as_read(x, A, geometry), A, geometry)
                 y = conv(x, in_dtype(weight, x.dtype), bias, geometry)
-                _add_mix(y, in_dtype(scaling * lora_B, x.dtype), hidden)
+                _add_mix(y, in_dtype(lora_B, x.dtype), hidden, scaling)
             else:
                 y = conv(x, in_dtype(plus_delta(weight, lora_A, lora_B, scaling), x.dtype), bias, geometry)
         ctx.save_for_backward(x, weight, lora_A, lora_B, bias, hidden)
@@ -88,7 +88,7 @@ class _Convolution(torch.autograd.Function):
         for_x, _, for_A, for_B, for_bias, *_ = ctx.needs_input_grad
         geometry: Geometry = ctx.geometry
         with no_autocast(x.device.type):
-            A, B = in_dtype(lora_A, x.dtype), in_dtype(ctx.scaling * lora_B, x.dtype)
+            A, B = in_dtype(lora_A, x.dtype), in_dtype(lora_B, x.dtype)
             grad_x = grad_A = grad_B = t = None
             if ctx.path == "weight":
                 if for_A or for_B:
@@ -108,17 +108,17 @@ class _Convolution(torch.autograd.Function):
                     t = _mix(B.T, flat)
                 if for_A:
                     assert t is not None, "computed above"
-                    grad_A = in_dtype(_weight_grad(t, g, read, A, geometry), lora_A.dtype)
+                    grad_A = in_dtype(_weight_grad(t, g, read, A, geometry), lora_A.dtype).mul_(ctx.scaling)
                 if for_B:
                     # Computed again rather than saved: in the forward it would cost as much, and memory besides.
                     hidden = _project(read, A, geometry) if hidden is None or torch.is_grad_enabled() else hidden
-                    grad_B = in_dtype(ctx.scaling * _outer(flat, hidden), lora_B.dtype)
+                    grad_B = in_dtype(_outer(flat, hidden), lora_B.dtype).mul_(ctx.scaling)
             if for_x and grad_x is None:
                 merged = weight if ctx.path == "branch" else plus_delta(weight, lora_A, lora_B, ctx.scaling)
                 grad_x = _input_grad(g, x, in_dtype(merged, x.dtype), geometry)
                 if ctx.path == "branch":
                     assert t is not None, "computed above"
-                    _add_input_grad(grad_x, t, g, x, A, geometry)
+                    _add_input_grad(grad_x, t, g, x, A, ctx.scaling, geometry)
             grad_bias = in_dtype(g.sum((0, *range(2, g.ndim))), bias.dtype) if for_bias else None
         return grad_x, None, grad_A, grad_B, grad_bias, None, None, None
 
@@ -176,7 +176,7 @@ def _input_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Ten
 
 
 def _both(flat: Tensor, g: Tensor, x: Tensor, weight: Tensor, B: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """The gradient to x and t = Bᵀ g by one product, whose larger operand g is read once."""
+    """The gradient to x, and t, by one product, whose larger operand g is read once."""
     columns = weight.shape[1]
     both = _mix(torch.cat([in_dtype(weight, B.dtype).flatten(1), B], 1).T, flat)
     return _spread(_shaped(both[:, :columns], g), x, geometry), both[:, columns:]
@@ -202,12 +202,14 @@ def _spread(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     return whole
 
 
-def _add_input_grad(grad: Tensor, t: Tensor, g: Tensor, x: Tensor, lora_A: Tensor, geometry: Geometry) -> None:
+def _add_input_grad(
+    grad: Tensor, t: Tensor, g: Tensor, x: Tensor, lora_A: Tensor, scaling: float, geometry: Geometry
+) -> None:
     """Add to ``grad``, in place, the gradient that reaches x through A; of g and x, only the form counts."""
     if is_pointwise(lora_A.shape[2:], geometry):
-        _add_mix(sampled(grad, geometry.stride), lora_A.flatten(1).T, t)
+        _add_mix(sampled(grad, geometry.stride), lora_A.flatten(1).T, t, scaling)
     else:
-        grad.add_(_input_grad(_shaped(t, g), x, lora_A, geometry))
+        grad.add_(_input_grad(_shaped(t, g), x, lora_A, geometry), alpha=scaling)
 
 
 def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, which: int) -> Tensor:
@@ -254,12 +256,12 @@ def _mix(matrix: Tensor, x: Tensor) -> Tensor:
     return torch.bmm(matrix.expand(x.shape[0], *matrix.shape), x)
 
 
-def _add_mix(y: Tensor, matrix: Tensor, x: Tensor) -> None:
-    """Add ``_mix(matrix, x)`` to y ``(N, m, *spatial)``, in place: one pass over y."""
+def _add_mix(y: Tensor, matrix: Tensor, x: Tensor, factor: float) -> None:
+    """Add ``factor · _mix(matrix, x)`` to y ``(N, m, *spatial)``, in place: one pass over y."""
     if y.is_contiguous():
-        y.flatten(2).baddbmm_(matrix.expand(y.shape[0], *matrix.shape), x)
+        y.flatten(2).baddbmm_(matrix.expand(y.shape[0], *matrix.shape), x, alpha=factor)
     else:
-        y.add_(_shaped(_mix(matrix, x), y))
+        y.add_(_shaped(_mix(matrix, x), y), alpha=factor)
 
 
 def _outer(g: Tensor, h: Tensor) -> Tensor:
