@@ -1,7 +1,9 @@
 """The benchmarks of cost: their instruments on known cases, that every arm trains what it says, the pages' figures."""
 
+import dataclasses
 import json
 import math
+import multiprocessing
 import sys
 
 import pytest
@@ -14,8 +16,11 @@ pytest.importorskip("peft")
 from benchmarks import paths, routing
 from benchmarks.overhead import __main__ as overhead
 from benchmarks.overhead import measuring
+from benchmarks.overhead.apart import Apart
 from benchmarks.overhead.arms import INFERENCE, TRAINING
-from benchmarks.overhead.bench import Bench, run
+from benchmarks.overhead.bench import Bench
+from benchmarks.overhead.report import markdown
+from benchmarks.overhead.rounds import run
 from benchmarks.overhead.runs import Run, Settings
 from benchmarks.overhead.subjects import NotAvailable, head_names, make_base
 from convlora._layer import paths as paths_room
@@ -223,6 +228,30 @@ def test_the_terminals_tables_fit_80_columns(measured):
     from benchmarks.overhead.tables import run_as_text
 
     assert max(map(len, run_as_text(measured[0]).splitlines())) <= 80
+
+
+def test_apart_each_arm_has_a_process_of_its_own_and_the_same_sizes(measured, tmp_path, capsys):
+    together, *_ = measured
+    with Apart(dataclasses.replace(TINY, apart=True), "convlora") as bench:
+        assert bench.sizes() == bench_of("convlora").sizes() and bench.time() > 0
+        (child,) = multiprocessing.active_children()
+    child.join(60)
+    assert not child.is_alive()
+    overhead.main([*OPTIONS, "--apart", "--arms", "convlora", "merged", "--json", str(tmp_path / "apart.json")])
+    assert "apart" in capsys.readouterr().out and not multiprocessing.active_children()
+    (found,) = overhead.read(tmp_path / "apart.json")
+    assert [r.arm for r in found.training + found.inference] == ["full", "convlora", "base", "merged"]
+    same = {r.arm: (r.trainable, r.saved, r.peak, r.resting, r.file) for r in together.training + together.inference}
+    for r in found.training + found.inference:
+        assert (r.trainable, r.saved, r.peak, r.resting, r.file) == same[r.arm]
+        assert len(r.ratios) == TINY.rounds and all(ratio > 0 for ratio in r.ratios)
+    assert "--apart" in markdown([[found]]) and "rounds, apart" in markdown([[found]])
+
+
+def test_an_arm_that_cannot_be_built_ends_its_process():
+    with pytest.raises(ValueError, match="rank"):
+        Apart(dataclasses.replace(TINY, rank=-1), "convlora")
+    assert not multiprocessing.active_children()
 
 
 def test_a_peer_that_is_not_installed_is_named_and_the_others_measured(monkeypatch):

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from .arms import INFERENCE, SWEPT, TRAINING
-from .bench import run
 from .report import markdown
+from .rounds import run
 from .runs import Run, Settings
 from .tables import run_as_text, sweep_as_text
 
@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--device", default="auto")
     found.add_argument("--channels-last", action="store_true")
     found.add_argument("--amp", action="store_true", help="autocast to bfloat16")
+    found.add_argument("--apart", action="store_true", help="each arm in a process of its own, as one trains")
     found.add_argument("--arms", nargs="+", choices=[*TRAINING, *INFERENCE], metavar="ARM", help="default: all")
     found.add_argument("--sweep", nargs="+", metavar=("WHAT", "VALUE"), help="rank, batch or size, and its values")
     found.add_argument("--json", type=Path, help="write everything there")
@@ -65,6 +66,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         device=device,
         channels_last=options.channels_last,
         amp=options.amp,
+        apart=options.apart,
     )
 
 

@@ -1,10 +1,8 @@
-"""Measuring the arms: each is built, checked to train what it should, sized, and timed in rounds with the others."""
+"""One arm on its device: built, checked to train what it should, sized and timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import measuring
-from .arms import BASE, FULL, FULL_CONSTANT, INFERENCE, TRAINING
 from .peers import their_warnings_aside
-from .runs import Result, Run, Say, Settings, environment, with_reference
-from .subjects import Arm, NotAvailable, Subject, make_base
+from .runs import Result, Settings
+from .subjects import Arm, Subject, make_base
 
 
 @dataclass
@@ -31,6 +28,8 @@ class Bench:
     images: Tensor
     """``(batch, 3, size, size)``."""
     labels: Tensor
+    train: bool
+    """Whether a run is a training step; else a forward without gradients."""
 
     @classmethod
     def of(cls, settings: Settings, arm: Arm, *, train: bool) -> Bench:
@@ -53,6 +52,7 @@ class Bench:
             optimizer=torch.optim.AdamW(_trainable(subject) or [torch.zeros(1)], lr=1e-4),
             images=images.to(device).contiguous(memory_format=layout),
             labels=torch.randint(0, 2, (settings.batch,), generator=generator).to(device),
+            train=train,
         )
 
     @property
@@ -87,8 +87,12 @@ class Bench:
         with torch.no_grad():
             self.predict()
 
+    def sizes(self) -> Result:
+        """All figures but times."""
+        return self.sizes_in_training() if self.train else self.sizes_in_inference()
+
     def sizes_in_training(self) -> Result:
-        """All figures but times; refuses an arm that does not train what it should, or trains what it should not."""
+        """Those of a training step; refuses an arm that does not train what it should, or trains what it should not."""
         model = self.subject.model
         found = measuring.movement(model, self.two_steps)
         if found.strayed or not found.moved:
@@ -117,9 +121,9 @@ class Bench:
             self.subject.before()
         return replace(self._described(), peak=measuring.peak_bytes(self.look, self.device))
 
-    def time(self, run: Callable[[], object]) -> float:
+    def time(self) -> float:
         """Seconds of one run, what comes before it not counted."""
-        before = self.subject.before
+        run, before = self.step if self.train else self.look, self.subject.before
         if before is None:
             return measuring.seconds(run, self.device, self.settings.repeats)
         total = 0.0
@@ -153,71 +157,3 @@ class Bench:
 
 def _trainable(subject: Subject) -> list[torch.nn.Parameter]:
     return [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
-
-
-def measure_training(settings: Settings, names: Sequence[str], say: Say) -> list[Result]:
-    """Every figure of a training step for each of these arms."""
-    benches, results = _build(settings, [TRAINING[name] for name in names], say, train=True)
-    for name, bench in benches.items():
-        say(f"sizes of {name}")
-        results[name] = bench.sizes_in_training()
-    say(f"{settings.rounds + 1} rounds of {len(benches)} training arms")
-    ways = {name: partial(bench.time, bench.step) for name, bench in benches.items()}
-    return _with_times(results, measuring.interleave(ways, settings.rounds), FULL, (FULL_CONSTANT,))
-
-
-def measure_inference(settings: Settings, names: Sequence[str], say: Say) -> list[Result]:
-    """Times and peaks of a forward without gradients for each of these arms."""
-    benches, results = _build(settings, [INFERENCE[name] for name in names], say, train=False)
-    for name, bench in benches.items():
-        results[name] = bench.sizes_in_inference()
-    say(f"{settings.rounds + 1} rounds of {len(benches)} inference arms")
-    ways = {name: partial(bench.time, bench.look) for name, bench in benches.items()}
-    return _with_times(results, measuring.interleave(ways, settings.rounds), BASE, ())
-
-
-def _build(
-    settings: Settings, arms: Sequence[Arm], say: Say, *, train: bool
-) -> tuple[dict[str, Bench], dict[str, Result]]:
-    """The arms that can be built, and for every arm what is known of it so far, in order."""
-    benches: dict[str, Bench] = {}
-    results: dict[str, Result] = {}
-    for arm in arms:
-        say(f"building {arm.name}")
-        results[arm.name] = Result(arm.name, arm.what)
-        try:
-            benches[arm.name] = Bench.of(settings, arm, train=train)
-        except NotAvailable as reason:
-            results[arm.name] = Result(arm.name, arm.what, unavailable=str(reason))
-    return benches, results
-
-
-def _with_times(
-    results: dict[str, Result], times: dict[str, list[float]], reference: str, others: Sequence[str]
-) -> list[Result]:
-    for name, seconds in times.items():
-        results[name] = replace(
-            results[name],
-            seconds=seconds,
-            ratios=measuring.ratios(seconds, times[reference]),
-            other_ratios={o: measuring.ratios(seconds, times[o]) for o in others if o in times},
-        )
-    return list(results.values())
-
-
-def _silent(line: str) -> None:
-    """Say nothing."""
-
-
-def run(
-    settings: Settings, training: Sequence[str], inference: Sequence[str], say: Say = _silent, sweep: str = ""
-) -> Run:
-    """Measure these arms; the reference arm of either kind is measured where any of its kind is."""
-    training, inference = with_reference(training, FULL), with_reference(inference, BASE)
-    return Run(
-        settings=settings,
-        training=measure_training(settings, training, say) if training else [],
-        inference=measure_inference(settings, inference, say) if inference else [],
-        environment=environment(torch.device(settings.device)),
-        sweep=sweep,
-    )

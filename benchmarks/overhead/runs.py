@@ -33,6 +33,8 @@ class Settings:
     channels_last: bool = False
     amp: bool = False
     """Autocast to bfloat16."""
+    apart: bool = False
+    """Each arm in a process of its own; else all in one."""
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ def describe(s: Settings, swept: str = "") -> str:
         "layout": "channels last" if s.channels_last else "",
         "rank": f"rank {s.rank}",
         "rounds": f"{s.rounds} rounds" + (f" of {s.repeats} steps each" if s.repeats > 1 else ""),
+        "apart": "apart" if s.apart else "",
     }
     return ", ".join(part for name, part in parts.items() if part and name != swept)
 

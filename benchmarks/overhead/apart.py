@@ -1,0 +1,79 @@
+"""An arm in a process of its own, which does one thing at a time when it is asked to.
+
+In one process all arms share the C allocator's memory: what one of them gives back the next takes up. A training run is
+alone in its process, and may have to ask the operating system anew at every step for what it gave back.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import torch
+
+from .arms import INFERENCE, TRAINING
+from .bench import Bench
+from .runs import Result, Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Apart:
+    """A :class:`Bench` in another process; a block at whose end the process ends."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        """Start the process and build the arm of this name there.
+
+        Raises:
+            NotAvailable: as :meth:`Bench.of`.
+        """
+        self._pool = ProcessPoolExecutor(
+            max_workers=1,
+            mp_context=multiprocessing.get_context("spawn"),  # a fork would begin with this process's memory
+            initializer=torch.set_num_threads,
+            initargs=(torch.get_num_threads(),),
+        )
+        with ExitStack() as undo:
+            undo.callback(self._pool.shutdown)
+            self._do(_build, settings, name)
+            undo.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+    def sizes(self) -> Result:
+        """As :meth:`Bench.sizes`."""
+        return self._do(_sizes)
+
+    def time(self) -> float:
+        """As :meth:`Bench.time`."""
+        return self._do(_time)
+
+    def _do(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._pool.submit(function, *args, **kwargs).result()
+
+
+_benches: list[Bench] = []
+"""In the other process: the one arm."""
+
+
+def _build(settings: Settings, name: str) -> None:
+    _benches.append(Bench.of(settings, (TRAINING | INFERENCE)[name], train=name in TRAINING))
+
+
+def _sizes() -> Result:
+    return _benches[0].sizes()
+
+
+def _time() -> float:
+    return _benches[0].time()

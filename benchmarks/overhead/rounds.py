@@ -1,0 +1,74 @@
+"""Measuring the arms: each is built and sized, and timed in rounds with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+
+from . import measuring
+from .apart import Apart
+from .arms import BASE, FULL, FULL_CONSTANT, INFERENCE, TRAINING
+from .bench import Bench
+from .runs import Result, Run, Say, Settings, environment, with_reference
+from .subjects import Arm, NotAvailable
+
+
+def _measure(settings: Settings, arms: Sequence[Arm], say: Say, reference: str, others: Sequence[str]) -> list[Result]:
+    """Every arm that can be built is sized, and then timed in rounds with the others; none where there are none."""
+    if not arms:
+        return []
+    benches: dict[str, Bench | Apart] = {}
+    results: dict[str, Result] = {}
+    with ExitStack() as processes:
+        for arm in arms:
+            say(f"building {arm.name}")
+            results[arm.name] = Result(arm.name, arm.what)
+            try:
+                bench = _bench(settings, arm, processes)
+                say(f"sizes of {arm.name}")
+                benches[arm.name], results[arm.name] = bench, bench.sizes()
+            except NotAvailable as reason:
+                results[arm.name] = Result(arm.name, arm.what, unavailable=str(reason))
+        say(f"{settings.rounds + 1} rounds of {len(benches)} arms")
+        times = measuring.interleave({name: bench.time for name, bench in benches.items()}, settings.rounds)
+    return _with_times(results, times, reference, others)
+
+
+def _bench(settings: Settings, arm: Arm, processes: ExitStack) -> Bench | Apart:
+    if settings.apart:
+        return processes.enter_context(Apart(settings, arm.name))
+    return Bench.of(settings, arm, train=arm.name in TRAINING)
+
+
+def _with_times(
+    results: dict[str, Result], times: dict[str, list[float]], reference: str, others: Sequence[str]
+) -> list[Result]:
+    for name, seconds in times.items():
+        results[name] = replace(
+            results[name],
+            seconds=seconds,
+            ratios=measuring.ratios(seconds, times[reference]),
+            other_ratios={o: measuring.ratios(seconds, times[o]) for o in others if o in times},
+        )
+    return list(results.values())
+
+
+def _silent(line: str) -> None:
+    """Say nothing."""
+
+
+def run(
+    settings: Settings, training: Sequence[str], inference: Sequence[str], say: Say = _silent, sweep: str = ""
+) -> Run:
+    """Measure these arms; the reference arm of either kind is measured where any of its kind is."""
+    training, inference = with_reference(training, FULL), with_reference(inference, BASE)
+    return Run(
+        settings=settings,
+        training=_measure(settings, [TRAINING[name] for name in training], say, FULL, (FULL_CONSTANT,)),
+        inference=_measure(settings, [INFERENCE[name] for name in inference], say, BASE, ()),
+        environment=environment(torch.device(settings.device)),
+        sweep=sweep,
+    )
