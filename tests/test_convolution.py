@@ -95,13 +95,14 @@ def test_first_and_second_derivatives_in_double_precision(path, groups, kernel, 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 3)])
 @pytest.mark.parametrize("large", [1, 10**9], ids=["large", "small"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_a_1x1_kernels_gradient_to_the_input_is_autograds(path, stride, large, memory_format, monkeypatch):
-    """A product over channels where the image is large, at the positions alone that the kernel reads."""
+@pytest.mark.parametrize("outputs", [4, 7], ids=["narrows", "widens"])
+def test_a_1x1_kernels_gradient_to_the_input_is_autograds(path, stride, large, memory_format, outputs, monkeypatch):
+    """A product over channels where the image is large, at the positions read; with t's where the layer widens."""
     monkeypatch.setattr(convolution, "LARGE", large)
     torch.manual_seed(0)
     x = torch.randn(2, 5, 7, 6, dtype=torch.float64).to(memory_format=memory_format).requires_grad_(True)
-    A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5, 1, 1), (4, 2)))
-    weight, geometry = torch.randn(4, 5, 1, 1, dtype=torch.float64), Geometry(stride, (0, 0), (1, 1), 1)
+    A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5, 1, 1), (outputs, 2)))
+    weight, geometry = torch.randn(outputs, 5, 1, 1, dtype=torch.float64), Geometry(stride, (0, 0), (1, 1), 1)
 
     def own(x, A, B):
         return convolve(x, weight, A, B, None, 0.7, geometry, path)

@@ -20,8 +20,9 @@ from . import depthwise
 from .functional import Geometry, Ints, in_dtype, is_float_on_cpu, no_autocast, plus_delta
 
 LARGE = 256
-"""Positions in an image from which on a product over channels is faster on a CPU than torch's 1×1 convolution, which
-brings its operands into another layout and back: by up to a third in ResNet-50's layers, on two cores with AVX2."""
+"""Positions in an image, times what a layer multiplies channels by, from which on a product over channels is faster on
+a CPU than the gradient of torch's 1×1 convolution, which brings its operands into another layout and back: by up to a
+third in ResNet-50's layers, on two cores with AVX2."""
 
 
 def convolve(
@@ -96,13 +97,7 @@ class _Convolution(torch.autograd.Function):
             else:
                 flat = _flat(g)
                 read = _as_read(x, A, geometry) if for_A or for_B else x
-                if (
-                    for_A
-                    and for_x
-                    and ctx.path == "fused"
-                    and len(weight) > len(x[0])
-                    and _as_product(g, weight, geometry)
-                ):
+                if for_A and for_x and ctx.path == "fused" and _as_one_product(g, weight, geometry):
                     grad_x, t = _both(flat, g, x, plus_delta(weight, lora_A, lora_B, ctx.scaling), B, geometry)
                 elif for_A or (for_x and ctx.path == "branch"):
                     t = _mix(B.T, flat)
@@ -175,13 +170,6 @@ def _input_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Ten
     return _convolution_backward(g, x, weight, geometry, 0)
 
 
-def _both(flat: Tensor, g: Tensor, x: Tensor, weight: Tensor, B: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """The gradient to x, and t, by one product, whose larger operand g is read once."""
-    columns = weight.shape[1]
-    both = _mix(torch.cat([in_dtype(weight, B.dtype).flatten(1), B], 1).T, flat)
-    return _spread(_shaped(both[:, :columns], g), x, geometry), both[:, columns:]
-
-
 def _as_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the gradient to the input is faster as a product over channels than by torch's kernel."""
     positions, outputs, inputs = math.prod(g.shape[2:]), *weight.shape[:2]
@@ -191,6 +179,22 @@ def _as_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         and not _channels_last(g)
         and positions * max(outputs / inputs, 1) >= LARGE
     )
+
+
+def _as_one_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether t had better come out of that product too.
+
+    Where g has more channels than x: there t costs most beside it, and networks seldom add the gradient to x, a part of
+    a larger tensor then, to another one.
+    """
+    return weight.shape[0] > weight.shape[1] and _as_product(g, weight, geometry)
+
+
+def _both(flat: Tensor, g: Tensor, x: Tensor, weight: Tensor, B: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """The gradient to x, and t, by one product, whose larger operand g is read once."""
+    columns = weight.shape[1]
+    both = _mix(torch.cat([in_dtype(weight, B.dtype).flatten(1), B], 1).T, flat)
+    return _spread(_shaped(both[:, :columns], g), x, geometry), both[:, columns:]
 
 
 def _spread(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
