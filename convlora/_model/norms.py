@@ -116,12 +116,12 @@ def _is_constant(norm: nn.Module, x: Any) -> bool:
     """Whether a gradient passes through, and none is asked for scale or shift; for an input that the norm takes."""
     affine = norm._parameters
     return (
-        type(x) is Tensor
+        not torch.compiler.is_compiling()
+        and not is_transformed()  # first: a trace records what is asked of a shape
+        and type(x) is Tensor
         and x.requires_grad
         and x.ndim > 1
         and x.shape[1] == norm.num_features
-        and not torch.compiler.is_compiling()
-        and not is_transformed()
         # else they are computed, by a parametrization say
         and {"weight", "bias"} <= affine.keys()
         and {"running_mean", "running_var"} <= norm._buffers.keys()
