@@ -26,10 +26,10 @@ INTRODUCTION = """# What it costs
 Written by `python -m benchmarks.overhead --report` from measurements; to change a figure, measure again.
 
 Networks have random weights and images are random numbers: speed depends on neither. A training step is `zero_grad`,
-forward in train mode, cross-entropy of two classes, backward, and a step of AdamW. Arms run in rounds:
-each round runs every arm once and begins with another one; the first round is not counted. A ratio is of two times of
-the same round; given are the median of the rounds and the quartiles. All arms run in one process, where one takes up
-the memory that another gave back; or, where the heading says *apart*, each in a process of its own, as one trains.
+forward in train mode, cross-entropy of two classes, backward, and a step of AdamW. Arms run in rounds: each round runs
+every arm once and begins with another one; the first round is not counted. A ratio is of two times of the same round;
+given are the median of the rounds and the quartiles. All arms run in one process, where one takes up the memory that
+another gave back; or, where the heading says *apart*, each in a process of its own, as one trains.
 
 - *time*: over full fine-tuning's, or for a forward without gradients over the plain network's.
 - *saved*: bytes that autograd keeps from the forward for the backward, each storage once, the model's own parameters
