@@ -168,6 +168,12 @@ def images() -> Tensor:
 
 
 @pytest.fixture
+def photos() -> Tensor:
+    """Larger than ``images``: real networks take their size down to a 32nd."""
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(6))
+
+
+@pytest.fixture
 def train() -> Callable[..., None]:
     """A few real steps in train mode on what inject left trainable."""
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import randomise
+from injected import NORMS, buffers, equal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,10 +15,6 @@ from convlora._model.norms import set_policy
 
 def statistics(model):
     return {key: value.clone() for key, value in model.state_dict().items() if "running" in key or "tracked" in key}
-
-
-def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_frozen_norms_behave_as_in_eval_and_do_not_move(net, images, train):
@@ -214,3 +211,66 @@ def test_an_interrupt_between_two_steps_does_not_lose_the_mode_of_a_norm(monkeyp
         set_policy(norm, None, None)
     set_policy(norm, None, None)
     assert norm.training
+
+
+def _timm_norm(name: str) -> nn.Module:
+    return getattr(pytest.importorskip("timm.layers"), name)(6)
+
+
+def _sync(norm: nn.Module) -> nn.Module:
+    return pytest.importorskip("timm.layers").convert_sync_batchnorm(norm)
+
+
+WITH_STATISTICS = {
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(6), 1),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(6), 2),
+    "BatchNorm2d, cumulative": (lambda: nn.BatchNorm2d(6, momentum=None), 2),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(6), 3),
+    "SyncBatchNorm": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(6)), 2),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(6, affine=True, track_running_stats=True), 1),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(6, track_running_stats=True), 2),
+    "BatchNormAct2d": (lambda: _timm_norm("BatchNormAct2d"), 2),
+    "SyncBatchNormAct": (lambda: _sync(_timm_norm("BatchNormAct2d")), 2),
+    "EvoNorm2dB0": (lambda: _timm_norm("EvoNorm2dB0"), 2),
+}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _normed(norm: nn.Module, dimensions: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(CONVOLUTIONS[dimensions - 1](3, 6, 1), norm, nn.Flatten(2))
+
+
+@NORMS
+@pytest.mark.parametrize("kind", WITH_STATISTICS)
+def test_statistics_move_where_they_are_tracked_and_are_saved_to_the_bit(tmp_path, kind, norm):
+    build, dimensions = WITH_STATISTICS[kind]
+    model, x = _normed(build(), dimensions), torch.randn(4, 3, *[5] * dimensions)
+    fresh = copy.deepcopy(model)
+    oracle = copy.deepcopy(model).train(norm == "track")
+    convlora.inject(model, 2, target_modules="0", modules_to_save=None, norm=norm)
+    model.train()
+    assert torch.equal(model(x), oracle(x))  # a fresh adapter is the base, in the mode that the policy means
+    assert equal(buffers(model), buffers(oracle))
+    assert equal(buffers(model), buffers(fresh)) is (norm == "freeze")
+    randomise(model)
+    model(x)
+    convlora.save_adapter(model, tmp_path)
+    loaded = convlora.load_adapter(copy.deepcopy(fresh), tmp_path)
+    assert equal(buffers(loaded), buffers(model))
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    assert equal(buffers(convlora.remove(loaded)), buffers(fresh))
+
+
+@NORMS
+@pytest.mark.parametrize("build", [lambda: nn.GroupNorm(2, 6), lambda: nn.LayerNorm([6, 5, 5])])
+def test_norms_without_statistics_train_through_modules_to_save(tmp_path, norm, build, train):
+    model, x = _normed(build(), 2), torch.randn(4, 3, 5, 5)
+    fresh = copy.deepcopy(model)
+    convlora.inject(model, 2, modules_to_save="1", norm=norm)
+    randomise(model)
+    train(model, x)
+    assert not torch.equal(model[1].weight, fresh[1].weight) and not torch.equal(model[1].bias, fresh[1].bias)
+    convlora.save_adapter(model, tmp_path)
+    assert torch.equal(convlora.load_adapter(copy.deepcopy(fresh), tmp_path).eval()(x), model.eval()(x))
+    assert torch.equal(convlora.remove(model)(x), fresh(x))
