@@ -8,12 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 
 import pytest
+import reliability
 import torch
 from conftest import SmallNet, randomise
 from torch.utils.data import DataLoader, Dataset
 
 import convlora
-from benchmarks import reliability
 from convlora import StateError
 
 
@@ -101,7 +101,7 @@ def test_workers_of_a_loader_compute_with_an_injected_model(two, images, start):
 
 
 def test_memory_is_flat_and_every_bit_comes_back_over_300_cycles():
-    """10,000: `python -m benchmarks.reliability cycles`."""
+    """10,000: `python -m tests.reliability cycles`."""
     spawn = multiprocessing.get_context("spawn")  # where no other test's rubbish is collected meanwhile
     with ProcessPoolExecutor(1, spawn) as alone:
         tally, ((_, first, _), (_, last, _)) = alone.submit(reliability.cycles, 300, after=100).result()

@@ -1,6 +1,6 @@
 """Files from strangers: refused with one clear error that changes nothing, at no cost, or read to what they say.
 
-Each case was found by reading, or by ``python -m benchmarks.fuzz``, whose corpus is under ``corpus`` in part.
+Each case was found by reading, or by ``python -m tests.fuzz``, whose corpus is under ``corpus`` in part.
 """
 
 import copy
@@ -11,6 +11,7 @@ import resource
 import struct
 from pathlib import Path
 
+import fuzz
 import h5py
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import convlora
-from benchmarks import fuzz
 from convlora import CheckpointError
 from convlora._checkpoint.files import LIMIT, plain, strict_json
 from examples.histopathology.challenge import ChallengeRows

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import reliability
 import torch
 from conftest import SmallNet, randomise, snapshot
 from test_takeback import run_interrupted
 
 import convlora
-from benchmarks import reliability
 from convlora import CheckpointError
 
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -24,8 +24,8 @@ PROJECT = Path(__file__).parents[1]
 
 
 def test_a_save_that_is_killed_leaves_an_adapter():
-    """At 6 random times, and at each of its calls to the file system; 1,000: `python -m benchmarks.reliability`."""
-    program = [sys.executable, "-m", "benchmarks.reliability"]  # it forks, which a process with threads must not
+    """At 6 random times, and at each of its calls to the file system; 1,000: `python -m tests.reliability`."""
+    program = [sys.executable, "-m", "tests.reliability"]  # it forks, which a process with threads must not
     kills = subprocess.run([*program, "kills", "--count", "6"], cwd=PROJECT, capture_output=True, text=True)
     assert "random kills: 6 tried, 0 lost" in kills.stdout, kills.stdout + kills.stderr
     calls = subprocess.run([*program, "calls"], cwd=PROJECT, capture_output=True, text=True)

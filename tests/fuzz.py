@@ -1,7 +1,7 @@
 """A coverage-guided fuzzer for everything that reads a stranger's file: adapters of three kinds, data sets of three.
 
     pip install atheris
-    python -m benchmarks.fuzz --minutes 30 --work fuzzing
+    python -m tests.fuzz --minutes 30 --work fuzzing
 
 An input is refused with one of the readers' own errors, or read; anything else is a finding: another exception, a
 model that is not as it was, a crash, more than 20 seconds, more than 3 GiB. libFuzzer mutates bytes; beside it JSON
@@ -456,7 +456,7 @@ def run(folder: Path, minutes: float, seed: int) -> None:
         (folder / "corpus" / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
     end, executions, deaths = time.monotonic() + 60 * minutes, 0, 0
     while (left := int(end - time.monotonic())) > 5:
-        command = [sys.executable, "-m", "benchmarks.fuzz", "--worker", str(left), "--work", str(folder)]
+        command = [sys.executable, "-m", "tests.fuzz", "--worker", str(left), "--work", str(folder)]
         with (folder / "log.txt").open("w+", errors="replace") as log:
             code = subprocess.run([*command, "--seed", str(seed)], cwd=ROOT, stdout=log, stderr=log).returncode
             log.seek(0)

@@ -1,10 +1,10 @@
 """What is left of adapters when things go wrong: kills and full disks during saves, threads that switch, long use.
 
-    python -m benchmarks.reliability kills --count 1000
-    python -m benchmarks.reliability calls
-    python -m benchmarks.reliability savers --seconds 30
-    python -m benchmarks.reliability threads --seconds 30
-    python -m benchmarks.reliability cycles --count 10000
+    python -m tests.reliability kills --count 1000
+    python -m tests.reliability calls
+    python -m tests.reliability savers --seconds 30
+    python -m tests.reliability threads --seconds 30
+    python -m tests.reliability cycles --count 10000
 
 Each prints what it did and how many losses there were. A loss is an adapter that cannot be read, is not the last that
 was saved or the one that was being saved, or is made of two; an output that belongs to no adapter; a base that changed.
