@@ -292,16 +292,19 @@ def mutate_tensors(data: bytes, choose: random.Random) -> bytes:
 
 
 def reseal(data: bytes) -> bytes:
-    """With the digests of the numbers that are there: a hostile file has them right."""
+    """With the digests of the numbers and of the header that are there: a hostile file has them right."""
     from convlora._checkpoint.digests import digest
+    from convlora._checkpoint.files import DIGEST, header_digest
 
     with contextlib.suppress(Exception):
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
         manifest = json.loads(header["__metadata__"]["convlora"])
         manifest["adapter"] = {key.removeprefix("base_model.model."): digest(t) for key, t in load(data).items()}
-        header["__metadata__"]["convlora"] = json.dumps(manifest)
-        text = json.dumps(header).encode()
+        header["__metadata__"] |= {"convlora": json.dumps(manifest), DIGEST: "0" * 16}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        name = f'"{DIGEST}":"'.encode()
+        text = text.replace(name + b"0" * 16, name + header_digest(text, "0" * 16).encode(), 1)
         return len(text).to_bytes(8, "little") + text + data[8 + length :]
     return data
 

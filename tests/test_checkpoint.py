@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SmallNet, randomise, snapshot
+from conftest import NO_DIGEST, SmallNet, randomise, snapshot, with_header_digest
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -152,6 +152,41 @@ def test_other_weights_of_the_base_are_named_and_can_be_allowed(saved):
     convlora.load_adapter(base, directory, check_base=False)
 
 
+@pytest.mark.parametrize(
+    "digest, message",
+    [
+        ("float33:0123456789abcdef", r" \('float33' in the file, 'float32' here\)"),
+        ("float16:0123456789abcde", r" \('float16' in the file, 'float32' here\)"),
+        ("int32:0123456789abcdef", r" \('int32' in the file, 'float32' here\)"),
+        ("Int8Tensor:0123456789abcdef", r" \('Int8Tensor' in the file, 'float32' here\)"),
+        ("float32:0123456789abcdeg", r"\n"),
+        ("", r" \('' in the file, 'float32' here\)"),
+    ],
+)
+def test_a_base_digest_of_an_unknown_form_is_another_base(saved, digest, message):
+    base, directory, _ = saved
+    rewrite(directory, lambda m, t: m["base"].update({"stem.weight": digest}) is None)
+    refused(base, directory, r"stem\.weight: the base's numbers differ" + message)
+    convlora.load_adapter(base, directory, check_base=False)
+
+
+def test_a_base_digest_of_another_float_is_not_compared(saved):
+    base, directory, _ = saved
+    rewrite(directory, lambda m, t: m["base"].update({"stem.weight": "bfloat16:0123456789abcdef"}) is None)
+    convlora.load_adapter(base, directory)
+
+
+def test_a_file_of_format_1_which_has_no_digest_of_its_header_is_read():
+    """Written by convlora before there was one."""
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape))
+    convlora.load_adapter(net, Path(__file__).with_name("format_1.safetensors"))
+    for factor in convlora.adapter_parameters(net):
+        assert torch.equal(factor.flatten(), torch.arange(factor.numel()).float())
+
+
 def test_a_second_adapter_of_one_name_is_refused(saved):
     base, directory, _ = saved
     convlora.inject(base)
@@ -178,13 +213,14 @@ def rewrite(directory, change):
         manifest = json.loads(file.metadata()["convlora"])
     header = change(manifest, tensors)
     text = header if isinstance(header, str) else json.dumps(manifest)
-    save_file(tensors, directory / TENSORS, metadata={"convlora": text})
+    save_file(tensors, directory / TENSORS, metadata={"convlora": text, **NO_DIGEST})
+    (directory / TENSORS).write_bytes(with_header_digest((directory / TENSORS).read_bytes()))
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m, t: m.update(format=99), r"is of format 99, this convlora reads 1; update it"),
+        (lambda m, t: m.update(format=99), r"is of format 99, this convlora reads up to 2; update it"),
         (lambda m, t: m.pop("plan"), r"its manifest cannot be read \(KeyError\('plan'\)\)"),
         (lambda m, t: m["plan"].update(surprise=1), r"its manifest cannot be read"),
         (lambda m, t: "{", r"its manifest cannot be read"),

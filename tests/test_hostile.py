@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, snapshot
+from conftest import NO_DIGEST, randomise, snapshot
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -56,7 +56,7 @@ def rewrite(directory, change):
     manifest = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["convlora"])
     tensors = load_file(directory / TENSORS)
     change(manifest, tensors)
-    save_file(tensors, directory / TENSORS, metadata={"convlora": json.dumps(manifest)})
+    save_file(tensors, directory / TENSORS, metadata={"convlora": json.dumps(manifest), **NO_DIGEST})
     (directory / TENSORS).write_bytes(fuzz.reseal((directory / TENSORS).read_bytes()))
 
 
@@ -138,7 +138,7 @@ def test_a_rank_of_ten_million_in_a_file_as_large_costs_nothing(saved, kind):
         data = (directory / TENSORS).read_bytes()
         metadata = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
         manifest = json.loads(metadata["convlora"])
-        manifest["plan"]["layers"][0]["rank"] = rank
+        manifest["plan"]["layers"][0]["rank"], manifest["format"] = rank, 1
         header["__metadata__"] = {"convlora": json.dumps(manifest)}
     file = directory / ("x.safetensors" if kind == "locon" else TENSORS)
     before = peak()
@@ -247,28 +247,71 @@ def test_inf_that_the_base_holds_as_well_is_the_adapters_right(tmp_path):
     convlora.load_adapter(base, tmp_path)
 
 
-def test_every_flipped_bit_is_noticed_or_changes_no_prediction(saved, images):
+def load_each_flip(base, directory, places):
+    """Load the file once for each place, a byte and a bit of it, with that bit flipped alone; how many were refused."""
+    data, before = (directory / TENSORS).read_bytes(), snapshot(base)
+    for at, bit in places:
+        with (directory / TENSORS).open("rb+", buffering=0) as file:
+            file.seek(at)
+            file.write(bytes([data[at] ^ (1 << bit)]))
+            with pytest.raises(CheckpointError):
+                convlora.load_adapter(base, directory)
+                pytest.fail(f"bit {bit} of byte {at} may be flipped: {data[max(0, at - 20) : at + 20]!r}")
+            file.seek(at)
+            file.write(data[at : at + 1])
+    assert snapshot(base) == before
+    convlora.load_adapter(base, directory)
+    return len(places)
+
+
+def test_every_flipped_bit_of_a_file_is_refused(tmp_path):
+    """Of its length, header and tensors; also those that make it look like an older file, or like peft's."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(2, 2, 2), nn.BatchNorm2d(2))
+    model = convlora.inject(copy.deepcopy(base), 1)
+    randomise(model)
+    convlora.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["peft_type"] == "LORA"  # which would be read, were it not ours
+    size = (tmp_path / TENSORS).stat().st_size
+    assert load_each_flip(base, tmp_path, [(at, bit) for at in range(size) for bit in range(8)]) > 10_000
+
+
+def test_flipped_bits_of_a_file_with_a_head_and_statistics_are_refused(saved):
     base, directory = saved
+    choose, size = np.random.default_rng(0), (directory / TENSORS).stat().st_size
+    load_each_flip(base, directory, [(int(choose.integers(size)), int(choose.integers(8))) for _ in range(200)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"norm": "track"}, {"use_dora": True}, {"init": "pissa"}], ids=str)
+def test_every_flipped_bit_of_larger_files_is_refused(net, tmp_path, options):
+    base = copy.deepcopy(net)
+    randomise(convlora.inject(net, 1, target_modules=["stem"], **options))
+    convlora.save_adapter(net, tmp_path)
+    size = (tmp_path / TENSORS).stat().st_size
+    load_each_flip(base, tmp_path, [(at, bit) for at in range(size) for bit in range(8)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda texts: texts.pop("convlora_digest"),
+        lambda texts: texts.update(convlora_digest="0" * 16),
+        lambda texts: texts.update(convlora_digest=""),
+        lambda texts: texts.update(convlora_digest="sha256:" + "0" * 64),
+        lambda texts: texts.pop("convlora"),  # a peft file then, by its configuration
+        lambda texts: texts.update(convlora=texts["convlora"].replace('"format": 2', '"format": 1')),
+    ],
+)
+def test_a_header_with_another_digest_or_none_is_refused(peft_like, change):
+    base, directory = peft_like()
+    convlora.save_adapter(convlora.load_adapter(copy.deepcopy(base), directory), directory)
     data = (directory / TENSORS).read_bytes()
-    expected = convlora.load_adapter(copy.deepcopy(base), directory).eval()(images)
-    choose = np.random.default_rng(0)
-    header = 8 + struct.unpack("<Q", data[:8])[0]
-    places = [*choose.integers(0, header, 60), *choose.integers(header, len(data), 30)]
-    before, noticed = snapshot(base), 0
-    for at in places:
-        flipped = bytearray(data)
-        flipped[at] ^= 1 << int(choose.integers(8))
-        (directory / TENSORS).write_bytes(flipped)
-        try:
-            convlora.load_adapter(base, directory)
-        except CheckpointError:
-            noticed += 1
-        else:
-            assert at < header  # a note, a count of parameters, how the head was found
-            assert torch.equal(base.eval()(images), expected), at
-            convlora.remove(base.train())
-        assert snapshot(base) == before, at
-    assert noticed > 70
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    change(header["__metadata__"])
+    raw(directory / TENSORS, json.dumps(header, separators=(",", ":")).encode(), data[start:])
+    refused(base, directory, r"its header is not what was saved|its header has no digest")
 
 
 def test_a_file_cut_at_any_length_is_refused(saved):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -19,6 +21,28 @@ def digest(tensor: Tensor) -> str:
     size = host.numel() * host.element_size()
     data = (ctypes.c_char * size).from_address(host.data_ptr()) if size else b""
     return f"{str(tensor.dtype).removeprefix('torch.')}:{hashlib.blake2b(data, digest_size=8).hexdigest()}"
+
+
+def differ(there: str, here: str) -> bool:
+    """Whether a file's digest is not that of the model's own tensor.
+
+    Numbers in two precisions are not compared, nor are those that were quantized since. A digest of a form that is not
+    known is another one.
+    """
+    form, own = _FORM.fullmatch(there), _FORM.fullmatch(here)
+    if there == here or form is None or own is None or form[1] == own[1]:
+        return there != here
+    dtype = getattr(torch, own[1], None)
+    is_float_or_quantized = not isinstance(dtype, torch.dtype) or dtype.is_floating_point
+    return not (_is_float(form[1]) and is_float_or_quantized)
+
+
+def _is_float(name: str) -> bool:
+    dtype = getattr(torch, name, None)
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+_FORM = re.compile(r"(\w+):[0-9a-f]{16}")
 
 
 def fingerprint(base: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ handle serves all reads: a save that replaces the file meanwhile changes nothing
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -42,6 +43,9 @@ DTYPES = {
 """Dtypes by their names in the header."""
 SHOWN = 8
 """How many faults an error lists."""
+DIGEST = "convlora_digest"
+"""Name of the header's text that holds a digest of the header itself."""
+_NO_DIGEST = "0" * 16
 _LONGEST = 300
 
 
@@ -78,12 +82,15 @@ class TensorFile:
             raise ValueError(f"it has {self._size} bytes, its header would have {length}")
         if length > LIMIT:
             raise ValueError(f"its header has {length} bytes; {LIMIT} are read at most")
-        header = strict_json(self._stream.read(length))
+        text = self._stream.read(length)
+        header = strict_json(text)
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
         texts = header.pop("__metadata__", {})
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
             raise ValueError("its metadata are no texts")
+        if DIGEST in texts and texts[DIGEST] != header_digest(text, texts[DIGEST]):
+            raise ValueError("its header is not what was saved")
         found = sorted((_checked(key, claim) for key, claim in header.items()), key=lambda each: each[2:])
         end = 0
         for key, _, begin, stop in found:
@@ -152,8 +159,28 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def ordered(data: bytes) -> list[bytes | memoryview]:
-    """A safetensors file with the header's texts in their order: safetensors writes them in another one each time.
+def header_digest(text: bytes, value: str) -> str:
+    """A 64-bit hash of a header, of its length too, with zeros where the digest itself stands.
+
+    It is of the bytes, not of what they mean: a flipped bit that changes no meaning is a flipped bit all the same.
+
+    Args:
+        text: the header's JSON.
+        value: what stands as its digest now.
+    """
+    found = hashlib.blake2b(len(text).to_bytes(8, "little"), digest_size=8)
+    found.update(text.replace(_field(value), _field(_NO_DIGEST), 1))
+    return found.hexdigest()
+
+
+def _field(value: str) -> bytes:
+    return f'"{DIGEST}":"{value}"'.encode()
+
+
+def sealed(data: bytes) -> list[bytes | memoryview]:
+    """A safetensors file with a digest of its header among the header's texts.
+
+    The texts are in their order: safetensors writes them in another one each time.
 
     Returns:
         What to write, one after the other.
@@ -163,7 +190,7 @@ def ordered(data: bytes) -> list[bytes | memoryview]:
     """
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header["__metadata__"] = dict(sorted({**header["__metadata__"], DIGEST: _NO_DIGEST}.items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
     if len(text) > LIMIT:
@@ -171,6 +198,7 @@ def ordered(data: bytes) -> list[bytes | memoryview]:
             f"the file's header would have {len(text)} bytes, and {LIMIT} are read at most: too many tensors for one "
             "adapter. Adapt fewer layers (target_modules). Nothing was changed."
         )
+    text = text.replace(_field(_NO_DIGEST), _field(header_digest(text, _NO_DIGEST)), 1)
     return [len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]]
 
 

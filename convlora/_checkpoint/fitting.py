@@ -14,7 +14,7 @@ from .._model.choice import geometry
 from .._model.norms import keeps_statistics
 from .._plan import LayerPlan, Plan
 from ..errors import CheckpointError
-from .digests import digest
+from .digests import differ, digest
 from .files import SHOWN, plain
 from .keys import base_keys, own_keys, tensors_as
 from .manifest import Form, Manifest, form_of
@@ -106,6 +106,7 @@ def _structure_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, 
 
 def _number_faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[str]:
     for key, text in manifest.base.items():
-        there, here = text.split(":"), digest(state[key]).split(":")
-        if there[0] == here[0] and there != here:
-            yield f"  {key}: the base's numbers differ"
+        here = digest(state[key])
+        if differ(text, here):
+            form, own = (each.rpartition(":")[0] for each in (text, here))
+            yield f"  {key}: the base's numbers differ" + (f" ({form!r} in the file, {own!r} here)" * (form != own))

@@ -12,12 +12,13 @@ from torch import Tensor
 from .._model.checks import check_plan
 from .._plan import Plan
 from ..errors import CheckpointError, TargetError
-from .files import TensorFile, plain, strict_json
+from .files import DIGEST, TensorFile, plain, strict_json
 from .peft_format import PREFIX
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-FORMAT = 1
+FORMAT = 2
+"""What is written. A file of format 1 has no digest of its header; it is read as well."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,16 @@ def read_manifest(file: TensorFile) -> Manifest:
             f"{file.path}: tensor '{plain(strange[0])}' belongs to no adapter (its name lacks {PREFIX!r})."
         )
     forms = {key.removeprefix(PREFIX): Form(e.shape, _kind(e.dtype)) for key, e in file.entries.items()}
-    return _parse(file.path, file.metadata["convlora"], forms)
+    return _parse(file.path, file.metadata, forms)
 
 
-def _parse(file: Path, text: str, forms: Mapping[str, Form]) -> Manifest:
+def _parse(file: Path, metadata: Mapping[str, str], forms: Mapping[str, Form]) -> Manifest:
     try:
-        data = strict_json(text)
+        data = strict_json(metadata["convlora"])
         version = data["format"]
-        if type(version) is int and version == FORMAT:
+        if type(version) is int and 0 < version <= FORMAT:
+            if version > 1 and DIGEST not in metadata:  # where there is one, it was compared
+                raise ValueError("its header has no digest")
             plan = Plan.from_json(data["plan"])
             check_plan(plan)
             base, adapter = (
@@ -87,7 +90,7 @@ def _parse(file: Path, text: str, forms: Mapping[str, Form]) -> Manifest:
         raise CheckpointError(f"{file}: its manifest is damaged: {plain(str(cause))}") from cause
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as cause:
         raise CheckpointError(f"{file}: its manifest cannot be read ({plain(repr(cause))}).") from cause
-    raise CheckpointError(f"{file} is of format {plain(str(version))}, this convlora reads {FORMAT}; update it.")
+    raise CheckpointError(f"{file} is of format {plain(str(version))}, this convlora reads up to {FORMAT}; update it.")
 
 
 def form_of(tensor: Tensor) -> Form:

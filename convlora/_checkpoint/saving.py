@@ -1,9 +1,10 @@
 """Writing an adapter: safetensors and JSON, never pickle.
 
 ``adapter_model.safetensors`` is whole in itself: factors, modules trained in full, buffers that moved, and in its
-header the manifest (the plan, and a digest of every tensor of the base and of the adapter). One file means one
-atomic rename: a save that is cut short leaves the old adapter readable. ``adapter_config.json`` beside it is for
-people and for Hugging Face peft, whose key and field names both files use, and ``README.md`` a model card.
+header the manifest (the plan, and a digest of every tensor of the base and of the adapter) and a digest of the header
+itself. One file means one atomic rename: a save that is cut short leaves the old adapter readable.
+``adapter_config.json`` beside it is for people and for Hugging Face peft, whose key and field names both files use, and
+``README.md`` a model card.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .atomic import put_back, replacing, tidy
 from .card import CARD, About, card, checked_about, is_replaceable
 from .contents import State, adapter_state, moved_buffers
 from .digests import digest
-from .files import finite_faults, ordered
+from .files import finite_faults, sealed
 from .keys import base_keys, own_keys, tensors_as
 from .manifest import CONFIG, FORMAT, TENSORS
 from .peft_format import PREFIX, peft_config
@@ -117,7 +118,7 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[
         files.enter_context(put_back([path / name for name in texts]))
         first = files.enter_context(replacing(path / TENSORS))
         # Not save_file, which makes a temporary file of its own, under a name that nobody could clear away later.
-        data = ordered(save({PREFIX + key: tensor for key, tensor in tensors.items()}, metadata=header))
+        data = sealed(save({PREFIX + key: tensor for key, tensor in tensors.items()}, metadata=header))
         with first.open("wb") as stream:
             stream.writelines(data)
         for name, text in texts.items():
