@@ -269,7 +269,7 @@ def test_parts_injected_one_inside_the_other_are_removed_inner_first(images, tra
     [
         (lambda net: setattr(net, "fc", nn.Linear(12, 7)), "fc"),
         (lambda net: setattr(net, "stem", nn.Conv2d(3, 16, 3, 2, 1, bias=False)), "stem"),
-        (lambda net: nn.SyncBatchNorm.convert_sync_batchnorm(net), "bn1"),
+        (lambda net: setattr(net, "bn1", nn.SyncBatchNorm(16)), "bn1"),
         (lambda net: delattr(net, "fc"), "fc"),
     ],
 )

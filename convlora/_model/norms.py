@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from .._layer.routed import batch_norm
 from .._layer.routing import Route, route_of
 from .._layer.swap import Swapped, restore, turn
 from .._plan import NormPolicy
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from ..errors import StateError
 
 
 def keeps_statistics(module: nn.Module) -> bool:
@@ -32,10 +30,54 @@ def keeps_statistics(module: nn.Module) -> bool:
     return keeps and not any(p.ndim > 1 for child in module.children() for p in child.parameters())
 
 
-class FrozenNorm(Swapped):
+class OwnedNorm(Swapped):
+    """A norm layer that belongs to an adapter, and so cannot be built anew as another library's norm."""
+
+    @property
+    def affine(self) -> bool:
+        """As the norm's own; refused to functions that would put another module in this one's place."""
+        if sys._getframe(1).f_code.co_name.startswith(("convert", "revert", "freeze", "unfreeze")):
+            raise StateError(
+                f"A {type(self).__name__} belongs to the adapter of an injected model, and another norm in its place "
+                f"would not. Frozen norms are constant already: nothing to synchronise, nothing to freeze. To have "
+                'others, convert before convlora.inject (norm="track" where statistics should move). Every norm of '
+                "the injected model is as it was."
+            )
+        try:
+            return cast(bool, vars(self)["affine"])
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no attribute 'affine'") from None
+
+    @affine.setter
+    def affine(self, value: bool) -> None:
+        vars(self)["affine"] = value
+
+
+class FrozenNorm(OwnedNorm):
     """A norm layer that stays in eval behaviour whatever ``model.train()`` says."""
 
     _convlora_prefix: ClassVar[str] = "Frozen"
+
+    @property
+    def training(self) -> bool:
+        """False, whatever is written to it: by ``train()``, by hand, by code that restores every module's mode."""
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        pass
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As any module's, but for resets that assign statistics (Lightning's weight averaging does)."""
+        if name.startswith(("running_", "num_batches")) and sys._getframe(1).f_code.co_name.startswith("reset"):
+            return
+        super().__setattr__(name, value)
+
+    def reset_running_stats(self) -> None:
+        """Nothing: a constant. ``update_bn`` and averages over weights call it, and would leave mean 0, variance 1."""
+
+    def reset_parameters(self) -> None:
+        """Nothing, likewise."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The norm's own forward; where it is torch's batch norm, one that saves no input for the backward."""
@@ -52,12 +94,6 @@ class FrozenNorm(Swapped):
                 mean, var, eps = state["running_mean"], state["running_var"], cast(Any, norm).eps
                 return rest(norm, _Constant.apply(args[0], mean, var, affine["weight"], affine["bias"], eps))
         return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def train(self, mode: bool = True) -> Self:
-        """Children (activation, dropout) follow ``mode``; the norm itself stays in eval."""
-        super().train(mode)  # type: ignore[misc]
-        cast(nn.Module, self).training = False
-        return self
 
 
 class _Constant(torch.autograd.Function):
@@ -124,12 +160,13 @@ def _is_constant(norm: nn.Module, x: Any) -> bool:
         and x.shape[1] == norm.num_features
         # else they are computed, by a parametrization say
         and {"weight", "bias"} <= affine.keys()
-        and {"running_mean", "running_var"} <= norm._buffers.keys()
+        and norm._buffers.get("running_mean") is not None  # else torch computes with the batch's own
+        and norm._buffers.get("running_var") is not None
         and not any(p is not None and p.requires_grad for p in affine.values())
     )
 
 
-class TrackedNorm(Swapped):
+class TrackedNorm(OwnedNorm):
     """A norm layer whose statistics move once a step, also where gradient checkpointing runs its forward twice."""
 
     _convlora_prefix: ClassVar[str] = "Tracked"
@@ -170,17 +207,18 @@ def set_policy(norm: nn.Module, policy: NormPolicy | None, holder: nn.Module | N
     """Freeze the norm, track it, or with None give it back its own class and mode; may be run again.
 
     A norm that was frozen gets the mode that it had; where the module that holds it has changed its mode meanwhile, it
-    follows. Its own ``training`` says nothing of that: code that saves and restores every module's mode has written it.
+    follows.
     """
     if policy is not None:
         turn(norm, POLICIES[policy])
     elif isinstance(norm, (FrozenNorm, TrackedNorm)):
         restore(cast(nn.Module, norm))
-    mode, mode_of_holder = vars(norm).get(MODES, (norm.training, None))
+    mode, mode_of_holder = vars(norm).get(MODES, (vars(norm)["training"], None))
     followed = holder is None or mode_of_holder in (None, holder.training)
-    norm.training = mode if followed or holder is None else holder.training
+    mode = mode if followed or holder is None else holder.training
     if policy == "freeze":
-        vars(norm)[MODES] = norm.training, None if holder is None else holder.training
-        norm.training = False
+        vars(norm)[MODES] = mode, None if holder is None else holder.training
+        vars(norm)["training"] = False  # for who looks past the property
     else:
+        norm.training = mode
         vars(norm).pop(MODES, None)  # last: an interrupt before it must not lose the mode
