@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import struct
+import tracemalloc
 from pathlib import Path
 
 import fuzz
@@ -23,7 +24,7 @@ from torch import nn
 
 import convlora
 from convlora import CheckpointError
-from convlora._checkpoint.files import LIMIT, plain, strict_json
+from convlora._checkpoint.files import LIMIT, VALUES, plain, strict_json
 from examples.histopathology.challenge import ChallengeRows
 from examples.histopathology.errors import ExampleError
 from examples.histopathology.pcam import PcamRows
@@ -108,6 +109,59 @@ def test_a_header_that_claims_what_is_not_so(net, tmp_path, header, body, length
 def test_a_header_beyond_the_limit_is_not_parsed(net, tmp_path):
     raw(tmp_path / TENSORS, b"{" + b" " * LIMIT + b"}")
     refused(net, tmp_path, rf"its header has {LIMIT + 2} bytes; {LIMIT} are read at most")
+
+
+def full_of(unit, count):
+    """A JSON array of so many of these, and filled up to the limit by a text of which each letter takes four bytes."""
+    text = "[" + unit * count + '"'
+    return (text + "\U0001f600" + "x" * (LIMIT - len(text) - 6) + '"]').encode()
+
+
+def table_of(value, values, before="", after=""):
+    """A JSON object of as many keys as are read, each with this value."""
+    return (before + "{" + ",".join(f'"{n:x}":{value}' for n in range((VALUES - 99) // values)) + "}" + after).encode()
+
+
+EMPTY = '{"dtype":"I8","shape":[0],"data_offsets":[0,0]}'
+DENSE = {
+    "objects": full_of("{},", VALUES // 2 - 8),
+    "filled objects": full_of('{"a":1},', VALUES // 2 - 8),
+    "lists": full_of("[[]],", VALUES // 3 - 8),
+    "texts": full_of('"ab",', VALUES - 8),
+    "too many": full_of("{},", VALUES),
+    "keys": table_of("0", 1),
+    "metadata": table_of('""', 1, '{"__metadata__":', "}"),
+    "tensors": table_of(EMPTY, 7),
+    "own tensors": table_of(EMPTY, 7).replace(b"{", b'{"__metadata__":{"convlora":"{}"},', 1),
+    "fields": table_of("3", 1).replace(b"{", b'{"peft_type":"LORA",', 1),
+}
+
+
+@pytest.mark.parametrize("kind", [*DENSE, "fields of a configuration"])
+def test_a_text_full_of_small_values_takes_no_more_memory_than_is_said(peft_like, kind):
+    """Python takes up to 35 times the text's own length for them; ``docs/threat-model.md`` says 128 MiB at most."""
+    base, directory = peft_like()
+    if kind in DENSE:
+        raw(directory / TENSORS, DENSE[kind])
+    else:
+        (directory / CONFIG).write_bytes(DENSE["fields"])
+    tracemalloc.start()
+    try:
+        refused(base, directory, "")
+        assert tracemalloc.get_traced_memory()[1] < 128 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_that_would_not_be_read_is_not_written(monkeypatch, saved):
+    base, directory = saved
+    model, before = convlora.load_adapter(base, directory), (directory / TENSORS).read_bytes()
+    for name in ("LIMIT", "VALUES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"convlora._checkpoint.files.{name}", 100)
+            with pytest.raises(CheckpointError, match=r"too many tensors for one adapter\. Adapt fewer layers"):
+                convlora.save_adapter(model, directory)
+        assert (directory / TENSORS).read_bytes() == before
 
 
 def peak():

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
-LIMIT = 32 * 2**20
-"""Bytes of JSON that are read at most; a thousand convolutions with their norms take 1 to 2 MiB."""
+LIMIT = 8 * 2**20
+"""Bytes of JSON that are read at most; a convolution with its norm takes 1 to 2 KiB."""
+VALUES = 2**18
+"""Objects, lists and commas in it; a convolution with its norm has 60. Python takes up to 200 bytes for each."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -193,10 +195,10 @@ def sealed(data: bytes) -> list[bytes | memoryview]:
     header["__metadata__"] = dict(sorted({**header["__metadata__"], DIGEST: _NO_DIGEST}.items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
-    if len(text) > LIMIT:
+    if len(text) > LIMIT or _values(text) > VALUES:
         raise CheckpointError(
-            f"the file's header would have {len(text)} bytes, and {LIMIT} are read at most: too many tensors for one "
-            "adapter. Adapt fewer layers (target_modules). Nothing was changed."
+            f"the file's header would have {len(text)} bytes and {_values(text)} values, and {LIMIT} and {VALUES} are "
+            "read at most: too many tensors for one adapter. Adapt fewer layers (target_modules). Nothing was changed."
         )
     text = text.replace(_field(_NO_DIGEST), _field(header_digest(text, _NO_DIGEST)), 1)
     return [len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]]
@@ -223,9 +225,18 @@ def read_json(file: Path) -> Any:
 def strict_json(text: str | bytes) -> Any:
     """JSON in which each key of an object stands once, and each number is one; raises ValueError or RecursionError.
 
-    Readers disagree on what else there is: which of two values of a key counts, what NaN is.
+    Readers disagree on what else there is: which of two values of a key counts, what NaN is. Its values are counted
+    before it is parsed, since ``{},`` takes twenty times the memory of its text.
     """
+    if _values(text) > VALUES:
+        raise ValueError(f"it has {_values(text)} values; {VALUES} are read at most")
     return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _values(text: str | bytes) -> int:
+    """At least as many as there are objects, lists and what stands in them; of a JSON text that is not parsed."""
+    marks: Any = "{[," if isinstance(text, str) else (b"{", b"[", b",")
+    return sum(map(text.count, marks))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
