@@ -192,7 +192,6 @@ def _() -> None:
     refused(net, lambda: convert_sync_batchnorm(net), "convert before convlora.inject")
 
 
-
 # --- 2. flags, heads and modules ----------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """The plan: caps, counts and the printed table."""
 
+import fnmatch
 import math
+import re
 import warnings
 
 import pytest
@@ -113,3 +115,26 @@ def test_quantized_layers_are_listed_with_the_reason():
     plan = convlora.plan(model, 2, modules_to_save=None)
     assert [(layer.name, layer.note) for layer in plan.skipped] == [("1", "its weight is packed (quantized)")]
     assert "packed" in str(plan) and plan.skipped[0].base_parameters == 0
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"block.0": 1, "block.*": 2, "*": 3},
+        {"*": 3, "block.0": 1},
+        {re.compile(r"block\.\d"): 2, "block.3": 1, "stem": 3},
+        {"block.3": 2, lambda name, _: name == "block.3": 1, nn.Conv2d: 3},
+        {"bloc[k].0": 2, "block.0": 1},
+    ],
+    ids=str,
+)
+def test_the_first_pattern_that_names_a_layer_holds_whether_name_glob_or_expression(net, patterns):
+    def names(pattern, name):  # one by one, as the docs say
+        if isinstance(pattern, str):
+            return fnmatch.fnmatchcase(name, pattern)
+        return pattern.fullmatch(name) if isinstance(pattern, re.Pattern) else pattern is nn.Conv2d or pattern(name, 0)
+
+    plan = convlora.plan(net, 1, alpha_pattern=patterns, alpha=9)
+    assert {"stem", "block.3"} <= {layer.name for layer in plan.layers}
+    for layer in plan.layers:
+        assert layer.alpha == next((value for pattern, value in patterns.items() if names(pattern, layer.name)), 9)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from .._layer.adapted import lora_of
+from .._layer.adapted import held, lora_of
 from .._layer.places import BASE, Place
 from .._model.adapters import check_new
 from .._model.checks import checked_rank
 from .._model.inject import applied
 from .._model.planner import make_plan
-from .._model.state import Adapter, Injection, check_enabled, check_intact, check_unrouted, the_adapter, the_injection
+from .._model.state import Adapter, check_enabled, check_intact, check_unrouted, the_adapter, the_injection
 from .._model.targets import exactly
 from .._plan import LayerPlan, Plan
 from ..errors import StateError, TargetError
@@ -88,8 +88,11 @@ def combine_adapters(
         layers = [replace(p, rank=len(A), alpha=float(len(A)), note="") for p, (A, _) in _with(plan, combined)]
         top = max((layer.rank for layer in layers), default=1)
         plan = replace(plan, layers=tuple(layers), rank=top, alpha=float(top))
+        means = {place.module: place for place in injection.places if place.name == "running_mean"}
         others = {
-            id(place): mixed for place in injection.places if (mixed := _mixed(place, injection, shares)) is not None
+            id(place): mixed
+            for place in injection.places
+            if (mixed := _mixed(place, means.get(place.module), shares)) is not None
         }
         with applied(plan, root):
             for layer, (A, B) in _with(plan, combined):
@@ -175,15 +178,18 @@ def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str
 
 
 def _parts(layer: nn.Module, adapters: Mapping[str, Adapter], shares: Mapping[str, float]) -> Parts:
-    return {
-        name: (each.loras[each.layers.index(layer)], shares[name])
-        for name, each in adapters.items()
-        if layer in each.layers
-    }
+    there = held(layer)._modules
+    return {name: (lora_of(layer, name), shares[name]) for name in adapters if name in there}
 
 
-def _mixed(place: Place, injection: Injection, weights: Mapping[str, float]) -> Tensor | None:
-    """What the combination has in this place; None where one of the adapters, or the base, has nothing there."""
+def _mixed(place: Place, mean: Place | None, weights: Mapping[str, float]) -> Tensor | None:
+    """What the combination has in this place; None where one of the adapters, or the base, has nothing there.
+
+    Args:
+        place: in a module.
+        mean: the place of the same module's running mean, if it has one.
+        weights: by the adapters' names.
+    """
     base = place.of(BASE)
     tensors = [place.of(name) for name in weights]
     theirs = [t.to(base.device) for t in tensors if t is not None and base is not None]
@@ -193,7 +199,7 @@ def _mixed(place: Place, injection: Injection, weights: Mapping[str, float]) -> 
     if place.is_parameter:
         return base.double() + _sum(by_weight, [t.double() - base.double() for t in theirs])
     leading, shares = theirs[int(by_weight.abs().argmax())], by_weight.abs() / by_weight.abs().sum()
-    means = _means_beside(place, injection, weights) if place.name == "running_var" else []
+    means = _tensors_in(mean, weights) if mean is not None and place.name == "running_var" else []
     spread = [(mean - _sum(shares, means)).square() for mean in means]
     same = all(torch.equal(t, leading) for t in theirs) and not any(each.any() for each in spread)
     if same or not base.is_floating_point():
@@ -205,8 +211,7 @@ def _sum(weights: Tensor, tensors: list[Tensor]) -> Tensor:
     return torch.stack([weight * tensor for weight, tensor in zip(weights, tensors, strict=True)]).sum(0)
 
 
-def _means_beside(place: Place, injection: Injection, names: Iterable[str]) -> list[Tensor]:
-    """The running means that go with running variances; none where one has none."""
-    beside = [each for each in injection.places if each.module is place.module and each.name == "running_mean"]
-    means = [mean.double() for each in beside for name in names if (mean := each.of(name)) is not None]
-    return means if len(means) == len(list(names)) else []
+def _tensors_in(mean: Place, names: Collection[str]) -> list[Tensor]:
+    """The adapters' running means; none where one has none."""
+    means = [tensor.double() for name in names if (tensor := mean.of(name)) is not None]
+    return means if len(means) == len(names) else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import re
 from collections.abc import Mapping
@@ -11,16 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .._layer.functional import hashed
+
 
 def digest(tensor: Tensor) -> str:
     """Dtype and a 64-bit hash of a tensor's numbers, wherever it lies."""
     if is_traceable_wrapper_subclass(tensor):  # a quantized weight is several tensors
         inner = "|".join(digest(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
         return f"{type(tensor).__name__}:{hashlib.blake2b(inner.encode(), digest_size=8).hexdigest()}"
-    host = tensor.detach().cpu().contiguous()
-    size = host.numel() * host.element_size()
-    data = (ctypes.c_char * size).from_address(host.data_ptr()) if size else b""
-    return f"{str(tensor.dtype).removeprefix('torch.')}:{hashlib.blake2b(data, digest_size=8).hexdigest()}"
+    return f"{str(tensor.dtype).removeprefix('torch.')}:{hashed(tensor)}"
 
 
 def differ(there: str, here: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -68,8 +68,9 @@ def peft_config(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     plan = adapter.plan
     layers = [_stored(p, plan) for p in plan.layers]
     top = _stored(LayerPlan("", "", (), plan.rank, plan.alpha, anchored=any(p.anchored for p in plan.layers)), plan)
-    ranks = {_pattern_key(p.name, plan): p.rank for p in layers if p.rank != top.rank}
-    alphas = {_pattern_key(p.name, plan): p.alpha for p in layers if p.alpha != top.alpha}
+    # Anchored: peft matches the ends of names, and would also hit other layers.
+    ranks = {f"^{re.escape(p.name)}$": p.rank for p in layers if p.rank != top.rank}
+    alphas = {f"^{re.escape(p.name)}$": p.alpha for p in layers if p.alpha != top.alpha}
     names = "|".join(re.escape(p.name) for p in plan.layers)
     tracked = plan.norms if plan.norm == "track" else ()
     return {
@@ -98,12 +99,6 @@ def _stored(layer: LayerPlan, plan: Plan) -> LayerPlan:
     return replace(layer, rank=layer.stored_rank, alpha=alpha, anchored=False)
 
 
-def _pattern_key(name: str, plan: Plan) -> str:
-    """The name itself, or anchored where peft, which matches the ends of names, would also hit other layers."""
-    others = (p.name for p in plan.layers if p.name != name)
-    return f"^{re.escape(name)}$" if any(re.match(rf"(.*\.)?({name})$", other) for other in others) else name
-
-
 def peft_type(model: nn.Module, adapter: Adapter) -> str:
     """What peft is told that the file is: one that stock peft reads, or a type that it refuses.
 
@@ -122,6 +117,7 @@ def faults_for_any_peft(model: nn.Module, adapter: Adapter) -> Iterator[str]:
     plan = adapter.plan
     names = {n.module: n.names for n in modules_of(model)}
     trained = [*plan.modules_to_save, *(plan.norms if plan.norm == "track" else ())]
+    wanted = set(trained)
     if not adapter.layers:
         yield "no layer is adapted, and peft needs one"
     for name in plan.biases:
@@ -130,16 +126,28 @@ def faults_for_any_peft(model: nn.Module, adapter: Adapter) -> Iterator[str]:
         others = set(names[adapter.modules[name]]) - {name}
         if others:
             yield f"{name}: the same module as {', '.join(sorted(others))}; peft replaces one of the two alone"
-    for end in trained:
-        hit = [n for all_names in names.values() for n in all_names if n.endswith(end) and n not in trained]
-        if hit:
-            yield f"{end}: peft, which matches the ends of names, would train {hit[0]}, too"
+    others_hit: dict[str, str] = {}
+    for name, end in with_end((name for each in names.values() for name in each), trained):
+        if name not in wanted:
+            others_hit.setdefault(end, name)
+    for end, name in others_hit.items():
+        yield f"{end}: peft, which matches the ends of names, would train {name}, too"
     for layer_plan, layer in zip(plan.layers, adapter.layers, strict=True):
         kind = original_class(layer)
         if not (is_faithful(kind) or issubclass(kind, _ConvNd)):
             yield f"{layer_plan.name}: a {layer_plan.kind}, which peft does not know"
         elif not has_parameter(layer):
             yield f"{layer_plan.name}: its weight is computed from others"
+
+
+def with_end(names: Iterable[str], ends: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The names that end with one of these, each with it: so peft finds what is in ``modules_to_save``."""
+    wanted = set(ends)
+    lengths = sorted({len(end) for end in wanted})
+    for name in names:
+        for length in lengths:
+            if length <= len(name) and (end := name[len(name) - length :]) in wanted:
+                yield name, end
 
 
 def faults_for_stock_peft(adapter: Adapter) -> Iterator[str]:

@@ -10,7 +10,7 @@ import math
 import re
 import reprlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from .._model.checks import LARGEST_ALPHA
 from .._model.targets import Named
 from ..errors import CheckpointError
 from .files import read_json
-from .peft_format import PREFIX, REGISTERED, STOCK, dotted, is_torchs_own
+from .peft_format import PREFIX, REGISTERED, STOCK, dotted, is_torchs_own, with_end
 from .rebuilt import Factors, Found, by_any_name, layer_fault, refuse
 
 READ = {
@@ -72,7 +72,7 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     """
     refuse(origin, _config_faults(config))
     named = by_any_name(root)
-    wanted = config.get("modules_to_save") or []
+    in_full = {name for name, _ in with_end(named, config.get("modules_to_save") or ())}
     sides: dict[str, dict[str, Tensor]] = {}
     own: dict[str, Tensor] = {}
     saved: dict[str, None] = {}
@@ -83,7 +83,7 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         factor = _FACTOR.fullmatch(key)
         if factor:
             sides.setdefault(factor[1], {})[factor[2] or "magnitudes"] = tensor
-        elif name := _saved_module(key, named, wanted):
+        elif name := _outermost(key, in_full):
             if key.removeprefix(name + ".").split(".")[0] not in _WRAPPERS:  # bias="all" lists these twice
                 saved[name] = None
                 own[key] = tensor
@@ -209,14 +209,9 @@ def _alpha(name: str, patterns: Mapping[re.Pattern[str], float], default: float)
     return next((alpha for pattern, alpha in patterns.items() if pattern.match(name)), default)
 
 
-def _saved_module(key: str, named: Mapping[str, Named], wanted: list[str]) -> str:
-    """The outermost module of ``modules_to_save`` that a key lies in; peft matches the ends of names."""
-    parts = key.split(".")
-    for length in range(1, len(parts)):
-        name = ".".join(parts[:length])
-        if name in named and any(name.endswith(end) for end in wanted):
-            return name
-    return ""
+def _outermost(key: str, modules: Collection[str]) -> str:
+    """The outermost of these modules that a key lies in; empty where it lies in none."""
+    return next((key[: dot.start()] for dot in re.finditer(r"\.", key) if key[: dot.start()] in modules), "")
 
 
 def _with_bias(key: str, named: Mapping[str, Named], config: Mapping[str, Any]) -> str:

@@ -7,6 +7,8 @@ rank-stabilised scaling: Kalajdzievski, 2023 (arXiv:2312.03732). A convolution's
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -52,6 +54,13 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         raise ValueError(f"lora_A has rank {rank}, lora_B has rank {lora_B.shape[1]}; both must be equal.")
     with no_autocast(lora_A.device.type):
         return (scaling * (lora_B @ lora_A.flatten(1))).view(lora_B.shape[0], *lora_A.shape[1:])
+
+
+def hashed(tensor: Tensor) -> str:
+    """A 64-bit hash of a tensor's numbers, 16 hex digits, wherever they lie."""
+    host = tensor.detach().cpu().contiguous()
+    data = (ctypes.c_char * host.nbytes).from_address(host.data_ptr()) if host.nbytes else b""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:

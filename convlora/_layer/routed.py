@@ -98,8 +98,9 @@ class Mixture:
             none if lora is None or pair is None else (pair[0], lora.scaling * pair[1])
             for lora, pair in zip(self.loras, there, strict=True)
         ]
-        stacked_A = torch.stack([_filled(a, self.rank) for a, _ in pairs]).to(like.dtype)
-        stacked_B = torch.stack([_filled(b.T, self.rank).T for _, b in pairs]).to(like.dtype)
+        rank = max(len(a) for a, _ in pairs)
+        stacked_A = torch.stack([_filled(a, rank) for a, _ in pairs]).to(like.dtype)
+        stacked_B = torch.stack([_filled(b.T, rank).T for _, b in pairs]).to(like.dtype)
         return self.each(stacked_A), self.each(stacked_B)
 
     def weights(self, base: Tensor) -> Tensor:

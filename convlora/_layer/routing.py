@@ -1,13 +1,13 @@
 """Which adapter each sample of a batch goes to, in this thread or task alone; how a batch is split and put together.
 
-A :class:`Route` is kept in a context variable, module by module. Nothing on the modules says what a block has asked
-for, so that forwards in other threads and tasks go their own way.
+A :class:`Route` is kept in a context variable, beside the modules that it is for. Nothing on the modules says what a
+block has asked for, so that forwards in other threads and tasks go their own way.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,15 +16,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import StateError
 from .compiler import uncompiled
+from .functional import hashed
 from .places import Place
 
 _open: dict[object, None] = {}
 """Blocks that are open anywhere: a glance whether there are any is all that a forward outside of them pays."""
-_routes: ContextVar[Mapping[nn.Module, Route]] = ContextVar("convlora_routes")
-NO_ROUTES: Mapping[nn.Module, Route] = {}
+_routes: ContextVar[Routes] = ContextVar("convlora_routes")
 
 
 def route_of(module: nn.Module) -> Route | None:
@@ -34,7 +35,7 @@ def route_of(module: nn.Module) -> Route | None:
 
 @uncompiled
 def _find(module: nn.Module) -> Route | None:
-    return _routes.get(NO_ROUTES).get(module)
+    return next((route for modules, route in reversed(_routes.get(())) if module in modules), None)
 
 
 @dataclass(eq=False)
@@ -101,13 +102,10 @@ class Route:
     def told(self, place: Place, owner: str) -> Hashable:
         """What tells the owner's tensor in one place from others'."""
         mine = place.of(owner)
-        if place.is_parameter or mine is None:
+        if place.is_parameter or mine is None or is_traceable_wrapper_subclass(mine):
             return id(mine)
-        for other in dict.fromkeys(self.owners):
-            theirs = place.of(other)
-            if theirs is mine or (theirs is not None and theirs.device == mine.device and torch.equal(theirs, mine)):
-                return id(theirs)
-        return id(mine)
+        # Not compared with each other owner's, which would take their number squared.
+        return mine.dtype, mine.shape, hashed(mine)
 
     def check(self, module: nn.Module, batch: int | None = None) -> None:
         """Raise StateError in train mode, and where a batch is not of as many samples as there are names."""
@@ -165,12 +163,12 @@ class Route:
     def narrowed(self, rows: tuple[int, ...]) -> Iterator[None]:
         """What is called inside sees these samples alone."""
         part = Route(self.block, tuple(self.owners[row] for row in rows))
-        with entered({**_routes.get(NO_ROUTES), **dict.fromkeys(self.block.places, part)}):
+        with _entered(self.block.places, part):
             yield
 
     def run_with(self, module: nn.Module, owner: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``run(module, …)`` with the owner's tensors, on a passing copy of the module that shares all else."""
-        places, routes = self.block.places[module], _routes.get(NO_ROUTES)
+        places = self.block.places[module]
         if not places:
             return run(module, *args, **kwargs)
         twin = object.__new__(type(module))
@@ -179,7 +177,7 @@ class Route:
         for name, place in places.items():
             home: dict[str, Any] = twin._parameters if place.is_parameter else twin._buffers
             home[name] = self.tensor(module, name, owner)
-        with entered({**routes, twin: routes[module]}):
+        with _entered({twin}, cast(Route, _find(module))):
             return run(twin, *args, **kwargs)
 
     def the_owner(self, module: nn.Module, what: str, key: Callable[[str], Hashable]) -> str:
@@ -204,10 +202,14 @@ def _put_back(parts: tuple[Tensor, ...], kinds: list[Kind], count: int) -> Tenso
     return together
 
 
+Routes = tuple[tuple[Container[nn.Module], Route], ...]
+"""Routes, each with the modules that it is for; of those for one module the last one holds."""
+
+
 @contextmanager
-def entered(routes: Mapping[nn.Module, Route]) -> Iterator[None]:
-    """These routes, in this context, inside the block."""
-    token = _routes.set(routes)
+def _entered(modules: Container[nn.Module], route: Route) -> Iterator[None]:
+    """This route for these modules, in this context, inside the block; for others all stays as it is."""
+    token = _routes.set((*_routes.get(()), (modules, route)))
     try:
         yield
     finally:
@@ -215,13 +217,16 @@ def entered(routes: Mapping[nn.Module, Route]) -> Iterator[None]:
 
 
 @contextmanager
-def opened(routes: Mapping[nn.Module, Route]) -> Iterator[None]:
-    """As :func:`entered`, beside the routes of blocks further out; the block counts as open meanwhile."""
+def opened(routes: Iterable[Route]) -> Iterator[None]:
+    """These routes for their blocks' modules, beside those of blocks further out; they count as open meanwhile."""
     block = object()
     try:
         _open[block] = None
-        with entered({**_routes.get(NO_ROUTES), **routes}):
+        token = _routes.set((*_routes.get(()), *((route.block.places, route) for route in routes)))
+        try:
             yield
+        finally:
+            _routes.reset(token)
         _open.pop(block, None)
     except BaseException:  # an interrupt on the line above as well
         _open.pop(block, None)

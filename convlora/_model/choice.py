@@ -17,7 +17,7 @@ from .._layer.swap import check_swappable, original_class
 from .._plan import ANCHORED, Init, LayerPlan, NormPolicy
 from .budget import Budget
 from .checks import check_adaptable, check_alpha, check_any_conv, check_variant, checked_rank
-from .targets import Named, Targets, first_match, is_adaptable, is_conv2d, is_convolution, is_packed, select
+from .targets import ByPattern, Named, Targets, is_adaptable, is_conv2d, is_convolution, is_packed, select
 
 Pattern = str | re.Pattern[str]
 
@@ -62,25 +62,26 @@ class Choice:
             self.targets = {n.module for n in adaptable if is_conv2d(n.module)}
         else:
             self.targets = matched(targets, "target_modules")
-        self.ranks, self.alphas = dict(options.get("rank_pattern") or {}), dict(options.get("alpha_pattern") or {})
+        self.ranks = ByPattern(options.get("rank_pattern") or {})
+        self.alphas = ByPattern(options.get("alpha_pattern") or {})
         self.alpha, self.use_rslora = options.get("alpha"), options.get("use_rslora", False)
         self.init, self.use_dora = options.get("init", "kaiming"), options.get("use_dora", False)
         self.dropout = options.get("dropout", 0.0)
         self.inside_saved = inside_saved
         self.excluded = matched(options.get("exclude_modules"), "exclude_modules")
-        matched(tuple(self.ranks), "rank_pattern")
-        matched(tuple(self.alphas), "alpha_pattern")
+        matched(self.ranks.patterns, "rank_pattern")
+        matched(self.alphas.patterns, "alpha_pattern")
         # Every convolution is listed, so that none is missed in silence; linear layers where they were asked for.
         self.listed = [n for n in named if n.module in self.targets or _is_to_be_listed(n.module)]
 
     def layer(self, n: Named, rank: int) -> LayerPlan:
         """What one layer gets."""
-        rank = checked_rank(first_match(self.ranks, n, rank), f"rank_pattern for {n.name}")
+        rank = checked_rank(self.ranks.of(n, rank), f"rank_pattern for {n.name}")
         return self.at(n, rank)
 
     def at(self, n: Named, rank: int) -> LayerPlan:
         """What one layer gets where this rank is asked for."""
-        alpha = first_match(self.alphas, n, default_alpha(rank) if self.alpha is None else self.alpha)
+        alpha = self.alphas.of(n, default_alpha(rank) if self.alpha is None else self.alpha)
         check_alpha(alpha, f"alpha_pattern for {n.name}")
         shape = weight_shape(n.module)
         note = self._reason_to_leave(n)

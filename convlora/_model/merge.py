@@ -74,8 +74,9 @@ def unmerge(model: M) -> M:
         parts = _parts(model, merged=True)
         for root, injection in parts:
             check_intact(root, injection)
+            layers = set(injection.layers)
             for name, module in ((n, m) for each in injection.adapters.values() for n, m in each.modules.items()):
-                if module in injection.layers and module._parameters.get("weight") is None:
+                if module in layers and module._parameters.get("weight") is None:
                     raise StateError(
                         f"{name}: its merged weight is no plain parameter any more (pruned or parametrized since?). "
                         "Undo that, or call convlora.remove(model) to keep the merged model. Nothing was changed."

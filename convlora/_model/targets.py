@@ -11,7 +11,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeGuard, TypeVar
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -115,15 +115,37 @@ def select(candidates: list[Named], targets: Targets, argument: str, model: nn.M
         TargetError: all targets that match nothing, in one error, each with the nearest names there are.
     """
     wanted = as_targets(targets)
-    missed = [target for target in wanted if not any(matches(target, c) for c in candidates)]
+    names = {name for c in candidates for name in c.names}
+    plain = {target for target in wanted if _is_name(target)}
+    others = [target for target in wanted if not _is_name(target)]
+    missed = [t for t in wanted if not (t in names if _is_name(t) else any(matches(t, c) for c in candidates))]
     if missed:
         raise TargetError(_missed(missed, candidates, argument, model))
-    return [c for c in candidates if any(matches(target, c) for target in wanted)]
+    return [c for c in candidates if not plain.isdisjoint(c.names) or any(matches(target, c) for target in others)]
 
 
-def first_match(patterns: Mapping[str | re.Pattern[str], T], candidate: Named, default: T) -> T:
-    """The value of the first pattern that names the module."""
-    return next((value for pattern, value in patterns.items() if matches(pattern, candidate)), default)
+def _is_name(target: Target) -> TypeGuard[str]:
+    """Whether it can be looked up: a glob without a wildcard."""
+    return isinstance(target, str) and not _WILD.search(target)
+
+
+_WILD = re.compile(r"[*?[]")
+
+
+class ByPattern(Generic[T]):
+    """Values by pattern: a module has that of the first pattern that names it."""
+
+    def __init__(self, values: Mapping[str | re.Pattern[str], T]) -> None:
+        numbered = [(at, pattern, value) for at, (pattern, value) in enumerate(values.items())]
+        self.patterns = tuple(values)
+        self._named = {pattern: (at, value) for at, pattern, value in numbered if _is_name(pattern)}
+        self._others = [each for each in numbered if not _is_name(each[1])]
+
+    def of(self, candidate: Named, default: T) -> T:
+        """The module's value; ``default`` where no pattern names it."""
+        found = [self._named[name] for name in candidate.names if name in self._named]
+        found += next(([(at, value)] for at, pattern, value in self._others if matches(pattern, candidate)), [])
+        return min(found, key=lambda each: each[0])[1] if found else default
 
 
 def _missed(missed: list[Target], candidates: list[Named], argument: str, model: nn.Module) -> str:
@@ -181,4 +203,5 @@ def _output_layers(heads: Iterable[object], named: list[Named]) -> list[Named]:
 
 def exactly(names: Iterable[str]) -> Targets:
     """A target that names these modules and no other."""
-    return tuple(re.compile(re.escape(name)) for name in names) or None
+    wanted = set(names)
+    return (lambda name, _: name in wanted) if wanted else None

@@ -92,7 +92,7 @@ def _parts(model: nn.Module, owners: tuple[str, ...]) -> Parts:
 
 
 @contextmanager
-def _looking(model: nn.Module, owners: tuple[str, ...]) -> Iterator[dict[nn.Module, Route]]:
+def _looking(model: nn.Module, owners: tuple[str, ...]) -> Iterator[list[Route]]:
     """Modules that would not look for a route by themselves do so meanwhile; in other threads to no effect."""
     parts: Parts = []
     modules: list[nn.Module] = []
@@ -121,7 +121,7 @@ def _looking(model: nn.Module, owners: tuple[str, ...]) -> Iterator[dict[nn.Modu
             for module in modules:
                 if not isinstance(module, Routed):
                     swap(module, Routed)
-        yield {module: Route(each, owners) for each in blocks for module in each.places}
+        yield [Route(each, owners) for each in blocks]
         leave()
     except BaseException:  # an interrupt on the line above as well
         to_the_end(leave)
