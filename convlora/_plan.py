@@ -16,6 +16,7 @@ from ._layer.paths import Path
 
 NormPolicy = Literal["freeze", "track"]
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"]
+NORM_POLICIES: tuple[NormPolicy, ...] = ("freeze", "track")
 INITS: tuple[Init, ...] = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
 ANCHORED: tuple[Init, ...] = ("pissa", "olora")
 """Those that begin with factors whose product is not zero: it is kept, and taken away again."""

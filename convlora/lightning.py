@@ -14,7 +14,8 @@ from ._checkpoint.digests import digest
 from ._checkpoint.files import SHOWN
 from ._checkpoint.keys import base_keys
 from ._checkpoint.peft_format import dotted
-from ._model.inject import inject
+from ._model.inject import carry_out
+from ._model.options import Request
 from ._model.state import injections
 from .errors import CheckpointError, TargetError
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from typing_extensions import Unpack
 
-    from ._model.choice import Options
+    from ._model.options import Options
 
 KEY = "convlora_base"
 """Where a checkpoint keeps the digests of what was left out of it."""
@@ -59,13 +60,13 @@ class AdapterCallback(Callback):  # type: ignore[misc]
 
     def __init__(self, rank: int | None = None, *, attribute: str = "model", **options: Unpack[Options]) -> None:
         super().__init__()
-        self.rank, self.attribute, self.options = rank, attribute, options
+        self.request, self.attribute = Request.named("AdapterCallback", rank=rank, **options), attribute
         self._watch: RemovableHandle | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject; Lightning calls this before it loads a checkpoint and before it makes the optimizer."""
         if next(injections(pl_module), None) is None:
-            inject(self._network(pl_module), self.rank, **self.options)
+            carry_out(self.request, self._network(pl_module))
         pl_module.strict_loading = False  # _before_load is as strict: it lets the base alone be left out
         self._unwatch()
         self._watch = pl_module.register_load_state_dict_pre_hook(_before_load)

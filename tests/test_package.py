@@ -38,6 +38,7 @@ STOREYS: dict[str, list[str]] = {
     "_plan": [],
     "_model": [
         "targets",
+        "options",
         "checks",
         "norms",
         "state",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checkpoint.files import is_finite
 from .._layer.lowrank import Spectrum, tolerance_of
-from .._model.checks import checked_rank
+from .._model.options import checked_rank
 from .._model.state import Adapter
 from ..errors import StateError, TargetError
 

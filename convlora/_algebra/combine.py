@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .._layer.adapted import held, lora_of
 from .._layer.places import BASE, Place
 from .._model.adapters import check_new
-from .._model.checks import checked_rank
 from .._model.inject import applied
+from .._model.options import Request, check_among, checked_rank
 from .._model.planner import make_plan
 from .._model.state import Adapter, check_enabled, check_intact, check_unrouted, the_adapter, the_injection
 from .._model.targets import exactly
@@ -110,8 +110,7 @@ def _with(plan: Plan, combined: Combined) -> Iterator[tuple[LayerPlan, tuple[Ten
 
 def _checked(method: str, rank: int | None, density: float | None) -> float:
     """The density; everything that does not belong together is refused."""
-    if method not in METHODS:
-        raise TargetError(f"method={method!r}; it must be one of {', '.join(map(repr, METHODS))}.")
+    check_among(tuple(METHODS), method, "method")
     if rank is not None:
         checked_rank(rank, "rank")
         if method == "exact":
@@ -161,13 +160,15 @@ def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str
     dropouts = {each.plan.dropout for each in adapters.values()}
     plan = make_plan(
         root,
-        1,
-        adapter_name,
-        target_modules=exactly(dict.fromkeys(p.name for each in adapters.values() for p in each.plan.layers)) or (),
-        modules_to_save=exactly(saved),
-        norm="track" if tracked else "freeze",
-        path=first.path,
-        dropout=first.dropout if len(dropouts) == 1 else 0.0,
+        Request(
+            rank=1,
+            target_modules=exactly(dict.fromkeys(p.name for each in adapters.values() for p in each.plan.layers)) or (),
+            modules_to_save=exactly(saved),
+            norm="track" if tracked else "freeze",
+            path=first.path,
+            dropout=first.dropout if len(dropouts) == 1 else 0.0,
+            adapter_name=adapter_name,
+        ),
     )
     in_full = {module for each in saved.values() for module in each.modules()}
     trained = dict.fromkeys(name for each in adapters.values() for name in each.plan.biases)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from .._layer.places import BASE
 from .._model.adapters import check_new
 from .._model.checks import check_model
 from .._model.inject import applied
-from .._model.planner import MORE_THAN_ANY, make_plan
+from .._model.options import MORE_THAN_ANY, Request
+from .._model.planner import make_plan
 from .._model.state import check_intact, check_plain, check_whole, injections, the_injection
 from .._model.targets import Targets, exactly
 from .._plan import LayerPlan, Plan
@@ -77,9 +78,15 @@ def extract(
         raise TargetError("base and tuned hold the same numbers: there is nothing to extract. Nothing was changed.")
 
     def planned(saved: Targets) -> Plan:
-        wanted = goal.rank or MORE_THAN_ANY
-        options: dict[str, Any] = {"target_modules": target_modules, "exclude_modules": exclude_modules}
-        return make_plan(root, wanted, adapter_name, modules_to_save=saved, norm="track", **options)
+        request = Request(
+            rank=goal.rank or MORE_THAN_ANY,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            modules_to_save=saved,
+            norm="track",
+            adapter_name=adapter_name,
+        )
+        return make_plan(root, request)
 
     plan = planned(modules_to_save)
     plan = planned(exactly([*plan.modules_to_save, *_in_full(root, plan, changed)]))

@@ -11,8 +11,9 @@ from torch import nn
 
 from .._layer.places import BASE
 from .._model.adapters import check_new
-from .._model.checks import check_model, check_values
+from .._model.checks import check_model
 from .._model.inject import applied
+from .._model.options import check_name
 from .._model.state import RECORD, Injection, check_intact, check_plain, injections, the_adapter, the_injection
 from .._plan import Plan
 from ..errors import CheckpointError
@@ -77,7 +78,7 @@ def load_adapter(
         foreign = None if is_own(file) else read_foreign(file, root, adapter_name or "default")
         manifest = foreign[0] if foreign else read_manifest(file)
         plan = manifest.plan if adapter_name is None else replace(manifest.plan, adapter_name=adapter_name)
-        check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
+        check_name(plan.adapter_name)
         before = vars(root).get(RECORD)
         if isinstance(before, Injection):
             check_new(before, plan.adapter_name)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .._layer.swap import original_class
-from .._model.checks import LARGEST_ALPHA
+from .._model.options import LARGEST_ALPHA
 from .._model.targets import Named
 from ..errors import CheckpointError
 from .files import read_json

@@ -19,6 +19,7 @@ from .._layer.places import BASE
 from .._layer.swap import original_class
 from .._model.checks import check_adaptable, check_plan
 from .._model.choice import geometry
+from .._model.options import Request
 from .._model.planner import make_plan
 from .._model.targets import Named, is_adaptable, modules_of
 from .._plan import LayerPlan, Plan
@@ -101,13 +102,15 @@ def _plan(found: Found, root: nn.Module, adapter_name: str) -> Plan:
     saved = set(found.modules_to_save)
     plan = make_plan(
         root,
-        found.rank,
-        adapter_name,
-        alpha=found.alpha,
-        target_modules=(lambda name, _: name in found.factors) if found.factors else (),
-        modules_to_save=(lambda name, _: name in saved) if saved else None,
-        dropout=found.dropout,
-        use_rslora=found.use_rslora,
+        Request(
+            rank=found.rank,
+            alpha=found.alpha,
+            target_modules=(lambda name, _: name in found.factors) if found.factors else (),
+            modules_to_save=(lambda name, _: name in saved) if saved else None,
+            dropout=found.dropout,
+            use_rslora=found.use_rslora,
+            adapter_name=adapter_name,
+        ),
     )
     layers = [_layer(n, found.factors[n.name]) for n in named.values() if n.name in found.factors]
     skipped = [

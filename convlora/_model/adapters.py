@@ -11,9 +11,8 @@ from torch import nn
 from .._layer.places import SWAPPING
 from ..errors import StateError
 from .checks import check_model
-from .choice import Options
 from .inject import begin
-from .planner import make_plan
+from .options import Options, Request
 from .remove import drop
 from .state import (
     RECORD,
@@ -56,14 +55,12 @@ def add_adapter(model: M, adapter_name: str, rank: int | None = None, **options:
 
     Whatever is raised, the model is as it was.
     """
-    unknown = options.keys() - Options.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"add_adapter has no argument {min(unknown)!r}")
+    request = Request.named("add_adapter", rank=rank, adapter_name=adapter_name, **options)
     check_model(model)
     root, injection = the_injection(model)
     check_new(injection, adapter_name)
     check_intact(root, injection)
-    begin(make_plan(root, rank, adapter_name, **options), root, options.get("init_data"))
+    begin(request, root)
     return model
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import heapq
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -24,34 +23,6 @@ from .checks import check_model
 from .observe import base_alone
 from .state import check_intact, check_plain, check_unmerged, check_whole, injections, the_injection
 from .targets import is_adaptable, is_packed, modules_of
-
-Budget = str | float
-
-
-def numbers_in(budget: Budget, base_parameters: int) -> int:
-    """How many numbers a budget allows.
-
-    >>> numbers_in("1%", 1_000_000), numbers_in(0.01, 1_000_000), numbers_in(10_000, 1_000_000)
-    (10000, 10000, 10000)
-
-    Raises:
-        TargetError: it is neither a share nor a number.
-    """
-    share: float | None = None
-    if isinstance(budget, str):
-        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", budget)
-        share = float(found[1]) / 100 if found else None
-    elif isinstance(budget, Integral) and not isinstance(budget, bool):
-        if budget >= 1:
-            return int(budget)
-    elif isinstance(budget, Real) and not isinstance(budget, bool):
-        share = float(budget)
-    if share is None or not 0 < share <= 1:
-        raise TargetError(
-            f"budget={budget!r}; it must be a share of the base's parameters ('1%', or 0.01) or a whole number of "
-            "parameters. Nothing was changed."
-        )
-    return int(share * base_parameters)
 
 
 def allotted(layers: Sequence[LayerPlan], numbers: int, importance: Mapping[str, float] | None) -> dict[str, int]:

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Integral
 
-import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .._layer.adapted import CHILD, AdaptedLayer, Adapters, supports_dropout
+from .._layer.adapted import CHILD, AdaptedLayer, supports_dropout
 from .._layer.computed import has_parameter
-from .._layer.paths import PATHS
-from .._plan import INITS, LayerPlan, Plan
+from .._plan import LayerPlan, Plan
 from ..errors import TargetError, UnsupportedLayerError
+from .options import MORE_THAN_ANY, Request, check_alpha, checked_rank
 from .targets import Named, is_conv2d
-
-LARGEST_ALPHA = torch.finfo(torch.float32).max
-
-
-def check_values(rank: int, alpha: float | None, norm: str, dropout: float, path: str, adapter_name: str) -> int:
-    """Arguments that need no model; returns the rank as an int."""
-    rank = checked_rank(rank, "rank")
-    if alpha is not None:
-        check_alpha(alpha, "alpha")
-    if norm not in ("freeze", "track"):
-        raise TargetError(f"norm={norm!r}; it must be 'freeze' or 'track'.")
-    if path not in PATHS:
-        raise TargetError(f"path={path!r}; it must be one of {', '.join(map(repr, PATHS))}.")
-    if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
-        raise TargetError(f"dropout={dropout!r}; it must be at least 0 and below 1.")
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise TargetError(f"adapter_name={adapter_name!r}; it must be a name without a dot.")
-    if not adapter_name.isprintable():
-        raise TargetError(f"adapter_name={adapter_name!r} holds characters that do not show; choose another.")
-    if hasattr(Adapters(), adapter_name):
-        raise TargetError(f"adapter_name={adapter_name!r} is taken by torch's ModuleDict; choose another.")
-    return rank
-
-
-def check_init(init: str) -> None:
-    """One of those that there are."""
-    if init not in INITS:
-        raise TargetError(f"init={init!r}; it must be one of {', '.join(map(repr, INITS))}.")
 
 
 def check_variant(n: Named, init: str, use_dora: bool) -> None:
@@ -76,22 +47,6 @@ def check_any_left(layers: list[LayerPlan], targets: set[nn.Module], saved: list
         raise TargetError(f"No layer of {name} would be adapted ({reasons}). Nothing was changed.")
     if not targets and not saved:
         raise TargetError("Without targets and without modules_to_save nothing would train. Nothing was changed.")
-
-
-def checked_rank(rank: int, argument: str) -> int:
-    """The rank itself, once it is known to be one."""
-    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
-        raise TargetError(
-            f"{argument}={rank!r}; a rank is a whole number of at least 1. To leave a layer alone, "
-            "use exclude_modules; to train the head only, target_modules=()."
-        )
-    return int(rank)
-
-
-def check_alpha(alpha: float, argument: str) -> None:
-    """A finite number above 0 that the factors' dtype holds, too: torch refuses to multiply with a larger one."""
-    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha <= LARGEST_ALPHA:
-        raise TargetError(f"{argument}={alpha!r}; it must be a finite number above 0.")
 
 
 WRAPPERS = {
@@ -142,15 +97,14 @@ def check_adaptable(n: Named, dropout: float) -> None:
 
 def check_plan(plan: Plan) -> None:
     """A plan that comes from a file: every value as :func:`plan` would have made it."""
-    check_values(plan.rank, plan.alpha, plan.norm, plan.dropout, plan.path, plan.adapter_name)
-    check_init(plan.init)
-    if not isinstance(plan.use_rslora, bool):
-        raise TargetError(f"use_rslora={plan.use_rslora!r}; it must be true or false.")
+    Request.of(vars(plan))
+    checked_rank(plan.rank, "rank")
+    check_alpha(plan.alpha, "alpha")
     names = [layer.name for layer in plan.layers]
     for name in (*names, *plan.modules_to_save, *plan.norms, *plan.biases):
         if not isinstance(name, str):
             raise TargetError(f"{name!r} is no layer name.")
-    if plan.rank > 2**31:
+    if plan.rank > MORE_THAN_ANY:
         raise TargetError(f"rank={plan.rank}; there is no layer of so high a rank.")
     if len(set(names)) < len(names):
         raise TargetError("a layer is listed twice.")

@@ -2,73 +2,38 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import nn
 
 from .._layer.adapted import AdaptedLayer
 from .._layer.computed import weight_shape
 from .._layer.functional import largest_rank, scaling_of
-from .._layer.paths import Path
 from .._layer.swap import check_swappable, original_class
-from .._plan import ANCHORED, Init, LayerPlan, NormPolicy
-from .budget import Budget
-from .checks import check_adaptable, check_alpha, check_any_conv, check_variant, checked_rank
+from .._plan import ANCHORED, LayerPlan
+from .checks import check_adaptable, check_any_conv, check_variant
+from .options import Request, check_alpha, checked_rank
 from .targets import ByPattern, Named, Targets, is_adaptable, is_conv2d, is_convolution, is_packed, select
-
-Pattern = str | re.Pattern[str]
-
-
-class Options(TypedDict, total=False):
-    """The optional arguments of :func:`convlora.inject`, which explains them."""
-
-    alpha: float | None
-    target_modules: Targets
-    exclude_modules: Targets
-    rank_pattern: Mapping[Pattern, int] | None
-    alpha_pattern: Mapping[Pattern, float] | None
-    modules_to_save: Targets
-    norm: NormPolicy
-    dropout: float
-    use_rslora: bool
-    use_dora: bool
-    init: Init
-    init_data: Iterable[Any] | None
-    budget: Budget | None
-    importance: Mapping[str, float] | None
-    path: Path
-
-
-def default_alpha(rank: int) -> float:
-    """Twice the rank: a scaling of 2 at every rank, so that a learning rate carries over from rank to rank."""
-    return 2.0 * rank
 
 
 class Choice:
     """What the user asks for, its patterns matched once against the model's adaptable layers."""
 
-    def __init__(self, model: nn.Module, named: list[Named], inside_saved: set[nn.Module], options: Options) -> None:
+    def __init__(self, model: nn.Module, named: list[Named], inside_saved: set[nn.Module], request: Request) -> None:
         adaptable = [n for n in named if is_adaptable(n.module)]
 
         def matched(targets: Targets, argument: str) -> set[nn.Module]:
             return {n.module for n in select(adaptable, targets, argument, model)}
 
-        targets = options.get("target_modules")
-        if targets is None:
+        if request.target_modules is None:
             check_any_conv(adaptable, model)
             self.targets = {n.module for n in adaptable if is_conv2d(n.module)}
         else:
-            self.targets = matched(targets, "target_modules")
-        self.ranks = ByPattern(options.get("rank_pattern") or {})
-        self.alphas = ByPattern(options.get("alpha_pattern") or {})
-        self.alpha, self.use_rslora = options.get("alpha"), options.get("use_rslora", False)
-        self.init, self.use_dora = options.get("init", "kaiming"), options.get("use_dora", False)
-        self.dropout = options.get("dropout", 0.0)
-        self.inside_saved = inside_saved
-        self.excluded = matched(options.get("exclude_modules"), "exclude_modules")
+            self.targets = matched(request.target_modules, "target_modules")
+        self.request, self.inside_saved = request, inside_saved
+        self.ranks, self.alphas = ByPattern(request.rank_pattern or {}), ByPattern(request.alpha_pattern or {})
+        self.excluded = matched(request.exclude_modules, "exclude_modules")
         matched(self.ranks.patterns, "rank_pattern")
         matched(self.alphas.patterns, "alpha_pattern")
         # Every convolution is listed, so that none is missed in silence; linear layers where they were asked for.
@@ -81,26 +46,27 @@ class Choice:
 
     def at(self, n: Named, rank: int) -> LayerPlan:
         """What one layer gets where this rank is asked for."""
-        alpha = self.alphas.of(n, default_alpha(rank) if self.alpha is None else self.alpha)
+        asked = self.request
+        alpha = self.alphas.of(n, asked.alpha_at(rank))
         check_alpha(alpha, f"alpha_pattern for {n.name}")
         shape = weight_shape(n.module)
         note = self._reason_to_leave(n)
         kind = original_class(n.module).__name__
-        planned = LayerPlan(n.name, kind, shape, 1, 1.0, geometry=geometry(n.module), use_dora=self.use_dora)
+        planned = LayerPlan(n.name, kind, shape, 1, 1.0, geometry=geometry(n.module), use_dora=asked.use_dora)
         fitting = 0 if note else min(rank, largest_rank(shape, planned.magnitudes))
         if fitting:
             check_swappable(n.name, n.module, AdaptedLayer)
-            check_adaptable(n, self.dropout)
-            check_variant(n, self.init, self.use_dora)
+            check_adaptable(n, asked.dropout)
+            check_variant(n, asked.init, asked.use_dora)
         if not note and fitting < rank:
             note = f"rank {rank} would outweigh the layer" if fitting else "even rank 1 would outweigh the layer"
             # A capped layer keeps the scaling that was asked for: the cap is ours, not a wish for a larger step.
             alpha *= self._scaling(rank) / self._scaling(max(fitting, 1))
-        anchored = bool(fitting) and self.init in ANCHORED
+        anchored = bool(fitting) and asked.init in ANCHORED
         return replace(planned, rank=fitting, alpha=float(alpha), note=note, anchored=anchored)
 
     def _scaling(self, rank: int) -> float:
-        return scaling_of(1.0, rank, self.use_rslora)
+        return scaling_of(1.0, rank, self.request.use_rslora)
 
     def _reason_to_leave(self, n: Named) -> str:
         if is_packed(n.module):

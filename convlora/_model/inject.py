@@ -16,13 +16,13 @@ from .._layer.paths import Path
 from .._layer.places import BASE, SWAPPING, Place
 from .._plan import Init, LayerPlan, NormPolicy, Plan
 from ..errors import UnsupportedLayerError
-from .budget import Budget
-from .choice import Pattern
+from .checks import check_model
 from .init import Factors, first_factors
 from .norms import keeps_statistics
-from .planner import plan
+from .options import Budget, Pattern, Request
+from .planner import make_plan
 from .remove import drop, remove, set_flag, undo
-from .state import RECORD, Adapter, Injection, activate, check_unrouted, injections
+from .state import RECORD, Adapter, Injection, activate, check_plain, check_unrouted, injections
 from .targets import Targets
 
 M = TypeVar("M", bound=nn.Module)
@@ -103,32 +103,21 @@ def inject(
 
     Whatever is raised, the model is as it was.
     """
-    planned = plan(
-        model,
-        rank,
-        alpha=alpha,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        modules_to_save=modules_to_save,
-        norm=norm,
-        dropout=dropout,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        init=init,
-        budget=budget,
-        importance=importance,
-        path=path,
-        adapter_name=adapter_name,
-    )
-    return begin(planned, model, init_data)
+    return carry_out(Request.of(locals()), model)
 
 
-def begin(plan: Plan, model: M, init_data: Iterable[Any] | None) -> M:
-    """Carry out a plan for an adapter that is to be trained: its factors begin as ``plan.init`` says."""
+def carry_out(request: Request, model: M) -> M:
+    """Do what is asked on a plain model."""
+    check_model(model)
+    check_plain(model)
+    return begin(request, model)
+
+
+def begin(request: Request, model: M) -> M:
+    """Put an adapter that is to be trained on a base, which may carry others."""
+    plan = make_plan(model, request)
     refuse_meta(model)
-    return apply(plan, model, first_factors(plan, model, init_data))
+    return apply(plan, model, first_factors(plan, model, request.init_data))
 
 
 def apply(plan: Plan, model: M, factors: Mapping[str, Factors] | None = None) -> M:

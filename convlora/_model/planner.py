@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from .._layer.paths import Path
 from .._layer.swap import check_swappable, original_class
 from .._plan import Init, LayerPlan, NormPolicy, Part, Plan
-from ..errors import TargetError
-from .budget import Budget, allotted, numbers_in
-from .checks import check_any_left, check_init, check_model, check_values
-from .choice import Choice, Options, Pattern, default_alpha
+from .budget import allotted
+from .checks import check_any_left, check_model
+from .choice import Choice
 from .norms import POLICIES, keeps_statistics
+from .options import DEFAULT_RANK, Budget, Pattern, Request, numbers_in
 from .state import check_plain
 from .targets import Named, Targets, find_head, modules_of, select
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-DEFAULT_RANK = 8
-MORE_THAN_ANY = 2**31
 
 
 def plan(
@@ -54,66 +48,40 @@ def plan(
 
     Arguments and errors are those of :func:`convlora.inject`; ``init_data`` is not read.
     """
+    request = Request.of(locals())
     check_model(model)
     check_plain(model)
-    return make_plan(
-        model,
-        rank,
-        alpha=alpha,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        modules_to_save=modules_to_save,
-        norm=norm,
-        dropout=dropout,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        init=init,
-        init_data=init_data,
-        budget=budget,
-        importance=importance,
-        path=path,
-        adapter_name=adapter_name,
-    )
+    return make_plan(model, request)
 
 
-def make_plan(model: nn.Module, rank: int | None, adapter_name: str, **options: Unpack[Options]) -> Plan:
+def make_plan(model: nn.Module, request: Request) -> Plan:
     """As :func:`plan`, also for a base that carries adapters already."""
-    alpha, norm = options.get("alpha"), options.get("norm", "freeze")
-    dropout, use_rslora = options.get("dropout", 0.0), options.get("use_rslora", False)
-    path, init, budget = options.get("path", "auto"), options.get("init", "kaiming"), options.get("budget")
-    if rank is None:
-        rank = DEFAULT_RANK if budget is None else MORE_THAN_ANY
-    rank = check_values(rank, alpha, norm, dropout, path, adapter_name)
-    check_init(init)
     check_model(model)
     named = modules_of(model)
-    saved, found_by = _modules_to_save(model, named, options.get("modules_to_save", "auto"))
+    saved, found_by = _modules_to_save(model, named, request.modules_to_save)
     bases = {n.module for n in named}  # without what other adapters have put beside
     inside_saved = {module for s in saved for module in s.module.modules() if module in bases}
-    choice = Choice(model, named, inside_saved, options)
+    choice = Choice(model, named, inside_saved, request)
     base_parameters = _size(p for n in named for p in n.module._parameters.values())
-    if budget is None:
-        if options.get("importance") is not None:
-            raise TargetError("importance shares out a budget; give budget='1%', say. Nothing was changed.")
+    rank = request.largest_rank
+    if request.budget is None:
         layers = [choice.layer(n, rank) for n in choice.listed]
     else:
-        numbers = numbers_in(budget, base_parameters)
-        layers = _within(numbers, choice, rank, options.get("importance"))
+        numbers = numbers_in(request.budget, base_parameters)
+        layers = _within(numbers, choice, rank, request.importance)
         rank = max((layer.rank for layer in layers), default=0) or DEFAULT_RANK
     check_any_left(layers, choice.targets, saved, model)
     norms = [n for n in named if keeps_statistics(n.module) and n.module not in inside_saved]
     for n in norms:
-        check_swappable(n.name, n.module, POLICIES[norm])
+        check_swappable(n.name, n.module, POLICIES[request.norm])
     return Plan(
         model=original_class(model).__name__,
-        adapter_name=adapter_name,
+        adapter_name=request.adapter_name,
         rank=rank,
-        alpha=default_alpha(rank) if alpha is None else float(alpha),
-        use_rslora=use_rslora,
-        dropout=dropout,
-        norm=norm,
+        alpha=request.alpha_at(rank),
+        use_rslora=request.use_rslora,
+        dropout=request.dropout,
+        norm=request.norm,
         layers=tuple(layer for layer in layers if layer.rank),
         skipped=tuple(layer for layer in layers if not layer.rank),
         modules_to_save=tuple(s.name for s in saved),
@@ -122,8 +90,8 @@ def make_plan(model: nn.Module, rank: int | None, adapter_name: str, **options: 
         base_parameters=base_parameters,
         saved_parameters=_size(p for module in inside_saved for p in module._parameters.values()),
         others=tuple(_others(named, inside_saved, choice.listed)),
-        path=path,
-        init=init,
+        path=request.path,
+        init=request.init,
     )
 
 

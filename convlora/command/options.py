@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ import typer
 from torch import nn
 
 from .._layer.paths import Path as Way
+from .._model.options import Pattern, Request
 from .._model.targets import Target
 from .._plan import Init, NormPolicy
 from .answers import CommandError
@@ -70,39 +71,44 @@ class Nearness:
 
 @dataclass(frozen=True)
 class Targeting:
-    """Which layers."""
+    """Which layers. Here and in :class:`Adapting` each field has the name that the library gives the option."""
 
-    target: Annotated[
+    target_modules: Annotated[
         list[str] | None,
         typer.Option(
+            "--target",
             metavar="PATTERN",
             help="Layers to adapt: a glob (layer4.*), re:EXPRESSION, type:Linear. Default: every Conv2d.",
         ),
     ] = None
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave alone, named in the same ways.")
-    ] = None
-    save: Annotated[
+    exclude_modules: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Modules trained in full; default the head, 'none' for none."),
+        typer.Option("--exclude", metavar="PATTERN", help="Layers to leave alone, named in the same ways."),
+    ] = None
+    modules_to_save: Annotated[
+        list[str] | None,
+        typer.Option("--save", metavar="PATTERN", help="Modules trained in full; default the head, 'none' for none."),
     ] = None
 
     def arguments(self) -> dict[str, Any]:
         """The library's arguments."""
-        saved: Any = "auto" if self.save is None else [_target(text) for text in self.save]
+        saved = _targets(self.modules_to_save)
         return {
-            "target_modules": None if self.target is None else [_target(text) for text in self.target],
-            "exclude_modules": None if self.exclude is None else [_target(text) for text in self.exclude],
-            "modules_to_save": None if self.save == ["none"] else "auto" if self.save == ["auto"] else saved,
+            **{each.name: getattr(self, each.name) for each in fields(self)},
+            "target_modules": _targets(self.target_modules),
+            "exclude_modules": _targets(self.exclude_modules),
+            "modules_to_save": None if saved == ["none"] else "auto" if saved in (None, ["auto"]) else saved,
         }
 
 
 @dataclass(frozen=True)
 class Adapting(Targeting):
-    """What adapter; as the arguments of :func:`convlora.inject`."""
+    """What adapter; as the arguments of :func:`convlora.inject`, with its defaults."""
 
-    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Default 8; with a budget, the largest.")] = None
-    alpha: Annotated[float | None, typer.Option(help="Default twice the rank.")] = None
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Default 8; with a budget, the largest.")] = (
+        Request.rank
+    )
+    alpha: Annotated[float | None, typer.Option(help="Default twice the rank.")] = Request.alpha
     rank_pattern: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN=RANK", help="Another rank for these layers.")
     ] = None
@@ -110,29 +116,20 @@ class Adapting(Targeting):
         list[str] | None, typer.Option(metavar="PATTERN=ALPHA", help="Another alpha for these layers.")
     ] = None
     budget: Annotated[str | None, typer.Option(help="All factors together: 1%, or a number of parameters.")] = None
-    norm: Annotated[NormPolicy, typer.Option(help="Norm statistics: held, or moving with the adapter.")] = "freeze"
-    dropout: Annotated[float, typer.Option(help="On the adapter's branch, 0 ≤ p < 1.")] = 0.0
-    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √rank.")] = False
-    dora: Annotated[bool, typer.Option("--dora", help="Train each output channel's size apart.")] = False
-    init: Annotated[Init, typer.Option(help="How the factors begin.")] = "kaiming"
-    path: Annotated[Way, typer.Option(help="How a convolution computes in training.")] = "auto"
+    norm: Annotated[NormPolicy, typer.Option(help="Norm statistics: held, or moving with the adapter.")] = Request.norm
+    dropout: Annotated[float, typer.Option(help="On the adapter's branch, 0 ≤ p < 1.")] = Request.dropout
+    use_rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √rank.")] = Request.use_rslora
+    use_dora: Annotated[bool, typer.Option("--dora", help="Train each output channel's size apart.")] = Request.use_dora
+    init: Annotated[Init, typer.Option(help="How the factors begin.")] = Request.init
+    path: Annotated[Way, typer.Option(help="How a convolution computes in training.")] = Request.path
 
     def arguments(self) -> dict[str, Any]:
         """The library's arguments."""
-        ranks = dict(_pair(text, "--rank-pattern") for text in self.rank_pattern or ())
-        alphas = dict(_pair(text, "--alpha-pattern") for text in self.alpha_pattern or ())
-        return super().arguments() | {
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "rank_pattern": {_pattern(p): _number(p, v, int, "--rank-pattern") for p, v in ranks.items()} or None,
-            "alpha_pattern": {_pattern(p): _number(p, v, float, "--alpha-pattern") for p, v in alphas.items()} or None,
+        return {
+            **super().arguments(),
+            "rank_pattern": _numbers(self.rank_pattern, int, "--rank-pattern"),
+            "alpha_pattern": _numbers(self.alpha_pattern, float, "--alpha-pattern"),
             "budget": _budget(self.budget),
-            "norm": self.norm,
-            "dropout": self.dropout,
-            "use_rslora": self.rslora,
-            "use_dora": self.dora,
-            "init": self.init,
-            "path": self.path,
         }
 
 
@@ -151,6 +148,12 @@ def _value(text: str) -> Any:
         return text
 
 
+def _numbers(texts: list[str] | None, kind: type[int] | type[float], option: str) -> dict[Pattern, float] | None:
+    """A number for each pattern."""
+    pairs = dict(_pair(text, option) for text in texts or ())
+    return {_pattern(name): _number(name, value, kind, option) for name, value in pairs.items()} or None
+
+
 def _number(pattern: str, text: str, kind: type[int] | type[float], option: str) -> float:
     try:
         return kind(text)
@@ -166,13 +169,17 @@ def _budget(text: str | None) -> Any:
     return int(value) if isinstance(value, float) and value > 1 and value.is_integer() else value
 
 
-def _pattern(text: str) -> str | re.Pattern[str]:
+def _pattern(text: str) -> Pattern:
     if not text.startswith("re:"):
         return text
     try:
         return re.compile(text.removeprefix("re:"))
     except re.error as cause:
         raise CommandError(f"{text} is no regular expression ({cause}). Nothing was changed.") from cause
+
+
+def _targets(texts: list[str] | None) -> list[Target] | None:
+    return None if texts is None else [_target(text) for text in texts]
 
 
 def _target(text: str) -> Target:

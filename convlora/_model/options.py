@@ -1,0 +1,177 @@
+"""What one adapter is asked to be: each option of ``inject`` once, with its default, its check and its error.
+
+What can be said of an option without a model is checked here. Patterns that match nothing, and layers that an option
+does not suit, are found where the model is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, TypedDict
+
+import torch
+
+from .._layer.adapted import Adapters
+from .._layer.paths import PATHS, Path
+from .._plan import INITS, NORM_POLICIES, Init, NormPolicy
+from ..errors import TargetError
+from .targets import Targets
+
+Pattern = str | re.Pattern[str]
+Budget = str | float
+DEFAULT_RANK = 8
+MORE_THAN_ANY = 2**31
+LARGEST_ALPHA = torch.finfo(torch.float32).max
+
+
+class Options(TypedDict, total=False):
+    """The optional arguments of :func:`convlora.inject`, which explains them; for type checkers."""
+
+    alpha: float | None
+    target_modules: Targets
+    exclude_modules: Targets
+    rank_pattern: Mapping[Pattern, int] | None
+    alpha_pattern: Mapping[Pattern, float] | None
+    modules_to_save: Targets
+    norm: NormPolicy
+    dropout: float
+    use_rslora: bool
+    use_dora: bool
+    init: Init
+    init_data: Iterable[Any] | None
+    budget: Budget | None
+    importance: Mapping[str, float] | None
+    path: Path
+
+
+@dataclass(frozen=True)
+class Request:
+    """One adapter as the user asks for it: the arguments of :func:`convlora.inject`, which explains them.
+
+    Raises:
+        TargetError: an option is out of range.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    target_modules: Targets = None
+    exclude_modules: Targets = None
+    rank_pattern: Mapping[Pattern, int] | None = None
+    alpha_pattern: Mapping[Pattern, float] | None = None
+    modules_to_save: Targets = "auto"
+    norm: NormPolicy = "freeze"
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: Init = "kaiming"
+    init_data: Iterable[Any] | None = None
+    budget: Budget | None = None
+    importance: Mapping[str, float] | None = None
+    path: Path = "auto"
+    adapter_name: str = "default"
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Request:
+        """From the ``locals()`` of a function that has these options among its arguments, or the fields of a plan."""
+        return cls(**{each.name: arguments[each.name] for each in fields(cls) if each.name in arguments})
+
+    @classmethod
+    def named(cls, function: str, **options: Any) -> Request:
+        """From the keyword arguments of a function; an unknown one is Python's own error of that function."""
+        unknown = [name for name in options if name not in cls.__dataclass_fields__]
+        if unknown:
+            raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+        return cls(**options)
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            checked_rank(self.rank, "rank")
+        if self.alpha is not None:
+            check_alpha(self.alpha, "alpha")
+        check_among(NORM_POLICIES, self.norm, "norm")
+        check_among(PATHS, self.path, "path")
+        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
+            raise TargetError(f"dropout={self.dropout!r}; it must be at least 0 and below 1.")
+        check_name(self.adapter_name)
+        check_among(INITS, self.init, "init")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise TargetError(f"{name}={getattr(self, name)!r}; it must be true or false.")
+        if self.budget is not None:
+            numbers_in(self.budget, 1)
+        elif self.importance is not None:
+            raise TargetError("importance shares out a budget; give budget='1%', say. Nothing was changed.")
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank of every layer that no pattern names; with a budget, the largest that it may get."""
+        if self.rank is not None:
+            return int(self.rank)
+        return DEFAULT_RANK if self.budget is None else MORE_THAN_ANY
+
+    def alpha_at(self, rank: int) -> float:
+        """Default: twice the rank, a scaling of 2 at every rank, so that a learning rate carries over."""
+        return float(2 * rank if self.alpha is None else self.alpha)
+
+
+def check_among(known: tuple[str, ...], value: object, argument: str) -> None:
+    """Raise TargetError where the value is none of those that there are."""
+    if value not in known:
+        listed = ", ".join(map(repr, known))
+        wanted = f"one of {listed}" if len(known) > 2 else listed.replace(", ", " or ")
+        raise TargetError(f"{argument}={value!r}; it must be {wanted}.")
+
+
+def checked_rank(rank: int, argument: str) -> int:
+    """The rank itself, once it is known to be one."""
+    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
+        raise TargetError(
+            f"{argument}={rank!r}; a rank is a whole number of at least 1. To leave a layer alone, "
+            "use exclude_modules; to train the head only, target_modules=()."
+        )
+    return int(rank)
+
+
+def check_alpha(alpha: float, argument: str) -> None:
+    """A finite number above 0 that the factors' dtype holds, too: torch refuses to multiply with a larger one."""
+    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha <= LARGEST_ALPHA:
+        raise TargetError(f"{argument}={alpha!r}; it must be a finite number above 0.")
+
+
+def check_name(adapter_name: str) -> None:
+    """A name that the state dict and torch's ModuleDict can have, and that shows."""
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise TargetError(f"adapter_name={adapter_name!r}; it must be a name without a dot.")
+    if not adapter_name.isprintable():
+        raise TargetError(f"adapter_name={adapter_name!r} holds characters that do not show; choose another.")
+    if hasattr(Adapters(), adapter_name):
+        raise TargetError(f"adapter_name={adapter_name!r} is taken by torch's ModuleDict; choose another.")
+
+
+def numbers_in(budget: Budget, base_parameters: int) -> int:
+    """How many numbers a budget allows.
+
+    >>> numbers_in("1%", 1_000_000), numbers_in(0.01, 1_000_000), numbers_in(10_000, 1_000_000)
+    (10000, 10000, 10000)
+
+    Raises:
+        TargetError: it is neither a share nor a number.
+    """
+    share: float | None = None
+    if isinstance(budget, str):
+        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", budget)
+        share = float(found[1]) / 100 if found else None
+    elif isinstance(budget, Integral) and not isinstance(budget, bool):
+        if budget >= 1:
+            return int(budget)
+    elif isinstance(budget, Real) and not isinstance(budget, bool):
+        share = float(budget)
+    if share is None or not 0 < share <= 1:
+        raise TargetError(
+            f"budget={budget!r}; it must be a share of the base's parameters ('1%', or 0.01) or a whole number of "
+            "parameters. Nothing was changed."
+        )
+    return int(share * base_parameters)
