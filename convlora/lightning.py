@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ._checkpoint.digests import digest
-from ._checkpoint.files import SHOWN
+from ._checkpoint.files import few
 from ._checkpoint.keys import base_keys
 from ._checkpoint.peft_format import dotted
 from ._model.inject import carry_out
@@ -140,8 +140,7 @@ def _base_keys(pl_module: nn.Module) -> Iterator[str]:
 
 def _refuse(faults: list[str]) -> None:
     if faults:
-        more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        listed = "\n  ".join([*faults[:SHOWN], *more])
+        listed = "\n  ".join(few(faults, "and {} more"))
         raise CheckpointError(
             f"this checkpoint was made on another base, or with another adapter:\n  {listed}\n"
             "Build the module as it was trained (same weights, same arguments of AdapterCallback) and load again."

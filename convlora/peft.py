@@ -33,7 +33,7 @@ from ._checkpoint.rebuilt import rebuild
 from ._model.adapters import set_adapter
 from ._model.checks import check_model
 from ._model.remove import remove
-from ._model.state import check_enabled, check_intact, check_plain, check_unmerged, injections, the_injection
+from ._model.state import check_enabled, check_plain, check_unmerged, injections, ready_alone
 from ._plan import Plan
 from .errors import StateError, TargetError, UnsupportedLayerError
 
@@ -216,10 +216,7 @@ def to_peft(model: nn.Module) -> PeftModel:
 
     Whatever is raised, the model is as it was.
     """
-    root, injection = the_injection(model)
-    check_unmerged(injection)
-    check_enabled(injection)
-    check_intact(root, injection)
+    root, injection = ready_alone(model, check_unmerged, check_enabled)
     active = injection.active
     every, configs, faults, kinds = {}, {}, [], set()
     for name, adapter in injection.adapters.items():

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from .._layer.adapted import held, lora_of
 from .._layer.places import BASE, Place
-from .._model.adapters import check_new
 from .._model.inject import applied
 from .._model.options import Request, check_among, checked_rank
 from .._model.planner import make_plan
-from .._model.state import Adapter, check_enabled, check_intact, check_unrouted, the_adapter, the_injection
+from .._model.state import Adapter, check_enabled, check_new, check_unmerged, check_unrouted, ready_alone, the_adapter
 from .._model.targets import exactly
 from .._plan import LayerPlan, Plan
 from ..errors import StateError, TargetError
@@ -72,11 +71,8 @@ def combine_adapters(
     Whatever is raised, the model is as it was.
     """
     density = _checked(method, rank, density)
-    root, injection = the_injection(model)
+    root, injection = ready_alone(model, check_unmerged, check_enabled, check_unrouted)
     check_new(injection, adapter_name)
-    check_intact(root, injection)
-    check_enabled(injection)
-    check_unrouted(injection)
     adapters = {name: the_adapter(injection, name) for name in _checked_weights(weights)}
     for each in adapters.values():
         check_factors(each)

@@ -12,12 +12,11 @@ from .._checkpoint.files import is_finite
 from .._checkpoint.keys import base_keys, places_of, tensors_as
 from .._layer.adapted import AdaptedLayer, lora_of, own_weight
 from .._layer.places import BASE
-from .._model.adapters import check_new
 from .._model.checks import check_model
 from .._model.inject import applied
 from .._model.options import MORE_THAN_ANY, Request
 from .._model.planner import make_plan
-from .._model.state import check_intact, check_plain, check_whole, injections, the_injection
+from .._model.state import check_addable, check_plain, check_whole, root_of
 from .._model.targets import Targets, exactly
 from .._plan import LayerPlan, Plan
 from ..errors import TargetError
@@ -68,7 +67,8 @@ def extract(
     Whatever is raised, the base is as it was.
     """
     goal = Goal.of(rank, energy, tolerance)
-    root = _root(base, adapter_name)
+    root = root_of(base)
+    check_addable(root, adapter_name)
     check_model(tuned)
     check_plain(tuned)
     check_whole(tuned)
@@ -109,17 +109,6 @@ def extract(
                     carried.add(key)
     carried |= {f"{layer.name}.weight" if layer.name else "weight" for layer in layers}
     return Approximation(tuple(errors), tuple(sorted(changed - carried)))
-
-
-def _root(base: nn.Module, adapter_name: str) -> nn.Module:
-    check_model(base)
-    if not list(injections(base)):
-        check_plain(base)
-        return base
-    root, injection = the_injection(base)
-    check_new(injection, adapter_name)
-    check_intact(root, injection)
-    return root
 
 
 def _same_keys(root: nn.Module, tuned: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -10,11 +10,10 @@ from torch import nn
 from .._layer.functional import scaling_of
 from .._model.state import (
     check_enabled,
-    check_intact,
     check_unmerged,
     check_unrouted,
+    ready_alone,
     the_adapter,
-    the_injection,
     to_the_end,
 )
 from .approximation import Approximation, Goal, LayerError, check_factors, spectrum_of_sum
@@ -54,12 +53,8 @@ def shrink(
     Whatever is raised, the model is as it was.
     """
     goal = Goal.of(rank, energy, tolerance)
-    root, injection = the_injection(model)
+    _, injection = ready_alone(model, check_unmerged, check_enabled, check_unrouted)
     adapter = the_adapter(injection, adapter_name)
-    check_unmerged(injection)
-    check_intact(root, injection)
-    check_enabled(injection)
-    check_unrouted(injection)
     check_factors(adapter)
     old, layers, errors, smaller = adapter.plan, [], [], []
     with torch.inference_mode(False), torch.no_grad():

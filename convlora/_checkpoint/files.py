@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +43,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """Dtypes by their names in the header."""
-SHOWN = 8
-"""How many faults an error lists."""
 DIGEST = "convlora_digest"
 """Name of the header's text that holds a digest of the header itself."""
 _NO_DIGEST = "0" * 16
@@ -250,6 +248,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no JSON number")
+
+
+def few(parts: Sequence[str], rest: str = "  and {} more", shown: int = 8) -> list[str]:
+    """The first parts of what may be long, and how many more there are."""
+    more = len(parts) - shown
+    return [*parts[:shown], rest.format(more)] if more > 0 else list(parts)
 
 
 def plain(text: str) -> str:

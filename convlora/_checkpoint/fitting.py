@@ -15,7 +15,7 @@ from .._model.norms import keeps_statistics
 from .._plan import LayerPlan, Plan
 from ..errors import CheckpointError
 from .digests import differ, digest
-from .files import SHOWN, plain
+from .files import few, plain
 from .keys import base_keys, own_keys, tensors_as
 from .manifest import Form, Manifest, form_of
 from .peft_format import dotted, factor_shapes
@@ -30,10 +30,9 @@ def check_fits(manifest: Manifest, model: nn.Module, check_base: bool) -> None:
         faults = list(_number_faults(manifest, state))
         remedy = "Load the same pretrained weights first, or pass check_base=False to use it on this base all the same."
     if faults:
-        more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
         title = f"{manifest.file}: this adapter was made for another base model:"
-        shown = map(plain, faults[:SHOWN])
-        raise CheckpointError("\n".join([title, *shown, *more, f"{remedy} Nothing was changed."]))
+        lines = few([plain(fault) for fault in faults])
+        raise CheckpointError("\n".join([title, *lines, f"{remedy} Nothing was changed."]))
 
 
 def _layer_faults(plan: Plan, model: nn.Module) -> Iterator[str]:

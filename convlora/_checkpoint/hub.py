@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from .._version import __version__
 from ..errors import CheckpointError
 from .card import CARD, is_replaceable
-from .files import SHOWN
+from .files import few
 from .manifest import CONFIG, TENSORS
 
 if TYPE_CHECKING:
@@ -148,8 +148,7 @@ def _what_is_there(api: HfApi, repo_id: str, revision: str | None, token: Token)
         names = sorted(api.list_repo_files(repo_id, revision=revision, token=token))
     except _network_errors():
         return ""
-    more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    return f"; there is {', '.join([*names[:SHOWN], *more])}" if names else "; it is empty"
+    return f"; there is {', '.join(few(names, '{} more'))}" if names else "; it is empty"
 
 
 def send(directory: Path, repo_id: str, *, private: bool | None, token: Token, commit_message: str) -> str:

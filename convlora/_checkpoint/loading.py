@@ -10,16 +10,14 @@ import torch
 from torch import nn
 
 from .._layer.places import BASE
-from .._model.adapters import check_new
-from .._model.checks import check_model
 from .._model.inject import applied
 from .._model.options import check_name
-from .._model.state import RECORD, Injection, check_intact, check_plain, injections, the_adapter, the_injection
+from .._model.state import check_addable, root_of, the_adapter, the_injection
 from .._plan import Plan
 from ..errors import CheckpointError
 from .contents import State, adapter_state
 from .digests import digest
-from .files import SHOWN, TensorFile, finite_faults, opened, plain
+from .files import TensorFile, few, finite_faults, opened, plain
 from .fitting import check_fits
 from .foreign import file_in, read_foreign
 from .hub import local_directory
@@ -73,16 +71,13 @@ def load_adapter(
 
     Whatever is raised, the model is as it was.
     """
-    root = _root(model)
+    root = root_of(model)
     with opened(file_in(local_directory(directory, revision, token))) as file:
         foreign = None if is_own(file) else read_foreign(file, root, adapter_name or "default")
         manifest = foreign[0] if foreign else read_manifest(file)
         plan = manifest.plan if adapter_name is None else replace(manifest.plan, adapter_name=adapter_name)
         check_name(plan.adapter_name)
-        before = vars(root).get(RECORD)
-        if isinstance(before, Injection):
-            check_new(before, plan.adapter_name)
-            check_intact(root, before)
+        check_addable(root, plan.adapter_name)
         if foreign is None:
             check_fits(manifest, root, check_base)
         tensors = foreign[1] if foreign else read_tensors(file, manifest)
@@ -96,15 +91,6 @@ def install(plan: Plan, tensors: State, manifest: Manifest, root: nn.Module) -> 
     """Carry out a plan that fits the model, and give the adapter its numbers; all or nothing."""
     with applied(plan, root):
         _copy_tensors(tensors, manifest, root, plan.adapter_name)
-
-
-def _root(model: nn.Module) -> nn.Module:
-    """The module that carries adapters already, or else the model, which then must be plain."""
-    check_model(model)
-    if list(injections(model)):
-        return the_injection(model)[0]
-    check_plain(model)
-    return model
 
 
 def read_tensors(file: TensorFile, manifest: Manifest) -> State:
@@ -123,10 +109,9 @@ def read_tensors(file: TensorFile, manifest: Manifest) -> State:
 def _check_finite(manifest: Manifest, tensors: State, root: nn.Module) -> None:
     faults = list(finite_faults(tensors, tensors_as(root, BASE)))
     if faults:
-        more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        lines = [f"{manifest.file}: what it holds are not all numbers:", *(f"  {plain(f)}" for f in faults[:SHOWN])]
+        lines = [f"{manifest.file}: what it holds are not all numbers:", *few([f"  {plain(f)}" for f in faults])]
         remedy = "Take an adapter from before the training diverged, or pass check_finite=False. Nothing was changed."
-        raise CheckpointError("\n".join([*lines, *more, remedy]))
+        raise CheckpointError("\n".join([*lines, remedy]))
 
 
 def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_name: str) -> None:

@@ -6,8 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-SHOWN = 8
-"""How many names a sentence lists."""
+from .files import few
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> list[str]:
@@ -33,8 +32,7 @@ def count(number: int, noun: str) -> str:
 
 def shown(parts: Sequence[str]) -> str:
     """The first of the parts, and how many more there are."""
-    more = [f"{len(parts) - SHOWN} more"] if len(parts) > SHOWN else []
-    return ", ".join([*parts[:SHOWN], *more])
+    return ", ".join(few(parts, "{} more"))
 
 
 def joined(parts: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from .._model.targets import Named, is_adaptable, modules_of
 from .._plan import LayerPlan, Plan
 from ..errors import CheckpointError, TargetError, UnsupportedLayerError
 from .contents import State
-from .files import SHOWN, plain
+from .files import few, plain
 from .fitting import check_fits
 from .keys import base_keys, own_keys, tensors_as
 from .manifest import Manifest, form_of
@@ -168,9 +168,9 @@ def refuse(origin: object, faults: Iterable[str]) -> None:
     """Raise one error that lists the faults, where there are any."""
     listed = list(dict.fromkeys(faults))
     if listed:
-        more = [f"  and {len(listed) - SHOWN} more"] if len(listed) > SHOWN else []
-        lines = [f"{origin}: this adapter cannot be had exactly here:", *(f"  {plain(f)}" for f in listed[:SHOWN])]
-        raise CheckpointError("\n".join([*lines, *more, "Nothing was changed."]))
+        lines = few([f"  {plain(fault)}" for fault in listed])
+        title = f"{origin}: this adapter cannot be had exactly here:"
+        raise CheckpointError("\n".join([title, *lines, "Nothing was changed."]))
 
 
 def by_any_name(root: nn.Module) -> dict[str, Named]:

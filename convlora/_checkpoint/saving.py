@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from .._layer.places import BASE
 from .._model.merge import unmerged
-from .._model.state import Adapter, Injection, check_intact, the_adapter, the_injection
+from .._model.state import Adapter, Injection, ready_alone, the_adapter
 from ..errors import CheckpointError, StateError
 from .atomic import put_back, replacing, tidy
 from .card import CARD, About, card, checked_about, is_replaceable
 from .contents import State, adapter_state, moved_buffers
 from .digests import digest
-from .files import finite_faults, sealed
+from .files import few, finite_faults, sealed
 from .keys import base_keys, own_keys, tensors_as
 from .manifest import CONFIG, FORMAT, TENSORS
 from .peft_format import PREFIX, peft_config
@@ -75,9 +75,8 @@ def save_adapter(
 
 def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None, about: About) -> Path:
     """What :func:`save_adapter` does, with a card that says this; a warning names the caller's caller's line."""
-    root, injection = the_injection(model)
+    root, injection = ready_alone(model)
     adapter = the_adapter(injection, adapter_name)
-    check_intact(root, injection)
     with unmerged(root, injection):
         buffers = moved_buffers(root, injection, adapter)
         own = own_keys(root, adapter.plan, buffers)
@@ -138,9 +137,9 @@ def _warn_if_untrained(adapter: Adapter) -> None:
 def _warn_if_not_finite(tensors: State, base: State) -> None:
     faults = list(finite_faults(tensors, base))
     if faults:
-        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        first = " ".join(few(faults, "and {} more", shown=1))
         warnings.warn(
-            f"{faults[0]}{more}: the training has diverged. It is saved as it is, and convlora.load_adapter reads it "
+            f"{first}: the training has diverged. It is saved as it is, and convlora.load_adapter reads it "
             "with check_finite=False alone.",
             stacklevel=4,
         )

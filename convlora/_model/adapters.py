@@ -16,14 +16,14 @@ from .options import Options, Request
 from .remove import drop
 from .state import (
     RECORD,
-    Injection,
     activate,
+    check_addable,
     check_enabled,
-    check_intact,
     check_outside_blocks,
     check_unmerged,
     check_unrouted,
-    injected,
+    ready,
+    ready_alone,
     the_adapter,
     the_injection,
     to_the_end,
@@ -57,18 +57,10 @@ def add_adapter(model: M, adapter_name: str, rank: int | None = None, **options:
     """
     request = Request.named("add_adapter", rank=rank, adapter_name=adapter_name, **options)
     check_model(model)
-    root, injection = the_injection(model)
-    check_new(injection, adapter_name)
-    check_intact(root, injection)
+    root, _ = the_injection(model)
+    check_addable(root, adapter_name)
     begin(request, root)
     return model
-
-
-def check_new(injection: Injection, adapter_name: str) -> None:
-    """Raise StateError where an adapter of this name cannot be added."""
-    check_unmerged(injection)
-    if adapter_name in injection.adapters:
-        raise StateError(f"There is an adapter {adapter_name!r} already; choose another name. Nothing was changed.")
 
 
 def set_adapter(model: M, adapter_name: str) -> M:
@@ -83,22 +75,19 @@ def set_adapter(model: M, adapter_name: str) -> M:
     Raises:
         StateError: no adapter of this name; the model is merged, or inside a ``disable_adapter`` block.
     """
-    parts = injected(model)
-    for _, root, injection in parts:
+    parts = ready(model, check_unmerged, check_outside_blocks)
+    for _, injection in parts:
         the_adapter(injection, adapter_name)
-        check_unmerged(injection)
-        check_intact(root, injection)
-        check_outside_blocks(injection)
-    before = [(injection.active, injection.disabled) for _, _, injection in parts]
+    before = [(injection.active, injection.disabled) for _, injection in parts]
 
     def switch() -> None:
-        for _, root, injection in parts:
+        for root, injection in parts:
             activate(root, injection, adapter_name)
 
     try:
         to_the_end(switch)
     except Exception:
-        for (_, root, injection), state in zip(parts, before, strict=True):
+        for (root, injection), state in zip(parts, before, strict=True):
             activate(root, injection, *state)
         raise
     return model
@@ -110,11 +99,8 @@ def delete_adapter(model: M, adapter_name: str) -> M:
     Raises:
         StateError: no adapter of this name; it is the active one; the model is merged, or its adapters are disabled.
     """
-    root, injection = the_injection(model)
+    _, injection = ready_alone(model, check_unmerged, check_enabled)
     the_adapter(injection, adapter_name)
-    check_unmerged(injection)
-    check_intact(root, injection)
-    check_enabled(injection)
     if adapter_name == injection.active:
         raise StateError(
             f"{adapter_name!r} is the active adapter; set_adapter another first, or convlora.remove(model) for the "
@@ -140,12 +126,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         StateError: there is no adapter, or it is merged; call convlora.unmerge(model) first.
     """
     # A copy that was made inside a block is the base alone, and stays it.
-    parts = [(root, each) for _, root, each in injected(model) if each.blocks or not each.disabled]
-    for root, injection in parts:
-        check_unmerged(injection)
-        check_unrouted(injection)
-        check_intact(root, injection)
-
+    found = ready(model, check_unmerged, check_unrouted)
+    parts = [(root, each) for root, each in found if each.blocks or not each.disabled]
     block = object()
 
     def switch(is_open: bool) -> None:

@@ -21,7 +21,7 @@ from .._plan import LayerPlan
 from ..errors import TargetError
 from .checks import check_model
 from .observe import base_alone
-from .state import check_intact, check_plain, check_unmerged, check_whole, injections, the_injection
+from .state import check_plain, check_unmerged, check_whole, injections, ready_alone
 from .targets import is_adaptable, is_packed, modules_of
 
 
@@ -133,10 +133,7 @@ def _root(model: nn.Module) -> nn.Module:
         check_plain(model)
         check_whole(model)
         return model
-    root, injection = the_injection(model)
-    check_unmerged(injection)
-    check_intact(root, injection)
-    return root
+    return ready_alone(model, check_unmerged)[0]
 
 
 def _kernel(layer: nn.Module) -> nn.Parameter | None:

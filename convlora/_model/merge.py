@@ -14,10 +14,9 @@ from .._layer.computed import compute
 from .._layer.places import SWAPPING
 from .._layer.swap import check_restorable
 from ..errors import StateError
-from .state import Injection, check_enabled, check_intact, check_unrouted, injected, to_the_end
+from .state import Injection, Part, check_enabled, check_intact, check_unrouted, checked, injected, to_the_end
 
 M = TypeVar("M", bound=nn.Module)
-Parts = list[tuple[nn.Module, Injection]]
 
 
 def merge(model: M) -> M:
@@ -37,11 +36,8 @@ def merge(model: M) -> M:
     """
     # Outside inference mode: its tensors could never be trained or saved.
     with SWAPPING, torch.inference_mode(False), torch.no_grad():
-        parts = _parts(model, merged=False)
-        for root, injection in parts:
-            check_intact(root, injection)
-            check_enabled(injection)
-            check_unrouted(injection)
+        parts = checked(_parts(model, merged=False), check_enabled, check_unrouted)
+        for _, injection in parts:
             for layer in injection.layers:
                 check_restorable(layer)
         weights = [
@@ -51,7 +47,7 @@ def merge(model: M) -> M:
     return model
 
 
-def _fold(parts: Parts, weights: list[list[nn.Parameter]]) -> None:
+def _fold(parts: list[Part], weights: list[list[nn.Parameter]]) -> None:
     try:
         for (_, injection), merged in zip(parts, weights, strict=True):
             for layer, weight in zip(injection.layers, merged, strict=True):
@@ -85,7 +81,7 @@ def unmerge(model: M) -> M:
     return model
 
 
-def _unfold(parts: Parts) -> None:
+def _unfold(parts: list[Part]) -> None:
     for _, injection in parts:
         for layer in injection.layers:
             unfold(layer)
@@ -104,7 +100,7 @@ def unmerged(root: nn.Module, injection: Injection) -> Iterator[None]:
         to_the_end(lambda: _fold(parts, weights))
 
 
-def _parts(model: nn.Module, merged: bool) -> Parts:
+def _parts(model: nn.Module, merged: bool) -> list[Part]:
     """The injected parts in this state, at least one."""
     parts = [(root, injection) for _, root, injection in injected(model) if injection.merged is merged]
     if not parts:

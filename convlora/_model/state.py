@@ -16,6 +16,7 @@ from .._layer.factors import LoRA
 from .._layer.places import COPY, SWAPPING, Place
 from .._plan import NormPolicy, Plan
 from ..errors import StateError
+from .checks import check_model
 from .norms import FrozenNorm, TrackedNorm, set_policy
 
 RECORD = "_convlora"
@@ -167,6 +168,60 @@ def the_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
         names = ", ".join(name or "the model" for name, _, _ in found)
         raise StateError(f"{type(model).__name__} holds several injected parts ({names}); give one of them.")
     return found[0][1], found[0][2]
+
+
+Part = tuple[nn.Module, Injection]
+"""An injected module and its record."""
+
+
+def ready(model: nn.Module, *needs: Callable[[Injection], None]) -> list[Part]:
+    """Every injected part of the model, once each meets these needs (``check_…`` below) and is intact.
+
+    Raises:
+        StateError: there is none, or one does not.
+    """
+    return checked([(root, injection) for _, root, injection in injected(model)], *needs)
+
+
+def ready_alone(model: nn.Module, *needs: Callable[[Injection], None]) -> Part:
+    """As :func:`ready`, the one injected part.
+
+    Raises:
+        StateError: there is none, or there are several, or it does not meet the needs.
+    """
+    return checked([the_injection(model)], *needs)[0]
+
+
+def checked(parts: list[Part], *needs: Callable[[Injection], None]) -> list[Part]:
+    """The parts themselves, once each meets these needs and is intact."""
+    for root, injection in parts:
+        for check in needs:
+            check(injection)
+        check_intact(root, injection)
+    return parts
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """Where another adapter goes: the module that carries some already, or else the model, which then must be plain."""
+    check_model(model)
+    if any(injections(model)):
+        return the_injection(model)[0]
+    check_plain(model)
+    return model
+
+
+def check_addable(root: nn.Module, adapter_name: str) -> None:
+    """Raise StateError where an adapter of this name cannot be put on what :func:`root_of` gave."""
+    injection = vars(root).get(RECORD)
+    if isinstance(injection, Injection):
+        checked([(root, injection)], check_unmerged)
+        check_new(injection, adapter_name)
+
+
+def check_new(injection: Injection, adapter_name: str) -> None:
+    """Raise StateError where there is an adapter of this name."""
+    if adapter_name in injection.adapters:
+        raise StateError(f"There is an adapter {adapter_name!r} already; choose another name. Nothing was changed.")
 
 
 def the_adapter(injection: Injection, adapter_name: str | None) -> Adapter:

@@ -21,9 +21,7 @@ from .._layer.swap import Swapped, check_swappable, restore, swap
 from ..errors import StateError
 from .checks import check_model
 from .norms import FrozenNorm, TrackedNorm
-from .state import Injection, check_enabled, check_intact, check_unmerged, injected, the_adapter, to_the_end
-
-Parts = list[tuple[nn.Module, Injection]]
+from .state import Injection, Part, check_enabled, check_unmerged, ready, the_adapter, to_the_end
 
 
 @contextmanager
@@ -77,24 +75,21 @@ def _block(root: nn.Module, injection: Injection) -> Block:
     return Block(root, places)
 
 
-def _parts(model: nn.Module, owners: tuple[str, ...]) -> Parts:
+def _parts(model: nn.Module, owners: tuple[str, ...]) -> list[Part]:
     """The injected parts, each of which can be routed to all of these."""
     check_model(model)
-    parts = [(root, injection) for _, root, injection in injected(model)]
-    for root, injection in parts:
+    parts = ready(model, check_unmerged, check_enabled)
+    for _, injection in parts:
         for owner in dict.fromkeys(owners):
             if owner != BASE:
                 the_adapter(injection, owner)
-        check_unmerged(injection)
-        check_intact(root, injection)
-        check_enabled(injection)
     return parts
 
 
 @contextmanager
 def _looking(model: nn.Module, owners: tuple[str, ...]) -> Iterator[list[Route]]:
     """Modules that would not look for a route by themselves do so meanwhile; in other threads to no effect."""
-    parts: Parts = []
+    parts: list[Part] = []
     modules: list[nn.Module] = []
     block = object()
 

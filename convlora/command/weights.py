@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .._checkpoint.files import few
 from .._model.planner import plan
 from ..errors import ConvLoraError
 from .answers import CommandError
@@ -24,7 +25,6 @@ PREFIXES = ("module.", "_orig_mod.")
 """What DDP and torch.compile put before every key."""
 PICKLED = (b"PK", b"\x80")
 """How what torch.save writes begins, a ZIP file or else a pickle."""
-SHOWN = 8
 
 
 def load_weights(
@@ -54,8 +54,7 @@ def load_weights(
         faults = [f"  {key}: not in the file" for key in answer.missing_keys if not _inside(key, others)]
         faults += [f"  {key}: not in the model" for key in answer.unexpected_keys]
     if faults:
-        more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        lines = [f"{name} holds the weights of another model:", *faults[:SHOWN], *more]
+        lines = [f"{name} holds the weights of another model:", *few(faults)]
         raise CommandError("\n".join([*lines, "Name the model that it is of. Nothing was changed."]))
 
 
