@@ -6,6 +6,7 @@ This and ``_peft_layer.py`` are the only files that import peft: ``pip install "
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,7 +144,10 @@ def from_peft(peft_model: PeftModel) -> nn.Module:
     base: nn.Module = peft_model.get_base_model()
     _check_at_rest(base, active)
     every = {
-        name: (config.to_dict(), get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
+        name: (
+            _fields(base, name, config),
+            get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False),
+        )
         for name, config in peft_model.peft_config.items()
     }
     with _taken_off(base):
@@ -156,6 +160,17 @@ def from_peft(peft_model: PeftModel) -> nn.Module:
         _install(base, {name: (m.plan, tensors, m) for name, (m, tensors) in ready.items()}, active[0])
         vars(base).pop("peft_config", None)
     return base
+
+
+def _fields(base: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, Any]:
+    """A configuration, its patterns of alphas in the form that is read: what peft made of them for each layer."""
+    fields: dict[str, Any] = config.to_dict()
+    if fields.get("alpha_pattern"):
+        alphas = {name: getattr(module, "lora_alpha", {}) for name, module in base.named_modules()}
+        fields["alpha_pattern"] = {
+            f"^{re.escape(name)}$": each[adapter_name] for name, each in alphas.items() if adapter_name in each
+        }
+    return fields
 
 
 Adapters = Mapping[str, tuple[Plan, dict[str, Tensor], Manifest]]

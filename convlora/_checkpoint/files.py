@@ -43,6 +43,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """Dtypes by their names in the header."""
+LONGEST_NAME = 1024
+"""Letters in a tensor's name."""
 DIGEST = "convlora_digest"
 """Name of the header's text that holds a digest of the header itself."""
 _NO_DIGEST = "0" * 16
@@ -140,8 +142,8 @@ def opened(path: Path) -> Iterator[TensorFile]:
 
 def _checked(key: str, claim: Any) -> tuple[str, Entry, int, int]:
     """Name, form and place of a tensor of which the header claims this."""
-    if not key.isprintable():
-        raise ValueError(f"{key!r} is no name of a tensor")
+    if not key.isprintable() or len(key) > LONGEST_NAME:
+        raise ValueError(f"{key[:60]!r} is no name of a tensor")
     if not isinstance(claim, dict) or claim.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{key!r} has no dtype, shape and data_offsets")
     dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]

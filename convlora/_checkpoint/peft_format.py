@@ -146,7 +146,9 @@ def with_end(names: Iterable[str], ends: Collection[str]) -> Iterator[tuple[str,
     lengths = sorted({len(end) for end in wanted})
     for name in names:
         for length in lengths:
-            if length <= len(name) and (end := name[len(name) - length :]) in wanted:
+            if length > len(name):
+                break
+            if (end := name[len(name) - length :]) in wanted:
                 yield name, end
 
 

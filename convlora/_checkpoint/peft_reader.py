@@ -6,7 +6,6 @@ in peft is read; the rest is refused with its reason. peft itself is not importe
 
 from __future__ import annotations
 
-import math
 import re
 import reprlib
 import warnings
@@ -45,10 +44,10 @@ REASONS = {
 INITIALISED = (True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base's weight as it is; the others (PiSSA, OLoRA, LoftQ, ...) write to it."""
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|magnitude_vector)")
-_MOST_SEARCHING = 100
-_OF_THREE_STARS = 10
-_MOST_WAYS = (256, 256, 16, 4)
-"""In which a pattern may go on from a place, by its stars: of 0, 1, 2 and 3."""
+_PLAIN = re.compile(r"(\^?)((?:[^\\^$*+?{}\[\]|()]|\\[^A-Za-z0-9])+)\$?")
+"""A name, or an escaped one: what exporters write. Other expressions may search for hours."""
+_FORMS = 1000
+"""Kinds of names that patterns may be of, by length and by where their dots are; real networks have a hundred."""
 _WRAPPERS = ("original_module", "modules_to_save")
 
 
@@ -71,6 +70,9 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         CheckpointError: peft's adapter is none that predicts the same here; every reason is named.
     """
     refuse(origin, _config_faults(config))
+    alphas, default = _Alphas(config.get("alpha_pattern") or {}), float(config.get("lora_alpha", 8))
+    if len(alphas.forms) > _FORMS:
+        refuse(origin, [f"alpha_pattern has names of {len(alphas.forms)} lengths and forms; no network has {_FORMS}"])
     named = by_any_name(root)
     in_full = {name for name, _ in with_end(named, config.get("modules_to_save") or ())}
     sides: dict[str, dict[str, Tensor]] = {}
@@ -107,12 +109,10 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
             "own are used, as peft would.",
             stacklevel=2,
         )
-    patterns = {_ending(pattern): float(alpha) for pattern, alpha in (config.get("alpha_pattern") or {}).items()}
-    default = float(config.get("lora_alpha", 8))
     return Found(
         origin=origin,
         factors={
-            name: Factors(parts["A"], parts["B"], _alpha(name, patterns, default), parts.get("magnitudes"))
+            name: Factors(parts["A"], parts["B"], alphas.of(name, default), parts.get("magnitudes"))
             for name, parts in sides.items()
         },
         rank=config.get("r", 8),
@@ -142,17 +142,12 @@ def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
     if not _is_number(config.get("lora_alpha", 8)):
         yield f"lora_alpha={config['lora_alpha']!r}: it must be a finite number above 0"
     patterns = config.get("alpha_pattern") or {}  # rank_pattern says nothing that the tensors do not
-    if isinstance(patterns, dict) and (slow := [pattern for pattern in patterns if not _is_quick(pattern)]):
-        yield f"alpha_pattern: {reprlib.repr(slow[0])} could search too long; name the layers"
-    elif not isinstance(patterns, dict) or not all(map(_compiles, patterns)):
-        yield f"alpha_pattern={reprlib.repr(patterns)}: no table of regular expressions"
+    if not isinstance(patterns, dict):
+        yield f"alpha_pattern={reprlib.repr(patterns)}: no table of names"
+    elif strange := [pattern for pattern in patterns if not _PLAIN.fullmatch(pattern)]:
+        yield f"alpha_pattern: {reprlib.repr(strange[0])} is neither a name nor an escaped one; name the layers"
     elif not all(map(_is_number, patterns.values())):
         yield f"alpha_pattern={reprlib.repr(patterns)}: an alpha must be a finite number above 0"
-    elif sum(map(_searches, patterns)) > _MOST_SEARCHING:
-        yield (
-            f"alpha_pattern has more than {_MOST_SEARCHING} patterns that are no plain names (of three stars: "
-            f"{_MOST_SEARCHING // _OF_THREE_STARS}); name the layers"
-        )
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, (list, tuple, set)) or not all(isinstance(name, str) for name in saved):
         yield f"modules_to_save={saved!r}: no list of names"
@@ -162,51 +157,33 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST_ALPHA
 
 
-def _is_quick(pattern: str) -> bool:
-    """Whether it is none that could search for hours.
+class _Alphas:
+    """``alpha_pattern``, looked up as peft does: of the patterns that a name ends with, the first.
 
-    A stranger's may: ``([a-z0-9.]+)+!`` takes twice as long for each letter of a layer's name. Nothing in brackets may
-    be repeated; what is between two brackets is one choice, of as many ways as it has alternatives.
+    A pattern is a regular expression there, so that a dot which is not escaped stands for any letter. Patterns of one
+    length with such dots in the same places are one form; a name is looked up once in each form.
     """
-    bare = _bare(pattern)
-    stars, options = len(re.findall(r"[*+{]", bare)), bare.count("?")
-    choices = [run.count("|") + 1 for run in re.split(r"[()]", bare) if "|" in run]
-    if stars >= len(_MOST_WAYS) or len(choices) + options > 4 or re.search(r"\)[*+{]", bare):
-        return False
-    if re.search(r"\(\?[a-zA-Z-]*x", pattern):  # blanks and comments may stand between a bracket and its star
-        return False
-    return (math.prod(choices) << options) <= _MOST_WAYS[stars]
 
+    def __init__(self, patterns: Mapping[str, float]) -> None:
+        self.forms: dict[tuple[bool, int, tuple[int, ...]], dict[str, tuple[int, float]]] = {}
+        for at, (pattern, alpha) in enumerate(patterns.items()):
+            anchor, written = cast("re.Match[str]", _PLAIN.fullmatch(pattern)).groups()
+            letters = re.findall(r"\\?.", written, re.DOTALL) if "\\" in written else written
+            dots = tuple(place for place, letter in enumerate(letters) if letter == ".")
+            form = self.forms.setdefault((bool(anchor), len(letters), dots), {})
+            form.setdefault("".join(letter[-1] for letter in letters), (at, float(alpha)))
 
-def _compiles(pattern: str) -> bool:
-    try:
-        _ending(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
-
-
-def _searches(pattern: str) -> int:
-    """How many patterns it counts for: none for a plain name, more where three stars search."""
-    bare = _bare(pattern)
-    if len(re.findall(r"[*+{]", bare)) > 2:
-        return _OF_THREE_STARS
-    return int(re.search(r"[*+{?|]", bare) is not None)
-
-
-def _bare(pattern: str) -> str:
-    """Without escaped letters, and without what follows a group's bracket."""
-    return re.sub(r"\\.", "_", pattern, flags=re.DOTALL).replace("(?", "(")
-
-
-def _ending(pattern: str) -> re.Pattern[str]:
-    """What peft matches a layer's name with: the pattern, at the name's end."""
-    return re.compile(rf"(.*\.)?({pattern})$")
-
-
-def _alpha(name: str, patterns: Mapping[re.Pattern[str], float], default: float) -> float:
-    """As peft looks it up: the first pattern that the name ends with."""
-    return next((alpha for pattern, alpha in patterns.items() if pattern.match(name)), default)
+    def of(self, name: str, default: float) -> float:
+        """The alpha of a layer."""
+        found = []
+        for (is_whole, length, dots), form in self.forms.items():
+            start = len(name) - length
+            if start == 0 or (start > 0 and not is_whole and name[start - 1] == "."):
+                letters = list(name[start:])
+                for place in dots:
+                    letters[place] = "."
+                found += [form[text]] if (text := "".join(letters)) in form else []
+        return min(found)[1] if found else default
 
 
 def _outermost(key: str, modules: Collection[str]) -> str:
