@@ -10,7 +10,10 @@ import json
 import os
 import re
 import resource
+import shutil
 import struct
+import subprocess
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -19,7 +22,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import NO_DIGEST, randomise, snapshot
+from conftest import NO_DIGEST, dense_delta, randomise, snapshot
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -425,6 +428,99 @@ def test_a_name_that_leads_elsewhere_is_only_a_name(saved, tmp_path):
     assert sorted(tmp_path.rglob("*")) == files
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_full_at_any_point_of_a_save_keeps_the_old_adapter(small_disk, net):
+    base, directory = copy.deepcopy(net), small_disk / "adapter"
+    convlora.inject(net, 3)
+    randomise(net)
+    convlora.save_adapter(net, directory)
+    outcomes = set()
+    for left in range(0, 128 * 1024, 4096):
+        before = {file.name: file.read_bytes() for file in directory.iterdir()}
+        randomise(net, seed=left + 2)
+        free = os.statvfs(small_disk)
+        (small_disk / "full").write_bytes(bytes(max(0, free.f_bavail * free.f_bsize - left)))
+        try:
+            convlora.save_adapter(net, directory)
+        except CheckpointError as error:
+            assert "What was there before is still there" in str(error)
+            assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+            outcomes.add("refused")
+        else:
+            loaded = convlora.load_adapter(copy.deepcopy(base), directory)
+            assert all(map(torch.equal, convlora.adapter_parameters(loaded), convlora.adapter_parameters(net)))
+            outcomes.add("saved")
+        (small_disk / "full").unlink()
+    assert outcomes == {"refused", "saved"}
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """As a user who owns nothing."""
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def others(net):
+    """A base, and root's directory with an adapter, which all may read."""
+    if not hasattr(os, "geteuid") or os.geteuid():
+        pytest.skip("root alone can be somebody else")
+    folder = Path(tempfile.mkdtemp())
+    base = copy.deepcopy(net)
+    convlora.inject(net, 2)
+    randomise(net)
+    convlora.save_adapter(net, folder / "adapter")
+    for path in (folder, folder / "adapter"):
+        path.chmod(0o755)
+    convlora.load_adapter(copy.deepcopy(base), folder / "adapter")  # imports what it needs while it may
+    yield base, net, folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("where", ["adapter", "new"])
+def test_a_directory_of_another_user_is_read_and_not_written(others, where):
+    base, model, folder = others
+    before = {file.name: file.read_bytes() for file in (folder / "adapter").iterdir()}
+    with as_nobody():
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            convlora.save_adapter(model, folder / where)
+        convlora.load_adapter(base, folder / "adapter")
+    assert {file.name: file.read_bytes() for file in (folder / "adapter").iterdir()} == before
+    assert [each.name for each in folder.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("what", ["adapter", f"adapter/{TENSORS}"])
+def test_what_another_user_may_not_read_is_refused(others, what):
+    base, _, folder = others
+    (folder / what).chmod(0)
+    with as_nobody():
+        refused(base, folder / "adapter", "cannot be read")
+
+
+def test_a_configuration_or_card_of_another_user_in_a_directory_that_all_write(others):
+    _, model, folder = others
+    (folder / "adapter").chmod(0o777)
+    (folder / "adapter" / CONFIG).chmod(0)
+    before = {file.name: file.read_bytes() for file in (folder / "adapter").iterdir()}
+    with as_nobody(), pytest.raises(CheckpointError, match="cannot be written"):
+        convlora.save_adapter(model, folder / "adapter")
+    assert {file.name: file.read_bytes() for file in (folder / "adapter").iterdir()} == before
+
+
 # ---- peft's and LoCon's files
 
 
@@ -531,6 +627,80 @@ def wide(**change):
 def test_locon_files_that_would_crash_or_grow(net, tmp_path, tensors, message):
     save_file(tensors, tmp_path / "x.safetensors")
     refused(net, tmp_path, message)
+
+
+def two_by_two():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 2, 2))
+
+
+BYTES = {
+    "LoCon": {"lora_unet_0.lora_down.weight": (1, 2, 2, 2), "lora_unet_0.lora_up.weight": (2, 1, 1, 1)},
+    "LyCORIS": {
+        "lycoris_0.lora_down.weight": (1, 2, 1, 1),
+        "lycoris_0.lora_mid.weight": (1, 1, 2, 2),
+        "lycoris_0.lora_up.weight": (2, 1),
+    },
+    "peft": {f"{PREFIX}0.lora_A.weight": (1, 2, 2, 2), f"{PREFIX}0.lora_B.weight": (2, 1, 1, 1)},
+    "peft's configuration": {f"{PREFIX}0.lora_A.weight": (1, 2, 2, 2), f"{PREFIX}0.lora_B.weight": (2, 1, 1, 1)},
+}
+
+
+def change_of(kind, directory):
+    """ΔW as the files say it, read by safetensors and json alone."""
+    file = next(directory.glob("*.safetensors"))
+    tensors = {key.split(".", 1)[1]: tensor.float() for key, tensor in load_file(file).items()}
+    if kind.startswith("peft"):
+        A, B = (tensors[f"model.0.lora_{side}.weight"] for side in "AB")
+        config = json.loads((directory / CONFIG).read_text())
+        alpha = config.get("alpha_pattern", {}).get("0", config.get("lora_alpha", 8))
+        return alpha * torch.einsum("or,riyx->oiyx", B.flatten(1), A)
+    A, B = tensors["lora_down.weight"], tensors["lora_up.weight"].flatten(1)
+    if "lora_mid.weight" in tensors:
+        A = torch.einsum("rsyx,si->riyx", tensors["lora_mid.weight"], A.flatten(1))
+    return float(tensors.get("alpha", torch.ones(()))) * torch.einsum("or,riyx->oiyx", B, A.view(1, 2, 2, 2))
+
+
+def each_byte_otherwise(data, values):
+    """The bytes with one of them changed, in each place; and cut at each length."""
+    for at, byte in enumerate(data):
+        for value in values(at, byte):
+            yield data[:at] + bytes([value]) + data[at + 1 :]
+    yield from (data[:length] for length in range(len(data)))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda at, byte: [byte ^ (1 << at % 8)],
+        pytest.param(lambda at, byte: range(256), marks=pytest.mark.slow),
+    ],
+    ids=["one flip", "every value"],
+)
+@pytest.mark.parametrize("kind", BYTES)
+def test_foreign_files_byte_by_byte_are_refused_or_read_to_what_they_say(tmp_path, kind, values):
+    base = two_by_two()
+    tensors = {key: torch.randn(shape) for key, shape in BYTES[kind].items()}
+    if not kind.startswith("peft"):
+        tensors[f"{next(iter(tensors)).split('.')[0]}.alpha"] = torch.tensor(2.0)
+    (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "lora_alpha": 2, "alpha_pattern": {"1": 3}, "bias": "none"}')
+    file = tmp_path / (TENSORS if kind.startswith("peft") else "x.safetensors")
+    save_file(tensors, file)
+    changed = tmp_path / CONFIG if kind == "peft's configuration" else file
+    convlora.remove(convlora.load_adapter(base, file if kind.startswith("L") else tmp_path))
+    data, outcomes, before, memory = changed.read_bytes(), {"read": 0, "refused": 0}, snapshot(base), peak()
+    for text in each_byte_otherwise(data, values):
+        changed.write_bytes(text)
+        try:
+            convlora.load_adapter(base, file if kind.startswith("L") else tmp_path)
+        except CheckpointError:
+            outcomes["refused"] += 1
+            continue
+        outcomes["read"] += 1
+        torch.testing.assert_close(dense_delta(base[0]).detach(), change_of(kind, tmp_path), equal_nan=True)
+        convlora.remove(base)
+    assert snapshot(base) == before and peak() - memory < 64
+    assert outcomes["read"] and outcomes["refused"] > 100
 
 
 def test_what_an_error_shows_of_a_file_is_plain_and_short():
