@@ -235,6 +235,7 @@ def to_peft(model: nn.Module) -> PeftModel:
     active = injection.active
     every, configs, faults, kinds = {}, {}, [], set()
     for name, adapter in injection.adapters.items():
+        adapter.follow()
         tensors, buffers = adapter_tensors(root, injection, adapter)
         every[name] = (adapter.plan, tensors, Manifest(Path(name), adapter.plan, {}, {}, buffers, {}))
         configs[name] = {**peft_config(root, adapter), "inference_mode": False}

@@ -453,3 +453,29 @@ def test_any_walk_leaves_the_base_and_the_idle_adapters_alone(steps, tmp_path_fa
         convlora.set_adapter(net, name)
         assert torch.equal(outputs(net, images), expected[name])
     assert torch.equal(outputs(convlora.remove(net), images), of_base)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"init": "pissa"}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_scaling_written_by_hand_is_saved_as_the_layer_computes(net, images, tmp_path, options, rank):
+    base = copy.deepcopy(net)
+    convlora.inject(net, rank, **options)
+    randomise(net)
+    layer = convlora.summary(net).layers[0].name
+    net.get_submodule(layer).convlora["default"].scaling = 0.3
+    expected = outputs(net, images)
+    loaded = convlora.load_adapter(base, convlora.save_adapter(net, tmp_path))
+    assert torch.equal(outputs(loaded, images), expected)
+    plan = convlora.summary(net)
+    assert plan.scaling(plan.layers[0]) == pytest.approx(0.3, rel=1e-15)
+    assert plan.layers == convlora.summary(loaded).layers
+
+
+@pytest.mark.parametrize("scaling", [0.0, -1.0, float("nan")])
+def test_a_scaling_that_no_file_holds_is_refused_before_anything_is_written(net, tmp_path, scaling):
+    convlora.inject(net, 2)
+    layer = convlora.summary(net).layers[0].name
+    net.get_submodule(layer).convlora["default"].scaling = scaling
+    with pytest.raises(convlora.TargetError, match=f"scaling of {layer} was changed"):
+        convlora.save_adapter(net, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

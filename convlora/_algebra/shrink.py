@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .._layer.functional import scaling_of
+from .._layer.functional import alpha_of
 from .._model.state import (
     check_enabled,
     check_unmerged,
@@ -64,8 +64,7 @@ def shrink(
             fitting = min(goal.rank_of(spectrum), lora.rank)
             pair = (A, B) if fitting == lora.rank else spectrum.factors(fitting, lora.scaling)
             lost = 0.0 if fitting == lora.rank else spectrum.lost(fitting)
-            alpha = planned.alpha * scaling_of(1.0, planned.rank, old.use_rslora)
-            alpha /= scaling_of(1.0, fitting, old.use_rslora)  # the same scaling
+            alpha = alpha_of(lora.scaling, fitting, old.use_rslora)
             layers.append(replace(planned, rank=fitting, alpha=alpha, anchored=False))
             errors.append(LayerError(planned.name, fitting, lost, spectrum.size))
             smaller.append(pair)

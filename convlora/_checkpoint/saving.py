@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .._layer.places import BASE
 from .._model.merge import unmerged
+from .._model.options import check_alpha
 from .._model.state import Adapter, Injection, ready_alone, the_adapter
 from ..errors import CheckpointError, StateError
 from .atomic import put_back, replacing, tidy
@@ -77,6 +78,9 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
     """What :func:`save_adapter` does, with a card that says this; a warning names the caller's caller's line."""
     root, injection = ready_alone(model)
     adapter = the_adapter(injection, adapter_name)
+    adapter.follow()
+    for layer in adapter.plan.layers:
+        check_alpha(layer.alpha, f"scaling of {layer.name} was changed, and alpha of it")
     with unmerged(root, injection):
         buffers = moved_buffers(root, injection, adapter)
         own = own_keys(root, adapter.plan, buffers)

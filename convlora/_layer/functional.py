@@ -160,3 +160,10 @@ def factor_count(weight_shape: Sequence[int], rank: int) -> int:
 def scaling_of(alpha: float, rank: int, use_rslora: bool) -> float:
     """What multiplies B @ A: alpha / rank, or alpha / √rank with rsLoRA."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def alpha_of(scaling: float, rank: int, use_rslora: bool) -> float:
+    """The alpha whose :func:`scaling_of` this is: to the bit where there is one, else the nearest."""
+    near = scaling / scaling_of(1.0, rank, use_rslora)
+    alphas = (near, math.nextafter(near, math.inf), math.nextafter(near, 0.0))
+    return next((alpha for alpha in alphas if scaling_of(alpha, rank, use_rslora) == scaling), near)

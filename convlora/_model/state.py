@@ -7,12 +7,13 @@ that it follows deepcopy and pickle, and can tell where the user has replaced a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from .._layer.adapted import CHILD, AdaptedLayer, held, lora_of
 from .._layer.factors import LoRA
+from .._layer.functional import alpha_of
 from .._layer.places import COPY, SWAPPING, Place
 from .._plan import NormPolicy, Plan
 from ..errors import StateError
@@ -40,6 +41,15 @@ class Adapter:
     def loras(self) -> list[LoRA]:
         """The factors of every layer, in the plan's order."""
         return [lora_of(layer, self.plan.adapter_name) for layer in self.layers]
+
+    def follow(self) -> None:
+        """Take into the plan what was written into ``scaling`` by hand since: the layer's own is computed with."""
+        plan = self.plan
+        scalings = [float(lora.scaling) for lora in self.loras]
+        if scalings != [plan.scaling(planned) for planned in plan.layers]:
+            now = zip(plan.layers, scalings, strict=True)
+            layers = (replace(p, alpha=alpha_of(scaling, p.rank, plan.use_rslora)) for p, scaling in now)
+            self.plan = replace(plan, layers=tuple(layers))
 
     def factors(self) -> Iterator[nn.Parameter]:
         """lora_A and lora_B of every layer, and DoRA's magnitudes."""

@@ -25,7 +25,9 @@ def summary(model: nn.Module, adapter_name: str | None = None) -> Plan:
         StateError: there is no such adapter, or there are several injected parts; then give one of them.
     """
     injection = the_injection(model)[1]
-    return replace(the_adapter(injection, adapter_name).plan, state=injection.state)
+    adapter = the_adapter(injection, adapter_name)
+    adapter.follow()
+    return replace(adapter.plan, state=injection.state)
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
