@@ -6,7 +6,6 @@ from conftest import snapshot
 
 import convlora
 
-
 LONG = {"peft: as many alphas as are parsed", "header of as many empty tensors as are parsed"}
 
 

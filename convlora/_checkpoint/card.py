@@ -12,17 +12,17 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .._plan import LayerPlan, Plan
+from .._plan import Plan
 from .._version import __version__
 from ..errors import TargetError
 from .digests import fingerprint
-from .markdown import cell, code, count, folded, joined, quoted, shown, sizes, table, yaml_number
+from .markdown import cell, code, count, joined, quoted, shown, sizes, table, yaml_number
 from .peft_format import dotted, factor_shapes
 
 CARD = "README.md"
@@ -103,7 +103,6 @@ def card(plan: Plan, base: Mapping[str, str], tensors: Mapping[str, Tensor], abo
             *_metrics(about),
             *_layers(plan),
             *_besides(plan, tensors),
-            *_totals(plan, tensors),
             "",
         ]
     )
@@ -165,26 +164,11 @@ def _metrics(about: About) -> list[str]:
 
 
 def _layers(plan: Plan) -> list[str]:
-    """A row for each kind of layer, and all by name folded away; one table where no two layers are alike."""
-    if not plan.layers:
-        return []
-    groups: dict[tuple[object, ...], list[LayerPlan]] = {}
-    for layer in plan.layers:
-        groups.setdefault((layer.kind, layer.weight_shape, _groups(layer), layer.rank, layer.alpha), []).append(layer)
-    head = ("layers", "kind", "weight", "groups", "rank", "alpha", "base", "adapter")
-    rows = [(str(len(alike)), *_row(alike)) for alike in groups.values()]
-    each = [(code(layer.name or "(the model itself)"), *_row([layer])) for layer in plan.layers]
-    by_name = table(("layer", *head[1:]), each, "lllrrrrr")
-    tables = [*table(head, rows, "rllrrrrr"), "", *folded("Each by name", by_name)]
+    """What the layers compute with, and the plan as ``print(convlora.summary(model))`` shows it, as plain text."""
     scaling = "alpha / √rank (rsLoRA)" if plan.use_rslora else "alpha / rank"
-    return [
-        "## Layers",
-        "",
-        f"Each computes with {_formula(plan, scaling)}; the last two columns count parameters.",
-        "",
-        *(tables if len(groups) < len(each) else [*by_name, ""]),
-        *_left_alone(plan.skipped),
-    ]
+    lines = ["## Layers", "", f"Each computes with {_formula(plan, scaling)}; the sizes are in parameters.", ""]
+    listed = [f"    {line}" for line in str(replace(plan, state="saved")).splitlines()]
+    return [*(lines if plan.layers else ["## Plan", ""]), *listed, ""]
 
 
 def _formula(plan: Plan, scaling: str) -> str:
@@ -194,25 +178,6 @@ def _formula(plan: Plan, scaling: str) -> str:
     if not plan.use_dora:
         return f"W + {change}"
     return f"m · (W + ΔW) / ‖W + ΔW‖ for each output channel (DoRA), ΔW = {change}"
-
-
-def _left_alone(skipped: Sequence[LayerPlan]) -> list[str]:
-    if not skipped:
-        return []
-    rows = [(code(p.name or "(the model itself)"), cell(p.kind), cell(p.note)) for p in skipped]
-    title = f"{count(len(skipped), 'layer')} left alone"
-    return folded(title, table(("layer", "kind", "why"), rows, "lll"))
-
-
-def _row(alike: Sequence[LayerPlan]) -> tuple[str, ...]:
-    first = alike[0]
-    counts = (sum(p.base_parameters for p in alike), sum(p.adapter_parameters for p in alike))
-    shown = (cell(first.kind), sizes(first.weight_shape), _groups(first), str(first.rank), f"{first.alpha:g}")
-    return (*shown, *(f"{n:,}" for n in counts))
-
-
-def _groups(layer: LayerPlan) -> str:
-    return str(layer.geometry.get("groups", ""))
 
 
 def _besides(plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -230,19 +195,8 @@ def _besides(plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
     norms = tuple(_within(name) for name in plan.norms) if plan.norm == "track" else ()
     buffers = [key for key in rest if key not in listed and not key.startswith(norms)]
     lines += [f"- Buffers that moved: {_names(buffers)}."] if buffers else []
-    return [*lines, ""]
-
-
-def _totals(plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    rows = [
-        ("in the base", f"{plan.base_parameters:,}"),
-        ("in factors", f"{plan.adapter_parameters:,}"),
-        ("trained in full", f"{plan.saved_parameters:,}"),
-        ("trained, of all", f"{plan.trainable_share:.2%}"),
-    ]
-    counted = table(("parameters", ""), rows, "lr")
-    return ["## Totals", "", *counted, "", f"All tensors in the file: {size / 1e6:,.2f} MB.", ""]
+    return [*lines, "", f"All tensors in the file: {size / 1e6:,.2f} MB.", ""]
 
 
 def _within(name: str) -> str:

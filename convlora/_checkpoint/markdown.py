@@ -15,11 +15,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> lis
     return ["| " + " | ".join(row) + " |" for row in (head, bars, *rows)]
 
 
-def folded(title: str, lines: Sequence[str]) -> list[str]:
-    """Lines that show when their title is clicked."""
-    return ["<details>", f"<summary>{title}</summary>", "", *lines, "", "</details>", ""]
-
-
 def sizes(shape: Iterable[int]) -> str:
     """A shape: 64×3×7×7."""
     return "×".join(map(str, shape))
