@@ -658,7 +658,8 @@ def change_of(kind, directory):
     A, B = tensors["lora_down.weight"], tensors["lora_up.weight"].flatten(1)
     if "lora_mid.weight" in tensors:
         A = torch.einsum("rsyx,si->riyx", tensors["lora_mid.weight"], A.flatten(1))
-    return float(tensors.get("alpha", torch.ones(()))) * torch.einsum("or,riyx->oiyx", B, A.view(1, 2, 2, 2))
+    alpha = float(tensors.get("alpha", 0.0)) or 1.0  # 0 is the rank, as in kohya's scripts
+    return alpha * torch.einsum("or,riyx->oiyx", B, A.view(1, 2, 2, 2))
 
 
 def each_byte_otherwise(data, values):
