@@ -406,7 +406,7 @@ def test_force_leaves_an_edited_card_and_says_so(folder, tmp_path, with_weights)
     shrink = ["shrink", NETWORK, folder / "a", tmp_path / "small", *with_weights, "--force", "--rank"]
     run(*shrink, 2)
     card = tmp_path / "small" / "README.md"
-    assert "README.md" not in run(*shrink, 3).stderr and "| 3 |" in card.read_text()
+    assert "README.md" not in run(*shrink, 3).stderr and "rank 3, " in card.read_text()
     card.write_text("mine")
     assert "README.md was edited" in run(*shrink, 1).stderr and card.read_text() == "mine"
     assert as_json("inspect", tmp_path / "small")["plan"]["rank"] == 1
