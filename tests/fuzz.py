@@ -28,14 +28,15 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import h5py
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN, PEFT, LOCON, CHALLENGE, PCAM, WILDS = range(6)
@@ -88,6 +89,8 @@ class Target:
     """Gives one input to the reader that its first byte names, in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
+        from PIL import Image
+
         self.folder = folder
         self.model = make_net()
         self.before = state(self.model)
@@ -207,6 +210,8 @@ def seeds() -> list[bytes]:
 
 
 def hdf5(fill: Callable[[h5py.File], None]) -> bytes:
+    import h5py
+
     """The bytes of an HDF5 file."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:

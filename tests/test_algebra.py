@@ -7,9 +7,8 @@ import math
 
 import pytest
 import torch
-from conftest import SmallNet, dense_delta, randomise, snapshot
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import SmallNet, dense_delta, need, randomise, snapshot
+from laws import given, st
 from torch import nn
 
 import convlora
@@ -418,7 +417,7 @@ def test_extract_from_another_architecture_or_from_itself_is_one_error():
 
 
 def test_a_real_network(images):
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     torch.manual_seed(0)
     base = timm.create_model("efficientnet_lite0", num_classes=2).eval()
     tuned = copy.deepcopy(base)

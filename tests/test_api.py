@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from conftest import need
 
 import convlora
 
@@ -69,13 +69,13 @@ def signature(function: object) -> str:
 
 
 def test_the_public_surface_is_the_promised_one():
-    pytest.importorskip("peft")
+    need("peft")
     assert surface() == PROMISED.read_text(encoding="utf-8"), "see the head of tests/test_api.py"
 
 
 def test_a_consumer_is_checked_strictly():
     """The types that users see, where the library is installed: no Any leaks, and mistakes are found."""
-    pytest.importorskip("mypy")
+    need("mypy")
     answer = subprocess.run(
         [
             sys.executable,

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import randomise, snapshot
+from conftest import need, randomise, snapshot
 
 import convlora
 
-timm = pytest.importorskip("timm")
-torchvision = pytest.importorskip("torchvision")
+timm = need("timm")
+torchvision = need("torchvision")
 
 HEADS = {
     "resnet18": "fc",

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
+from conftest import need
 from torch import nn
 
-pytest.importorskip("timm")
-pytest.importorskip("peft")
+need("timm")
+need("peft")
 
 from benchmarks import paths, routing
 from benchmarks.overhead import __main__ as overhead

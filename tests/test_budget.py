@@ -3,11 +3,10 @@
 import itertools
 import math
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import SmallNet, convolutions, snapshot
-from hypothesis import given
+from conftest import SmallNet, convolutions, need, snapshot
+from laws import given, st
 from torch import nn
 from torch.nn import functional as F
 
@@ -64,7 +63,7 @@ def test_inject_holds_what_the_plan_says(geometry, budget):
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "nf_resnet26"])
 @pytest.mark.parametrize("share", [0.002, 0.01, 0.1])
 def test_real_networks_come_as_near_as_the_ranks_allow(name, share):
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=2)
     plan = convlora.plan(model, budget=share)
@@ -217,7 +216,7 @@ def test_what_gives_no_gradient_is_refused(net, data, criterion, message):
 
 
 def test_scores_of_a_real_network_share_out_a_budget():
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     torch.manual_seed(0)
     model = timm.create_model("tf_efficientnet_lite0", num_classes=3)
     scores = convlora.sensitivity(model, itertools.islice(batches(), 1), loss)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import SmallNet, randomise
+from conftest import SmallNet, need, randomise
 from torch import nn
 
 import convlora
@@ -40,7 +40,7 @@ def numbers(column):
 
 
 def test_the_hub_reads_metrics_and_base_model(net, tmp_path):
-    hub = pytest.importorskip("huggingface_hub")
+    hub = need("huggingface_hub")
     metrics = {
         "accuracy": 0.95,
         "auroc": 1,
@@ -64,7 +64,7 @@ def test_without_metrics_there_is_no_model_index(net, tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "nf_resnet26"])
 def test_layers_and_totals_are_those_of_the_model(tmp_path, name):
-    model = pytest.importorskip("timm").create_model(name, num_classes=3)
+    model = need("timm").create_model(name, num_classes=3)
     sizes = {layer: m.weight.numel() for layer, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     total = sum(p.numel() for p in model.parameters())
     convlora.inject(model, 3, rank_pattern={next(iter(sizes)): 2})
@@ -130,7 +130,7 @@ def test_fingerprint_is_of_the_base_alone(net, tmp_path):
 
 
 def test_names_with_markup_stay_names(tmp_path):
-    hub = pytest.importorskip("huggingface_hub")
+    hub = need("huggingface_hub")
     name = 'a|b`c "d": <b> --- # e'
     model = nn.Sequential()
     model.add_module("x|y`", nn.Conv2d(3, 8, 3))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NO_DIGEST, SmallNet, randomise, snapshot, with_header_digest
+from conftest import NO_DIGEST, SmallNet, need, randomise, snapshot, with_header_digest
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -334,7 +334,7 @@ def test_place_that_cannot_be_written(net, tmp_path):
 
 
 def test_full_disk_keeps_the_old_adapter(saved, images):
-    resource = pytest.importorskip("resource")
+    resource = need("resource")
     base, directory, expected = saved
     model = convlora.load_adapter(copy.deepcopy(base), directory)
     randomise(model)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import need, randomise
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,11 +18,9 @@ import convlora
 import convlora.command
 from convlora._checkpoint.digests import fingerprint
 
-pytest.importorskip("typer")
-pytest.importorskip("timm")
+need("typer")
+timm, torchvision = need("timm"), need("torchvision")
 
-import timm
-import torchvision
 from typer.testing import CliRunner
 
 from convlora.command.app import app
@@ -427,7 +425,7 @@ def test_what_cannot_be_written_is_a_refusal(folder, tmp_path, with_weights):
 
 
 def test_converted_files_load_in_stock_peft_and_predict_the_same(folder, tmp_path, with_weights):
-    peft = pytest.importorskip("peft")
+    peft = need("peft")
     run("convert", NETWORK, folder / "a", tmp_path / "theirs", *with_weights, "--to", "peft")
     model = peft.PeftModel.from_pretrained(network(folder), tmp_path / "theirs")
     expected = predictions(convlora.load_adapter(network(folder), folder / "a"))
@@ -435,7 +433,7 @@ def test_converted_files_load_in_stock_peft_and_predict_the_same(folder, tmp_pat
 
 
 def test_there_and_back_is_the_same_adapter(folder, tmp_path, with_weights):
-    pytest.importorskip("peft")
+    need("peft")
     run("convert", NETWORK, folder / "a", tmp_path / "theirs", *with_weights, "--to", "peft")
     assert as_json("inspect", tmp_path / "theirs")["format"] == "peft"
     run("convert", NETWORK, tmp_path / "theirs", tmp_path / "ours", *with_weights)
@@ -458,14 +456,14 @@ def test_locon_files_are_converted(folder, tmp_path, with_weights):
 
 
 def test_conversion_onto_random_weights_is_refused(folder, tmp_path, with_weights):
-    pytest.importorskip("peft")
+    need("peft")
     run("convert", NETWORK, folder / "a", tmp_path / "theirs", *with_weights, "--to", "peft")
     answer = run("convert", NETWORK, tmp_path / "theirs", tmp_path / "ours", *CLASSES, code=1)
     assert "random weights" in answer.stderr and not (tmp_path / "ours").exists()
 
 
 def test_what_stock_peft_would_mispredict_is_not_converted(tmp_path, monkeypatch):
-    pytest.importorskip("peft")
+    need("peft")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reflecting.py").write_text(
         "import torch\n"

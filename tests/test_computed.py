@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import dense_delta, randomise, snapshot
+from conftest import dense_delta, need, randomise, snapshot
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -165,7 +165,7 @@ def test_copies_compute_the_same(model, x):
 
 
 def test_the_experts_of_a_conditional_convolution_are_adapted(tmp_path):
-    layers = pytest.importorskip("timm.layers")
+    layers = need("timm.layers")
     torch.manual_seed(0)
     layer, x = layers.CondConv2d(6, 8, 3, num_experts=4).eval(), torch.randn(3, 6, 9, 9)
     routing, model = torch.rand(3, 4), nn.Sequential(layer)
@@ -190,7 +190,7 @@ def test_the_experts_of_a_conditional_convolution_are_adapted(tmp_path):
 
 
 def test_a_deformable_convolution_is_adapted():
-    ops = pytest.importorskip("torchvision.ops")
+    ops = need("torchvision.ops")
     torch.manual_seed(0)
     layer, x = ops.DeformConv2d(4, 6, 3, padding=1), torch.randn(1, 4, 7, 7)
     offset = torch.randn(1, 2 * 9, 7, 7)

@@ -4,11 +4,10 @@ import copy
 import ctypes
 import random
 
-import hypothesis.strategies as st
 import pytest
 import torch
 from conftest import SmallNet, convolutions, dense_delta, randomise
-from hypothesis import assume, given
+from laws import assume, given, st
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import SmallNet, randomise, through_torch_save
+from conftest import SmallNet, need, randomise, through_torch_save
 from injected import NORMS, STATES, injected, merged_if, real
 
 import convlora
@@ -48,7 +48,7 @@ def test_injected_state_loads_into_another_injected_model(images, assign):
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0"])
 def test_base_checkpoint_of_a_real_network_loads_strictly_into_the_injected(photos, name):
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     torch.manual_seed(1)
     base = timm.create_model(name, num_classes=3).eval()
     net = real(name).eval()
@@ -74,7 +74,7 @@ def test_an_averaged_copy_averages_the_factors_and_is_an_injected_model(images, 
     net = injected(norm).train()
     before = [p.detach().clone() for p in convlora.adapter_parameters(net)]
     if kind == "timm":
-        utils = pytest.importorskip("timm.utils")
+        utils = need("timm.utils")
         average, update = utils.ModelEmaV3(net, decay=0.5), "update"
     else:
         average, update = AveragedModel(net), "update_parameters"

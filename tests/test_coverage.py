@@ -8,12 +8,13 @@ import time
 
 import pytest
 import torch
+from conftest import need
 from torch import nn
 
 import convlora
 
-pytest.importorskip("timm")
-pytest.importorskip("torchvision")
+need("timm")
+need("torchvision")
 
 from benchmarks.coverage import handmade, outcomes, plans, report, runner, timm_cases, torchvision_cases
 from benchmarks.coverage.cases import Case, images, prepare, tensors_in
@@ -173,7 +174,7 @@ def test_a_network_with_a_convolution_that_no_plan_lists_is_found():
 
 
 def test_peft_on_the_same_way():
-    pytest.importorskip("peft")
+    need("peft")
     plain = {name: vars(step) for name, step in check(small(), Peft()).items()}
     outcome = outcomes.outcome(plain)
     assert outcome.works and not outcome.strict and outcome.label == "unmerge not exact"
@@ -226,8 +227,8 @@ def test_the_page_counts_what_the_rows_say():
         {"kind": "numeric", "name": "smp/c", "error": "not done within 3 s", "seconds": 3.0},
         {"kind": "plan", "name": "timm/d", "error": "no such", "seconds": 0.1},
     ]
-    pytest.importorskip("transformers")  # the page names its version
-    pytest.importorskip("segmentation_models_pytorch")
+    need("transformers")  # the page names its version
+    need("segmentation_models_pytorch")
     page = report.page(json.loads(json.dumps(rows)))
     assert "| numeric: segmentation-models-pytorch | 3 | 1 | 1 | 1 | 1 |" in page
     assert "| plan: every timm name | 1 | 0 |" in page and "smp/c: not done within 3 s" in page
@@ -242,7 +243,7 @@ def test_tensors_are_found_in_any_output():
 @pytest.mark.slow
 def test_the_whole_sweep(tmp_path):
     for package in ("peft", "transformers", "segmentation_models_pytorch"):
-        pytest.importorskip(package)
+        need(package)
     results, page = tmp_path / "results.jsonl", tmp_path / "coverage.md"
     jobs = str(max(os.cpu_count() or 1, 1))
     command = [sys.executable, "-m", "benchmarks.coverage", "all", "--jobs", jobs]

@@ -21,21 +21,35 @@ pytestmark = pytest.mark.skipif(
     not distributed.is_available() or not distributed.is_gloo_available(), reason="torch was built without gloo"
 )
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}  # fp32 sums of two halves instead of one whole: another order, some last bits
-Worker = Callable[[int, Path], Any]
 
 
-def two_processes(worker: Worker, directory: Path) -> list[Any]:
-    """What ``worker(rank, directory)`` returns on each of two ranks."""
-    torch.multiprocessing.spawn(_process, args=(worker, directory), nprocs=2)
-    return [torch.load(directory / f"result{rank}", weights_only=True) for rank in range(2)]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+    """What each worker returned on two ranks, by its name: one pair of processes serves them all."""
+    directory = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_process, args=(directory,), nprocs=2)
+    ranks = [torch.load(directory / f"result{rank}", weights_only=True) for rank in range(2)]
+
+    def results(worker: str) -> list[Any]:
+        if isinstance(ranks[0][worker], str):
+            pytest.skip(ranks[0][worker])
+        return [rank[worker] for rank in ranks]
+
+    return results
 
 
-def _process(rank: int, worker: Worker, directory: Path) -> None:
+def _process(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     where = (directory / "meeting").as_uri()  # a file, so that two runs never meet at one port
     distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
     try:
-        torch.save(worker(rank, directory), directory / f"result{rank}")
+        cannot = None
+        results: dict[str, Any] = {}
+        for worker in (_ddp, _ddp_tracked, _fsdp, _fsdp_merged, _fsdp_refuses):
+            if worker is _fsdp:
+                cannot = why_torch_cannot_shard()
+            results[worker.__name__] = cannot or worker(rank, directory)
+        torch.save(results, directory / f"result{rank}")
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
@@ -103,7 +117,7 @@ def _ddp(rank: int, directory: Path) -> dict[str, Any]:
     step(ddp, half(third, rank), optimizer)
     found |= {"trained": trained(net), "frozen": equal(before, statistics(net))}
     if rank == 0:
-        convlora.save_adapter(ddp.module, directory / "adapter")
+        found["adapter"] = str(convlora.save_adapter(ddp.module, directory / "adapter"))
     net.eval()
     found["outputs"] = ddp(first).detach()
     convlora.merge(ddp.module)
@@ -111,8 +125,8 @@ def _ddp(rank: int, directory: Path) -> dict[str, Any]:
     return found
 
 
-def test_ddp_trains_like_one_process_with_the_joined_batch_and_rank_0_saves_it(tmp_path):
-    found = two_processes(_ddp, tmp_path)
+def test_ddp_trains_like_one_process_with_the_joined_batch_and_rank_0_saves_it(found):
+    ranks = found("_ddp")
     alone = injected()
     optimizer = sgd(alone)
     for number, images in enumerate(batches()):
@@ -121,15 +135,15 @@ def test_ddp_trains_like_one_process_with_the_joined_batch_and_rank_0_saves_it(t
             expected = gradients(alone)
     factors = [name for name in expected if "lora_" in name]
     assert len(factors) == 6 and {"fc.weight", "fc.bias"} <= expected.keys()
-    for rank in found:
+    for rank in ranks:
         torch.testing.assert_close(rank["gradients"], expected, **CLOSE)
         torch.testing.assert_close(rank["trained"], trained(alone), **CLOSE)
         assert rank["frozen"]
         assert torch.equal(rank["merged"], rank["outputs"])
-    assert equal(found[0]["trained"], found[1]["trained"])
+    assert equal(ranks[0]["trained"], ranks[1]["trained"])
     torch.manual_seed(0)
-    plain = convlora.load_adapter(SmallNet(), tmp_path / "adapter").eval()
-    torch.testing.assert_close(plain(batches()[0]), found[0]["outputs"], **CLOSE)  # other threads, other rounding
+    plain = convlora.load_adapter(SmallNet(), ranks[0]["adapter"]).eval()
+    torch.testing.assert_close(plain(batches()[0]), ranks[0]["outputs"], **CLOSE)  # other threads, other rounding
 
 
 def _ddp_tracked(rank: int, directory: Path) -> dict[str, Tensor]:
@@ -140,16 +154,16 @@ def _ddp_tracked(rank: int, directory: Path) -> dict[str, Tensor]:
     return statistics(net)
 
 
-def test_ddp_with_tracked_norms_keeps_the_statistics_of_rank_0(tmp_path):
+def test_ddp_with_tracked_norms_keeps_the_statistics_of_rank_0(found):
     """Each forward starts from rank 0's statistics and adds the rank's own batch, as with any BatchNorm in DDP."""
-    found = two_processes(_ddp_tracked, tmp_path)
+    ranks = found("_ddp_tracked")
     first, second = batches(2)
-    for rank, moved in enumerate(found):
+    for rank, moved in enumerate(ranks):
         alone = injected("track")
         alone(half(first, 0))
         alone(half(second, rank))
         assert equal(moved, statistics(alone))
-    assert not equal(found[0], found[1])
+    assert not equal(ranks[0], ranks[1])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is of the CPU")
@@ -179,26 +193,18 @@ def shard(net: nn.Module, parts: tuple[str, ...] = ()) -> nn.Module:
     return fully_shard(net, mesh=mesh)
 
 
-def check_that_torch_can_shard() -> None:
-    """A plain network tells whether this torch shards on the CPU at all; what it says goes to the parent."""
+def why_torch_cannot_shard() -> str | None:
+    """A plain network tells whether this torch shards on the CPU at all; None where it does."""
+    import torch.distributed.fsdp
+
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        return "torch.distributed.fsdp.fully_shard came with torch 2.6"
     try:
         torch.manual_seed(0)
         shard(SmallNet())(batches()[0]).sum().backward()
     except Exception as cause:
-        raise RuntimeError(f"no FSDP2 on this CPU: {cause!r}") from cause
-
-
-def two_sharding_processes(worker: Worker, directory: Path) -> list[Any]:
-    import torch.distributed.fsdp
-
-    if not hasattr(torch.distributed.fsdp, "fully_shard"):
-        pytest.skip("torch.distributed.fsdp.fully_shard came with torch 2.6")
-    try:
-        return two_processes(worker, directory)
-    except torch.multiprocessing.ProcessRaisedException as cause:
-        if "no FSDP2 on this CPU" in str(cause):
-            pytest.skip(f"torch {torch.__version__} cannot shard a plain network on the CPU")
-        raise
+        return f"torch {torch.__version__} cannot shard a plain network on the CPU: {cause!r}"
+    return None
 
 
 def full(tensors: dict[str, Any]) -> dict[str, Tensor]:
@@ -209,7 +215,6 @@ def _fsdp(rank: int, directory: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     found = {}
-    check_that_torch_can_shard()
     for how, parts in SHARDED_PARTS.items():
         net = shard(injected(), parts)
         optimizer = sgd(net)
@@ -223,17 +228,17 @@ def _fsdp(rank: int, directory: Path) -> dict[str, Any]:
     return found
 
 
-def test_fsdp2_trains_like_one_process_with_the_joined_batch_and_its_full_state_saves(tmp_path):
-    found = two_sharding_processes(_fsdp, tmp_path)
+def test_fsdp2_trains_like_one_process_with_the_joined_batch_and_its_full_state_saves(found, tmp_path):
+    ranks = found("_fsdp")
     images = batches()[0]
     alone = injected()
     outputs = alone(images).detach()
     step(alone, images, sgd(alone))
-    for rank, hows in enumerate(found):
+    for rank, hows in enumerate(ranks):
         for how in hows.values():
             torch.testing.assert_close(how["outputs"], half(outputs, rank), **CLOSE)
             torch.testing.assert_close(how["gradients"], gradients(alone), **CLOSE)
-    for how in found[0].values():  # the full state is rank 0's alone
+    for how in ranks[0].values():  # the full state is rank 0's alone
         torch.testing.assert_close(how["state"], dict(alone.state_dict()), **CLOSE)
         whole = injected()
         whole.load_state_dict(how["state"])
@@ -244,15 +249,14 @@ def test_fsdp2_trains_like_one_process_with_the_joined_batch_and_its_full_state_
 
 
 def _fsdp_merged(rank: int, directory: Path) -> Tensor:
-    check_that_torch_can_shard()
     net = convlora.merge(injected().eval())
     return shard(net, ("block",))(half(batches()[0], rank)).detach()
 
 
-def test_fsdp2_of_a_merged_model_predicts_like_the_unsharded(tmp_path):
-    found = two_sharding_processes(_fsdp_merged, tmp_path)
+def test_fsdp2_of_a_merged_model_predicts_like_the_unsharded(found):
+    ranks = found("_fsdp_merged")
     expected = injected().eval()(batches()[0])
-    torch.testing.assert_close(torch.cat(found), expected, **CLOSE)
+    torch.testing.assert_close(torch.cat(ranks), expected, **CLOSE)
 
 
 def _answer(call: Callable[[nn.Module], object], net: nn.Module) -> str:
@@ -265,7 +269,6 @@ def _answer(call: Callable[[nn.Module], object], net: nn.Module) -> str:
 
 def _fsdp_refuses(rank: int, directory: Path) -> dict[str, str]:
     answers = {}
-    check_that_torch_can_shard()
     for how, parts in SHARDED_PARTS.items():
         net = shard(injected(), parts)
         calls = {
@@ -277,8 +280,8 @@ def _fsdp_refuses(rank: int, directory: Path) -> dict[str, str]:
     return answers
 
 
-def test_merging_saving_and_removing_while_sharded_is_one_clear_error(tmp_path):
-    for answers in two_sharding_processes(_fsdp_refuses, tmp_path):
+def test_merging_saving_and_removing_while_sharded_is_one_clear_error(found):
+    for answers in found("_fsdp_refuses"):
         assert len(answers) == 9
         for call, answer in answers.items():
             assert answer.startswith("StateError") and "shard" in answer, (call, answer)

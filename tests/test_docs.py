@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import need
 from hub_stand_in import WRITE, serving
 from test_hub import point_to
 
@@ -90,8 +91,10 @@ def run_page(page: Path) -> int:
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder of its own, one seed, no downloads, and a stand-in of the hub."""
-    timm = pytest.importorskip("timm")
-    pytest.importorskip("huggingface_hub.hf_api")
+    need("timm")
+    import timm
+
+    need("huggingface_hub.hf_api")
     create = timm.create_model
 
     def create_model(name: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
@@ -190,7 +193,7 @@ def test_links_to_files_lead_to_files(name: str):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built strictly: a broken link, a missing page or an unknown name in the reference is an error."""
-    pytest.importorskip("mkdocstrings")
+    need("mkdocstrings")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from conftest import SmallNet, randomise
+from conftest import SmallNet, need, randomise
 from torch import Tensor, nn
 
 import convlora
 
+timm = need("timm")
 pytestmark = pytest.mark.usefixtures("one_thread")
 STATES = pytest.mark.parametrize("state", ["injected", "merged", "removed"])
 DEFAULT = {("resnet18", "merged"), ("tf_efficientnet_lite0", "injected"), ("tf_efficientnet_lite0", "track")}
@@ -225,8 +225,8 @@ def test_an_exported_program_takes_other_batch_sizes_and_survives_its_file(state
 def test_onnx_by_the_exporter_of_dynamo_predicts_the_same(name, state, tmp_path):
     if OLD:
         pytest.skip("before torch 2.5 dynamo=True was another exporter, an experiment")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    onnxruntime = need("onnxruntime")
+    need("onnxscript")
     net, images = build(name)
     expected = net.eval()(images).detach()
     program = torch.onnx.export(in_state(state, net), (images,), dynamo=True, verbose=False)
@@ -327,7 +327,7 @@ def test_a_network_that_torch_fx_traced_can_be_injected():
 @pytest.mark.parametrize("name, node", [("resnet18", "layer2"), ("tf_efficientnet_lite0", "blocks.2")])
 def test_features_that_timm_extracts_by_fx_are_those_of_the_model(name, node, state):
     """timm lists the layers that torch.fx shall not enter (its padding Conv2dSame), by class."""
-    features = pytest.importorskip("timm.models._features_fx")
+    features = need("timm.models._features_fx")
     net, images = build(name)
     in_state(state, net.eval())
     seen = []

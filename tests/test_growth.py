@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import need
 
 from benchmarks import growth
 
-pytest.importorskip("peft")
+need("peft")
 
 
 def function_calls(case, subject):

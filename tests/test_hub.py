@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SmallNet, randomise, snapshot
+from conftest import SmallNet, need, randomise, snapshot
 from hub_stand_in import READ, WRITE, serving
 
 import convlora
 from convlora import CheckpointError, StateError, TargetError
 
-pytest.importorskip("huggingface_hub.hf_api")
+need("huggingface_hub.hf_api")
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 REPO = "clinic/tumour"
 
@@ -116,7 +116,7 @@ def test_pushed_then_loaded_elsewhere_predicts_the_same_bits_and_again_without_t
 
 @pytest.mark.parametrize("norm", ["freeze", "track"])
 def test_a_real_network_comes_back_from_the_hub_bit_for_bit(hub, train, norm):
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     torch.manual_seed(0)
     base = timm.create_model("mobilenetv3_small_050", num_classes=3)
     images = torch.randn(2, 3, 64, 64)

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import SmallNet
+from conftest import SmallNet, need
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,7 +34,7 @@ def same(a, b):
 
 @pytest.fixture
 def lightning():
-    package = pytest.importorskip("lightning")
+    package = need("lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -191,7 +191,7 @@ class WithLoss(nn.Module):
 
 
 def trainer_for(model, folder, epochs, *callbacks):
-    transformers = pytest.importorskip("transformers")
+    transformers = need("transformers")
     arguments = transformers.TrainingArguments(
         str(folder),
         num_train_epochs=epochs,
@@ -209,7 +209,7 @@ def trainer_for(model, folder, epochs, *callbacks):
 
 
 def test_trainer_writes_the_adapter_beside_each_checkpoint(tmp_path):
-    pytest.importorskip("transformers")
+    need("transformers")
     from convlora.transformers import AdapterCallback
 
     model = convlora.inject(WithLoss(), 2)
@@ -227,7 +227,7 @@ def test_trainer_writes_the_adapter_beside_each_checkpoint(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:every lora_B is zero")
 def test_the_card_gets_the_finite_numbers_of_the_last_evaluation_of_any_set(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = need("transformers")
     from convlora.transformers import AdapterCallback
 
     model = convlora.inject(WithLoss(), 2)

@@ -6,8 +6,7 @@ import tempfile
 import pytest
 import torch
 from conftest import Geometry, convolutions, dense_delta, randomise
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from laws import assume, given, st
 from torch import nn
 
 import convlora

@@ -4,20 +4,20 @@ import copy
 
 import pytest
 import torch
-from conftest import snapshot
+from conftest import need, snapshot
 from safetensors.torch import save_file
 from torch import nn
 
 import convlora
 from convlora import CheckpointError
 
-timm = pytest.importorskip("timm")
+timm = need("timm")
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
 
 def file_of_lycoris(base, path, **options):
     """What LyCORIS predicts with random factors, unmerged, and the file that it writes."""
-    lycoris = pytest.importorskip("lycoris")
+    lycoris = need("lycoris")
     torch.manual_seed(1)
     model = copy.deepcopy(base)
     network = lycoris.create_lycoris(model, 1.0, linear_dim=4, linear_alpha=2, algo="lora", conv_dim=3, **options)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import need, randomise
 from injected import NORMS, buffers, equal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -68,7 +68,7 @@ def test_every_norm_with_statistics_can_be_frozen(norm, x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct2d"])
 def test_frozen_batch_norm_saves_no_input_and_has_the_same_bits_and_gradients(kind, dtype):
-    layers = pytest.importorskip("timm.layers") if kind.endswith("Act2d") else nn
+    layers = need("timm.layers") if kind.endswith("Act2d") else nn
     torch.manual_seed(0)
     norm = getattr(layers, kind)(6).eval()
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
@@ -214,11 +214,11 @@ def test_an_interrupt_between_two_steps_does_not_lose_the_mode_of_a_norm(monkeyp
 
 
 def _timm_norm(name: str) -> nn.Module:
-    return getattr(pytest.importorskip("timm.layers"), name)(6)
+    return getattr(need("timm.layers"), name)(6)
 
 
 def _sync(norm: nn.Module) -> nn.Module:
-    return pytest.importorskip("timm.layers").convert_sync_batchnorm(norm)
+    return need("timm.layers").convert_sync_batchnorm(norm)
 
 
 WITH_STATISTICS = {

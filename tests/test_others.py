@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import SmallNet, randomise, snapshot
+from conftest import SmallNet, need, randomise, snapshot
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -28,7 +28,7 @@ def situation(what: str, right: str, *needs: str, marks: tuple[pytest.MarkDecora
     def add(row: Row) -> Row:
         def run() -> None:
             for package in needs:
-                pytest.importorskip(package)
+                need(package)
             row()
 
         ROWS.append(pytest.param(run, id=f"{what}: {right}", marks=marks))

@@ -2,24 +2,25 @@
 
 import contextlib
 import copy
+import importlib
 import json
 import warnings
+from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import randomise, snapshot
+from conftest import need, randomise, snapshot
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import convlora
-import convlora.peft
 from convlora import CheckpointError
 
-peft = pytest.importorskip("peft")
-timm = pytest.importorskip("timm")
+peft = need("peft")
+timm = need("timm")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's and transformers' own
 
-WRITES_BIASES = pytest.mark.skipif(peft.__version__ < "0.16", reason="peft 0.15 does not write what lora_only trains")
+WRITES_BIASES = pytest.mark.skipif(version("peft") < "0.16", reason="peft 0.15 does not write what lora_only trains")
 IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 # Two orders of summation in fp32 (a branch beside the layer, or one weight): last bits, relative to the output.
 ROUNDING = 1e-6
@@ -28,6 +29,7 @@ ROUNDING = 1e-6
 @pytest.fixture(autouse=True)
 def stock(monkeypatch):
     """peft as in a process in which nobody has called ``convlora.peft.register``."""
+    importlib.import_module("convlora.peft")
     monkeypatch.delitem(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "CONVLORA", raising=False)
 
 
@@ -84,16 +86,17 @@ def test_stock_peft_loads_the_dense_part_of_a_mobilenet(tmp_path, train):
 
 
 @pytest.mark.parametrize(
-    "conv, dims",
+    "make, dims",
     [
-        (nn.Conv1d(8, 6, 3, 2, 1), 1),
-        (nn.Conv2d(8, 6, 3, padding="same"), 2),
-        (nn.Conv3d(8, 6, (1, 3, 2), (2, 1, 1), (0, 1, 1)), 3),
-        (timm.layers.Conv2dSame(8, 6, 3, 2), 2),
+        (lambda: nn.Conv1d(8, 6, 3, 2, 1), 1),
+        (lambda: nn.Conv2d(8, 6, 3, padding="same"), 2),
+        (lambda: nn.Conv3d(8, 6, (1, 3, 2), (2, 1, 1), (0, 1, 1)), 3),
+        (lambda: timm.layers.Conv2dSame(8, 6, 3, 2), 2),
     ],
 )
-def test_plain_convolutions_of_every_dimension_go_to_stock_peft_and_back(tmp_path, conv, dims):
-    base, images = nn.Sequential(conv), torch.randn(2, 8, *[6] * dims)
+def test_plain_convolutions_of_every_dimension_go_to_stock_peft_and_back(tmp_path, make, dims):
+    conv, images = make(), torch.randn(2, 8, *[6] * dims)
+    base = nn.Sequential(conv)
     model = convlora.inject(copy.deepcopy(base), 2, target_modules=type(conv), modules_to_save=None)
     randomise(model)
     convlora.save_adapter(model, tmp_path / "ours")
@@ -104,18 +107,18 @@ def test_plain_convolutions_of_every_dimension_go_to_stock_peft_and_back(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "conv",
+    "make",
     [
-        nn.Conv2d(8, 8, 3, groups=4),
-        nn.Conv2d(8, 8, 3, dilation=2),
-        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
-        type("Own", (nn.Conv2d,), {})(8, 8, 3),
-        timm.layers.ScaledStdConv2d(8, 8, 3),
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
+        lambda: nn.Conv2d(8, 8, 3, groups=4),
+        lambda: nn.Conv2d(8, 8, 3, dilation=2),
+        lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+        lambda: type("Own", (nn.Conv2d,), {})(8, 8, 3),
+        lambda: timm.layers.ScaledStdConv2d(8, 8, 3),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
     ],
 )
-def test_stock_peft_refuses_what_it_would_mispredict(tmp_path, conv):
-    base = nn.Sequential(conv, nn.Flatten())
+def test_stock_peft_refuses_what_it_would_mispredict(tmp_path, make):
+    base = nn.Sequential(make(), nn.Flatten())
     model = convlora.inject(copy.deepcopy(base), 2, modules_to_save=None)
     randomise(model)
     convlora.save_adapter(model, tmp_path)
@@ -235,7 +238,7 @@ def test_a_second_adapter_from_peft_waits_beside_the_first(tmp_path):
 
 
 def test_peft_s_checkpoint_of_a_transformers_resnet(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = need("transformers")
     torch.manual_seed(0)
     config = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], num_labels=3)
     base = transformers.ResNetForImageClassification(config).eval()
@@ -261,17 +264,20 @@ def refused(base, directory, message):
 
 
 @pytest.mark.parametrize(
-    "conv, reason",
+    "make, reason",
     [
-        (nn.Conv2d(8, 8, 3, groups=4), r"0: groups 4; there lora_A reads all channels"),
-        (nn.Conv2d(8, 8, 3, dilation=2), r"0: dilation \(2, 2\), which the branch beside the layer drops"),
-        (nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), r"0: padding_mode 'reflect'"),
-        (timm.layers.StdConv2d(8, 8, 3), r"0: a StdConv2d with a forward of its own, in which peft would predict"),
-        (nn.Embedding(8, 8), r"0\.lora_embedding_A: embeddings are not adapted here"),
+        (lambda: nn.Conv2d(8, 8, 3, groups=4), r"0: groups 4; there lora_A reads all channels"),
+        (lambda: nn.Conv2d(8, 8, 3, dilation=2), r"0: dilation \(2, 2\), which the branch beside the layer drops"),
+        (lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), r"0: padding_mode 'reflect'"),
+        (
+            lambda: timm.layers.StdConv2d(8, 8, 3),
+            r"0: a StdConv2d with a forward of its own, in which peft",
+        ),
+        (lambda: nn.Embedding(8, 8), r"0\.lora_embedding_A: embeddings are not adapted here"),
     ],
 )
-def test_layers_that_peft_computes_otherwise_are_refused(tmp_path, conv, reason):
-    base = nn.Sequential(conv)
+def test_layers_that_peft_computes_otherwise_are_refused(tmp_path, make, reason):
+    base = nn.Sequential(make())
     peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=["0"])).save_pretrained(tmp_path)
     refused(base, tmp_path, reason)
 

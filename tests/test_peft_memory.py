@@ -9,22 +9,24 @@ import sys
 
 import pytest
 import torch
-from conftest import convolutions, randomise, snapshot
-from hypothesis import given, settings
+from conftest import convolutions, need, randomise, snapshot
+from laws import at_most, given
 from torch import nn
 
 import convlora
 from convlora import CheckpointError, StateError, TargetError, UnsupportedLayerError
 
-peft = pytest.importorskip("peft")
-timm = pytest.importorskip("timm")
-import convlora.peft  # noqa: E402
-from convlora import _peft_layer  # noqa: E402
+peft = need("peft")
+timm = need("timm")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own
 
 IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-TELLS = "config" in inspect.signature(peft.tuners.lora.LoraLayer.update_layer).parameters
+
+
+@pytest.fixture(autouse=True)
+def imported():
+    importlib.import_module("convlora.peft")
 
 
 def predict(model, images=IMAGES):
@@ -141,8 +143,8 @@ def test_the_weight_of_several_active_adapters_is_computed_once_until_one_of_the
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
-    compute, calls = _peft_layer.effective_weight, []
-    monkeypatch.setattr(_peft_layer, "effective_weight", lambda *args: calls.append(1) or compute(*args))
+    compute, calls = convlora._peft_layer.effective_weight, []
+    monkeypatch.setattr(convlora._peft_layer, "effective_weight", lambda *args: calls.append(1) or compute(*args))
     with torch.no_grad():
         first = model(small)
         count = len(calls)
@@ -183,7 +185,7 @@ def test_peft_reads_what_convlora_trained_on_every_layer_of_a_mobilenet(tmp_path
     assert near(predict(theirs), predict(model))
 
 
-@settings(max_examples=25)
+@at_most(25)
 @given(geometry=convolutions())
 def test_registered_forward_and_gradients_are_those_of_the_changed_weight(geometry):
     conv, x = geometry.build(dtype=torch.float64)
@@ -283,8 +285,9 @@ def test_computed_weights_are_refused_by_name():
         peft.get_peft_model(base, convlora.peft.register(peft.LoraConfig(target_modules=["0"])))
 
 
-@pytest.mark.skipif(not TELLS, reason="older peft does not tell a layer of the configuration")
 def test_an_unregistered_second_adapter_is_refused_where_its_file_would_mispredict(odd):
+    if "config" not in inspect.signature(peft.tuners.lora.LoraLayer.update_layer).parameters:
+        pytest.skip("older peft does not tell a layer of the configuration")
     model = peft.get_peft_model(odd, registered(odd))
     with pytest.raises(UnsupportedLayerError, match=r"'two'.*through convlora\.peft\.register first"):
         model.add_adapter("two", peft.LoraConfig(r=2, target_modules=LAYERS))

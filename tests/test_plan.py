@@ -7,9 +7,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import convolutions
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import convolutions, need
+from laws import given, st
 from torch import nn
 
 import convlora
@@ -108,7 +107,7 @@ def test_convolutions_of_other_kinds_are_listed_and_adapted_when_asked():
 
 
 def test_quantized_layers_are_listed_with_the_reason():
-    quantized = pytest.importorskip("torch.ao.nn.quantized")
+    quantized = need("torch.ao.nn.quantized")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.Sequential(nn.Conv2d(3, 4, 3), quantized.Conv2d(4, 4, 3))

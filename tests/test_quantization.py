@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SmallNet, randomise
+from conftest import SmallNet, need, randomise
 from injected import STATES, injected, loss_of, merged_if
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from convlora import StateError, TargetError, UnsupportedLayerError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-ao = pytest.importorskip("torch.ao.quantization")
+ao = need("torch.ao.quantization")
 QUANTIZED = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="no quantized kernels on this processor"
 )
@@ -47,7 +47,7 @@ def _statically_quantized(model: nn.Module, images: Tensor) -> nn.Module:
 @DEPRECATED
 def test_a_convolution_that_fakes_quantization_is_adapted_before_the_faking(images):
     """W + ΔW is quantized, as after merging: the QAT layer's own forward reads `weight`."""
-    qat = pytest.importorskip("torch.ao.nn.qat")
+    qat = need("torch.ao.nn.qat")
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, 3)
     conv.qconfig = ao.get_default_qat_qconfig("fbgemm")
@@ -123,8 +123,8 @@ def test_dynamically_quantized_linear_layers_stay_as_they_are_beside_adapted_con
 
 
 def _torchao():
-    pytest.importorskip("torchao")
-    quantization = pytest.importorskip("torchao.quantization")
+    need("torchao")
+    quantization = need("torchao.quantization")
     if not hasattr(quantization, "Int8WeightOnlyConfig"):
         pytest.skip("torchao without Int8WeightOnlyConfig")
     return quantization.quantize_, quantization.Int8WeightOnlyConfig()

@@ -9,10 +9,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import hypothesis.strategies as st
 import torch
-from conftest import SmallNet
-from hypothesis import settings
+from conftest import SmallNet, need
+from laws import at_most, st
+
+need("hypothesis")
+
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 import convlora
@@ -206,4 +208,4 @@ class Adapters(RuleBasedStateMachine):
 
 
 TestAdapters = Adapters.TestCase
-TestAdapters.settings = settings(max_examples=25, stateful_step_count=20)
+TestAdapters.settings = at_most(25, stateful_step_count=20)

@@ -5,16 +5,21 @@ import struct
 import threading
 import zlib
 
-import httpx
 import pytest
 import torch
+from conftest import need, need_extra
+
+need_extra("serving")
+need("timm")
+
+httpx = need("httpx")
 
 import convlora
 from benchmarks.overhead.subjects import make_base
 from benchmarks.routing import ours
-from benchmarks.serving import __main__ as program
-from benchmarks.serving.app import make_app, pixels
 from benchmarks.serving.batching import Batcher, routed
+
+program, web = need("benchmarks.serving.__main__"), need("benchmarks.serving.app")
 
 SIZE = 32
 NAMES = ["a0", "a1", "a2"]
@@ -33,7 +38,7 @@ def asked(batcher, requests):
     """The answers to these requests, all sent at once, through the whole application."""
 
     async def run():
-        app = make_app(batcher, NAMES, SIZE)
+        app = web.make_app(batcher, NAMES, SIZE)
         async with (
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client,
@@ -53,7 +58,7 @@ def test_a_batch_of_mixed_adapters_equals_each_alone(model):
     assert batcher.batches == [len(names)]
     for seed, (name, answer) in enumerate(zip(names, answers, strict=True)):
         with torch.no_grad():
-            image = pixels(picture(seed), SIZE)[None]
+            image = web.pixels(picture(seed), SIZE)[None]
             if name is None:
                 with convlora.disable_adapter(model):
                     expected = model(image)[0]

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import snapshot
+from conftest import need, snapshot
 from injected import NORMS, STATES, injected, merged_if
 
 import convlora
@@ -28,7 +28,7 @@ def test_get_parameter_names_every_parameter_but_an_effective_weight(state):
 
 
 def test_nothing_of_the_bases_surface_changes_while_injected_or_merged():
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     torch.manual_seed(0)
     net = timm.create_model("resnet18", num_classes=3)
     net.conv1.register_forward_hook(lambda *_: None)
@@ -56,7 +56,7 @@ def test_nothing_of_the_bases_surface_changes_while_injected_or_merged():
 
 @NORMS
 def test_after_any_sequence_a_real_network_is_the_base_again(photos, train, norm):
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     torch.manual_seed(0)
     net = timm.create_model("tf_efficientnet_lite0", num_classes=3)
     before = snapshot(net)

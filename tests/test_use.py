@@ -5,11 +5,10 @@ import copy
 import pickle
 import threading
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import SmallNet, convolutions, randomise
-from hypothesis import assume, given
+from conftest import SmallNet, convolutions, need, randomise
+from laws import assume, given, st
 from safetensors import safe_open
 from torch import nn
 
@@ -130,7 +129,7 @@ def test_real_networks(network, wins, monkeypatch):
 
     Each way of a plain convolution in fp64, where nothing wrong hides behind rounding; as chosen in fp32, within 1e-6.
     """
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     torch.manual_seed(0)
     dtype = torch.float32 if wins is None else torch.float64
     model = timm.create_model(network, num_classes=3).to(dtype)

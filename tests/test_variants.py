@@ -6,8 +6,8 @@ import math
 import numpy
 import pytest
 import torch
-from conftest import SmallNet, convolutions, randomise, snapshot, through_torch_save
-from hypothesis import given, settings
+from conftest import SmallNet, convolutions, need, randomise, snapshot, through_torch_save
+from laws import at_most, given
 from torch import nn
 from torch.nn import functional as F
 
@@ -125,7 +125,7 @@ def test_anchored_factors_begin_at_the_base_for_other_layers(init, kind):
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "nf_resnet26"])
 @anchored
 def test_anchored_factors_begin_at_the_base_in_real_networks(name, init):
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=4).eval()
     images = torch.randn(2, 3, 64, 64)
@@ -190,7 +190,7 @@ def oracle_weight(layer, base, A, B, anchor=None, magnitude=None):
 
 @pytest.mark.parametrize("path", ["auto", "fused", "weight", "branch"])
 @pytest.mark.parametrize("init, use_dora", [("pissa", False), ("kaiming", True), ("olora", True)])
-@settings(max_examples=25)
+@at_most(25)
 @given(geometry=convolutions())
 def test_gradients_are_those_of_plain_autograd(path, init, use_dora, geometry):
     layer, x = geometry.build(torch.float64)
@@ -317,7 +317,7 @@ def test_untrained_anchored_adapter_warns_when_saved(net, tmp_path, init):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [{"init": "pissa"}, {"init": "olora", "use_rslora": True}, {"use_dora": True}])
 def test_stock_peft_loads_the_variants_and_predicts_the_same(tmp_path, options):
-    peft, timm = pytest.importorskip("peft"), pytest.importorskip("timm")
+    peft, timm = need("peft"), need("timm")
     torch.manual_seed(0)
     base, images = timm.create_model("resnet18", num_classes=2).eval(), torch.randn(2, 3, 64, 64)
     model = convlora.inject(copy.deepcopy(base), 4, rank_pattern={"layer4.*": 6}, **options).eval()
@@ -331,7 +331,7 @@ def test_stock_peft_loads_the_variants_and_predicts_the_same(tmp_path, options):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [{"init": "pissa"}, {"use_dora": True}, {"use_dora": True, "init": "olora"}])
 def test_stock_peft_reads_the_variants_of_linear_layers(tmp_path, options):
-    peft = pytest.importorskip("peft")
+    peft = need("peft")
     torch.manual_seed(0)
     base, x = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)).eval(), torch.randn(4, 8)
     model = convlora.inject(copy.deepcopy(base), 2, target_modules=nn.Linear, modules_to_save=None, **options)
@@ -343,7 +343,7 @@ def test_stock_peft_reads_the_variants_of_linear_layers(tmp_path, options):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layer, x", [(nn.Conv2d(8, 12, 3, 2, 1), (2, 8, 9, 9)), (nn.Linear(8, 12), (3, 8))])
 def test_dora_is_pefts(layer, x):
-    peft, x = pytest.importorskip("peft"), torch.randn(x)
+    peft, x = need("peft"), torch.randn(x)
     base = nn.Sequential(copy.deepcopy(layer))
     config = peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["0"])
     theirs = peft.get_peft_model(copy.deepcopy(base), config)
@@ -448,7 +448,7 @@ def test_a_dead_channel_trains_without_nan():
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "nf_resnet26"])
 def test_dora_in_real_networks(name, train, tmp_path):
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=2).eval()
     base, images = copy.deepcopy(model), torch.randn(2, 3, 48, 48)
@@ -491,7 +491,7 @@ def test_dora_with_dropout_keeps_the_expected_output(kind):
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init": "pissa"}, {"use_dora": True, "init": "olora"}])
 def test_layers_whose_kernels_lie_in_flat_rows(options):
-    layers = pytest.importorskip("timm.layers")
+    layers = need("timm.layers")
     torch.manual_seed(0)
     layer, routing = layers.CondConv2d(6, 8, 3, num_experts=3), torch.rand(2, 3)
     x = torch.randn(2, 6, 7, 7)
@@ -638,7 +638,7 @@ def test_eva_of_a_large_layer_by_subspace_iteration(monkeypatch):
 
 
 def test_eva_sees_what_a_forward_that_pads_by_itself_shows_its_kernels():
-    layers = pytest.importorskip("timm.layers")
+    layers = need("timm.layers")
     conv, x = layers.create_conv2d(3, 8, 3, stride=2, padding="same"), torch.randn(2, 3, 10, 11)
     assert type(conv).__name__ == "Conv2dSame"
     net = convlora.inject(nn.Sequential(conv), 2, modules_to_save=None, init="eva", init_data=[x])
@@ -735,7 +735,7 @@ def test_eva_refuses_a_transposed_convolution():
 
 
 def test_eva_in_real_networks():
-    timm = pytest.importorskip("timm")
+    timm = need("timm")
     torch.manual_seed(0)
     for name in ("tf_efficientnet_lite0", "nf_resnet26"):
         model = timm.create_model(name, num_classes=2).eval()

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 from torch import Tensor
 
 from . import rates
@@ -144,6 +143,8 @@ def difference(first: Sequence[Result], second: Sequence[Result], labels: Tensor
     right = [[((r.test_logits > 0) == labels.bool()).double() for r in pair] for pair in pairs]
     gains = torch.stack([a - b for a, b in right])
     each = gains.mean(0).numpy()
+    from scipy.stats import bootstrap  # which takes most of a second to import
+
     found = bootstrap(
         (each,), np.mean, n_resamples=2000, batch=max(1, 10**7 // len(each)), method="percentile", rng=_rng()
     ).confidence_interval

@@ -1,6 +1,10 @@
 import logging
 import urllib.error
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import pytest
 import timm
 import torch

@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import pytest
 from toy_patches import SIZES, write_toy
 from typer.testing import CliRunner

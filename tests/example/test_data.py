@@ -4,12 +4,15 @@ import multiprocessing
 import pickle
 import shutil
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import h5py
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from laws import given, st
 from torch.utils.data import DataLoader
 
 from examples.histopathology import stain

@@ -1,5 +1,9 @@
 import copy
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import pytest
 import timm
 import torch

@@ -2,8 +2,12 @@ import csv
 import shutil
 from pathlib import Path
 
-import onnx
-import onnxruntime
+from conftest import need, need_extra
+
+need_extra("histopathology")
+onnx, onnxruntime = need("onnx"), need("onnxruntime")
+need("onnxscript")
+
 import pytest
 import torch
 from toy_patches import write_toy

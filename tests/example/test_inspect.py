@@ -6,6 +6,10 @@ import json
 import re
 import sys
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import numpy as np
 import pytest
 from layouts import write_challenge, write_pcam, write_wilds

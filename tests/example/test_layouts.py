@@ -2,6 +2,10 @@
 
 import pickle
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import h5py
 import numpy as np
 import pytest

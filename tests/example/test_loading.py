@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import pytest
 import torch
 from toy_patches import write_toy

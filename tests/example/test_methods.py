@@ -2,6 +2,10 @@ import copy
 import dataclasses
 import math
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import pytest
 import timm
 import torch

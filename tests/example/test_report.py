@@ -4,6 +4,10 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import browser
 import pytest
 import torch

@@ -1,3 +1,8 @@
+from conftest import need, need_extra
+
+need_extra("histopathology")
+need("sklearn")
+
 import pytest
 import torch
 from sklearn import metrics

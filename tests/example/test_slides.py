@@ -1,5 +1,9 @@
 """Labelled patches from tissue pictures, here pictures drawn with two known stains."""
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import h5py
 import numpy as np
 import pytest

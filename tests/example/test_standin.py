@@ -4,6 +4,10 @@ import json
 import subprocess
 import sys
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import h5py
 import numpy as np
 import pytest

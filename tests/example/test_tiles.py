@@ -1,6 +1,10 @@
 import csv
 from pathlib import Path
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import numpy as np
 import pytest
 import torch

@@ -1,6 +1,10 @@
 import dataclasses
 import math
 
+from conftest import need_extra
+
+need_extra("histopathology")
+
 import pytest
 import torch
 from torch import nn
