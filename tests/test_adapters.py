@@ -44,6 +44,7 @@ def two(net, images, train, norm):
     return net, base, {"a": first, "b": outputs(net, images)}
 
 
+@pytest.mark.thorough
 def test_resnet18_reload_disable_and_a_second_adapter(tmp_path, train):
     """Trained in train mode with moving statistics, as the report did; every comparison is of bits."""
     timm = need("timm")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import need
 
 import convlora
@@ -73,6 +74,7 @@ def test_the_public_surface_is_the_promised_one():
     assert surface() == PROMISED.read_text(encoding="utf-8"), "see the head of tests/test_api.py"
 
 
+@pytest.mark.thorough
 def test_a_consumer_is_checked_strictly():
     """The types that users see, where the library is installed: no Any leaks, and mistakes are found."""
     need("mypy")

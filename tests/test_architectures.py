@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import need, randomise, snapshot
+from conftest import need, randomise, snapshot, thorough
 
 import convlora
 
@@ -53,7 +53,9 @@ def test_head_of_other_families(make, head):
     assert convlora.plan(make()).modules_to_save == head
 
 
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "hrnet_w18_small", "tf_mixnet_s", "repvgg_a0"])
+@pytest.mark.parametrize(
+    "name", ["repvgg_a0", *map(thorough, ("tf_efficientnet_lite0", "hrnet_w18_small", "tf_mixnet_s"))]
+)
 def test_whole_way_with_moving_statistics(name, tmp_path, train):
     """Frozen norms, and many more networks: tests/test_coverage.py."""
     torch.manual_seed(0)

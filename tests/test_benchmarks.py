@@ -188,6 +188,7 @@ def test_autocast_and_channels_last_train_too(name):
 # The program
 
 
+@pytest.mark.thorough
 def test_every_arm_is_there_with_finite_ratios(measured):
     found, _, _ = measured
     assert [r.arm for r in found.training] == list(TRAINING)
@@ -201,6 +202,7 @@ def test_every_arm_is_there_with_finite_ratios(measured):
     assert all(r.other_ratios.keys() == {"full-freeze"} for r in found.training if not r.unavailable)
 
 
+@pytest.mark.thorough
 def test_sizes_are_in_the_order_that_the_methods_imply(measured):
     """Counted, not timed: so these hold on any machine."""
     r = {result.arm: result for result in measured[0].training}
@@ -214,6 +216,7 @@ def test_sizes_are_in_the_order_that_the_methods_imply(measured):
     assert all(x.stuck == 0 for x in r.values())
 
 
+@pytest.mark.thorough
 def test_json_is_read_back_as_it_was_and_names_no_machine(measured):
     import platform
 
@@ -225,12 +228,14 @@ def test_json_is_read_back_as_it_was_and_names_no_machine(measured):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_the_terminals_tables_fit_80_columns(measured):
     from benchmarks.overhead.tables import run_as_text
 
     assert max(map(len, run_as_text(measured[0]).splitlines())) <= 80
 
 
+@pytest.mark.thorough
 def test_apart_each_arm_has_a_process_of_its_own_and_the_same_sizes(measured, tmp_path, capsys):
     together, *_ = measured
     with Apart(dataclasses.replace(TINY, apart=True), "convlora") as bench:
@@ -249,12 +254,14 @@ def test_apart_each_arm_has_a_process_of_its_own_and_the_same_sizes(measured, tm
     assert "--apart" in markdown([[found]]) and "rounds, apart" in markdown([[found]])
 
 
+@pytest.mark.thorough
 def test_an_arm_that_cannot_be_built_ends_its_process():
     with pytest.raises(ValueError, match="rank"):
         Apart(dataclasses.replace(TINY, rank=-1), "convlora")
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.thorough
 def test_a_peer_that_is_not_installed_is_named_and_the_others_measured(monkeypatch):
     monkeypatch.setitem(sys.modules, "loralib", None)
     found = run(TINY, ["loralib", "probe"], [])
@@ -264,6 +271,7 @@ def test_a_peer_that_is_not_installed_is_named_and_the_others_measured(monkeypat
     assert by_name["probe"].ratios and not by_name["probe"].unavailable
 
 
+@pytest.mark.thorough
 def test_the_page_is_made_of_the_files_figures(measured, tmp_path, capsys):
     found, path, _ = measured
     sweep = tmp_path / "sweep.json"
@@ -309,6 +317,7 @@ def layer(times, count=1, rank=4, size=8):
     return paths.Timed(case, count, dict(zip(paths.PATHS, times, strict=True)))
 
 
+@pytest.mark.thorough
 def test_the_program_times_every_plain_layer_by_each_path(tmp_path, capsys):
     file = tmp_path / "paths.json"
     options = ["--batch", "2", "--size", "32", "--rank", "4", "--rounds", "1", "--repeats", "1", "--estimates"]
@@ -364,6 +373,7 @@ def test_constants_stay_where_all_are_equal():
     assert (found.balance, found.thin) == (paths_room.BALANCE, paths_room.THIN)
 
 
+@pytest.mark.thorough
 def test_the_routing_benchmark_compares_every_way_and_prints_the_machine(capsys):
     small = ["--model", NETWORK, "--batch", "4", "--size", "32", "--adapters", "2", "4", "--rank", "2", "--rounds", "2"]
     routing.main(small)

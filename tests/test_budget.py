@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import SmallNet, convolutions, need, snapshot
+from conftest import SmallNet, convolutions, need, snapshot, thorough
 from laws import given, st
 from torch import nn
 from torch.nn import functional as F
@@ -61,7 +61,7 @@ def test_inject_holds_what_the_plan_says(geometry, budget):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "nf_resnet26"])
-@pytest.mark.parametrize("share", [0.002, 0.01, 0.1])
+@pytest.mark.parametrize("share", [*map(thorough, (0.002, 0.1)), 0.01])
 def test_real_networks_come_as_near_as_the_ranks_allow(name, share):
     timm = need("timm")
     with torch.device("meta"):

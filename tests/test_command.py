@@ -184,6 +184,7 @@ def test_a_missing_library_is_named(monkeypatch):
     assert as_json("plan", "resnet18")["model"] == "ResNet"  # torchvision's
 
 
+@pytest.mark.thorough
 def test_pretrained_weights_offline_are_an_error_that_says_what_to_download(tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "HF_HOME": str(tmp_path)}
     answer = program("plan", "resnet18", "--pretrained", **offline)

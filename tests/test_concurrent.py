@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 import reliability
 import torch
-from conftest import SmallNet, randomise
+from conftest import SmallNet, randomise, thorough
 from torch.utils.data import DataLoader, Dataset
 
 import convlora
@@ -86,7 +86,7 @@ class Predicted(Dataset):
         return alone, other
 
 
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", ["fork", thorough("spawn")])
 def test_workers_of_a_loader_compute_with_an_injected_model(two, images, start):
     with torch.no_grad():
         expected = two(images)
@@ -100,6 +100,7 @@ def test_workers_of_a_loader_compute_with_an_injected_model(two, images, start):
     assert torch.equal(two(images).detach(), expected)
 
 
+@pytest.mark.thorough
 def test_memory_is_flat_and_every_bit_comes_back_over_300_cycles():
     """10,000: `python -m tests.reliability cycles`."""
     spawn = multiprocessing.get_context("spawn")  # where no other test's rubbish is collected meanwhile

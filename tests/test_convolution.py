@@ -90,6 +90,7 @@ def test_first_and_second_derivatives_in_double_precision(path, groups, kernel, 
     assert gradgradcheck(run, (x, A, B, bias))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("path", PATHS[1:])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 3)])
 @pytest.mark.parametrize("large", [1, 10**9], ids=["large", "small"])

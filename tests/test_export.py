@@ -19,13 +19,12 @@ import convlora
 timm = need("timm")
 pytestmark = pytest.mark.usefixtures("one_thread")
 STATES = pytest.mark.parametrize("state", ["injected", "merged", "removed"])
-DEFAULT = {("resnet18", "merged"), ("tf_efficientnet_lite0", "injected"), ("tf_efficientnet_lite0", "track")}
 
 
 def every(names: tuple[str, ...], others: tuple[str, ...]) -> list[object]:
-    """Every pair; by default all of the small network and a few of the real ones, which take seconds each."""
+    """Every pair; by default those of the small network: the real ones take seconds each."""
     return [
-        pytest.param(name, other, marks=() if name == "small" or (name, other) in DEFAULT else pytest.mark.slow)
+        pytest.param(name, other, marks=() if name == "small" else pytest.mark.thorough)
         for name in names
         for other in others
     ]
@@ -185,6 +184,7 @@ def _inductor(name: str, norm: str, graphs: list[torch.fx.GraphModule]) -> None:
     assert len(graphs) == 3
 
 
+@pytest.mark.thorough
 def test_inductor_trains_and_predicts_like_eager_mode(graphs):
     _inductor("small", "track", graphs)
 

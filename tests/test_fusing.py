@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+from conftest import thorough
 from injected import merged_if, real
 from torch import nn
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("state", ["injected", "merged", "removed"])
-@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "fastvit_t8"])
+@pytest.mark.parametrize("name", ["repvgg_a0", *map(thorough, ("mobileone_s0", "fastvit_t8"))])
 @torch.no_grad()  # in inference merged and unmerged are one weight to the bit
 def test_reparameterized_networks_predict_the_same(photos, name, state):
     net = real(name).eval()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SmallNet, need, randomise, snapshot
+from conftest import SmallNet, need, randomise, snapshot, thorough
 from hub_stand_in import READ, WRITE, serving
 
 import convlora
@@ -97,6 +97,7 @@ def run(what, tmp_path, url, cache, **environment):
     )
 
 
+@pytest.mark.thorough
 def test_pushed_then_loaded_elsewhere_predicts_the_same_bits_and_again_without_the_hub(tmp_path):
     with serving() as server:
         pushed = run("push", tmp_path, server.url, "one", HF_TOKEN=WRITE)
@@ -114,7 +115,7 @@ def test_pushed_then_loaded_elsewhere_predicts_the_same_bits_and_again_without_t
 # ---- loading
 
 
-@pytest.mark.parametrize("norm", ["freeze", "track"])
+@pytest.mark.parametrize("norm", [thorough("freeze"), "track"])
 def test_a_real_network_comes_back_from_the_hub_bit_for_bit(hub, train, norm):
     timm = need("timm")
     torch.manual_seed(0)

@@ -23,6 +23,7 @@ TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "REA
 PROJECT = Path(__file__).parents[1]
 
 
+@pytest.mark.thorough
 def test_a_save_that_is_killed_leaves_an_adapter():
     """At 6 random times, and at each of its calls to the file system; 1,000: `python -m tests.reliability`."""
     program = [sys.executable, "-m", "tests.reliability"]  # it forks, which a process with threads must not

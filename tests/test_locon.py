@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import need, snapshot
+from conftest import need, snapshot, thorough
 from safetensors.torch import save_file
 from torch import nn
 
@@ -31,7 +31,7 @@ def file_of_lycoris(base, path, **options):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", [thorough("resnet18"), "mobilenetv3_small_050"])
 @pytest.mark.parametrize("use_tucker", [False, True])
 def test_a_file_of_lycoris_predicts_the_same(tmp_path, name, use_tucker):
     torch.manual_seed(0)

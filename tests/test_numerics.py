@@ -250,6 +250,7 @@ convlora.save_adapter(net, sys.argv[1])
 """
 
 
+@pytest.mark.thorough
 def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path):
     program = PROGRAM.format(init="pissa", dora=True)
     for name in ("one", "two"):

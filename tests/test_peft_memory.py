@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import convolutions, need, randomise, snapshot
+from conftest import convolutions, need, randomise, snapshot, thorough
 from laws import at_most, given
 from torch import nn
 
@@ -107,7 +107,7 @@ def registered(base, **options):
 # ---- convlora's layers inside peft
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "nf_resnet26"])
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", *map(thorough, ("resnet18", "nf_resnet26"))])
 def test_registered_layers_live_peft_s_whole_life(tmp_path, name):
     base = network(name)
     options = {} if name != "nf_resnet26" else {"modules_to_save": ["fc"]}

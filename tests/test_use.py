@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import SmallNet, convolutions, need, randomise
+from conftest import SmallNet, convolutions, need, randomise, thorough
 from laws import assume, given, st
 from safetensors import safe_open
 from torch import nn
@@ -112,13 +112,14 @@ def test_a_convolution_of_any_geometry(geometry, names, wins):
         torch.testing.assert_close(routed(net, x, names), expected, rtol=1e-12, atol=1e-12)
 
 
+DEFAULT = [("mobilenetv3_small_050", None), ("test_vit", True), ("test_convnext", False), ("test_convnext", None)]
 NETWORKS = ["resnet18", "mobilenetv3_small_050", "efficientnet_lite0", "nf_resnet26", "test_vit", "test_convnext"]
 
 
 @pytest.mark.parametrize(
     ("network", "wins"),
     [
-        (network, wins)
+        (network, wins) if (network, wins) in DEFAULT else thorough(network, wins)
         for network in NETWORKS
         for wins in (None, True, False)
         if wins is None or network != "nf_resnet26"

@@ -6,7 +6,7 @@ import math
 import numpy
 import pytest
 import torch
-from conftest import SmallNet, convolutions, need, randomise, snapshot, through_torch_save
+from conftest import SmallNet, convolutions, need, randomise, snapshot, thorough, through_torch_save
 from laws import at_most, given
 from torch import nn
 from torch.nn import functional as F
@@ -122,7 +122,7 @@ def test_anchored_factors_begin_at_the_base_for_other_layers(init, kind):
     assert snapshot(convlora.remove(layer)) == before
 
 
-@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "nf_resnet26"])
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", *map(thorough, ("resnet18", "nf_resnet26"))])
 @anchored
 def test_anchored_factors_begin_at_the_base_in_real_networks(name, init):
     timm = need("timm")
@@ -446,7 +446,7 @@ def test_a_dead_channel_trains_without_nan():
         assert all(p.grad.isfinite().all() for p in convlora.adapter_parameters(conv))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "nf_resnet26"])
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", *map(thorough, ("resnet18", "nf_resnet26"))])
 def test_dora_in_real_networks(name, train, tmp_path):
     timm = need("timm")
     torch.manual_seed(0)
@@ -507,7 +507,9 @@ def test_layers_whose_kernels_lie_in_flat_rows(options):
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*jit:FutureWarning")
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"init": "pissa"}, {"use_dora": True, "init": "olora"}])
+@pytest.mark.parametrize(
+    "options", [*map(thorough, ({"use_dora": True}, {"init": "pissa"})), {"use_dora": True, "init": "olora"}]
+)
 def test_variants_compile_trace_and_export(options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2))

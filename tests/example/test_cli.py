@@ -91,6 +91,7 @@ def test_the_page_shows_patches_maps_and_costs_of_what_was_trained(finished):
     assert cost["lora-track"] > cost["lora"] > cost["probe-augmented"] > 0
 
 
+@pytest.mark.thorough
 def test_a_report_without_its_adapters_is_written_all_the_same(toy, tmp_path, monkeypatch):
     def gone(folder):
         raise ExampleError(f"no run.json in {folder}")
@@ -113,6 +114,7 @@ def test_an_adapters_card_says_how_good_it_is(finished):
     assert (folder / "adapter_model.safetensors").stat().st_size == own["adapter_bytes"]
 
 
+@pytest.mark.thorough
 def test_the_batch_that_fits_is_kept_for_who_resumes(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda: 0)
     command = ["train", "--method", "probe", "--data", toy, *SMALL, "--fit-memory", "--out", tmp_path / "out"]
@@ -164,6 +166,7 @@ def test_only_what_training_did_not_decide_can_be_asked_of_a_prediction(finished
     assert "--how stain: give any of ensemble, balanced, adabn" in refused("predict", adapter, toy, "--how", "stain")
 
 
+@pytest.mark.thorough
 def test_predict_and_train_do_without_test_labels(tmp_path):
     data = write_toy(tmp_path / "data", test_labels=False)
     run("train", "--method", "probe", "--data", data, *SMALL, "--out", tmp_path / "out")
@@ -172,6 +175,7 @@ def test_predict_and_train_do_without_test_labels(tmp_path):
     assert "accuracy" not in run("predict", adapter, data, "--out", tmp_path / "s.csv").stdout
 
 
+@pytest.mark.thorough
 def test_compare_sweeps_every_training_alike_and_pairs_seeds(toy, tmp_path):
     methods = "probe,probe-dihedral,probe-dihedral+ensemble+balanced"
     options = ["--methods", methods, "--seeds", "2", "--limit", "16", "--lrs", "1e-3,1e-2"]
@@ -194,6 +198,7 @@ def test_compare_sweeps_every_training_alike_and_pairs_seeds(toy, tmp_path):
     assert (tmp_path / "table.md").read_text() == table
 
 
+@pytest.mark.thorough
 def test_stand_in_is_made_marked_and_called_no_evidence(tmp_path):
     run("make-data", tmp_path / "data", "--train", 16, "--val", 8, "--test", 8, "--dtype", "uint8")
     assert (tmp_path / "data" / "standin.json").is_file()
@@ -202,6 +207,7 @@ def test_stand_in_is_made_marked_and_called_no_evidence(tmp_path):
         assert "no evidence about Camelyon17" in (tmp_path / "out" / name).read_text()
 
 
+@pytest.mark.thorough
 def test_without_data_the_job_makes_its_own(tmp_path, monkeypatch):
     def quick(folder, sizes, *, seed, dtype, progress):
         assert sizes == {"train": 16, "val": 16, "test": 16}
@@ -283,6 +289,7 @@ def test_a_damaged_adapter_is_refused_without_a_traceback(finished, toy, tmp_pat
     assert not (tmp_path / "s.csv").exists()
 
 
+@pytest.mark.thorough
 def test_the_module_runs_and_fails_without_a_traceback(tmp_path):
     command = [sys.executable, "-m", "examples.histopathology", "--rank", "0", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

@@ -4,7 +4,7 @@ import multiprocessing
 import pickle
 import shutil
 
-from conftest import need_extra
+from conftest import need_extra, thorough
 
 need_extra("histopathology")
 
@@ -110,7 +110,7 @@ def test_an_open_file_is_not_pickled(split):
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # meant: fork inherits the open handle
-@pytest.mark.parametrize("context", ["spawn", "fork"])
+@pytest.mark.parametrize("context", [thorough("spawn"), "fork"])
 def test_workers_read_what_the_main_process_reads(split, context):
     data = HistoDataset(split)
     alone = [batch[0] for batch in DataLoader(data, batch_size=5)]  # also opens the parent's handle

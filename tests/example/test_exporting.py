@@ -57,6 +57,7 @@ def columns(path: Path) -> dict[str, list[str]]:
     return {name: [row[name] for row in read] for name in read[0]}
 
 
+@pytest.mark.thorough
 def test_the_file_is_the_plain_network_and_its_logits_are_torchs(adapter, exported):
     onnx.checker.check_model(onnx.load(exported))
     session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
@@ -69,6 +70,7 @@ def test_the_file_is_the_plain_network_and_its_logits_are_torchs(adapter, export
     assert not any("lora" in tensor.name for tensor in onnx.load(exported).graph.initializer)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["", "ensemble,balanced"])
 def test_predictions_from_the_file_are_those_of_the_adapter(adapter, exported, tmp_path, how):
     for name, model in (("torch", adapter), ("onnx", exported)):
@@ -81,6 +83,7 @@ def test_predictions_from_the_file_are_those_of_the_adapter(adapter, exported, t
     assert torchs["Pred"] == onnxs["Pred"]
 
 
+@pytest.mark.thorough
 def test_a_file_that_differs_from_torch_never_gets_its_name(adapter, exported, tmp_path, monkeypatch):
     real = exporting._Session.logits
     monkeypatch.setattr(exporting, "_write", lambda model, images, path: shutil.copy(exported, path))  # half a minute
@@ -90,6 +93,7 @@ def test_a_file_that_differs_from_torch_never_gets_its_name(adapter, exported, t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_what_a_fixed_network_cannot_do_is_refused(adapter, exported, tmp_path, monkeypatch):
     assert "let it end in .onnx" in run("export", adapter, "--out", tmp_path / "model.pt", status=1).stderr
     outcome = run("predict", exported, data(adapter), "--how", "adabn", "--out", tmp_path / "s.csv", status=1)
@@ -100,6 +104,7 @@ def test_what_a_fixed_network_cannot_do_is_refused(adapter, exported, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_files_of_others_are_refused(adapter, exported, tmp_path):
     split = data(adapter)
     assert "no such file" in run("predict", tmp_path / "absent.onnx", split, status=1).stderr
@@ -111,6 +116,7 @@ def test_files_of_others_are_refused(adapter, exported, tmp_path):
     assert "does not say how its input is made" in run("predict", tmp_path / "foreign.onnx", split, status=1).stderr
 
 
+@pytest.mark.thorough
 def test_without_the_packages_the_message_names_them(adapter, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ExampleError, match=r"ONNX needs packages that are not here .*pip install onnx onnxscript"):

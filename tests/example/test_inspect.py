@@ -39,6 +39,7 @@ def predictions(path):
         return [int(row["ID"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float16", "float32", "uint8"])
 def test_400_images_of_any_dtype_with_keys_out_of_order_and_no_test_labels(tmp_path, dtype):
     data = write_challenge(tmp_path / "data", SIZES, dtype, test_labels=False)
@@ -51,6 +52,7 @@ def test_400_images_of_any_dtype_with_keys_out_of_order_and_no_test_labels(tmp_p
     assert "no labels" in (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("write", "layout", "first_test_id"),
     [(write_wilds, "WILDS Camelyon17 folder", 32), (write_pcam, "PCam HDF5", 0)],

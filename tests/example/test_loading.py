@@ -102,6 +102,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(toy):
         make_loader(view, 16, seed=0, world=3)
 
 
+@pytest.mark.thorough
 def test_two_processes_train_what_one_does(tmp_path):
     data = write_toy(tmp_path / "data", {"train": 48, "val": 21, "test": 8})
     histories = []

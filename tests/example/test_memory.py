@@ -88,6 +88,7 @@ def test_the_batch_is_halved_until_it_fits(model):
         largest_batch(model, 64, 64, free=1000)
 
 
+@pytest.mark.thorough
 def test_where_too_much_is_an_error_the_batch_is_tried(model, monkeypatch):
     tried = []
 

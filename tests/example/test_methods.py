@@ -2,7 +2,7 @@ import copy
 import dataclasses
 import math
 
-from conftest import need_extra
+from conftest import need_extra, thorough
 
 need_extra("histopathology")
 
@@ -69,7 +69,7 @@ def test_lora_of_linear_layers_adapts_all_of_a_vision_transformer_and_none_of_a_
         method.prepare(copy.deepcopy(lite0))
 
 
-@pytest.mark.parametrize("name", ["probe", "lora-linear"])
+@pytest.mark.parametrize("name", [thorough("probe"), "lora-linear"])
 def test_dinov2_trains_is_saved_and_proven_like_any_backbone(name, toy, tmp_path):
     torch.manual_seed(0)
     state = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=28).state_dict()
@@ -195,6 +195,7 @@ def test_cached_features_train_the_same_head_as_the_network(toy, tmp_path, monke
     assert cached.proofs.reload_bit_equal
 
 
+@pytest.mark.thorough
 def test_features_serve_every_seed(toy, tmp_path, monkeypatch):
     job, method = Job(tmp_path), find_method("probe")
     experiment.run_method(method, open_splits(toy), RECIPE, job, suffix="-0")

@@ -49,12 +49,14 @@ def killing(*arguments: object) -> dict[str, object]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.thorough
 def test_killed_at_every_write_the_training_ends_in_the_same_numbers(tmp_path):
     outcome = killing("writes", tmp_path)
     assert outcome["struck"] > 20
     assert outcome["killed"] == outcome["whole"]
 
 
+@pytest.mark.thorough
 def test_killed_at_random_the_training_ends_in_the_same_numbers(tmp_path):
     outcome = killing("random", tmp_path, 3, 0)
     assert outcome["struck"] == 3

@@ -149,6 +149,7 @@ def test_slides_of_a_hospital_differ_in_stain_scan_and_tumour():
     assert _slide(0, 4, 0) is _slide(0, 4, 0) and (_slide(1, 4, 0).white != _slide(0, 4, 0).white).any()
 
 
+@pytest.mark.thorough
 def test_colours_are_the_challenges():
     means = {}
     for split in SIZES:

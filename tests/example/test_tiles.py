@@ -100,6 +100,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.thorough
 def test_tiles_are_predicted_as_the_same_patches_in_hdf5_are(adapter, tmp_path):
     hdf5 = write_challenge(tmp_path / "data", {"test": 12}, "uint8")
     predict(adapter, hdf5, tmp_path / "hdf5.csv")

@@ -123,6 +123,7 @@ def test_method_trains_reloads_bit_equal_and_merges(toy, tmp_path, name):
     assert (result.trainable == 1281) == name.startswith("probe")
 
 
+@pytest.mark.thorough
 def test_the_same_seed_gives_the_same_bits(toy, tmp_path):
     runs = [trained("lora", toy, tmp_path / str(i)) for i in range(2)]
     assert torch.equal(runs[0].test_logits, runs[1].test_logits)
@@ -130,6 +131,7 @@ def test_the_same_seed_gives_the_same_bits(toy, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.thorough
 def test_only_methods_that_track_move_norm_statistics(toy, tmp_path):
     moving = {"probe": False, "lora": False, "lora-track": True, "full": False, "full-track": True, "norms": False}
     for name, moves in moving.items():
