@@ -21,6 +21,8 @@ except ImportError:
         def __call__(self, *_: Any, **__: Any) -> _Absent:
             return self
 
+        __or__ = __call__
+
     hypothesis, st, assume = None, _Absent(), _Absent()
 
     def given(*_: Any, **__: Any) -> pytest.MarkDecorator:
