@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from conftest import need
 from torch import nn
 
 import convlora
@@ -42,7 +43,7 @@ def test_typed_keywords_are_the_options_besides_rank_and_name():
 
 
 def test_command_line_has_every_option_with_its_default():
-    pytest.importorskip("typer")
+    need("typer")
     from convlora.command.options import Adapting
 
     names = [each.name for each in fields(Adapting)]
@@ -118,7 +119,7 @@ def test_unknown_name_is_pythons_own_error_of_that_function():
 
 
 def test_callback_refuses_options_where_it_is_made():
-    pytest.importorskip("lightning")
+    need("lightning")
     from convlora.lightning import AdapterCallback
 
     with pytest.raises(TypeError, match=r"AdapterCallback\(\) got an unexpected keyword argument 'ranks'"):

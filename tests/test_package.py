@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import EXTRAS
 
 import convlora
 
@@ -165,3 +166,10 @@ def test_ci_runs_exactly_the_test_command_of_the_readme():
     assert "examples.histopathology" in blocks[0] and "pytest" in blocks[1]
     ci = (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
     assert "README.md" in ci  # it reads the block from there, so that the two cannot disagree
+    assert "pytest --run-all --durations=20" in ci
+
+
+def test_the_extra_that_a_skipped_test_names_is_one_of_the_packages():
+    extras = re.search(r"\[project\.optional-dependencies\]\n(.*?)\n\[", (PROJECT / "pyproject.toml").read_text(), re.S)
+    names = set(re.findall(r"^([\w-]+) = \[", extras[1], re.M))
+    assert {"test", "test-all"} <= names and set(EXTRAS.values()) <= names
