@@ -11,6 +11,7 @@ from ._layer.adapted import base_weight
 from ._model.adapters import add_adapter, delete_adapter, disable_adapter, set_adapter
 from ._model.budget import sensitivity
 from ._model.inject import inject
+from ._model.integrity import Finding, adopt, check
 from ._model.merge import merge, unmerge
 from ._model.planner import plan
 from ._model.remove import remove
@@ -24,6 +25,7 @@ __all__ = [
     "Approximation",
     "CheckpointError",
     "ConvLoraError",
+    "Finding",
     "LayerPlan",
     "Plan",
     "StateError",
@@ -31,7 +33,9 @@ __all__ = [
     "UnsupportedLayerError",
     "adapter_parameters",
     "add_adapter",
+    "adopt",
     "base_weight",
+    "check",
     "combine_adapters",
     "delete_adapter",
     "disable_adapter",

@@ -100,6 +100,8 @@ class Plan:
         others: all other modules with parameters, so that each parameter of the model is accounted for.
         base_parameters: of the whole base model; ``saved_parameters``: of ``modules_to_save`` and ``biases``.
         state: planned, injected or merged.
+        trained_now: in a summary of the active adapter, the numbers that require a gradient now, whoever has frozen or
+            unfrozen some since; else None.
     """
 
     model: str
@@ -121,6 +123,7 @@ class Plan:
     init: Init = "kaiming"
     biases: tuple[str, ...] = ()
     state: str = "planned"
+    trained_now: int | None = None
 
     @property
     def use_dora(self) -> bool:
@@ -134,8 +137,9 @@ class Plan:
 
     @property
     def trainable_parameters(self) -> int:
-        """Numbers that training moves: the factors and the modules trained in full."""
-        return self.adapter_parameters + self.saved_parameters
+        """Numbers that training moves: the factors and the modules trained in full, or what requires a gradient now."""
+        planned = self.adapter_parameters + self.saved_parameters
+        return planned if self.trained_now is None else self.trained_now
 
     @property
     def trainable_share(self) -> float:

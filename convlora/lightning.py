@@ -15,6 +15,7 @@ from ._checkpoint.files import few
 from ._checkpoint.keys import base_keys
 from ._checkpoint.peft_format import dotted
 from ._model.inject import carry_out
+from ._model.integrity import check_trainable
 from ._model.options import Request
 from ._model.state import injections
 from .errors import CheckpointError, TargetError
@@ -70,6 +71,11 @@ class AdapterCallback(Callback):  # type: ignore[misc]
         pl_module.strict_loading = False  # _before_load is as strict: it lets the base alone be left out
         self._unwatch()
         self._watch = pl_module.register_load_state_dict_pre_hook(_before_load)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """At the beginning of each epoch, in train mode: refuse or warn as :func:`convlora.trainable_parameters`."""
+        if batch_idx == 0:
+            check_trainable(pl_module, stacklevel=2)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave ``load_state_dict`` to the caller again."""

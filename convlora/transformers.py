@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 
 from ._checkpoint.saving import save_adapter
+from ._model.integrity import check_trainable
+from ._model.state import injections
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -39,6 +41,18 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
     Raises:
         StateError: as :func:`convlora.save_adapter`, when the Trainer saves; where the model holds no adapter, say.
     """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called by the Trainer before the first step: refuse or warn as :func:`convlora.trainable_parameters`."""
+        if model is not None and next(injections(model), None) is not None:
+            check_trainable(model, stacklevel=2)
 
     def on_save(
         self,

@@ -7,6 +7,7 @@ model predicts, trains and saves what it should, or the call is refused with the
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import torch
 from conftest import SmallNet, need, randomise, snapshot
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.data import DataLoader
 
 import convlora
 
@@ -195,6 +197,188 @@ def _() -> None:
 # --- 2. flags, heads and modules ----------------------------------------------------------------------------------
 
 
+def found(net: nn.Module) -> list[str]:
+    return [finding.name for finding in convlora.check(net)]
+
+
+def saved_and_loaded(net: SmallNet, base: SmallNet) -> None:
+    """What is saved of the model predicts the same on a base that is built as the model is now."""
+    with tempfile.TemporaryDirectory() as folder:
+        convlora.save_adapter(net, folder)
+        assert torch.equal(predicts(convlora.load_adapter(base, folder)), predicts(net))
+
+
+@situation("nothing", "check finds nothing, in every state")
+def _() -> None:
+    net = injected(norm="track")
+    convlora.add_adapter(net, "other")
+    assert not convlora.check(net)
+    convlora.set_adapter(net.train(), "other")
+    net(IMAGES)
+    assert not convlora.check(net)
+    with convlora.disable_adapter(net):
+        assert not convlora.check(net)
+    assert not convlora.check(copy.deepcopy(net)) and not convlora.check(convlora.merge(net))
+
+
+@situation("a head is replaced", "told before training and saving; adopted, it trains, is saved, and is the base's")
+def _() -> None:
+    net = injected()
+    net.fc = nn.Linear(12, 7)
+    assert found(net) == ["fc"]
+    for call in (
+        lambda: convlora.trainable_parameters(net),
+        lambda: convlora.merge(net),
+        lambda: convlora.save_adapter(net, "x"),
+    ):
+        refused(net, call, r"fc.* was replaced after convlora\.inject.*convlora\.adopt")
+    optimizer = torch.optim.SGD(net.fc.parameters(), lr=0.1)  # made before
+    first = copy.deepcopy(net.fc)
+    assert convlora.adopt(net, "fc") is net and not convlora.check(net)
+    assert convlora.summary(net).saved_parameters == 7 * 12 + 7
+    predicts(net)
+    net(IMAGES).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(net.fc.weight, first.weight)
+    base = convlora.remove(copy.deepcopy(net))
+    assert bits_of(base.fc) == bits_of(first) and base.fc.weight.requires_grad
+    saved_and_loaded(net, base)
+
+
+@situation("a head is wrapped in dropout", "adopted, it keeps the numbers that it was trained to")
+def _() -> None:
+    net = injected()
+    with torch.no_grad():
+        net.fc.weight += 1
+    before = predicts(net)
+    net.fc = nn.Sequential(nn.Dropout(), net.fc)
+    convlora.adopt(net)
+    assert not convlora.check(net) and torch.equal(predicts(net), before)
+    saved_and_loaded(net, convlora.remove(copy.deepcopy(net)))
+
+
+@situation("a head is taken away", "adopted, what is left is saved")
+def _() -> None:
+    net = injected()
+    net.fc = nn.Identity()
+    convlora.adopt(net)
+    assert convlora.summary(net).modules_to_save == ()
+    saved_and_loaded(net, convlora.remove(copy.deepcopy(net)))
+
+
+@situation("an adapted layer is replaced", "told; adopt refuses it")
+def _() -> None:
+    net = injected()
+    net.stem = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
+    assert found(net) == ["stem"]
+    refused(net, lambda: convlora.trainable_parameters(net), "stem.* was replaced")
+    refused(net, lambda: convlora.adopt(net, "stem"), "stem: there is no new module")
+
+
+@situation("a norm is replaced", "told before the training")
+def _() -> None:
+    net = injected()
+    net.bn1 = nn.SyncBatchNorm(16)
+    refused(net, lambda: convlora.trainable_parameters(net), "bn1.* was replaced")
+
+
+@situation("a layer's and a norm's class is set back by hand", "told before the training")
+def _() -> None:
+    net = injected()
+    net.stem.__class__, net.bn1.__class__ = nn.Conv2d, nn.BatchNorm2d
+    assert found(net) == ["stem", "bn1"]
+    refused(net, lambda: convlora.trainable_parameters(net), "stem: its class is Conv2d")
+
+
+@situation("requires_grad_(True) on everything", "told before the training; the base's are named")
+def _() -> None:
+    net = injected().requires_grad_(True)
+    with pytest.warns(UserWarning, match="requires a gradient but belongs to the base"):
+        convlora.trainable_parameters(net)
+    assert "stem.weight" in found(net) and not {"fc.weight", "stem.convlora.default.lora_A"} & set(found(net))
+
+
+@situation("train() freezes the first stages", "told before the training, and the summary counts what trains")
+def _() -> None:
+    net = injected()
+    for parameter in net.stem.parameters():
+        parameter.requires_grad_(False)
+    assert found(net) == ["stem"]
+    with pytest.warns(UserWarning, match="stem: its factors are frozen"):
+        convlora.trainable_parameters(net)
+    assert convlora.summary(net).trainable_parameters == sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+@situation("the head is frozen from outside", "told before the training")
+def _() -> None:
+    net = injected()
+    net.fc.requires_grad_(False)
+    assert found(net) == ["fc.weight", "fc.bias"]
+
+
+@situation("timm.utils.freeze", "refused where it would replace norms; else told before the training", "timm")
+def _() -> None:
+    from timm.utils import freeze
+
+    net = injected()
+    with pytest.raises(convlora.StateError, match="Frozen norms are constant already"):
+        freeze(net)
+    net = injected()
+    freeze(net, include_bn_running_stats=False)
+    with pytest.warns(UserWarning, match="its factors are frozen"):
+        convlora.trainable_parameters(net)
+
+
+@situation("statistics of a frozen norm are written or taken away by hand", "saved and told; taken away, refused")
+def _() -> None:
+    net = injected()
+    net.bn1.running_mean.zero_()
+    assert found(net) == ["bn1.running_mean"]
+    saved_and_loaded(net, convlora.remove(copy.deepcopy(net)))
+    net.bn1.running_mean = None
+    refused(net, lambda: convlora.trainable_parameters(net), "the statistics were taken away")
+
+
+@situation("a buffer is registered after injection", "told before the training")
+def _() -> None:
+    net = injected()
+    net.stem.register_buffer("mask", torch.ones(1))
+    assert found(net) == ["stem.mask"]
+
+
+@situation("BackboneFinetuning, before or after our callback", "told when its epochs begin", "lightning")
+def _() -> None:
+    import lightning
+    from lightning.pytorch.callbacks import BackboneFinetuning
+
+    from convlora.lightning import AdapterCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = SmallNet()
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            return self.backbone(batch).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.backbone.fc.parameters(), lr=0.1)
+
+    for ours_first in (True, False):
+        callbacks = [AdapterCallback(2, attribute="backbone"), BackboneFinetuning(1)]
+        trainer = lightning.Trainer(
+            max_epochs=2,
+            callbacks=callbacks if ours_first else callbacks[::-1],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        with pytest.warns(UserWarning, match=r"stem.weight: it requires a gradient but belongs to the base"):
+            trainer.fit(Module(), DataLoader(cast(Any, IMAGES), batch_size=4))
+
+
 # --- 3. state dicts -----------------------------------------------------------------------------------------------
 
 
@@ -202,6 +386,28 @@ def _() -> None:
 
 
 # --- 5. what is trained and what is saved -------------------------------------------------------------------------
+
+
+@situation("save_adapter of a wrapper that trains a head of its own", "refused, with the head's name")
+def _() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = injected()
+            self.head = nn.Linear(3, 2)
+
+    wrapper = Wrapper()
+    refused(wrapper, lambda: convlora.save_adapter(wrapper, "x"), r"head\.weight, head\.bias: trained outside")
+    wrapper.head.requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder:
+        convlora.save_adapter(wrapper, folder)
+
+
+@situation("save_adapter of a trained module that was added inside the injected model", "refused, with its name")
+def _() -> None:
+    net = injected()
+    net.extra = nn.Linear(3, 2)
+    refused(net, lambda: convlora.save_adapter(net, "x"), r"extra\.weight requires a gradient")
 
 
 # --- 6. precision -------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ STOREYS: dict[str, list[str]] = {
         "inject",
         "adapters",
         "use",
+        "integrity",
         "merge",
         "summary",
     ],

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .._layer.places import BASE
+from .._model.integrity import check_nothing_outside, refuse_changed
 from .._model.merge import unmerged
 from .._model.options import check_alpha
 from .._model.state import Adapter, Injection, ready_alone, the_adapter
@@ -62,8 +63,9 @@ def save_adapter(
         The directory.
 
     Raises:
-        StateError: the model holds no adapter, or several injected parts; a module was replaced since injection; or
-            a parameter of the base requires a gradient, so that training it would be lost.
+        StateError: the model holds no adapter, or several injected parts; :func:`convlora.check` finds it changed since
+            injection; or a parameter of the base, or outside of the injected part, requires a gradient, so that
+            training it would be lost.
         CheckpointError: the directory cannot be written; what was there before is still there.
         TargetError: a metric is no finite number, or ``base_model`` no name on the hub.
 
@@ -81,6 +83,8 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
     adapter.follow()
     for layer in adapter.plan.layers:
         check_alpha(layer.alpha, f"scaling of {layer.name} was changed, and alpha of it")
+    refuse_changed(root, injection)
+    check_nothing_outside(model, root)
     with unmerged(root, injection):
         buffers = moved_buffers(root, injection, adapter)
         own = own_keys(root, adapter.plan, buffers)

@@ -14,6 +14,7 @@ from .._layer.computed import compute
 from .._layer.places import SWAPPING
 from .._layer.swap import check_restorable
 from ..errors import StateError
+from .integrity import refuse_changed
 from .state import Injection, Part, check_enabled, check_intact, check_unrouted, checked, injected, to_the_end
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,7 +38,8 @@ def merge(model: M) -> M:
     # Outside inference mode: its tensors could never be trained or saved.
     with SWAPPING, torch.inference_mode(False), torch.no_grad():
         parts = checked(_parts(model, merged=False), check_enabled, check_unrouted)
-        for _, injection in parts:
+        for root, injection in parts:
+            refuse_changed(root, injection)
             for layer in injection.layers:
                 check_restorable(layer)
         weights = [

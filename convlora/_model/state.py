@@ -282,14 +282,20 @@ def check_whole(root: nn.Module) -> None:
 def check_intact(root: nn.Module, injection: Injection) -> None:
     """Raise StateError where numbers are elsewhere, or a module was replaced since: it would be passed over."""
     check_whole(root)
-    now = dict(root.named_modules(remove_duplicate=False))
-    concerned = {name: module for each in injection.adapters.values() for name, module in each.modules.items()}
-    replaced = [name or "the model" for name, module in concerned.items() if now.get(name) is not module]
+    replaced = replaced_modules(root, injection)
     if replaced:
         raise StateError(
             f"{', '.join(replaced)} of {type(root).__name__} was replaced after convlora.inject, and the adapter is "
-            "on the old module still. Change a model before you inject: convlora.remove(model), change, inject again."
+            "on the old module still. convlora.adopt(model) makes a new head the adapter's; else change a model before "
+            "you inject: convlora.remove(model), change, inject again."
         )
+
+
+def replaced_modules(root: nn.Module, injection: Injection) -> list[str]:
+    """Names at which another module is now than the one that an adapter concerns."""
+    now = dict(root.named_modules(remove_duplicate=False))
+    concerned = {name: module for each in injection.adapters.values() for name, module in each.modules.items()}
+    return [name or "the model" for name, module in concerned.items() if now.get(name) is not module]
 
 
 def check_unmerged(injection: Injection) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from .._plan import Plan
+from .integrity import check_trainable
 from .state import injected, the_adapter, the_injection
 
 
@@ -24,10 +25,13 @@ def summary(model: nn.Module, adapter_name: str | None = None) -> Plan:
     Raises:
         StateError: there is no such adapter, or there are several injected parts; then give one of them.
     """
-    injection = the_injection(model)[1]
+    root, injection = the_injection(model)
     adapter = the_adapter(injection, adapter_name)
     adapter.follow()
-    return replace(adapter.plan, state=injection.state)
+    now = None
+    if adapter.plan.adapter_name == injection.active and not injection.disabled and not injection.merged:
+        now = sum(p.numel() for p in root.parameters() if p.requires_grad)
+    return replace(adapter.plan, state=injection.state, trained_now=now)
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -46,7 +50,10 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     >>> optimizer = torch.optim.AdamW(convlora.trainable_parameters(model), lr=1e-3)
 
     Raises:
-        StateError: there is no adapter.
+        StateError: there is no adapter, or :func:`check` finds what training must not begin with, a replaced head say.
+
+    Warns:
+        UserWarning: :func:`check` finds parameters of the base that would train, or factors that would not.
     """
-    injected(model)
+    check_trainable(model, stacklevel=2)
     return (p for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,294 @@
+"""What of an injected model is no longer as injection left it, since other code has changed it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from .._layer.adapted import AdaptedLayer, Adapters, base_weight
+from .._layer.computed import has_parameter, weight_shape
+from .._layer.factors import LoRA
+from .._layer.places import BASE, SWAPPING, Place
+from .._plan import LayerPlan
+from ..errors import StateError
+from .choice import geometry
+from .norms import POLICIES, keeps_statistics
+from .state import (
+    Adapter,
+    Injection,
+    activate,
+    check_enabled,
+    check_unmerged,
+    check_unrouted,
+    injected,
+    injections,
+    replaced_modules,
+    the_injection,
+)
+
+M = TypeVar("M", bound=nn.Module)
+SHOWN = 8
+"""How many findings an error or warning lists."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is no longer as injection left it.
+
+    Attributes:
+        name: of the module, parameter or buffer.
+        what: what is found.
+        remedy: what to do.
+        level: ``"refused"``: training, saving and merging refuse; ``"warned"``: who begins a training is warned;
+            ``"noted"``: only :func:`check` says it.
+    """
+
+    name: str
+    what: str
+    remedy: str
+    level: Literal["refused", "warned", "noted"]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}. {self.remedy}"
+
+
+def check(model: nn.Module) -> list[Finding]:
+    """What other code has changed in an injected model since, and what to do about it; empty where all is whole.
+
+    >>> for finding in convlora.check(model):
+    ...     print(finding)
+
+    Found are replaced modules and heads, classes that were changed, norm statistics that were taken away or written by
+    hand, parameters of the base that are trained, factors and heads that are not, and tensors that came later.
+    :func:`trainable_parameters`, the callbacks, :func:`merge` and :func:`save_adapter` ask it too, and refuse or warn.
+
+    Raises:
+        StateError: there is no adapter.
+    """
+    parts = injected(model)
+    named = ((name, f) for name, root, injection in parts for f in (*_findings(root, injection), *_moved(injection)))
+    return [replace(finding, name=".".join(filter(None, (name, finding.name)))) for name, finding in named]
+
+
+def refuse_changed(root: nn.Module, injection: Injection) -> None:
+    """Raise StateError for findings with which training, saving or merging would go wrong."""
+    faults = [finding for finding in _findings(root, injection) if finding.level == "refused"]
+    if faults:
+        raise StateError(f"{type(root).__name__} is no longer as convlora.inject left it:\n  {_listed(faults)}")
+
+
+def check_trainable(model: nn.Module, stacklevel: int) -> None:
+    """At the beginning of a training: raise as :func:`refuse_changed`, and warn of what would train otherwise."""
+    for _, root, injection in injected(model):
+        refuse_changed(root, injection)
+        told = [finding for finding in _findings(root, injection) if finding.level == "warned"]
+        if told:
+            text = f"{type(root).__name__} is no longer as convlora.inject left it:\n  {_listed(told)}"
+            warnings.warn(text, stacklevel=stacklevel + 1)
+
+
+def _listed(findings: list[Finding]) -> str:
+    more = [f"and {len(findings) - SHOWN} more; convlora.check(model) lists all"] if len(findings) > SHOWN else []
+    return "\n  ".join([*map(str, findings[:SHOWN]), *more])
+
+
+def _findings(root: nn.Module, injection: Injection) -> Iterator[Finding]:
+    adapter = injection.adapters[injection.active]
+    yield from _replaced(root, injection)
+    names = {module: name or "the model" for name, module in root.named_modules()}
+    yield from _classes(injection, adapter, names)
+    yield from _flags(root, injection, adapter, names)
+    yield from _later(injection, names)
+
+
+def _replaced(root: nn.Module, injection: Injection) -> Iterator[Finding]:
+    heads = {name for each in injection.adapters.values() for name in each.plan.modules_to_save}
+    for name in replaced_modules(root, injection):
+        remedy = "Put the old module back, or convlora.remove(model), change it, and inject again"
+        if name in heads:
+            remedy = f"convlora.adopt(model, {name!r}) makes the new one the adapter's"
+        yield Finding(
+            name, "it was replaced after convlora.inject; the adapter is on the old module", remedy, "refused"
+        )
+
+
+def _classes(injection: Injection, adapter: Adapter, names: dict[nn.Module, str]) -> Iterator[Finding]:
+    again = "Save what you need of it, convlora.remove(model), and inject again"
+    for layer in () if injection.merged else injection.layers:
+        if layer in names and not isinstance(layer, AdaptedLayer):
+            yield Finding(names[layer], f"its class is {type(layer).__name__}: no adapter is asked", again, "refused")
+    for norm, policy in adapter.norms.items():
+        expected = POLICIES["freeze" if injection.disabled else policy]
+        if norm in names and not isinstance(norm, expected):
+            what = f"its class is {type(norm).__name__}: the policy norm={policy!r} does not hold"
+            yield Finding(names[norm], what, again, "refused")
+    for place in injection.places:
+        taken = place.now is None and place.name.startswith("running_") and place.of(BASE) is not None
+        if place.module in names and place.module in adapter.norms and taken:
+            what = "the statistics were taken away: no file could say so"
+            yield Finding(names[place.module], f"{place.name}: {what}", "Put them back", "refused")
+
+
+def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[nn.Module, str]) -> Iterator[Finding]:
+    own = {id(place.now) for place in injection.places if place.is_parameter and place.owner == injection.active}
+    own |= {id(place.now) for _, _, each in injections(root) for place in each.places if place.is_parameter}
+    # Parts injected inside this one have their own.
+    nested = [each for _, _, each in injections(root)]
+    factors = {id(factor) for each in nested for adapter in each.adapters.values() for factor in adapter.factors()}
+    inside_new = tuple(f"{name}." for name in replaced_modules(root, injection))
+    for name, parameter in root.named_parameters():
+        if parameter.requires_grad and id(parameter) not in own | factors and not name.startswith(inside_new):
+            what = "it requires a gradient but belongs to the base, which is not saved"
+            remedy = "Freeze it with requires_grad_(False), or name its module in modules_to_save when you inject"
+            yield Finding(name, what, remedy, "warned")
+    if injection.merged or injection.disabled:
+        return
+    thaw = "Its requires_grad is False: set it to True where it should train"
+    for layer, lora in zip(adapter.layers, adapter.loras, strict=True):
+        if layer in names and not any(factor.requires_grad for factor in lora.parameters()):
+            yield Finding(names[layer], "its factors are frozen and do not train", thaw, "warned")
+        weight = base_weight(layer) if has_parameter(layer) else None
+        if weight is not None and weight.device != lora.lora_A.device:
+            what = f"its factors are on {lora.lora_A.device}, its weight on {weight.device}"
+            yield Finding(names.get(layer, "a layer"), what, "Move the whole model", "warned")
+    saved = {root.get_submodule(name) for name in adapter.plan.modules_to_save if name in names.values()}
+    trained = {module for each in saved for module in each.modules()}
+    for place in injection.places:
+        now = place.now
+        if place.is_parameter and place.module in trained and now is not None and not now.requires_grad:
+            name = f"{names[place.module]}.{place.name}"
+            yield Finding(name, "it is to be trained in full and is frozen", thaw, "warned")
+
+
+def _later(injection: Injection, names: dict[nn.Module, str]) -> Iterator[Finding]:
+    known = {(place.module, place.name) for place in injection.places}
+    for module, name in names.items():
+        for key in () if isinstance(module, (Adapters, LoRA)) else module._buffers:
+            if (module, key) not in known and key not in module._non_persistent_buffers_set:
+                what = "this buffer was registered after convlora.inject; the base that a file is for does not have it"
+                yield Finding(f"{name}.{key}", what, "Register it before you inject, or as persistent=False", "warned")
+
+
+def _moved(injection: Injection) -> Iterator[Finding]:
+    """Statistics of frozen norms that are no longer the base's."""
+    for adapter in injection.adapters.values():
+        names = {module: name for name, module in adapter.modules.items()}
+        owner = adapter.plan.adapter_name
+        for place in injection.places:
+            if adapter.norms.get(place.module) != "freeze" or not place.name.startswith("running_"):
+                continue
+            now, base = place.of(owner), place.of(BASE)
+            if now is not None and base is not None and not torch.equal(now, base.to(now.device, now.dtype)):
+                name = f"{names[place.module]}.{place.name}"
+                what = f"the norm is frozen, and its statistics in adapter {owner!r} are not the base's"
+                yield Finding(name, what, 'They are saved with it; norm="track" lets data move them', "noted")
+
+
+def check_nothing_outside(model: nn.Module, root: nn.Module) -> None:
+    """Raise StateError where what holds the injected part trains parameters of its own: they would not be saved."""
+    inside = {id(parameter) for parameter in root.parameters()}
+    outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if outside:
+        part = next(name for name, module in model.named_modules() if module is root)
+        shown = ", ".join(outside[:SHOWN]) + (f" and {len(outside) - SHOWN} more" if len(outside) > SHOWN else "")
+        raise StateError(
+            f"{shown}: trained outside the injected part {part!r} of {type(model).__name__}, and would not be saved. "
+            f"Inject into the whole, with target_modules={part + '.*'!r} and these modules in modules_to_save; or give "
+            f"model.{part} to have its adapter alone and keep the others yourself. Nothing was written."
+        )
+
+
+def adopt(model: M, *names: str) -> M:
+    """Make modules that were put in the place of a trained head the adapter's own, as if they had been there first.
+
+    >>> model.reset_classifier(num_classes=5)
+    >>> convlora.adopt(model, "fc")
+
+    They are trained in full and saved from now on, with the numbers and Parameters that they have, so that an optimizer
+    which has them goes on. The base keeps a copy of them as they are now: ``remove`` gives it. Without names, all
+    replaced heads. A head without parameters (timm's ``num_classes=0``) is dropped from what is saved.
+
+    Raises:
+        StateError: a name is no replaced head; or the model is merged, disabled, or has several adapters.
+    """
+    root, injection = the_injection(model)
+    with SWAPPING:
+        for needed in (check_unmerged, check_enabled, check_unrouted):
+            needed(injection)
+        adapter = injection.adapters[injection.active]
+        if len(injection.adapters) > 1:
+            raise StateError("The other adapters have heads of their own for the old module; delete them first.")
+        new = [name for name in replaced_modules(root, injection) if name in adapter.plan.modules_to_save]
+        now = dict(root.named_modules(remove_duplicate=False))
+        wrong = [name for name in names or new if name not in new or name not in now]
+        if wrong or not new:
+            raise StateError(
+                f"{', '.join(wrong) or type(root).__name__}: there is no new module in the place of one that was "
+                f"trained in full; those are {', '.join(adapter.plan.modules_to_save) or 'none'}. Nothing was changed."
+            )
+        _adopt(root, injection, adapter, {name: now[name] for name in names or new})
+    return model
+
+
+def _adopt(root: nn.Module, injection: Injection, adapter: Adapter, new: dict[str, nn.Module]) -> None:
+    there = set(root.modules())
+    injection.places = [place for place in injection.places if place.module in there]
+    known = {(place.module, place.name) for place in injection.places}
+    copies: dict[int, Tensor] = {}
+    for module in dict.fromkeys(inner for each in new.values() for inner in each.modules()):
+        for tensors, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            for name, tensor in cast("dict[str, Tensor | None]", tensors).items():
+                if (module, name) not in known and (tensor is not None or not is_parameter):
+                    place = Place(module, name, is_parameter, owner=injection.active)
+                    place.kept[BASE] = None if tensor is None else copies.setdefault(id(tensor), _copy(tensor))
+                    injection.places.append(place)
+                    if is_parameter and tensor is not None and tensor.requires_grad:
+                        injection.frozen.append((module, name))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(True)
+    injection.frozen = [(module, key) for module, key in injection.frozen if module in there]
+    adapter.norms = {norm: policy for norm, policy in adapter.norms.items() if norm in there}
+    adapter.norms |= {m: "track" for each in new.values() for m in each.modules() if keeps_statistics(m)}
+    gone = [name for name, module in new.items() if next(module.parameters(), None) is None]
+    adapter.modules = {name: new.get(name, module) for name, module in adapter.modules.items() if name not in gone}
+    saved = tuple(name for name in adapter.plan.modules_to_save if name not in gone)
+    adapter.plan = replace(
+        adapter.plan,
+        modules_to_save=saved,
+        saved_parameters=_count(adapter.modules[name] for name in saved) + _biases(adapter),
+        base_parameters=_count([root]) - sum(factor.numel() for factor in adapter.factors()),
+        skipped=tuple(_listed_anew(root, adapter, new)),
+    )
+    activate(root, injection, injection.active)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+    return tensor.clone()
+
+
+def _count(modules: Iterator[nn.Module] | list[nn.Module]) -> int:
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
+def _biases(adapter: Adapter) -> int:
+    return sum(cast(Tensor, adapter.modules[name].bias).numel() for name in adapter.plan.biases)
+
+
+def _listed_anew(root: nn.Module, adapter: Adapter, new: dict[str, nn.Module]) -> Iterator[LayerPlan]:
+    """The plan's layers that are left alone, those in a new head as they are now."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    for layer in adapter.plan.skipped:
+        if not any(layer.name == name or layer.name.startswith(name + ".") for name in new):
+            yield layer
+        elif layer.name in modules and weight_shape(modules[layer.name]):
+            module = modules[layer.name]
+            kind, shape = type(module).__name__, weight_shape(module)
+            yield replace(layer, kind=kind, weight_shape=shape, geometry=geometry(module))
