@@ -147,7 +147,7 @@ def _as_read(x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
 def _project(read: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
     """h = A ∗ x: ``(N, rank, positions)``."""
     if is_pointwise(lora_A.shape[2:], geometry):
-        return _mix(lora_A.flatten(1), read)
+        return _mix(_rows(lora_A), read)
     return _flat(conv(read, lora_A, None, geometry))
 
 
@@ -161,7 +161,7 @@ def _weight_grad(t: Tensor, g: Tensor, read: Tensor, lora_A: Tensor, geometry: G
 def _input_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient that reaches x through a convolution with ``weight``; of x, only the form counts."""
     if _as_product(g, weight, geometry):
-        return _spread(_shaped(_mix(weight.flatten(1).T, _flat(g)), g), x, geometry)
+        return _spread(_shaped(_mix(_rows(weight).T, _flat(g)), g), x, geometry)
     if _skips(geometry.stride) and is_pointwise(weight.shape[2:], geometry) and is_float_on_cpu(x):
         # torch's is two to three times as slow with a stride as without
         once = geometry._replace(stride=(1,) * len(geometry.stride))
@@ -193,7 +193,7 @@ def _as_one_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 def _both(flat: Tensor, g: Tensor, x: Tensor, weight: Tensor, B: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """The gradient to x, and t, by one product, whose larger operand g is read once."""
     columns = weight.shape[1]
-    both = _mix(torch.cat([in_dtype(weight, B.dtype).flatten(1), B], 1).T, flat)
+    both = _mix(torch.cat([_rows(in_dtype(weight, B.dtype)), B], 1).T, flat)
     return _spread(_shaped(both[:, :columns], g), x, geometry), both[:, columns:]
 
 
@@ -201,7 +201,9 @@ def _spread(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """A gradient at the positions that a 1×1 kernel reads, as one at all positions of x."""
     if not _skips(geometry.stride):
         return grad
-    whole = torch.zeros_like(x)
+    n, channels, *sizes = x.shape  # zeros of grad's, not of x's, are batched where grad is
+    last = _channels_last(x)
+    whole = grad.new_zeros(n, *sizes, channels).movedim(-1, 1) if last else grad.new_zeros(x.shape)
     sampled(whole, geometry.stride).copy_(grad)
     return whole
 
@@ -211,7 +213,7 @@ def _add_input_grad(
 ) -> None:
     """Add to ``grad``, in place, the gradient that reaches x through A; of g and x, only the form counts."""
     if is_pointwise(lora_A.shape[2:], geometry):
-        _add_mix(sampled(grad, geometry.stride), lora_A.flatten(1).T, t, scaling)
+        _add_mix(sampled(grad, geometry.stride), _rows(lora_A).T, t, scaling)
     else:
         grad.add_(_input_grad(_shaped(t, g), x, lora_A, geometry), alpha=scaling)
 
@@ -235,17 +237,26 @@ def _through_dense(
         dense = depthwise.weight_grad(g, x, kernel, geometry)
     else:
         dense = _convolution_backward(g, x, x.new_empty(()).expand(lora_B.shape[0], *lora_A.shape[1:]), geometry, 1)
-    dense = dense.flatten(1).to(lora_A.dtype) * scaling
-    return (lora_B.T @ dense).view(lora_A.shape), dense @ lora_A.flatten(1).T
+    dense = _rows(dense).to(lora_A.dtype) * scaling
+    return (lora_B.T @ dense).view(lora_A.shape), dense @ _rows(lora_A).T
 
 
 def _channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1
 
 
+# reshape and view, for autograd.grad(is_grads_batched=True) has no rule for flatten and unflatten.
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """A kernel as a matrix with a row for each output channel."""
+    return weight.reshape(weight.shape[0], -1)
+
+
 def _flat(x: Tensor) -> Tensor:
     """``(N, C, *spatial)`` as ``(N, C, positions)``, in x's memory format."""
-    return x.movedim(1, -1).flatten(1, -2).mT if _channels_last(x) else x.flatten(2)
+    n, channels = x.shape[:2]
+    return x.movedim(1, -1).reshape(n, -1, channels).mT if _channels_last(x) else x.reshape(n, channels, -1)
 
 
 def _shaped(flat: Tensor, like: Tensor) -> Tensor:
@@ -263,9 +274,14 @@ def _mix(matrix: Tensor, x: Tensor) -> Tensor:
 def _add_mix(y: Tensor, matrix: Tensor, x: Tensor, factor: float) -> None:
     """Add ``factor · _mix(matrix, x)`` to y ``(N, m, *spatial)``, in place: one pass over y."""
     if y.is_contiguous():
-        y.flatten(2).baddbmm_(matrix.expand(y.shape[0], *matrix.shape), x, alpha=factor)
+        y.view(*y.shape[:2], -1).baddbmm_(matrix.expand(y.shape[0], *matrix.shape), x, alpha=factor)
     else:
         y.add_(_shaped(_mix(matrix, x), y), alpha=factor)
+
+
+def _positions(x: Tensor) -> Tensor:
+    """``(N, m, positions)`` as ``(N · positions, m)``."""
+    return x.mT.reshape(-1, x.shape[1])
 
 
 def _outer(g: Tensor, h: Tensor) -> Tensor:
@@ -273,5 +289,5 @@ def _outer(g: Tensor, h: Tensor) -> Tensor:
     if g.shape[1] > h.shape[1]:
         return _outer(h, g).T  # the thin one first: half as long
     if _channels_last(g):
-        return g.mT.flatten(0, 1).T @ h.mT.flatten(0, 1)
+        return _positions(g).T @ _positions(h)
     return torch.bmm(g, h.mT).sum(0)
