@@ -51,7 +51,7 @@ def convolution(
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else weight.dtype
     if dtype != weight.dtype and x.dtype == torch.float64:
         return None
-    prepared = prepare(layer, x.to(dtype))
+    prepared = prepare(layer, x, dtype)
     if prepared is None:
         return None
     x, geometry = prepared
@@ -61,15 +61,18 @@ def convolution(
     return convolve(x, weight, lora_A, lora_B, layer.bias, scaling, geometry, path)
 
 
-def prepare(layer: _ConvNd, x: Tensor) -> tuple[Tensor, Geometry] | None:
-    """The input, padded where the mode is not zeros, and how the kernel goes over it; None for uneven padding."""
+def prepare(layer: _ConvNd, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Geometry] | None:
+    """The input, padded where the mode is not zeros, and how the kernel goes over it; None for uneven padding.
+
+    Cast after it is padded: on a CPU, autocast pads some modes in fp32.
+    """
     padding = _padding(layer)
     if padding is None:
         return None
     if layer.padding_mode != "zeros":
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
         padding = (0,) * len(padding)
-    return x, Geometry(_each(layer, layer.stride), padding, _each(layer, layer.dilation), layer.groups)
+    return x.to(dtype), Geometry(_each(layer, layer.stride), padding, _each(layer, layer.dilation), layer.groups)
 
 
 def is_batch(layer: _ConvNd, x: object, weight: Tensor) -> bool:

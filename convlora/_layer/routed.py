@@ -142,7 +142,7 @@ def _convolution(layer: _ConvNd, x: Tensor, mixture: Mixture) -> Tensor | None:
     """A plain convolution; None where it is cheaper to take the adapters one after another."""
     weight = cast(Tensor, layer._parameters["weight"])
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else weight.dtype
-    prepared = prepare(layer, x.to(dtype))
+    prepared = prepare(layer, x, dtype)
     if prepared is None:
         return None
     x, geometry = prepared
