@@ -88,6 +88,18 @@ def check_adaptable(n: Named, dropout: float) -> None:
         )
     if hasattr(n.module, CHILD) and not isinstance(n.module, AdaptedLayer):
         raise UnsupportedLayerError(f"{n.name} has an attribute named {CHILD!r} already; use exclude_modules.")
+    if weight is not None and weight.dtype.itemsize < 2:
+        raise UnsupportedLayerError(
+            f"{n.name}: its weight is {weight.dtype}, in which torch computes no sums. Inject into the network in "
+            "bfloat16 or wider and quantize after convlora.merge and remove, or use exclude_modules. Nothing was "
+            "changed."
+        )
+    if dropout and "forward" in vars(n.module) and not isinstance(n.module, AdaptedLayer):
+        raise UnsupportedLayerError(
+            f"{n.name}: dropout would not be applied, since this layer has a forward on the instance, which runs in "
+            "the adapted layer's place (a hook of accelerate, say). Inject first and put it there afterwards, `del` "
+            "it, or use dropout=0 or exclude_modules. Nothing was changed."
+        )
     if dropout and not supports_dropout(n.module):
         raise UnsupportedLayerError(
             f"{n.name}: dropout needs the plain forward of a torch convolution or nn.Linear, and this is a "
