@@ -31,14 +31,27 @@ from .errors import UnsupportedLayerError
 class Factor(nn.Module):
     """A factor where peft expects a layer: a module with a ``weight``, filled as torch fills a convolution's."""
 
+    handed_out = 0
+    """How often other code asked for the ``weight``: it may write through .data, as peft's hotswap_adapter does."""
+
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
+    def tensor(self) -> Tensor:
+        """The ``weight``, for convlora, which does not write to it."""
+        own = self._parameters.get("weight")
+        return cast(Tensor, self.weight) if own is None else own
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            self.handed_out += 1
+        return super().__getattr__(name)
+
     def extra_repr(self) -> str:
         """The line that ``print(model)`` shows."""
-        return str(tuple(self.weight.shape))
+        return str(tuple(self.tensor().shape))
 
 
 def differs_from_stock(layer: nn.Module) -> bool:
@@ -136,7 +149,8 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of an adapter, shaped like the base layer's weight."""
-        return delta_weight(self.lora_A[adapter].weight, self.lora_B[adapter].weight.flatten(1), self.scaling[adapter])
+        A, B, scaling = self._factors([adapter])
+        return delta_weight(A, B.flatten(1), scaling)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W + ΔW in the weight's place, the same as the unmerged layer computes with; W is kept aside."""
@@ -192,7 +206,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         weight = layer._parameters["weight"]
         if torch.is_grad_enabled():
             A, B, scaling = self._factors(names)
-            if A.requires_grad or B.requires_grad:
+            if A.requires_grad or B.requires_grad or weight.requires_grad:
                 self._kept.train()
             y = convolution(layer, x, weight, A, B.flatten(1), scaling, "auto") if is_direct else None
             if y is not None:
@@ -213,9 +227,9 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
         """lora_A, lora_B and scaling of one adapter; of several, those of their sum."""
         if len(names) == 1:
-            return self.lora_A[names[0]].weight, self.lora_B[names[0]].weight, self.scaling[names[0]]
-        A = torch.cat([self.lora_A[name].weight for name in names])
-        return A, torch.cat([self.scaling[name] * self.lora_B[name].weight for name in names], dim=1), 1.0
+            return self.lora_A[names[0]].tensor(), self.lora_B[names[0]].tensor(), self.scaling[names[0]]
+        A = torch.cat([self.lora_A[name].tensor() for name in names])
+        return A, torch.cat([self.scaling[name] * self.lora_B[name].tensor() for name in names], dim=1), 1.0
 
     def _weight(self, weight: Tensor, names: Sequence[str]) -> Tensor:
         def compute(base: Tensor) -> Tensor:
@@ -223,8 +237,13 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
 
         if torch.compiler.is_compiling() or is_tracing():
             return compute(weight)
-        factors = tuple(factor[name].weight for name in names for factor in (self.lora_A, self.lora_B))
-        return self._kept.weight(weight, factors, tuple(self.scaling[name] for name in names), compute)
+        factors = [factor[name] for name in names for factor in (self.lora_A, self.lora_B)]
+        # Tensors where peft's hotswap_adapter is to write them in place.
+        scalings: list[Any] = [self.scaling[name] for name in names]
+        written = [scaling for scaling in scalings if isinstance(scaling, Tensor)]
+        numbers = tuple(scaling for scaling in scalings if not isinstance(scaling, Tensor))
+        told = (*numbers, *(factor.handed_out for factor in factors))
+        return self._kept.weight(weight, (*(factor.tensor() for factor in factors), *written), told, compute)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._kept.clear()

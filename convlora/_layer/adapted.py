@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from ..errors import StateError
-from .computed import Aside
+from .computed import Aside, has_parameter
 from .factors import LoRA
 from .fast import convolution, is_plain, linear
 from .functional import is_tracing
@@ -32,6 +34,9 @@ ASSIGNED = (
     "Assigning `weight` of an adapted layer would add the adapter to the new weight again. "
     "Call convlora.merge(model) first, or change convlora.base_weight(layer) in place."
 )
+
+GETATTR = nn.Module.__getattr__
+"""torch's own: torch.fx puts another in its place while it follows a network's code."""
 
 DAMAGED = "The adapter of this layer is damaged ({}); inject or load it again."
 
@@ -79,6 +84,11 @@ class AdaptedLayer(Swapped):
             # FSDP2 asks by getattr for the Parameter that it registered, and would shard W + ΔW in its place.
             return cast(Tensor, base)
         try:
+            if not torch.compiler.is_compiling():
+                if nn.Module.__getattr__ is not GETATTR and (traced := _traced_weight(layer)) is not None:
+                    return traced
+                if layer.training:
+                    _check_dropout(layer, self._convlora_base, sys._getframe(1).f_code)
             return layer_weight(layer)
         except AttributeError as cause:
             # As an AttributeError of a property it would fall through to nn.Module.__getattr__, which would hand
@@ -94,6 +104,9 @@ class AdaptedLayer(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own forward with the effective weight; with dropout in training, base plus branch."""
         layer = cast(nn.Module, self)
+        if not isinstance(self, AdaptedLayer):
+            # Another library kept this method bound, as its wrapper's inner forward, and the layer is merged or plain.
+            return type(layer).forward(layer, *args, **kwargs)
         route, adapters = route_of(layer), held(layer)
         if route is not None:
             return layer_forward(layer, self._convlora_base, adapters._modules, route, args, kwargs)
@@ -103,7 +116,7 @@ class AdaptedLayer(Swapped):
         is_eager = not torch.compiler.is_compiling() and not is_tracing()
         is_single = len(args) == 1 and not kwargs
         if layer.training or torch.is_grad_enabled():
-            if is_eager and torch.is_grad_enabled() and _is_trained(lora):
+            if is_eager and torch.is_grad_enabled() and _is_trained(layer, lora):
                 adapters.kept.train()
             if is_single or (not args and list(kwargs) == ["input"]):
                 y = _forward_in_training(layer, self._convlora_base, lora, args[0] if args else kwargs["input"])
@@ -119,11 +132,11 @@ class AdaptedLayer(Swapped):
                 raise StateError(DAMAGED.format(cause)) from cause
             convolve = cast("Callable[..., Tensor]", layer._conv_forward)
             return convolve(args[0], weight, layer.bias)
-        adapters.kept.is_serving = True
+        adapters.kept.serves = get_ident()
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            adapters.kept.is_serving = False
+            adapters.kept.serves = None
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse a new ``weight``: the property would add ΔW to it once more.
@@ -152,9 +165,34 @@ def own_weight(layer: nn.Module) -> Tensor:
     return super(AdaptedLayer, layer).weight if weight is None else weight  # type: ignore[misc]
 
 
-def _is_trained(lora: LoRA) -> bool:
-    factors = lora.lora_A.requires_grad or lora.lora_B.requires_grad
-    return factors or (lora.use_dora and lora.lora_magnitude.requires_grad)
+def _is_trained(layer: nn.Module, lora: LoRA) -> bool:
+    base, factors = layer._parameters.get("weight"), lora.lora_A.requires_grad or lora.lora_B.requires_grad
+    trained = factors or (lora.use_dora and lora.lora_magnitude.requires_grad)
+    return trained or (base is not None and base.requires_grad)
+
+
+def _traced_weight(layer: nn.Module) -> Tensor | None:
+    """What ``torch.fx`` records where the code that it follows reads ``weight``: the layer's attribute, read anew.
+
+    None where it follows other code than a network of which this layer is a part. torch.fx gives a proxy only where a
+    Parameter is read through ``__getattr__``.
+    """
+    proxy = nn.Module.__getattr__(layer, "weight") if has_parameter(layer) else None
+    if not isinstance(proxy, Proxy):
+        return None
+    proxy.node.target = proxy.node.target.removesuffix(".weight")  # the layer itself; the same proxy comes each time
+    return cast(Tensor, proxy.weight)
+
+
+def _check_dropout(layer: nn.Module, cls: type[nn.Module], reader: object) -> None:
+    """Raise where the base's forward reads the weight in training and the adapter has dropout: ours was passed by."""
+    lora = active_adapter(layer)
+    if lora is not None and lora.dropout and reader is getattr(cls.forward, "__code__", None):
+        raise StateError(
+            f"A {cls.__name__} has a forward on the instance that calls {cls.__name__}.forward and not the adapted "
+            f"layer's, so that dropout={lora.dropout:g} would not be applied. Wrap the layer's forward while it is "
+            "injected and unmerged, or inject with dropout=0."
+        )
 
 
 def layer_weight(layer: nn.Module) -> Tensor:
@@ -166,7 +204,7 @@ def layer_weight(layer: nn.Module) -> Tensor:
     base, lora = own_weight(layer), active_adapter(layer)
     if lora is None:
         return base
-    if torch.compiler.is_compiling() or is_tracing() or not held(layer).kept.is_serving:
+    if torch.compiler.is_compiling() or is_tracing() or held(layer).kept.serves != get_ident():
         return lora.effective_weight(base)
     return held(layer).kept.weight(base, lora.sources(), lora.scaling, lora.effective_weight)
 

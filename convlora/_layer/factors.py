@@ -73,6 +73,7 @@ class LoRA(nn.Module):
 
         Anchored, B @ A − B0 @ A0 = (B − B0) @ A + B0 @ (A − A0): written so, it is exactly zero at the start.
         """
+        self._run_hooks()
         if not self.anchored:
             return self.lora_A, self.lora_B
         A, B, (A0, B0) = self.lora_A, self.lora_B, self._anchor()
@@ -80,16 +81,28 @@ class LoRA(nn.Module):
 
     def stored_factors(self) -> tuple[Tensor, Tensor]:
         """As :meth:`factors`; anchored, [A; A0] and [B, −B0], which holds all bits of the four."""
+        self._run_hooks()
         if not self.anchored:
             return self.lora_A, self.lora_B
         A0, B0 = self._anchor()
         return torch.cat([self.lora_A, A0]), torch.cat([self.lora_B, -B0], dim=1)
 
+    def _run_hooks(self) -> None:
+        """Let torch's older hooks, pruning's among them, compute their factor; nothing calls this module's forward."""
+        for hook in self._forward_pre_hooks.values():
+            if _computes_a_factor(hook):
+                hook(self, ())
+
     def _anchor(self) -> tuple[Tensor, Tensor]:
         return cast("tuple[Tensor, Tensor]", (self._buffers["lora_A0"], self._buffers["lora_B0"]))
 
-    def sources(self) -> tuple[Tensor, ...]:
-        """All tensors that the effective weight is computed from besides the base's."""
+    def sources(self) -> tuple[Tensor, ...] | None:
+        """All tensors that the effective weight is computed from besides the base's.
+
+        None where a factor is itself computed (``parametrize``, pruning), by code that may read anything.
+        """
+        if type(self) is not LoRA or any(map(_computes_a_factor, self._forward_pre_hooks.values())):
+            return None
         return cast("tuple[Tensor, ...]", (*self._parameters.values(), *self._buffers.values()))
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -142,3 +155,8 @@ class LoRA(nn.Module):
         # A checkpoint of the base holds no factors at all: it loads, strictly too, and leaves them as they are.
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _computes_a_factor(hook: Any) -> bool:
+    """Whether it is one of torch's hooks that write a tensor's attribute anew, and not a user's."""
+    return str(getattr(hook, "_tensor_name", getattr(hook, "name", ""))).startswith("lora_")

@@ -1,9 +1,10 @@
 """The effective weight, kept between forwards that need no gradient while nothing that it came from changes.
 
-Only a layer's own forward is served with what is kept; whoever else reads ``weight`` gets one computed afresh. What it
-came from is told by torch's version counters, by the optimizers' steps (a fused one moves no counter) and, where the
-factors lie in host memory, by their numbers. What none of these shows is a write to the *base* weight through ``.data``
-or a numpy view; on an accelerator the same holds for the factors.
+Only a layer's own forward is served with what is kept, in the thread that runs it; whoever else reads ``weight`` gets
+one computed afresh. What it came from is told by torch's version counters, by trainings (a fused optimizer moves no
+counter) and, in host memory, by numbers: all of the factors', ``PROBED`` of the base's. What none of these shows is a
+write through ``.data`` or a numpy view with no training in between, on the CPU to a part of the *base* weight that
+misses the probed numbers, on an accelerator to any tensor.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .functional import is_transformed
 
 Scaling = float | tuple[float, ...]
+PROBED = 64
+"""As many numbers of a base weight in host memory, spread evenly over it, are compared. All of them would be as much
+reading as the layer's own; what writes past the counters (averaging, rounding, loading) writes nearly all of them."""
+NUMBERS: dict[int, Any] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+"""Formats of as many bytes as floating types have."""
 _HAS_PROCESSES = torch.distributed.is_available()
 _trainings = 0
 """Counts what may be followed by writes that leave no trace on a tensor: forwards of adapted layers that ask for
@@ -42,17 +48,21 @@ def _watch_optimizers() -> None:
 class _Seen:
     """A tensor as it was: the object, its memory (kept alive, so that none takes its address), how often written."""
 
-    __slots__ = ("_address", "_bytes", "_copy", "_memory", "_shape", "_stride", "_tensor", "_version")
+    __slots__ = ("_address", "_bytes", "_copy", "_memory", "_probed", "_shape", "_stride", "_tensor", "_version")
 
-    def __init__(self, tensor: Tensor, by_numbers: bool) -> None:
-        """``by_numbers``: told by its numbers, whatever way they are written. They have to lie in host memory."""
+    def __init__(self, tensor: Tensor, is_probed: bool) -> None:
+        """``is_probed``: of its numbers, where they lie in host memory, only some are compared."""
         self._tensor, self._memory, self._address = tensor, tensor.detach(), tensor.data_ptr()
         self._version, self._shape, self._stride = tensor._version, tensor.shape, tensor.stride()
         self._bytes: Any = None
+        self._probed: memoryview | None = None
         self._copy: bytearray | None = None
-        if by_numbers:  # as bytes: next to no work beside torch.equal's for a few thousand numbers
+        if tensor.device.type == "cpu":  # as bytes: next to no work beside torch.equal's for a few thousand numbers
             self._bytes = (ctypes.c_char * tensor.nbytes).from_address(self._address)
-            self._copy = bytearray(self._bytes)
+            if is_probed:
+                numbers = memoryview(self._bytes).cast("B").cast(NUMBERS[tensor.itemsize])
+                self._probed = numbers[:: tensor.numel() // PROBED | 1]  # odd, so not one column of it
+            self._copy = bytearray(self._bytes if self._probed is None else self._probed)
 
     def is_still(self, tensor: Tensor) -> bool:
         return (
@@ -60,7 +70,8 @@ class _Seen:
             and tensor.data_ptr() == self._address  # so that the bytes are the tensor's
             and tensor.shape == self._shape
             and tensor.stride() == self._stride
-            and (tensor._version == self._version if self._copy is None else self._copy == self._bytes)
+            and tensor._version == self._version
+            and (self._copy is None or self._copy == (self._bytes if self._probed is None else self._probed.tobytes()))
         )
 
 
@@ -91,20 +102,24 @@ class Kept:
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
-        self.is_serving = False
-        """Whether the layer's own forward is under way and may have what is kept when it reads its ``weight``."""
+        self.serves: int | None = None
+        """The thread in which the layer's own forward is under way, and may have what is kept when it reads its
+        ``weight``; None for none. Where several threads run it at once, some compute their own."""
 
     def weight(
-        self, base: Tensor, factors: tuple[Tensor, ...], scaling: Scaling, compute: Callable[[Tensor], Tensor]
+        self, base: Tensor, factors: tuple[Tensor, ...] | None, scaling: Scaling, compute: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """W + ΔW for the layer's own forward: kept where no gradient flows through it, else computed.
 
         Args:
             base: W.
-            factors: all other tensors that ``compute`` reads.
-            scaling: what multiplies B @ A; of each adapter, where there are several.
+            factors: all other tensors that ``compute`` reads; None where they cannot be named.
+            scaling: what multiplies B @ A; of each adapter, where there are several, and what else tells of a change.
             compute: makes the effective weight of W.
         """
+        if factors is None or isinstance(scaling, Tensor) or torch._C._len_torch_dispatch_stack():
+            # Of unknown origin, or written in place, or fake or recorded under a mode, which must see it computed.
+            return compute(base)
         sources, entry = (base, *factors), self._entry
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             return compute(base)
@@ -121,7 +136,7 @@ class Kept:
         trainings = _trainings
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve outside
             # Before computing: what is written meanwhile counts as a change. Factors are small enough to compare.
-            seen = (_Seen(base, False), *(_Seen(factor, factor.device.type == "cpu") for factor in factors))
+            seen = (_Seen(base, True), *(_Seen(factor, False) for factor in factors))
             weight = compute(base)
         self._entry = _Entry(weight, weight._version, seen, scaling, trainings, stream)
         return weight
