@@ -7,18 +7,29 @@ model predicts, trains and saves what it should, or the call is refused with the
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
+import threading
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, cast
 
 import pytest
 import torch
-from conftest import SmallNet, need, randomise, snapshot
+from conftest import SmallNet, dense_delta, need, randomise, snapshot
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import convlora
+from convlora import StateError, UnsupportedLayerError
+from convlora._layer import kept
+from convlora._layer.adapted import AdaptedLayer
 
 Row = Callable[[], None]
 ROWS: list[object] = []
@@ -413,16 +424,590 @@ def _() -> None:
 # --- 6. precision -------------------------------------------------------------------------------------------------
 
 
+@situation("autocast on a CPU, padding not zeros", "the dtype of torch's own layer, in training as in inference")
+def _() -> None:
+    for mode in ("zeros", "reflect", "replicate", "circular"):
+        for cls, dims in ((nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3)):
+            if (mode, cls) == ("reflect", nn.Conv3d):
+                continue  # torch pads no bf16 there
+            layer, x = cls(4, 8, 3, padding=1, padding_mode=mode), torch.randn(2, 4, *[5] * dims)
+            with torch.autocast("cpu", torch.bfloat16):
+                own = layer(x).detach()
+            convlora.inject(layer, 2, target_modules=cls, modules_to_save=None)
+            for path in ("auto", "fused", "weight", "branch"):
+                layer.convlora["default"].path = path
+                with torch.autocast("cpu", torch.bfloat16):
+                    y = layer(x)
+                    with torch.no_grad():
+                        assert torch.equal(layer(x), own)
+                assert y.requires_grad and y.dtype == own.dtype == torch.bfloat16 and torch.equal(y, own)
+
+
+@situation(
+    "injecting into a base in float8", "refused, with the layer's name, its dtype and what to do; nothing changes"
+)
+def _() -> None:
+    net = SmallNet()
+    net.stem.to(torch.float8_e4m3fn)
+    classes = [type(module) for module in net.modules()]
+    with pytest.raises(UnsupportedLayerError, match=r"stem.*float8_e4m3fn.*exclude_modules.*Nothing was changed"):
+        convlora.inject(net, 2)
+    assert [type(module) for module in net.modules()] == classes
+    convlora.inject(net, 2, exclude_modules="stem")
+
+
 # --- 7. several processes -----------------------------------------------------------------------------------------
 
 
 # --- 8. forwards on the instance ----------------------------------------------------------------------------------
 
 
+def plain_of(net: SmallNet) -> SmallNet:
+    """A network without adapters whose weights are what the adapted ones are by definition."""
+    plain = SmallNet().eval()
+    plain.load_state_dict({key: value for key, value in net.state_dict().items() if ".convlora." not in key})
+    with torch.no_grad():
+        for name, layer in net.named_modules():
+            if isinstance(layer, AdaptedLayer):
+                plain.get_submodule(name).weight += dense_delta(layer)
+    return plain
+
+
+def is_right(net: SmallNet) -> bool:
+    """Whether the model predicts with W + ΔW, the first time and again."""
+    expected = predicts(plain_of(net))
+    return all(torch.allclose(predicts(net), expected, rtol=1e-4, atol=1e-4) for _ in range(2))
+
+
+def wrapped(layer: nn.Module) -> None:
+    """As a user does it."""
+    inner = layer.forward
+    layer.forward = lambda *args, **kwargs: inner(*args, **kwargs)  # type: ignore[method-assign]
+
+
+def hooked(layer: nn.Module) -> None:
+    """As accelerate does it."""
+    hooks = need("accelerate.hooks")
+    hooks.add_hook_to_module(layer, hooks.ModelHook())
+
+
+def bound(layer: nn.Module) -> None:
+    """As patches do it that begin from the class."""
+    layer.forward = MethodType(nn.Conv2d.forward, layer)  # type: ignore[method-assign]
+
+
+def drops(net: SmallNet) -> bool:
+    """Whether dropout moves what the convolution called stem computes in training."""
+    net.train()
+    torch.manual_seed(0)
+    return not torch.equal(net.stem(IMAGES), net.stem(IMAGES))
+
+
+@situation("a forward on the instance before injection", "right without dropout; with dropout refused, nothing changes")
+def _() -> None:
+    for put in (wrapped, hooked, bound):
+        net = SmallNet()
+        put(net.stem)
+        before = snapshot(net)
+        with pytest.raises(UnsupportedLayerError, match=r"stem: dropout would not be applied.*Nothing was changed"):
+            convlora.inject(net, 2, dropout=0.5)
+        assert snapshot(net) == before
+        convlora.inject(net, 2, dropout=0.5, exclude_modules="stem")
+        convlora.remove(net)
+        convlora.inject(net, 2)
+        randomise(net)
+        assert is_right(net)
+        net.stem(IMAGES).sum().backward()
+        lora = net.stem.convlora["default"]
+        grads = lora.lora_A.grad, lora.lora_B.grad
+        assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+        convlora.merge(net)
+        assert is_right(convlora.unmerge(net))
+
+
+@situation("a forward on the instance of a linear layer before injection with dropout", "refused, nothing changes")
+def _() -> None:
+    net = SmallNet()
+    wrapped(net.hidden)
+    before = snapshot(net)
+    with pytest.raises(UnsupportedLayerError, match="hidden: dropout"):
+        convlora.inject(net, 2, target_modules=nn.Linear, dropout=0.5, modules_to_save=None)
+    assert snapshot(net) == before
+
+
+@situation("a wrapped forward after injection, then merge, unmerge, remove", "right in each state, dropout applied")
+def _() -> None:
+    for put in (wrapped, hooked):
+        net = injected(dropout=0.5)
+        put(net.stem)
+        assert is_right(net) and drops(net)
+        expected = predicts(net)
+        convlora.merge(net)
+        assert torch.equal(predicts(net), expected) and torch.equal(predicts(copy.deepcopy(net)), expected)
+        assert not drops(net)  # one weight, no branch
+        convlora.unmerge(net)
+        assert torch.equal(predicts(net), expected) and drops(net)
+        convlora.remove(net)
+        assert torch.equal(predicts(net), predicts(plain_of(net)))
+
+
+@situation("accelerate's hook put on injected and taken off merged or removed", "right", "accelerate")
+def _() -> None:
+    from accelerate.hooks import remove_hook_from_module
+
+    for leave in (convlora.merge, convlora.remove):
+        net = injected()
+        hooked(net.stem)
+        expected = predicts(leave(injected()))
+        assert torch.equal(predicts(leave(net)), expected)
+        remove_hook_from_module(net.stem)
+        assert torch.equal(predicts(net), expected)
+
+
+@situation(
+    "a forward that calls the plain class's, put there merged or injected", "right; dropout in training: refused"
+)
+def _() -> None:
+    for put, merged in ((wrapped, True), (hooked, True), (bound, True), (bound, False)):
+        net = injected(dropout=0.5)
+        if merged:
+            convlora.merge(net)
+        put(net.stem)
+        if merged:
+            convlora.unmerge(net)
+        assert is_right(net)
+        with pytest.raises(StateError, match=r"calls Conv2d\.forward.*dropout=0\.5 would not be applied"):
+            net.train()(IMAGES)
+        _ = net.stem.weight  # anyone else may read it
+        net.stem.convlora["default"].dropout = 0.0
+        net.train()(IMAGES).sum().backward()
+
+
+@situation("the class's forward called by hand on an adapted layer", "right; with dropout in training: refused")
+def _() -> None:
+    net = injected(dropout=0.5)
+    with torch.no_grad():
+        assert torch.equal(nn.Conv2d.forward(net.eval().stem, IMAGES), net.stem(IMAGES))
+    with pytest.raises(StateError, match="dropout"):
+        nn.Conv2d.forward(net.train().stem, IMAGES)
+
+
+@situation("_conv_forward replaced on the instance, as patches for seamless tiling do", "its convolution with W + ΔW")
+def _() -> None:
+    def tiled(layer: Any, x: Any, weight: Any, bias: Any) -> Any:
+        x = nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
+        return nn.functional.conv2d(x, weight, bias, layer.stride)
+
+    net = injected()
+    plain = plain_of(net)
+    for each in (net, plain):
+        each.stem._conv_forward = MethodType(tiled, each.stem)  # type: ignore[method-assign]
+    torch.testing.assert_close(predicts(net), predicts(plain), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net.train().stem(IMAGES), plain.stem(IMAGES), rtol=1e-4, atol=1e-4)
+
+
 # --- 9. the kept weight -------------------------------------------------------------------------------------------
 
 
+def adapted_conv(base: type[nn.Conv2d] = nn.Conv2d) -> Any:
+    """A layer whose effective weight is kept by now."""
+    torch.manual_seed(0)
+    layer = convlora.inject(base(3, 8, 3), 2, modules_to_save=None)
+    randomise(layer, 0.3)
+    with torch.no_grad():
+        layer(IMAGES)
+    return layer
+
+
+def follows(layer: Any) -> None:
+    """The layer computes with what its tensors are now, the first time and again."""
+    with torch.no_grad():
+        weight = convlora.base_weight(layer) + dense_delta(layer)
+        expected = nn.functional.conv2d(IMAGES, weight, layer.bias)
+        for _ in range(2):
+            torch.testing.assert_close(layer(IMAGES), expected, rtol=1e-4, atol=1e-4)
+
+
+class Blind(kept._Seen):
+    """A tensor in a memory that Python cannot read, as on an accelerator."""
+
+    def __init__(self, tensor: torch.Tensor, is_probed: bool) -> None:
+        super().__init__(tensor, is_probed)
+        self._copy = None
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+@situation("a parametrized factor, written between forwards", "followed")
+def _() -> None:
+    layer = adapted_conv()
+    lora = layer.convlora["default"]
+    nn.utils.parametrize.register_parametrization(lora, "lora_A", Doubled())
+    follows(layer)
+    for write in (lambda t: t.add_(1), lambda t: t.data.mul_(0.5), lambda t: t.numpy().__imul__(3)):
+        with torch.no_grad():
+            write(lora.parametrizations.lora_A.original)
+        follows(layer)
+
+
+@situation("a pruned factor, trained", "followed, and trained through its mask")
+def _() -> None:
+    layer = adapted_conv()
+    lora = layer.convlora["default"]
+    prune.l1_unstructured(lora, "lora_A", 0.5)
+    optimizer = torch.optim.SGD([lora.lora_A_orig, lora.lora_B], lr=0.1)
+    for _ in range(2):
+        layer(IMAGES).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            y, A = layer(IMAGES), lora.lora_A_orig * lora.lora_A_mask
+            weight = convlora.base_weight(layer) + lora.scaling * (lora.lora_B @ A.flatten(1)).view(8, 3, 3, 3)
+        torch.testing.assert_close(y, nn.functional.conv2d(IMAGES, weight, layer.bias), rtol=1e-4, atol=1e-4)
+
+
+@situation("a base trained by hand, the factors frozen", "followed, also where no number can be compared")
+def _() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept, "_Seen", Blind)
+        layer = adapted_conv()
+        layer.convlora.requires_grad_(False)
+        weight = convlora.base_weight(layer).requires_grad_(True)
+        for _ in range(2):
+            layer(IMAGES).square().mean().backward()
+            weight.data.sub_(weight.grad, alpha=0.5)
+            follows(layer)
+
+
+@situation("a base averaged, rounded or loaded past torch's counters, without training", "followed on a CPU")
+def _() -> None:
+    layer = adapted_conv()
+    weight = convlora.base_weight(layer)
+    for write in (
+        lambda: weight.data.mul_(0.9),
+        lambda: weight.data.copy_(weight.detach().bfloat16()),
+        lambda: weight.detach().numpy().__iadd__(0.5),
+        lambda: weight.data.copy_(torch.randn_like(weight)),
+    ):
+        write()
+        follows(layer)
+    small = weight.data[3]  # 8 · 27 numbers: each channel has a probed one
+    small.zero_()
+    follows(layer)
+
+
+@situation("a forward under FakeTensorMode", "fake, and nothing of it stays")
+def _() -> None:
+    for entered_first in (True, False):
+        layer = adapted_conv()
+        if entered_first:
+            convlora.base_weight(layer).data.mul_(1)
+            layer.convlora.kept.clear()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            assert isinstance(layer(mode.from_tensor(IMAGES)), FakeTensor)
+        follows(layer)
+
+
+@situation("a forward under a mode of torch's dispatcher (a FLOP counter, a logger)", "right, and nothing of it stays")
+def _() -> None:
+    class Zeros(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            return torch.zeros_like(result) if func is torch.ops.aten.addmm.default else result
+
+    layer = adapted_conv()
+    layer.convlora.kept.clear()
+    with torch.no_grad(), Zeros():
+        zeros = layer(IMAGES)
+    assert torch.equal(zeros, zeros[:1, :, :1, :1].expand_as(zeros) * 0 + layer.bias.view(-1, 1, 1))
+    follows(layer)
+
+
+@situation("make_fx of a forward, the factors written afterwards", "the graph computes W + ΔW of its own and follows")
+def _() -> None:
+    layer = adapted_conv()
+    with torch.no_grad():
+        traced = make_fx(layer)(IMAGES)
+        for _ in range(2):
+            torch.testing.assert_close(traced(IMAGES), layer(IMAGES), rtol=1e-4, atol=1e-4)
+            layer.convlora["default"].lora_B.mul_(2)
+    follows(layer)
+
+
+@situation(
+    "another thread writes into layer.weight while the layer's forward is under way", "its own copy; nobody's else"
+)
+def _() -> None:
+    started, go_on, paused = threading.Event(), threading.Event(), [False]
+
+    class Slow(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if paused[0]:
+                started.set()
+                go_on.wait(10)
+            return nn.functional.conv2d(x, self.weight, self.bias)
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(IMAGES)
+
+    layer = adapted_conv(Slow)
+    paused[0] = True
+    thread = threading.Thread(target=forward)
+    thread.start()
+    started.wait(10)
+    layer.weight.data.zero_()
+    go_on.set()
+    thread.join()
+    paused[0] = False
+    follows(layer)
+
+
+@situation("a scaling that is a tensor, written in place", "followed")
+def _() -> None:
+    layer = adapted_conv()
+    lora = layer.convlora["default"]
+    lora.scaling = torch.tensor(lora.scaling)
+    for _ in range(2):
+        follows(layer)
+        lora.scaling.mul_(2)
+
+
+@situation("torch.utils.swap_tensors on a factor", "followed")
+def _() -> None:
+    layer = adapted_conv()
+    lora = layer.convlora["default"]
+    layer.convlora.kept.clear()
+    torch.utils.swap_tensors(lora.lora_B, nn.Parameter(torch.randn_like(lora.lora_B)))
+    follows(layer)
+    layer.convlora.kept.clear()
+    torch.utils.swap_tensors(lora.lora_B, nn.Parameter(torch.randn_like(lora.lora_B)))
+    follows(layer)
+
+
+@situation(
+    "peft's hotswap_adapter on registered layers",
+    "the new adapter, whatever scalings are and memory can be read",
+    "peft",
+)
+def _() -> None:
+    import peft
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+
+    import convlora.peft
+
+    def made(alpha: int, seed: int) -> Any:
+        torch.manual_seed(0)
+        net = SmallNet().eval()
+        config = convlora.peft.register(peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["stem"]))
+        model = peft.get_peft_model(net, config).eval()
+        layer = model.base_model.model.stem
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for factor in (layer.lora_A, layer.lora_B):
+                nn.init.normal_(factor["default"].weight)
+        return model
+
+    for seen in (kept._Seen, Blind):
+        for alphas in ((4, 4), (4, 8)):
+            for as_tensors in (False, True):
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(kept, "_Seen", seen)
+                    model, other = made(alphas[0], 1), made(alphas[1], 2)
+                    if as_tensors:
+                        prepare_model_for_compiled_hotswap(model, config=model.peft_config)
+                        prepare = model.base_model.model.stem.scaling["default"]
+                        assert isinstance(prepare, torch.Tensor)
+                    before = predicts(model)
+                    assert torch.equal(predicts(model), before)
+                    weights = {key: value for key, value in other.state_dict().items() if "lora_" in key}
+                    hotswap_adapter_from_state_dict(model, weights, "default", other.peft_config["default"])
+                    for _ in range(2):
+                        torch.testing.assert_close(predicts(model), predicts(other), rtol=1e-4, atol=1e-4)
+                    assert not torch.allclose(predicts(model), before, rtol=1e-2)
+
+
 # --- 10. autograd and tracing -------------------------------------------------------------------------------------
+
+
+GEOMETRIES = [(3, 1, 1), (3, 2, 1), (1, 1, 1), (1, 2, 1), (5, 1, 16), (3, 1, 4)]
+"""Kernel, stride, groups."""
+
+
+@situation("autograd.grad(is_grads_batched=True) over an adapted convolution", "as one after another, on every path")
+def _() -> None:
+    for (kernel, stride, groups), last in itertools.product(GEOMETRIES, (False, True)):
+        torch.manual_seed(0)
+        layer: Any = nn.Conv2d(16, 16, kernel, stride, kernel // 2, groups=groups, dtype=torch.float64)
+        convlora.inject(layer, 2, modules_to_save=None)
+        randomise(layer)
+        x = torch.randn(2, 16, 18, 18, dtype=torch.float64)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        lora = layer.convlora["default"]
+        wanted = [x.requires_grad_(), lora.lora_A, lora.lora_B]
+        for path in ("fused", "weight", "branch"):
+            lora.path = path
+            y = layer(x)
+            many = torch.randn(3, *y.shape, dtype=torch.float64)
+            together = torch.autograd.grad(y, wanted, many, retain_graph=True, is_grads_batched=True)
+            each = [torch.autograd.grad(y, wanted, one, retain_graph=True) for one in many]
+            for got, expected in zip(together, zip(*each, strict=True), strict=True):
+                torch.testing.assert_close(got, torch.stack(expected), rtol=1e-10, atol=1e-10)
+
+
+@situation("jacobian(vectorize=True) of a network, dropout, DoRA and linear layers too", "as without vectorize")
+def _() -> None:
+    for options in ({}, {"use_dora": True}, {"target_modules": (nn.Linear, nn.Conv2d)}, {"dropout": 0.5}):
+        net = injected(**options).double().train()
+
+        def run(x: torch.Tensor, net: Any = net) -> Any:
+            torch.manual_seed(0)
+            return net(x)
+
+        x = IMAGES[:2, :, :8, :8].double()
+        slow = torch.autograd.functional.jacobian(run, x)
+        fast = torch.autograd.functional.jacobian(run, x, vectorize=True)
+        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
+
+
+@situation("torch.func: jacrev, vmap, jvp and a gradient by functional_call", "as plain autograd")
+def _() -> None:
+    net = injected().double().eval()
+    x = IMAGES[:2, :, :8, :8].double()
+    own = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+
+    def loss(tensors: Any) -> Any:
+        return torch.func.functional_call(net, tensors, (x,)).square().sum()
+
+    net(x).square().sum().backward()
+    for name, grad in torch.func.grad(loss)(own).items():
+        torch.testing.assert_close(grad, net.get_parameter(name).grad, rtol=1e-9, atol=1e-9)
+    jacobian = torch.autograd.functional.jacobian(net, x)
+    torch.testing.assert_close(torch.func.jacrev(net)(x), jacobian, rtol=1e-9, atol=1e-9)
+    tangent = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = net(torch.autograd.forward_ad.make_dual(x, tangent))
+        forward = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(forward, (jacobian * tangent).sum((2, 3, 4, 5)), rtol=1e-9, atol=1e-9)
+    singly = torch.func.vmap(lambda one: net(one[None])[0])(x)
+    torch.testing.assert_close(singly, net(x), rtol=1e-9, atol=1e-9)
+
+
+def gradients_of(net: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+    net.zero_grad()
+    run().square().mean().backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+@situation("save_on_cpu, checkpoint, anomaly mode, deterministic algorithms, retain_graph", "the same gradients")
+def _() -> None:
+    for path in ("fused", "weight", "branch"):
+        net = injected(path=path).train()
+
+        def run(net: Any = net) -> torch.Tensor:
+            return net(IMAGES)
+
+        expected = gradients_of(net, run)
+        assert len(expected) > 6
+        with torch.autograd.graph.save_on_cpu():
+            saved = gradients_of(net, run)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True), torch.from_numpy):
+            packed = gradients_of(net, run)
+        with torch.autograd.set_detect_anomaly(True, check_nan=True):
+            checked = gradients_of(net, run)
+        again = gradients_of(net, lambda: checkpoint(run, use_reentrant=False))
+        torch.use_deterministic_algorithms(True)
+        try:
+            determined = gradients_of(net, run)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        net.zero_grad()
+        loss = net(IMAGES).square().mean()
+        loss.backward(retain_graph=True)
+        net.zero_grad()
+        loss.backward()
+        twice = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        for each in (saved, packed, checked, again, determined, twice):
+            assert each.keys() == expected.keys()
+            assert all(torch.equal(each[name], expected[name]) for name in expected)
+
+
+class Reader(nn.Module):
+    """A network whose code reads its convolutions' weights: their dtype, as timm's do, and one as a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called = nn.Conv2d(3, 8, 3)
+        self.read = nn.Conv2d(8, 4, 3)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.called(x.to(self.called.weight.dtype))
+        x = nn.functional.conv2d(x, self.read.weight * 1.0) + self.read.weight.mean()
+        return cast(torch.Tensor, self.fc(x.mean((2, 3))))
+
+
+@situation("torch.fx.symbolic_trace of a network that reads weights", "the graph reads W + ΔW, now and later; trains")
+def _() -> None:
+    torch.manual_seed(0)
+    net = convlora.inject(Reader(), 2)
+    randomise(net)
+    traced = torch.fx.symbolic_trace(net)
+    for state in ("injected", "written", "merged", "unmerged"):
+        if state == "written":
+            randomise(net, seed=2)
+        elif state == "merged":
+            convlora.merge(net)
+        elif state == "unmerged":
+            convlora.unmerge(net)
+        assert torch.equal(traced(IMAGES), net(IMAGES))
+    expected = gradients_of(net, lambda: net(IMAGES))
+    got = gradients_of(net, lambda: traced(IMAGES))
+    assert len(expected) == 6 and all(torch.equal(got[name], expected[name]) for name in expected)
+    for plain in (convlora.merge(net), convlora.remove(net)):
+        assert torch.equal(torch.fx.symbolic_trace(plain)(IMAGES), plain(IMAGES))
+
+
+@situation("torch.fx.symbolic_trace of timm's networks that read weights", "traced, predicts the same", "timm")
+def _() -> None:
+    import timm
+
+    net = convlora.inject(timm.create_model("edgenext_xx_small", num_classes=2).eval(), 2, target_modules="stages.1.*")
+    randomise(net)
+    with torch.no_grad():
+        x = torch.randn(1, 3, 64, 64)
+        torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+@situation("torch.compile(fullgraph=True) of a network that reads weights", "one graph, the same gradients")
+def _() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = convlora.inject(Reader(), 2)
+    randomise(net)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    expected = gradients_of(net, lambda: net(IMAGES))
+    got = gradients_of(net, lambda: compiled(IMAGES))
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
+@situation("second derivatives of a network (a gradient penalty)", "as finite differences say")
+def _() -> None:
+    for path in ("fused", "weight", "branch"):
+        layer: Any = nn.Conv2d(3, 4, 3, 2, dtype=torch.float64)
+        convlora.inject(layer, 1, path=path, modules_to_save=None)
+        randomise(layer)
+        lora, x = layer.convlora["default"], torch.randn(1, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+
+        def run(x: Any, A: Any, B: Any, layer: Any = layer) -> Any:
+            names = ("convlora.default.lora_A", "convlora.default.lora_B")
+            return torch.func.functional_call(layer, dict(zip(names, (A, B), strict=True)), (x,))
+
+        assert torch.autograd.gradgradcheck(run, (x, lora.lora_A, lora.lora_B))
 
 
 # --- 11. smaller ones ---------------------------------------------------------------------------------------------
