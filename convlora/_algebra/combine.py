@@ -197,7 +197,7 @@ def _mixed(place: Place, mean: Place | None, weights: Mapping[str, float]) -> Te
         return base.double() + _sum(by_weight, [t.double() - base.double() for t in theirs])
     leading, shares = theirs[int(by_weight.abs().argmax())], by_weight.abs() / by_weight.abs().sum()
     means = _tensors_in(mean, weights) if mean is not None and place.name == "running_var" else []
-    middle = _sum(shares, means) if means else None  # once, not for each of them
+    middle = _sum(shares, means) if means else base  # once, not for each of them
     spread = [(mean - middle).square() for mean in means]
     same = all(torch.equal(t, leading) for t in theirs) and not any(each.any() for each in spread)
     if same or not base.is_floating_point():
