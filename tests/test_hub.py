@@ -1,6 +1,7 @@
 """Adapters to the Hugging Face Hub and back, against a stand-in of its API on this machine."""
 
 import copy
+import importlib
 import os
 import subprocess
 import sys
@@ -29,6 +30,8 @@ def hub(monkeypatch, tmp_path):
 
 def point_to(monkeypatch, url, cache):
     """As HF_ENDPOINT and the other variables would have it, had huggingface_hub not been imported yet."""
+    for module in ("hf_api", "file_download"):  # imported later, it would copy this stand-in's address and keep it
+        importlib.import_module(f"huggingface_hub.{module}")
     set_constant(monkeypatch, "ENDPOINT", url)
     set_constant(monkeypatch, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
     set_constant(monkeypatch, "HF_HUB_CACHE", str(cache))
