@@ -1013,6 +1013,46 @@ def _() -> None:
 # --- 11. smaller ones ---------------------------------------------------------------------------------------------
 
 
+@situation("copy.copy, and then remove of the copy", "both are the base, and can be injected again")
+def _() -> None:
+    net = injected()
+    twin = convlora.remove(copy.copy(net))
+    for model in (net, twin):
+        assert not any("convlora" in key for key in model.state_dict())
+        with pytest.raises(convlora.StateError, match="carries no adapter"):
+            convlora.merge(model)
+    convlora.remove(convlora.inject(net))
+
+
+@situation("merge of factors with NaN or Inf", "refused, with the layer's name")
+def _() -> None:
+    for value in (float("nan"), float("inf")):
+        net = injected()
+        with torch.no_grad():
+            next(convlora.adapter_parameters(net))[0] = value
+        refused(net, lambda net=net: convlora.merge(net), "stem: the merged weight holds NaN or Inf")
+
+
+@situation("merge of a base that holds NaN itself", "merged")
+def _() -> None:
+    net = injected()
+    with torch.no_grad():
+        convlora.base_weight(net.stem)[0] = float("nan")
+    assert convlora.merge(net).stem.weight[0].isnan().all()
+
+
+@situation("inject into a model of peft's", "refused, and the model is as it was", "peft")
+def _() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(SmallNet(), LoraConfig(r=2, target_modules=["stem"]))
+    before = snapshot(model)
+    for part in (model, model.base_model.model):
+        with pytest.raises(convlora.UnsupportedLayerError, match="carries an adapter of peft"):
+            convlora.inject(part)
+    assert snapshot(model) == before
+
+
 # --- the table ----------------------------------------------------------------------------------------------------
 
 

@@ -65,6 +65,11 @@ def check_model(model: nn.Module) -> None:
         raise TargetError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
+            if cls.__name__ == "BaseTunerLayer" and cls.__module__.startswith("peft."):
+                raise UnsupportedLayerError(
+                    f"{name or 'the model'} carries an adapter of peft, whose factors would be adapted too. Take the "
+                    "base first: peft_model.unload(), or convlora.peft.from_peft(peft_model). Nothing was changed."
+                )
             if cls.__name__ in WRAPPERS and cls.__module__.startswith("torch."):
                 where = name or "the model"
                 remedy = f"Take the model inside, {WRAPPERS[cls.__name__]}"

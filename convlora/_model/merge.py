@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from .._layer.adapted import fold, unfold
+from .._layer.adapted import CHILD, fold, unfold
 from .._layer.computed import compute
 from .._layer.places import SWAPPING
 from .._layer.swap import check_restorable
@@ -31,7 +31,8 @@ def merge(model: M) -> M:
     A merged model is for inference and export, and its state dict has the base's keys alone. To train on, unmerge.
 
     Raises:
-        StateError: no adapter; merged already; a module was replaced, or its class changed, since injection.
+        StateError: no adapter; merged already; a module was replaced, or its class changed, since injection;
+            or a merged weight would hold NaN or Inf where the base's does not.
 
     Whatever is raised, the model is as it was.
     """
@@ -45,8 +46,25 @@ def merge(model: M) -> M:
         weights = [
             [nn.Parameter(compute(layer), requires_grad=False) for layer in injection.layers] for _, injection in parts
         ]
+        for (_, injection), merged in zip(parts, weights, strict=True):
+            _check_finite(injection, merged)
         _fold(parts, weights)
     return model
+
+
+def _check_finite(injection: Injection, weights: list[nn.Parameter]) -> None:
+    """Raise StateError where factors would make a weight NaN or Inf that is not so in the base."""
+    names = {module: name for each in injection.adapters.values() for name, module in each.modules.items()}
+    for layer, weight in zip(injection.layers, weights, strict=True):
+        if not weight.isfinite().all() and all(p.isfinite().all() for p in _own(layer)):
+            raise StateError(
+                f"{names[layer]}: the merged weight holds NaN or Inf, and the base's does not: the training has "
+                "diverged. Load an adapter that is whole, and merge again. Nothing was changed."
+            )
+
+
+def _own(layer: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for name, p in layer.named_parameters() if not name.startswith(f"{CHILD}."))
 
 
 def _fold(parts: list[Part], weights: list[list[nn.Parameter]]) -> None:

@@ -54,6 +54,7 @@ def undo(injection: Injection, root: nn.Module) -> None:
     for adapter in injection.adapters.values():
         for layer in adapter.layers:
             detach(layer, adapter.plan.adapter_name)
+    injection.adapters.clear()  # a shallow copy of the root has the same record: it is plain, too
     vars(root).pop(RECORD, None)
 
 

@@ -148,7 +148,7 @@ def injections(model: nn.Module) -> Iterator[tuple[str, nn.Module, Injection]]:
     """Every injected module in the model, with its name: the model itself, or parts, or what a wrapper holds."""
     for name, module in model.named_modules():
         record = vars(module).get(RECORD)
-        if isinstance(record, Injection):
+        if isinstance(record, Injection) and record.adapters:
             yield name, module, record
 
 
@@ -255,7 +255,10 @@ def check_plain(model: nn.Module) -> None:
             "convlora.add_adapter for another beside it, or convlora.remove(model) first. Nothing was changed."
         )
     for name, module in model.named_modules():
-        if RECORD in vars(module):
+        record = vars(module).get(RECORD)
+        if isinstance(record, Injection) and not record.adapters:
+            del vars(module)[RECORD]  # what was removed by a shallow copy of the module
+        elif RECORD in vars(module):
             raise StateError(
                 f"{name or type(model).__name__} has an attribute named {RECORD!r}, which convlora needs for itself; "
                 "rename it. Nothing was changed."
