@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ._checkpoint.digests import digest
+from ._checkpoint.digests import digest, is_near, is_other, sketch
 from ._checkpoint.files import few
 from ._checkpoint.keys import base_keys
 from ._checkpoint.peft_format import dotted
@@ -68,9 +68,21 @@ class AdapterCallback(Callback):  # type: ignore[misc]
         """Inject; Lightning calls this before it loads a checkpoint and before it makes the optimizer."""
         if next(injections(pl_module), None) is None:
             carry_out(self.request, self._network(pl_module))
-        pl_module.strict_loading = False  # _before_load is as strict: it lets the base alone be left out
         self._unwatch()
         self._watch = pl_module.register_load_state_dict_pre_hook(_before_load)
+        self._let_copy_again(trainer, pl_module, stage)
+
+    def _let_copy_again(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Callbacks that stand before this one and average copied the module before it was injected."""
+        callbacks: list[Any] = trainer.callbacks
+        for callback in callbacks[: callbacks.index(self)] if self in callbacks else ():
+            if list(_copies(callback, pl_module)):
+                callback.setup(trainer, pl_module, stage)
+            if any(next(injections(copy), None) is None for copy in _copies(callback, pl_module)):
+                raise TargetError(
+                    f"{type(callback).__name__} has copied the module before it was injected. Put AdapterCallback "
+                    "before it: Trainer(callbacks=[AdapterCallback(…), …])."
+                )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """At the beginning of each epoch, in train mode: refuse or warn as :func:`convlora.trainable_parameters`."""
@@ -104,14 +116,17 @@ class AdapterCallback(Callback):  # type: ignore[misc]
         """Take the base out, and leave digests of it."""
         state: dict[str, Tensor] = checkpoint["state_dict"]
         base = set(_base_keys(pl_module)) & state.keys()
-        checkpoint[KEY] = {key: digest(state[key]) for key in sorted(base)}
-        checkpoint["state_dict"] = {key: tensor for key, tensor in state.items() if key not in base}
+        checkpoint[KEY] = {key: f"{digest(state[key])} {sketch(state[key])}" for key in sorted(base)}
+        for name, part in checkpoint.items():  # an average has taken the model's place, which is then another part
+            if name != KEY and isinstance(part, dict) and base & part.keys():
+                checkpoint[name] = {key: tensor for key, tensor in part.items() if key not in base}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Check that the base which was left out is the model's own."""
         model, stored, base = pl_module.state_dict(), checkpoint["state_dict"], checkpoint.get(KEY, {})
         known = {*stored, *base}
-        unlike = [key for key in base if key in model and digest(model[key]) != base[key]]
+        parts = {key: text.partition(" ") for key, text in base.items() if key in model}
+        unlike = [key for key, (text, _, near) in parts.items() if is_other(text, near, model[key])]
         _refuse(
             [
                 *(f"{key}: not in the checkpoint" for key in _base_keys(pl_module) if key not in known),
@@ -121,19 +136,32 @@ class AdapterCallback(Callback):  # type: ignore[misc]
         )
 
 
-def _before_load(pl_module: nn.Module, stored: Mapping[str, Tensor], *_: Any) -> None:
+def _before_load(module: nn.Module, stored: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before a number is copied: all of the model's tensors must be there but for the base, and no others.
 
-    A hook of the module, since Lightning shows callbacks a checkpoint once it is loaded, and one of
-    ``save_weights_only`` never.
+    Where the base is left out, or there up to an average's rounding, the model's own stays. A hook of the module, since
+    Lightning shows callbacks a checkpoint once it is loaded, and one of ``save_weights_only`` never; a copy of the
+    module has it too.
     """
-    model, base = pl_module.state_dict(), set(_base_keys(pl_module))
+    model, base = {prefix + key: tensor for key, tensor in module.state_dict().items()}, _base_keys(module)
+    own = {key: model[key] for key in (prefix + name for name in base)}
     _refuse(
         [
-            *(f"{key}: not in the checkpoint" for key in model if key not in stored and key not in base),
-            *(f"{key}: not in the model" for key in stored if key not in model),
+            *(f"{key}: not in the checkpoint" for key in model if key not in stored and key not in own),
+            *(f"{key}: not in the model" for key in stored if key.startswith(prefix) and key not in model),
         ]
     )
+    for key, tensor in own.items():
+        if key not in stored or (stored[key].shape == tensor.shape and is_near(sketch(tensor), stored[key])):
+            stored[key] = tensor
+
+
+def _copies(callback: object, pl_module: LightningModule) -> Iterator[nn.Module]:
+    """Copies of the module that a callback holds, as one that averages does."""
+    for held in vars(callback).values():
+        for part in held.modules() if isinstance(held, nn.Module) and held is not pl_module else ():
+            if type(part) is type(pl_module):
+                yield part
 
 
 def _base_keys(pl_module: nn.Module) -> Iterator[str]:

@@ -10,6 +10,7 @@ import copy
 import itertools
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, cast
@@ -17,7 +18,7 @@ from typing import Any, cast
 import pytest
 import torch
 from conftest import SmallNet, dense_delta, need, randomise, snapshot
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
@@ -396,6 +397,133 @@ def _() -> None:
 # --- 4. averages --------------------------------------------------------------------------------------------------
 
 
+def _saved_average_is_read_on_its_base(average: nn.Module, update: Callable[[nn.Module], None]) -> None:
+    """Train, average after each step, save the average: the file fits the base, and predicts like the average."""
+    torch.manual_seed(0)
+    base, images = SmallNet(), torch.randn(4, 3, 16, 16)
+    model = average.net
+    optimizer = torch.optim.SGD(convlora.trainable_parameters(model), lr=0.05)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+        update(model)
+    copied = average.module
+    assert not torch.equal(copied.hidden.weight, base.hidden.weight)  # rounded anew
+    with tempfile.TemporaryDirectory() as folder:
+        convlora.save_adapter(copied, folder)
+        with pytest.warns(UserWarning, match="by rounding alone"):
+            convlora.load_adapter(base, folder)
+        torch.testing.assert_close(base.eval()(images), copied.eval()(images), rtol=1e-5, atol=1e-6)
+        other = SmallNet()  # of other numbers
+        with pytest.raises(convlora.CheckpointError, match="the base's numbers differ"):
+            convlora.load_adapter(other, folder)
+        changed = SmallNet()
+        changed.load_state_dict(convlora.remove(base).state_dict())
+        with torch.no_grad():
+            changed.stem.weight.copy_(changed.stem.weight.flip(1))  # BGR: the same numbers elsewhere
+        with pytest.raises(convlora.CheckpointError, match=r"stem\.weight: the base's numbers differ"):
+            convlora.load_adapter(changed, folder)
+
+
+def _averaging(make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    net = convlora.inject(SmallNet(), 2).train()
+    average = make(net)
+    vars(average)["net"] = net
+    return average
+
+
+@situation("torch's AveragedModel as an EMA", "its file fits the base, rounding is told")
+def _() -> None:
+    swa = torch.optim.swa_utils
+    average = _averaging(lambda net: swa.AveragedModel(net, avg_fn=swa.get_ema_avg_fn(0.9)))
+    _saved_average_is_read_on_its_base(average, average.update_parameters)
+
+
+@situation("timm's ModelEmaV2", "its file fits the base, rounding is told", "timm")
+def _() -> None:
+    import timm.utils
+
+    average = _averaging(lambda net: timm.utils.ModelEmaV2(net, decay=0.9))
+    _saved_average_is_read_on_its_base(average, average.update)
+
+
+@situation("an EMA by hand over the parameters", "its file fits the base, rounding is told")
+def _() -> None:
+    average = _averaging(lambda net: nn.ModuleDict({"module": copy.deepcopy(net)}))
+
+    def update(net: nn.Module) -> None:
+        with torch.no_grad():
+            for mean, now in zip(average.module.parameters(), net.parameters(), strict=True):
+                mean.mul_(0.9).add_(now * (1 - 0.9))
+
+    _saved_average_is_read_on_its_base(average, update)
+
+
+def _fit_with(
+    averaging: Callable[[], Any], ours_first: bool, folder: str, epochs: int, resume: str | None = None
+) -> Any:
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from convlora.lightning import AdapterCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = SmallNet()
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(convlora.trainable_parameters(self), lr=0.05)
+
+    images, labels = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(3)), torch.arange(12) % 3
+    module, callbacks = Module(), [AdapterCallback(2), averaging()]
+    saver = ModelCheckpoint(folder, save_last=True, every_n_epochs=1, enable_version_counter=False)
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        callbacks=[*(callbacks if ours_first else callbacks[::-1]), saver],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
+    trainer.fit(module, loader, ckpt_path=resume)
+    return module.model
+
+
+def _lightning_average(averaging: Callable[[], Any], ours_first: bool) -> None:
+    images = torch.randn(4, 3, 16, 16)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained = _fit_with(averaging, ours_first, folder, 4)
+        convlora.save_adapter(trained, f"{folder}/adapter")
+        torch.manual_seed(0)
+        plain = convlora.load_adapter(SmallNet(), f"{folder}/adapter")
+        torch.testing.assert_close(plain.eval()(images), trained.eval()(images), rtol=1e-5, atol=1e-6)
+        _fit_with(averaging, ours_first, folder, 5, f"{folder}/last.ckpt")  # its checkpoint is read
+
+
+for _first in (True, False):
+    _order = "after" if _first else "before"
+
+    @situation(f"Lightning's SWA {_order} AdapterCallback", "what is saved loads and predicts the same", "lightning")
+    def _(first: bool = _first) -> None:
+        from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+        _lightning_average(lambda: StochasticWeightAveraging(0.01, swa_epoch_start=2), first)
+
+    @situation(f"Lightning's EMA {_order} AdapterCallback", "what is saved loads and predicts the same", "lightning")
+    def _(first: bool = _first) -> None:
+        callbacks = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+        _lightning_average(lambda: callbacks.EMAWeightAveraging(decay=0.9), first)
+
+
 # --- 5. what is trained and what is saved -------------------------------------------------------------------------
 
 
@@ -457,6 +585,31 @@ def _() -> None:
 
 
 # --- 7. several processes -----------------------------------------------------------------------------------------
+
+
+@situation(
+    "set_adapter on a DDP-wrapped model", "refused with the remedy; on the model inside and wrapped again it trains"
+)
+def _() -> None:
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    net = convlora.inject(SmallNet(), 2)
+    convlora.add_adapter(net, "b", 2)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        ddp = nn.parallel.DistributedDataParallel(net)
+        before = snapshot(net)
+        with pytest.raises(convlora.UnsupportedLayerError, match="wrap it again"):
+            convlora.set_adapter(ddp, "b")
+        assert snapshot(net) == before
+        convlora.set_adapter(ddp.module, "b")
+        ddp = nn.parallel.DistributedDataParallel(net)
+        ddp(torch.randn(4, 3, 16, 16)).sum().backward()
+        assert all(p.grad is not None for p in convlora.trainable_parameters(net))
+    finally:
+        distributed.destroy_process_group()
 
 
 # --- 8. forwards on the instance ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .._model.choice import geometry
 from .._model.norms import keeps_statistics
 from .._plan import LayerPlan, Plan
 from ..errors import CheckpointError
-from .digests import differ, digest
+from .digests import differ, digest, is_other
 from .files import few, plain
 from .keys import base_keys, own_keys, tensors_as
 from .manifest import Form, Manifest, form_of
@@ -33,6 +34,14 @@ def check_fits(manifest: Manifest, model: nn.Module, check_base: bool) -> None:
         title = f"{manifest.file}: this adapter was made for another base model:"
         lines = few([plain(fault) for fault in faults])
         raise CheckpointError("\n".join([title, *lines, f"{remedy} Nothing was changed."]))
+    near = [key for key in manifest.base if differ(manifest.base[key], digest(state[key]))] if check_base else []
+    if near:
+        warnings.warn(
+            f"{manifest.file}: {len(near)} tensors of the base differ from those at training by rounding alone (the "
+            f"first: {plain(near[0])}), as where an average of the model was saved, which rounds the frozen base anew. "
+            "The adapter predicts as then up to that rounding.",
+            stacklevel=3,
+        )
 
 
 def _layer_faults(plan: Plan, model: nn.Module) -> Iterator[str]:
@@ -105,7 +114,6 @@ def _structure_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, 
 
 def _number_faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[str]:
     for key, text in manifest.base.items():
-        here = digest(state[key])
-        if differ(text, here):
-            form, own = (each.rpartition(":")[0] for each in (text, here))
+        if is_other(text, manifest.sketches.get(key, ""), state[key]):
+            form, own = (each.rpartition(":")[0] for each in (text, digest(state[key])))
             yield f"  {key}: the base's numbers differ" + (f" ({form!r} in the file, {own!r} here)" * (form != own))

@@ -48,6 +48,8 @@ class Manifest:
     """Every tensor in the file, by key without peft's prefix."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """How good it is, as whoever saved it said."""
+    sketches: Mapping[str, str] = field(default_factory=dict)
+    """What a tensor of the base near to it is known by, by state-dict key."""
 
 
 def is_own(file: TensorFile) -> bool:
@@ -81,11 +83,12 @@ def _parse(file: Path, metadata: Mapping[str, str], forms: Mapping[str, Form]) -
                 raise ValueError("its header has no digest")
             plan = Plan.from_json(data["plan"])
             check_plan(plan)
-            base, adapter = (
-                {str(key): str(value) for key, value in data[name].items()} for name in ("base", "adapter")
+            base, adapter, sketches = (
+                {str(key): str(value) for key, value in texts.items()}
+                for texts in (data["base"], data["adapter"], data.get("sketches", {}))
             )
             metrics = {str(name): float(value) for name, value in data.get("metrics", {}).items()}
-            return Manifest(file, plan, base, adapter, frozenset(map(str, data["buffers"])), forms, metrics)
+            return Manifest(file, plan, base, adapter, frozenset(map(str, data["buffers"])), forms, metrics, sketches)
     except TargetError as cause:
         raise CheckpointError(f"{file}: its manifest is damaged: {plain(str(cause))}") from cause
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as cause:

@@ -30,7 +30,7 @@ from ..errors import CheckpointError, StateError
 from .atomic import put_back, replacing, tidy
 from .card import CARD, About, card, checked_about, is_replaceable
 from .contents import State, adapter_state, moved_buffers
-from .digests import digest
+from .digests import digest, sketch
 from .files import few, finite_faults, sealed
 from .keys import base_keys, own_keys, tensors_as
 from .manifest import CONFIG, FORMAT, TENSORS
@@ -97,6 +97,7 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         "format": FORMAT,
         "plan": adapter.plan.to_json(),
         "base": digests,
+        "sketches": {key: sketch(base[key]) for key in digests},
         "adapter": {key: digest(tensor) for key, tensor in tensors.items()},
         "buffers": sorted(buffers),
         "metrics": dict(about.metrics),

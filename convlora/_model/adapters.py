@@ -10,7 +10,7 @@ from torch import nn
 
 from .._layer.places import SWAPPING
 from ..errors import StateError
-from .checks import check_model
+from .checks import check_model, check_not_ddp
 from .inject import begin
 from .options import Options, Request
 from .remove import drop
@@ -74,7 +74,10 @@ def set_adapter(model: M, adapter_name: str) -> M:
 
     Raises:
         StateError: no adapter of this name; the model is merged, or inside a ``disable_adapter`` block.
+        UnsupportedLayerError: a DistributedDataParallel was given, which averages the gradients of those parameters
+            alone that were trainable when it was made.
     """
+    check_not_ddp(model)
     parts = ready(model, check_unmerged, check_outside_blocks)
     for _, injection in parts:
         the_adapter(injection, adapter_name)

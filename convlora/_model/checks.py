@@ -81,6 +81,16 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+def check_not_ddp(model: nn.Module) -> None:
+    """Raise where DDP would go on averaging the gradients of another adapter's parameters."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise UnsupportedLayerError(
+            "The model is wrapped in DistributedDataParallel, which would not average the gradients of another "
+            "adapter. Call convlora.set_adapter on the model inside (ddp.module), then wrap it again before you train. "
+            "Nothing was changed."
+        )
+
+
 def check_adaptable(n: Named, dropout: float) -> None:
     """A plain floating weight, a free attribute, and a forward that dropout knows."""
     weight = n.module._parameters.get("weight")
