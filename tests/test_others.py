@@ -7,6 +7,7 @@ model predicts, trains and saves what it should, or the call is refused with the
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import tempfile
 import threading
@@ -392,6 +393,44 @@ def _() -> None:
 
 
 # --- 3. state dicts -----------------------------------------------------------------------------------------------
+
+
+@situation("a merged model's state dict into the unmerged model, and the reverse", "refused, with the remedy")
+def _() -> None:
+    net = injected()
+    unmerged, bare = net.state_dict(), {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    merged = convlora.merge(copy.deepcopy(net)).state_dict()
+    buffer = io.BytesIO()
+    torch.save(merged, buffer)
+    buffer.seek(0)
+    for state in (merged, torch.load(buffer, weights_only=True)):
+        refused(net, lambda state=state: net.load_state_dict(state), "The state dict is of a merged model")
+    wrapped = nn.Sequential(net)
+    state = nn.Sequential(convlora.merge(copy.deepcopy(net))).state_dict()
+    refused(net, lambda: wrapped.load_state_dict(state), "The state dict is of a merged model")
+    convlora.merge(net)
+    for state in (unmerged, bare):  # the latter without metadata, as from safetensors
+        refused(net, lambda state=state: net.load_state_dict(state), "the state dict is of an unmerged one")
+    before = predicts(net)
+    net.load_state_dict(merged)
+    assert torch.equal(predicts(net), before)
+    plain = SmallNet()
+    plain.load_state_dict(merged)
+    assert torch.equal(predicts(plain), before)
+
+
+@situation("a state dict of another active adapter, or of the base alone", "refused, with the remedy")
+def _() -> None:
+    net = injected()
+    convlora.add_adapter(net, "other")
+    state = copy.deepcopy(net.state_dict())
+    with convlora.disable_adapter(net):
+        of_base = copy.deepcopy(net.state_dict())
+    refused(net, lambda: net.load_state_dict(of_base), "of 'the base', and the model has those of 'default'")
+    convlora.set_adapter(net, "other")
+    refused(net, lambda: net.load_state_dict(state), r"set_adapter\(model, 'default'\)")
+    convlora.set_adapter(net, "default").load_state_dict(state)
+    net.load_state_dict(SmallNet().state_dict())  # a base's, as ever
 
 
 # --- 4. averages --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from .norms import keeps_statistics
 from .options import Budget, Pattern, Request
 from .planner import make_plan
 from .remove import drop, remove, set_flag, undo
-from .state import RECORD, Adapter, Injection, activate, check_plain, check_unrouted, injections
+from .state import RECORD, Adapter, Injection, activate, check_plain, check_unrouted, hook_state_dicts, injections
 from .targets import Targets
 
 M = TypeVar("M", bound=nn.Module)
@@ -155,6 +155,7 @@ def _apply(plan: Plan, model: M, given: Mapping[str, Factors]) -> M:
             for layer, lora in zip(adapter.layers, loras, strict=True):
                 attach(layer, plan.adapter_name, lora)
             vars(model)[RECORD] = injection
+            hook_state_dicts(model)
             activate(model, injection, plan.adapter_name if first else injection.active, injection.disabled)
     except BaseException:
         if first:

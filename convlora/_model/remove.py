@@ -10,7 +10,7 @@ from .._layer.adapted import CHILD, detach, held
 from .._layer.places import BASE, SWAPPING
 from .._layer.swap import check_restorable
 from .norms import set_policy
-from .state import RECORD, Injection, check_unrouted, check_whole, holders_of, injected, to_the_end
+from .state import RECORD, Injection, check_unrouted, check_whole, holders_of, injected, to_the_end, unhook_state_dicts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,6 +54,7 @@ def undo(injection: Injection, root: nn.Module) -> None:
     for adapter in injection.adapters.values():
         for layer in adapter.layers:
             detach(layer, adapter.plan.adapter_name)
+    unhook_state_dicts(root)
     injection.adapters.clear()  # a shallow copy of the root has the same record: it is plain, too
     vars(root).pop(RECORD, None)
 

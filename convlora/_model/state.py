@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -123,6 +124,55 @@ def _activate(root: nn.Module, injection: Injection, adapter_name: str, disabled
     for name, each in injection.adapters.items():
         _wake(each) if name == adapter_name else _rest(each)
     injection.active, injection.disabled = adapter_name, disabled
+
+
+def mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """A hook of ``state_dict``: say in its metadata which state of the model it is of."""
+    injection = vars(root).get(RECORD)
+    if isinstance(injection, Injection):
+        metadata[CHILD] = {"merged": injection.merged, "active": None if injection.disabled else injection.active}
+
+
+def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+    """A hook before ``load_state_dict``: refuse a state dict of another state, before a number is copied."""
+    injection = vars(root).get(RECORD)
+    if not isinstance(injection, Injection):
+        return
+    theirs = metadata.get(CHILD, {})
+    has_factors = any(f".{CHILD}." in f".{key[len(prefix) :]}" for key in state if key.startswith(prefix))
+    if injection.merged and (has_factors or theirs.get("merged") is False):
+        raise StateError(
+            "The model is merged and the state dict is of an unmerged one, with the base's weights. Call "
+            "convlora.unmerge(model), load, and merge again. Nothing was loaded."
+        )
+    if not injection.merged and theirs.get("merged"):
+        raise StateError(
+            "The state dict is of a merged model, and its weights hold the adapter already, which would be added to "
+            "them again. Load it into a plain network, or convlora.merge(model) first. Nothing was loaded."
+        )
+    active = None if injection.disabled else injection.active
+    if theirs and theirs["active"] != active:
+        name = theirs["active"]
+        remedy = f"convlora.set_adapter(model, {name!r})" if name else "convlora.disable_adapter(model)"
+        raise StateError(
+            f"The state dict has the head and statistics of {name or 'the base'!r}, and the model has those of "
+            f"{active or 'the base'!r} in place. Call {remedy} first. Nothing was loaded."
+        )
+
+
+def hook_state_dicts(root: nn.Module) -> None:
+    """Let the root's state dicts say which state they are of, and loading ask; may be run again."""
+    unhook_state_dicts(root)
+    cast(Any, root)._register_state_dict_hook(mark)
+    cast(Any, root).register_load_state_dict_pre_hook(check_mark)
+
+
+def unhook_state_dicts(root: nn.Module) -> None:
+    """Undo :func:`hook_state_dicts`; may be run again."""
+    for hooks in (root._state_dict_hooks, root._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (mark, check_mark):
+                hooks.pop(key, None)
 
 
 def holders_of(root: nn.Module) -> dict[nn.Module, nn.Module]:
