@@ -89,7 +89,8 @@ def test_option_does_the_same_whoever_takes_it(option):
         value["budget"] = 100
     plan = convlora.plan(network(), **value)
     injected = convlora.summary(convlora.inject(network(), **value))
-    assert {**vars(injected), "state": "planned"} == vars(plan)
+    assert injected.trained_now == plan.trainable_parameters
+    assert {**vars(injected), "state": "planned", "trained_now": None} == vars(plan)
     assert option == "init_data" or vars(plan) != vars(convlora.plan(network()))
     name = value.pop("adapter_name", "added")
     added = convlora.summary(convlora.add_adapter(convlora.inject(network()), name, **value), name)
