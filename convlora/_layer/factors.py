@@ -101,7 +101,8 @@ class LoRA(nn.Module):
 
         None where a factor is itself computed (``parametrize``, pruning), by code that may read anything.
         """
-        if type(self) is not LoRA or any(map(_computes_a_factor, self._forward_pre_hooks.values())):
+        hooks = self._forward_pre_hooks
+        if type(self) is not LoRA or (hooks and any(map(_computes_a_factor, hooks.values()))):
             return None
         return cast("tuple[Tensor, ...]", (*self._parameters.values(), *self._buffers.values()))
 

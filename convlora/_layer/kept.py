@@ -48,21 +48,24 @@ def _watch_optimizers() -> None:
 class _Seen:
     """A tensor as it was: the object, its memory (kept alive, so that none takes its address), how often written."""
 
-    __slots__ = ("_address", "_bytes", "_copy", "_memory", "_probed", "_shape", "_stride", "_tensor", "_version")
+    __slots__ = ("_address", "_copy", "_memory", "_now", "_shape", "_stride", "_tensor", "_version")
 
     def __init__(self, tensor: Tensor, is_probed: bool) -> None:
         """``is_probed``: of its numbers, where they lie in host memory, only some are compared."""
         self._tensor, self._memory, self._address = tensor, tensor.detach(), tensor.data_ptr()
-        self._version, self._shape, self._stride = tensor._version, tensor.shape, tensor.stride()
-        self._bytes: Any = None
-        self._probed: memoryview | None = None
-        self._copy: bytearray | None = None
+        self._shape, self._stride = tensor.shape, tensor.stride()
+        self._version = None if tensor.device.type == "cpu" and not is_probed else tensor._version
+        self._now: Any = None
+        self._copy: Any = None
         if tensor.device.type == "cpu":  # as bytes: next to no work beside torch.equal's for a few thousand numbers
-            self._bytes = (ctypes.c_char * tensor.nbytes).from_address(self._address)
-            if is_probed:
-                numbers = memoryview(self._bytes).cast("B").cast(NUMBERS[tensor.itemsize])
-                self._probed = numbers[:: tensor.numel() // PROBED | 1]  # odd, so not one column of it
-            self._copy = bytearray(self._bytes if self._probed is None else self._probed)
+            self._now = (ctypes.c_char * tensor.nbytes).from_address(self._address)
+            if is_probed:  # as integers of their size, which memoryview compares without a copy
+                form = NUMBERS[tensor.itemsize]
+                # An odd stride, so not one column of it.
+                self._now = memoryview(self._now).cast("B").cast(form)[:: tensor.numel() // PROBED | 1]
+                self._copy = memoryview(bytearray(self._now)).cast(form)
+            else:
+                self._copy = bytearray(self._now)
 
     def is_still(self, tensor: Tensor) -> bool:
         return (
@@ -70,8 +73,8 @@ class _Seen:
             and tensor.data_ptr() == self._address  # so that the bytes are the tensor's
             and tensor.shape == self._shape
             and tensor.stride() == self._stride
-            and tensor._version == self._version
-            and (self._copy is None or self._copy == (self._bytes if self._probed is None else self._probed.tobytes()))
+            and (self._version is None or tensor._version == self._version)
+            and (self._copy is None or self._copy == self._now)
         )
 
 
