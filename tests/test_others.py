@@ -1216,6 +1216,43 @@ def _() -> None:
     convlora.remove(convlora.inject(net))
 
 
+@situation("merge or remove of a copy of a part", "refused, with the way that works; that gives a plain part")
+def _() -> None:
+    net = injected()
+    before = predicts(net)
+    for whole in (net, convlora.merge(copy.deepcopy(net))):
+        for part in (copy.deepcopy(whole.block), whole.block, copy.deepcopy(whole.bn1) if whole is net else whole.stem):
+            for call in (convlora.merge, convlora.unmerge, convlora.remove, convlora.summary):
+                refused(part, lambda call=call, part=part: call(part), "a copy of a part.* Call this on the whole")
+    plain = convlora.remove(convlora.merge(copy.deepcopy(net)))
+    part = copy.deepcopy(plain.block)
+    assert not any("convlora" in key for key in part.state_dict()) and type(part[0]) is nn.Conv2d
+    net.block = part
+    assert torch.equal(predicts(net), before)
+
+
+@situation("a feature extractor of torchvision or torch.fx", "follows merge and remove of the whole", "torchvision")
+def _() -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    net = injected()
+    net.eval()  # a trace keeps the mode
+    for extract in (lambda net: create_feature_extractor(net, ["block", "fc"]), torch.fx.symbolic_trace):
+        whole = copy.deepcopy(net)
+        extractor, before = extract(whole), predicts(whole)
+
+        def features(extractor: Any = extractor) -> Any:
+            out = extractor(IMAGES)
+            return out if isinstance(out, Tensor) else out["fc"]
+
+        refused(extractor, lambda extractor=extractor: convlora.merge(extractor), "a feature extractor, say")
+        assert torch.equal(features(), before)
+        convlora.merge(whole)
+        assert torch.equal(features(), before) and type(extractor.stem) is nn.Conv2d
+        convlora.remove(whole)
+        assert torch.equal(features(), before) and not any("convlora" in key for key in extractor.state_dict())
+
+
 @situation("merge of factors with NaN or Inf", "refused, with the layer's name")
 def _() -> None:
     for value in (float("nan"), float("inf")):

@@ -210,6 +210,13 @@ def injected(model: nn.Module) -> list[tuple[str, nn.Module, Injection]]:
     """
     found = list(injections(model))
     if not found:
+        if any(map(_is_ours, model.modules())):
+            raise StateError(
+                f"{type(model).__name__} is a part of an injected model, or a copy of a part, or made of its layers (a "
+                "feature extractor, say): the whole model alone knows its adapters. Call this on the whole model. "
+                "Layers that the two share change with it; a copy is to be taken afterwards, from "
+                "convlora.remove(convlora.merge(model)). Nothing was changed."
+            )
         raise StateError(
             f"{type(model).__name__} carries no adapter. Call convlora.inject(model) first; if you injected into "
             "a larger model, give that one."
@@ -313,11 +320,15 @@ def check_plain(model: nn.Module) -> None:
                 f"{name or type(model).__name__} has an attribute named {RECORD!r}, which convlora needs for itself; "
                 "rename it. Nothing was changed."
             )
-        if isinstance(module, (AdaptedLayer, FrozenNorm, TrackedNorm)) or CHILD in module._modules:
+        if _is_ours(module):
             raise StateError(
                 f"{name or type(model).__name__} belongs to a model that carries an adapter already; "
                 "call convlora.remove on that model first. Nothing was changed."
             )
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return isinstance(module, (AdaptedLayer, FrozenNorm, TrackedNorm)) or CHILD in module._modules
 
 
 def check_whole(root: nn.Module) -> None:
