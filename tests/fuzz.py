@@ -43,7 +43,7 @@ OWN, PEFT, LOCON, CHALLENGE, PCAM, WILDS = range(6)
 READERS = [
     *(f"convlora._checkpoint.{name}" for name in ("files", "manifest", "digests", "keys", "fitting")),
     *(f"convlora._checkpoint.{name}" for name in ("foreign", "peft_reader", "locon", "rebuilt")),
-    *(f"examples.histopathology.{name}" for name in ("layout", "challenge", "pcam", "wilds", "rows")),
+    *(f"examples.histopathology.{name}" for name in ("stored", "layout", "challenge", "pcam", "wilds", "rows")),
 ]
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Json = Any

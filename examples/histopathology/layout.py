@@ -4,8 +4,7 @@ One group per image, its key a decimal index: ``img`` (3, 96, 96), ``label`` 0 o
 ``metadata`` whose element 0 is the centre. Nothing else of ``metadata`` leaves this module: it is not
 documented and may hold the label.
 
-A file may come from a stranger. Only what lies in it is read: links to other files, arrays whose numbers are kept
-elsewhere, and shapes and chunks that would take more memory than an image of this kind needs are refused.
+A file may come from a stranger: `stored` looks at how an array is kept before its numbers are read.
 
 Images are read through h5py's low-level calls: opening a group and a data set as Python objects takes longer
 than reading 110 kB (``python -m benchmarks.loading`` has the figures). No torch here: the stand-in's workers
@@ -23,9 +22,10 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import numpy.typing as npt
-from h5py import h5d, h5g, h5l, h5s
+from h5py import h5a, h5d, h5g, h5s, h5t
 
 from .errors import ExampleError
+from .stored import PLAIN, Unfit, check_chunks, check_inside, open_array
 
 SPLITS = ("train", "val", "test")
 PATCH = 96
@@ -38,10 +38,10 @@ FAULTS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError,
 """What h5py raises on files that are damaged: whatever HDF5 stumbled over."""
 MOST_METADATA = 4096
 """Numbers in an image's metadata."""
-MOST_CHUNK = 256 * 2**20
-"""Bytes that are decompressed to read one image."""
-DEFLATE = 1032
-"""How much smaller gzip can make an array at best; no filter of HDF5's own does better."""
+_MOST_SPARE = 2**20
+"""Bytes of a compressed chunk of label or metadata."""
+_MOST_IMAGE = 8 * 8 * math.prod(SHAPE)
+"""Bytes that are inflated for an image: eight of eight bytes a number."""
 
 _EXPECTED = (
     "A split has one group per image, named 0, 1, 2, ..., and nothing else at its top; "
@@ -67,10 +67,20 @@ def brief(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
+def remedy(error: BaseException) -> str:
+    """What to do about it."""
+    return PLAIN if isinstance(error, Unfit) else "The file is damaged: get it again."
+
+
 def read_source(file: h5py.File) -> str | None:
     """What made the file, where it says so: a stand-in, cut slides. The challenge's own files do not."""
     try:
-        source = file.attrs.get("source")
+        if not h5a.exists(file.id, b"source"):
+            return None
+        found = h5a.open(file.id, b"source")
+        # One text and no more: many could each be the same long one of the file.
+        kind, extent = found.get_type().get_class(), found.get_space().get_simple_extent_type()
+        source = file.attrs["source"] if (kind, extent) == (h5t.STRING, h5s.SCALAR) else None
     except FAULTS:
         return None
     return source[:_LONGEST] if isinstance(source, str) else None
@@ -90,7 +100,7 @@ def sorted_keys(file: h5py.File, path: Path) -> tuple[Array, npt.NDArray[np.int6
     for name in names:
         # More than 18 digits would not fit an int64.
         if not (name.isascii() and name.isdecimal() and len(name) <= 18):
-            raise ExampleError(f"{path}: key {name!r} is no decimal integer. {_EXPECTED}")
+            raise ExampleError(f"{path}: key {name[:40]!r} is no decimal integer. {_EXPECTED}")
     ids = np.array([int(name) for name in names], np.int64)
     order = np.argsort(ids, kind="stable")
     ids, keys = ids[order], np.array(names, "S")[order]
@@ -120,12 +130,12 @@ def read_row(file: Any, key: bytes, path: Path) -> Row:
             f"{path}: key {name} is no group ({brief(error)}). Each image is one, with img in it."
         ) from error
     with _reading(path, name):
-        dtype = _check_image(_child(group, b"img"), name, path)
-        label = _child(group, b"label")
-        metadata = _child(group, b"metadata")
+        dtype = _check_image(_child(group, b"img", _MOST_IMAGE), name, path)
+        label = _child(group, b"label", _MOST_SPARE)
+        metadata = _child(group, b"metadata", _MOST_SPARE)
         return Row(
-            None if label is None else _as_label(_values(label), name, path),
-            -1 if metadata is None else _as_centre(_values(metadata), name, path),
+            None if label is None else _as_label(_values(label, "label"), name, path),
+            -1 if metadata is None else _as_centre(_values(metadata, "metadata"), name, path),
             dtype,
         )
 
@@ -133,7 +143,8 @@ def read_row(file: Any, key: bytes, path: Path) -> Row:
 def read_image(file: Any, key: bytes, out: npt.NDArray[np.float32], path: Path) -> None:
     """Read one image into `out`, ``(3, 96, 96)`` float32, whatever its stored dtype."""
     with _reading(path, key.decode()):
-        data = h5d.open(file, key + b"/img")  # checked by `read_row`
+        data = h5d.open(file, key + b"/img")  # looked at by `read_row`
+        check_chunks(data, "img", (0, 0, 0), SHAPE, _MOST_IMAGE)
         if data.dtype == out.dtype:
             data.read(h5s.ALL, h5s.ALL, out)
             return
@@ -151,45 +162,17 @@ def _reading(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except FAULTS as error:
-        raise ExampleError(
-            f"{path}: key {name} cannot be read ({brief(error)}). The file is damaged: get it again."
-        ) from error
+        raise ExampleError(f"{path}: key {name} cannot be read ({brief(error)}). {remedy(error)}") from error
 
 
-def _child(group: Any, name: bytes) -> Any | None:
-    if name not in group:
-        return None
-    check_inside(group, name)
-    try:
-        data = h5d.open(group, name)
-    except (KeyError, TypeError, ValueError) as error:  # a group where an array is expected
-        raise OSError(f"{name.decode()} is no array") from error
-    check_stored(data, name.decode())
-    return data
+def _child(group: Any, name: bytes, most: int) -> Any | None:
+    return open_array(group, name, most) if name in group else None
 
 
-def check_inside(group: Any, name: bytes) -> None:
-    """Raise OSError where a name is a link, which could lead to another file, and not the thing itself."""
-    if group.links.get_info(name).type != h5l.TYPE_HARD:
-        raise OSError(f"{name.decode()} is a link")
-
-
-def check_stored(data: Any, name: str) -> None:
-    """Raise OSError where an array's numbers lie outside of the file, or take much memory to be had."""
-    plist = data.get_create_plist()
-    if plist.get_layout() == h5d.VIRTUAL or plist.get_external_count():
-        raise OSError(f"the numbers of {name} lie in another file")
-    if plist.get_layout() == h5d.CHUNKED:
-        size = math.prod(plist.get_chunk()) * data.get_type().get_size()
-        if size > MOST_CHUNK:
-            raise OSError(f"a chunk of {name} takes {size:,} bytes, at most {MOST_CHUNK:,} are read")
-
-
-def _values(data: Any) -> Array:
+def _values(data: Any, name: str) -> Array:
     if math.prod(data.shape) > MOST_METADATA:
-        raise OSError(f"label or metadata of shape {data.shape}; {MOST_METADATA} numbers are read at most")
-    if data.dtype.kind not in "biuf":
-        raise OSError(f"label or metadata of dtype {data.dtype}, no numbers")
+        raise Unfit(f"{name} has shape {data.shape}; {MOST_METADATA} numbers are read at most")
+    check_chunks(data, name, (0,) * len(data.shape), data.shape, _MOST_SPARE)
     values = np.empty(data.shape, data.dtype)
     data.read(h5s.ALL, h5s.ALL, values)
     return values.reshape(-1)

@@ -19,11 +19,14 @@ import numpy.typing as npt
 from h5py import h5d, h5s
 
 from .errors import ExampleError
-from .layout import DEFLATE, FAULTS, PATCH, brief, check_inside, check_stored, open_file, read_source
+from .layout import FAULTS, PATCH, brief, open_file, read_source, remedy
 from .rows import NO_CENTRE, Handle, Rows, choose
+from .stored import DEFLATE, check_chunks, open_array
 
 NOTE = "PCam names no centre: all images count as one hospital, so no shift between hospitals can be measured"
 _SHAPE = (PATCH, PATCH, 3)
+_MOST_IMAGES = 256 * math.prod(_SHAPE)
+"""Bytes that are inflated to read an image: chunks of up to 256."""
 _WORDS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
 
 
@@ -58,15 +61,16 @@ class PcamRows(Rows):
     def read(self, index: int, out: npt.NDArray[np.float32]) -> None:
         """Read one image into `out`, channel first."""
         stored = np.empty((1, *_SHAPE), np.uint8)
+        row = int(self.ids[index])
         try:
-            data = _array(self._handle(), b"x")
+            data = h5d.open(self._handle(), b"x")  # looked at by `_images`
+            _check_row(data, row, self.path)
             where = data.get_space()
-            where.select_hyperslab((int(self.ids[index]), 0, 0, 0), (1, *_SHAPE))
+            where.select_hyperslab((row, 0, 0, 0), stored.shape)
             data.read(h5s.create_simple(stored.shape), where, stored)
         except FAULTS as error:
             raise ExampleError(
-                f"{self.path}: row {self.ids[index]} of x cannot be read ({brief(error)}). The file is damaged: "
-                "get it again."
+                f"{self.path}: row {row} of x cannot be read ({brief(error)}). {remedy(error)}"
             ) from error
         np.divide(stored[0].transpose(2, 0, 1), np.float32(255), out=out)
 
@@ -87,14 +91,6 @@ def _is_array(file: h5py.File, name: str) -> bool:
         return is_inside and file.get(name, getclass=True) is h5py.Dataset
     except FAULTS:
         return False
-
-
-def _array(file: Any, name: bytes) -> Any:
-    """An array that lies in the file itself; OSError and its like where there is none."""
-    check_inside(file, name)
-    data = h5d.open(file, name)
-    check_stored(data, name.decode())
-    return data
 
 
 def find(files: list[Path]) -> dict[str, Path]:
@@ -132,13 +128,25 @@ def _images(file: h5py.File, path: Path) -> Any:
     names = _names(file, path)
     if "x" not in names:
         raise ExampleError(f"{path}: no array x in it, only {', '.join(names)}. Name the file of the images, ..._x.h5.")
-    images = _checked_array(file, "x", path)
+    images = _checked_array(file, "x", path, _MOST_IMAGES)
     shape, dtype = tuple(images.shape), images.dtype
     if len(shape) != 4 or shape[1:] != _SHAPE or dtype != np.uint8 or not shape[0]:
         raise ExampleError(f"{path}: x has shape {shape} and dtype {dtype}; PCam has (N, 96, 96, 3), uint8.")
     if math.prod(shape) > DEFLATE * path.stat().st_size:
         raise ExampleError(f"{path}: x has shape {shape}, more images than a file of this size can hold.")
+    _check_row(images, 0, path)  # a shape of chunks that gives no image is known before training begins
     return images
+
+
+def _check_row(images: Any, row: int, path: Path) -> None:
+    try:
+        check_chunks(images, "x", (row, 0, 0, 0), (1, *_SHAPE), _MOST_IMAGES)
+    except FAULTS as error:
+        raise _row_fault(path, row, error) from error
+
+
+def _row_fault(path: Path, row: int, error: BaseException) -> ExampleError:
+    return ExampleError(f"{path}: row {row} of x cannot be read ({brief(error)}). {remedy(error)}")
 
 
 def _names(file: h5py.File, path: Path) -> list[str]:
@@ -148,16 +156,16 @@ def _names(file: h5py.File, path: Path) -> list[str]:
         raise ExampleError(f"{path}: its names cannot be read ({brief(error)}). Get the file again.") from error
 
 
-def _checked_array(file: h5py.File, name: str, path: Path) -> Any:
+def _checked_array(file: h5py.File, name: str, path: Path, most: int) -> Any:
     try:
-        return _array(file.id, name.encode())
+        return open_array(file.id, name.encode(), most)
     except FAULTS as error:
-        raise ExampleError(f"{path}: {name} cannot be read ({brief(error)}). Get the file again.") from error
+        raise ExampleError(f"{path}: {name} cannot be read ({brief(error)}). {remedy(error)}") from error
 
 
 def _read_labels(file: h5py.File, path: Path, count: int) -> npt.NDArray[np.int64] | None:
     if "y" in _names(file, path):
-        return _checked(_checked_array(file, "y", path), path, count)
+        return _labels(file, path, count)
     beside = labels_path(path)
     if not beside.is_file():
         return None
@@ -165,20 +173,21 @@ def _read_labels(file: h5py.File, path: Path, count: int) -> npt.NDArray[np.int6
         names = _names(other, beside)
         if "y" not in names:
             raise ExampleError(f"{beside}: no array y in it, only {', '.join(names) or 'nothing'}.")
-        return _checked(_checked_array(other, "y", beside), beside, count)
+        return _labels(other, beside, count)
 
 
-def _checked(labels: Any, path: Path, count: int) -> npt.NDArray[np.int64]:
-    shape, dtype = tuple(labels.shape), labels.dtype
+def _labels(file: h5py.File, path: Path, count: int) -> npt.NDArray[np.int64]:
+    most = max(2**20, 16 * count)  # eight bytes a label, twice over, or as much as h5py puts into a chunk
+    labels = _checked_array(file, "y", path, most)
+    shape = tuple(labels.shape)
     if shape[:1] != (count,) or math.prod(shape) != count:
         raise ExampleError(f"{path}: y has shape {shape}; {count:,} images need ({count}, 1, 1, 1).")
-    if dtype.kind not in "biuf":
-        raise ExampleError(f"{path}: y has dtype {dtype}; labels are 0 and 1.")
-    values = np.empty(shape, dtype)
+    values = np.empty(shape, labels.dtype)
     try:
+        check_chunks(labels, "y", (0,) * len(shape), shape, most)
         labels.read(h5s.ALL, h5s.ALL, values)
     except FAULTS as error:
-        raise ExampleError(f"{path}: y cannot be read ({brief(error)}). Get the file again.") from error
+        raise ExampleError(f"{path}: y cannot be read ({brief(error)}). {remedy(error)}") from error
     values = values.reshape(-1)
     bad = np.flatnonzero(~np.isin(values, (0, 1)))
     if bad.size:

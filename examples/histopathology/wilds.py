@@ -11,8 +11,9 @@ P. W. Koh et al. WILDS: a benchmark of in-the-wild distribution shifts. ICML 202
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,11 @@ from .rows import Ids, Rows, choose
 TABLE = "metadata.csv"
 COLUMNS = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
 CENTRES = {1: "val", 2: "test"}
+MOST_BYTES = 32 * 2**20
+"""Of the table, which takes up to twenty times as much memory."""
+_LONGEST = 4096
+"""Characters of a line."""
+_MOST_PAIRS = 1000
 _SIZE = (PATCH, PATCH)
 _OWN_SPLITS = {0: "train", 1: None}
 _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "": None}
@@ -95,30 +101,47 @@ class _Entry(NamedTuple):
 
 
 class _Table:
-    """The table's cells as text, half a million lines in a second; numbers are made of those that are asked for."""
+    """The table's lines as text; cells are made of those that are asked for."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise ExampleError(f"{path}: no such file. A WILDS folder holds metadata.csv and patches/.")
+        if path.stat().st_size > MOST_BYTES:
+            raise ExampleError(
+                f"{path}: {path.stat().st_size:,} bytes; {MOST_BYTES:,} are read at most, twice what WILDS's half a "
+                "million rows need. Unpack the archive again."
+            )
         self.path = path
+        self._lines: list[str] = []
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.reader(file)
+                reader = csv.reader(self._kept(file))
                 header = next(reader, [])
-                self._cells = list(reader)
+                self._columns = self._find_columns(header)
+                self._splits = self._read_splits(reader, len(header))
         except (OSError, csv.Error, UnicodeDecodeError) as error:
             raise ExampleError(f"{path}: cannot be read as a table ({error}). Unpack the archive again.") from error
+
+    def _kept(self, file: TextIO) -> Iterator[str]:
+        """Each line of the file, kept on the way: one that is too long, or a quote that goes on, would be no row."""
+        while line := file.readline(_LONGEST + 1):
+            if len(line) > _LONGEST or line.count('"') % 2:
+                what = f"longer than {_LONGEST:,} characters" if len(line) > _LONGEST else "a quote without its end"
+                raise ExampleError(f"{self.path}, line {len(self._lines) + 1}: {what}. Unpack the archive again.")
+            self._lines.append(line)
+            yield line
+
+    def _find_columns(self, header: list[str]) -> list[int]:
         missing = [name for name in COLUMNS if name not in header]
         if missing:
             raise ExampleError(
-                f"{path}: no column {', '.join(missing)} (found: {', '.join(header)}). WILDS Camelyon17 has an index, "
-                f"then {', '.join(COLUMNS[:5])}, slide, center, split."
+                f"{self.path}: no column {', '.join(missing)} (found: {', '.join(header)[:200]}). WILDS Camelyon17 has "
+                f"an index, then {', '.join(COLUMNS[:5])}, slide, center, split."
             )
-        self._columns = [header.index(name) for name in COLUMNS]
-        short = next((i for i, cells in enumerate(self._cells) if len(cells) != len(header)), None)
-        if short is not None:
-            raise self._fault(short, f"{len(self._cells[short])} cells, {len(header)} columns")
-        self._splits = self._read_splits()
+        twice = [name for name in COLUMNS if header.count(name) > 1]
+        if twice:
+            raise ExampleError(f"{self.path}: two columns {twice[0]}. Keep one.")
+        return [header.index(name) for name in COLUMNS]
 
     def lines_of(self, split: str | None) -> list[int]:
         """The lines of a split; None asks for those that belong to none."""
@@ -130,7 +153,7 @@ class _Table:
 
     def ids(self, lines: list[int]) -> Ids:
         """The index of these lines, each once."""
-        ids = np.array([self._whole(line, self._cells[line][0], "the index") for line in lines], np.int64)
+        ids = np.array([self._whole(line, self._cells(line)[0], "the index") for line in lines], np.int64)
         values, counts = np.unique(ids, return_counts=True)
         if (counts > 1).any():
             raise ExampleError(f"{self.path}: {counts.max()} rows have the index {values[counts.argmax()]}. Keep one.")
@@ -138,24 +161,34 @@ class _Table:
 
     def entry(self, line: int) -> _Entry:
         """Picture, label and centre of a line."""
-        patient, node, x, y, tumour, centre, _ = (self._cells[line][column].strip() for column in self._columns)
+        cells = self._cells(line)
+        patient, node, x, y, tumour, centre, _ = (cells[column].strip() for column in self._columns)
         if not (patient.isascii() and patient.isdecimal() and len(patient) < 10):  # it becomes part of a path
             raise self._fault(line, f"patient is {patient[:40]!r}; it must be three digits")
         where = f"patient_{patient}_node_{self._whole(line, node, 'node')}"
         x, y = (str(self._whole(line, text, name)) for text, name in ((x, "x_coord"), (y, "y_coord")))
         if tumour not in _LABELS:
-            raise self._fault(line, f"tumor is {tumour!r}; it must be 0 or 1, or empty in the test split")
+            raise self._fault(line, f"tumor is {tumour[:40]!r}; it must be 0 or 1, or empty in the test split")
         picture = f"patches/{where}/patch_{where}_x_{x}_y_{y}.png"
         return _Entry(picture, _LABELS[tumour], self._whole(line, centre, "center"))
 
-    def _read_splits(self) -> list[str | None]:
+    def _cells(self, line: int) -> list[str]:
+        return next(csv.reader([self._lines[line + 1]]))
+
+    def _read_splits(self, rows: Iterator[list[str]], width: int) -> list[str | None]:
         centre, split = self._columns[-2:]
         known: dict[tuple[str, str], str | None] = {}
-        for line, cells in enumerate(self._cells):
+        splits = []
+        for line, cells in enumerate(rows):
+            if len(cells) != width:
+                raise self._fault(line, f"{len(cells)} cells, {width} columns")
             pair = cells[centre], cells[split]
             if pair not in known:
+                if len(known) == _MOST_PAIRS:
+                    raise self._fault(line, f"more than {_MOST_PAIRS:,} different pairs of center and split")
                 known[pair] = self._split(line, *pair)
-        return [known[cells[centre], cells[split]] for cells in self._cells]
+            splits.append(known[pair])
+        return splits
 
     def _split(self, line: int, centre: str, split: str) -> str | None:
         by_centre = CENTRES.get(self._whole(line, centre, "center"))
@@ -169,11 +202,11 @@ class _Table:
     def _whole(self, line: int, text: str, column: str) -> int:
         try:
             value = float(text)  # pandas writes 2.0 where a column once held a gap
-            if value.is_integer() and abs(value) < 2**53:
+            if value.is_integer() and abs(value) < 2**53 and text.isascii() and "_" not in text:
                 return int(value)
         except ValueError:
             pass
-        raise self._fault(line, f"{column} is {text!r}, not a whole number")
+        raise self._fault(line, f"{column} is {text[:40]!r}, not a whole number")
 
     def _fault(self, line: int, what: str) -> ExampleError:
         return ExampleError(f"{self.path}, line {line + 2}: {what}.")
