@@ -36,13 +36,6 @@ IN_STATES = pytest.mark.parametrize("name, state", every(NETWORKS, ("injected", 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 OLD = tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 5)
-OLD_EXPORT = "torch.export before 2.5 wants every parameter in the state dict, and merged the factors are not: remove()"
-
-
-def expect_old_torch(request: pytest.FixtureRequest, reason: str, condition: bool = True) -> None:
-    """What is not so before torch 2.5, strictly: the day it is so, the test says it."""
-    if OLD and condition:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
 
 def build(name: str, norm: str = "freeze") -> tuple[nn.Module, Tensor]:
@@ -200,14 +193,12 @@ def test_inductor_trains_and_predicts_like_eager_mode_on_a_real_network(graphs, 
 
 @pytest.mark.parametrize("strict", [True, False])
 @IN_STATES
-def test_an_exported_program_predicts_the_same(name, strict, state, request):
-    expect_old_torch(request, OLD_EXPORT, state == "merged")
+def test_an_exported_program_predicts_the_same(name, strict, state):
     net, images = build(name)
     expected = net.eval()(images)
     program = torch.export.export(in_state(state, net), (images,), strict=strict)
     torch.testing.assert_close(program.module()(images), expected, **CLOSE)
-    # merged, the factors are still carried along; removed, they are gone
-    assert any("lora_A" in key for key in program.state_dict) is (state != "removed")
+    assert any("lora_A" in key for key in program.state_dict) is (state == "injected")
 
 
 @pytest.mark.parametrize("state", ["injected", "removed"])

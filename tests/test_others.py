@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import pickle
 import tempfile
 import threading
 import warnings
@@ -1251,6 +1252,51 @@ def _() -> None:
         assert torch.equal(features(), before) and type(extractor.stem) is nn.Conv2d
         convlora.remove(whole)
         assert torch.equal(features(), before) and not any("convlora" in key for key in extractor.state_dict())
+
+
+def _counted(model: nn.Module) -> dict[str, int]:
+    """Multiplications by layer, counted as thop, ptflops and torchinfo do: hooks on leaves, chosen by exact type."""
+    counts: dict[str, int] = {}
+
+    def count(name: str, module: Any, y: Tensor) -> None:
+        counts[name] = y.numel() * module.weight[0].numel()
+
+    leaves = [(name, m) for name, m in model.named_modules() if not list(m.children())]
+    hooks = [
+        module.register_forward_hook(lambda module, _, y, name=name: count(name, module, y))
+        for name, module in leaves
+        if type(module) in (nn.Conv2d, nn.Linear)
+    ]
+    predicts(model)
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+@situation("FLOP counters that hook leaves by their exact type", "all of a merged model's, and the plain model's tree")
+def _() -> None:
+    plain, net = SmallNet(), injected()
+    expected, names = _counted(plain), [name for name, _ in plain.named_modules()]
+    parameters = [name for name, _ in plain.named_parameters()]
+    assert set(_counted(net)) == {"hidden", "fc"}  # docs/torch.md says so
+    bits = [factor.clone() for factor in convlora.adapter_parameters(net)]
+    convlora.merge(net)
+    for model in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert _counted(model) == expected and [name for name, _ in model.named_modules()] == names
+        assert [name for name, _ in model.named_parameters()] == parameters
+        assert all(map(torch.equal, convlora.adapter_parameters(convlora.unmerge(model)), bits))
+
+
+@situation("a merged model of a half-precision base, cast and unmerged", "factors stay fp32, or are cast with it")
+def _() -> None:
+    net = convlora.inject(SmallNet().to(torch.bfloat16), 2)
+    randomise(net)
+    bits = [factor.clone() for factor in convlora.adapter_parameters(net)]
+    convlora.unmerge(convlora.merge(net).to("cpu"))
+    assert all(map(torch.equal, convlora.adapter_parameters(net), bits))
+    convlora.unmerge(convlora.merge(net).double())
+    assert {p.dtype for p in net.parameters()} == {torch.float64}
+    assert all(torch.equal(p, bit.double()) for p, bit in zip(convlora.adapter_parameters(net), bits, strict=True))
 
 
 @situation("merge of factors with NaN or Inf", "refused, with the layer's name")

@@ -29,6 +29,10 @@ from .swap import Swapped, original_class, restore, swap
 CHILD = "convlora"
 """The child of an adapted layer that holds its adapters by name, hence the key ``conv1.convlora.default.lora_A``."""
 
+ASIDE = "_convlora_aside"
+"""The attribute of a merged layer that holds its adapters and what the merged weight has taken the place of. As no
+child, so that who walks through the modules finds the plain layer, and no factors beside a weight that has them."""
+
 
 ASSIGNED = (
     "Assigning `weight` of an adapted layer would add the adapter to the new weight again. "
@@ -42,12 +46,10 @@ DAMAGED = "The adapter of this layer is damaged ({}); inject or load it again."
 
 
 class Adapters(nn.ModuleDict):
-    """A layer's adapters by name, which of them is active, and while merged also the base's weight, kept aside."""
+    """A layer's adapters by name, and which of them is active."""
 
     active: str | None = None
     """None where the layer computes with the base's weight alone."""
-    aside: Aside | None = None
-    """What the merged weight has taken the place of; not a part of the state dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,12 +62,6 @@ class Adapters(nn.ModuleDict):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.kept.clear()  # of another dtype or on another device
         return cast(Any, super())._apply(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Nothing while merged: factors beside merged weights would be added to them again where they are loaded."""
-        if self.aside is None:
-            return super().state_dict(*args, **kwargs)
-        return kwargs.get("destination", {})
 
 
 class AdaptedLayer(Swapped):
@@ -249,35 +245,50 @@ def attach(layer: nn.Module, adapter_name: str, lora: LoRA) -> None:
 
 def detach(layer: nn.Module, adapter_name: str) -> None:
     """Undo :func:`attach`, also one that was interrupted halfway, and also where the layer is merged."""
-    if CHILD in layer._modules:
+    if carries(layer):
         held(layer)._modules.pop(adapter_name, None)
         if held(layer)._modules:
             return
     if isinstance(layer, AdaptedLayer):
         restore(layer)
     layer._modules.pop(CHILD, None)
+    vars(layer).pop(ASIDE, None)
 
 
 def fold(layer: nn.Module, merged: nn.Parameter) -> None:
     """Put the merged weight in the base's place and give the layer its plain class back; may be run twice."""
-    aside = held(layer).aside or Aside.of(layer, original_class(layer))
-    held(layer).aside = aside
-    held(layer).kept.clear()
+    adapters = held(layer)
+    aside = aside_of(layer) or Aside.of(layer, original_class(layer), adapters, merged.dtype)
+    vars(layer)[ASIDE] = aside
+    adapters.kept.clear()
+    layer._modules.pop(CHILD, None)
     aside.take_out(layer, merged)
 
 
 def unfold(layer: nn.Module) -> None:
     """Undo :func:`fold`, also one that was interrupted halfway, and also twice."""
-    aside = held(layer).aside
+    aside = aside_of(layer)
     if aside is not None:
+        layer._modules[CHILD] = aside.adapters
         aside.put_back(layer)
         swap(layer, AdaptedLayer)
-        held(layer).aside = None
+        vars(layer).pop(ASIDE)
+
+
+def carries(layer: nn.Module) -> bool:
+    """Whether a module holds adapters, merged or not."""
+    return CHILD in layer._modules or ASIDE in vars(layer)
+
+
+def aside_of(layer: nn.Module) -> Aside | None:
+    """What a merged layer's weight has taken the place of; None where it is not merged."""
+    return cast("Aside | None", vars(layer).get(ASIDE))
 
 
 def held(layer: nn.Module) -> Adapters:
     """What an adapted layer holds of its adapters."""
-    return cast(Adapters, layer._modules[CHILD])
+    aside = vars(layer).get(ASIDE)
+    return cast(Adapters, layer._modules[CHILD] if aside is None else aside.adapters)
 
 
 def lora_of(layer: nn.Module, adapter_name: str) -> LoRA:
@@ -304,7 +315,7 @@ def base_weight(layer: nn.Module) -> nn.Parameter:
     Raises:
         StateError: the layer has no weight Parameter, or its weight is computed from others (weight_norm, say).
     """
-    aside = held(layer).aside if CHILD in layer._modules else None
+    aside = aside_of(layer)
     weight = layer._parameters.get("weight") if aside is None else aside.weight
     if weight is None:
         raise StateError(f"{type(layer).__name__} has no weight Parameter of its own.")

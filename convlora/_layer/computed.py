@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
@@ -95,13 +96,17 @@ class Aside:
     """All keys of those dictionaries, in the order in which they were."""
     attribute: Tensor | None
     """The plain attribute ``weight`` that torch's older hooks write."""
+    adapters: nn.Module
+    """The layer's adapters: not its child meanwhile."""
+    dtype: torch.dtype
+    """Of the merged weight at first."""
 
     @classmethod
-    def of(cls, layer: nn.Module, base_class: type[nn.Module]) -> Aside:
+    def of(cls, layer: nn.Module, base_class: type[nn.Module], adapters: nn.Module, dtype: torch.dtype) -> Aside:
         """Of a layer whose class was ``base_class`` without an adapter; changes nothing."""
         parts = _parts(layer)
         order = {key: list(vars(layer)[key]) for key in parts}
-        return cls(base_class, parts, order, vars(layer).get("weight"))
+        return cls(base_class, parts, order, vars(layer).get("weight"), adapters, dtype)
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -125,6 +130,7 @@ class Aside:
 
     def put_back(self, layer: nn.Module) -> None:
         """Undo :meth:`take_out`, also half of it, and also twice."""
+        self._bring_adapters(layer._parameters.get("weight"))
         now = layer._parameters.pop("weight", None)
         for key, entries in self.parts.items():
             for name, entry in entries.items():
@@ -134,6 +140,12 @@ class Aside:
             vars(layer)["weight"] = self.attribute
         layer.__class__ = self.cls
         self._sort(layer)
+
+    def _bring_adapters(self, now: Tensor | None) -> None:
+        """To where the layer is; into its dtype only where that was changed: half-precision bases have fp32 factors."""
+        if now is not None:
+            for tensor in (*self.adapters.parameters(), *self.adapters.buffers()):
+                move_like(tensor, now if now.dtype != self.dtype else now.new_empty(0, dtype=tensor.dtype))
 
     def _sort(self, layer: nn.Module) -> None:
         for key, names in self.order.items():

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from .._layer.adapted import CHILD, detach, held
+from .._layer.adapted import aside_of, detach
 from .._layer.places import BASE, SWAPPING
 from .._layer.swap import check_restorable
 from .norms import set_policy
@@ -80,7 +80,7 @@ def _give_flags_back(injection: Injection) -> None:
         set_flag(module, key, True)
     trained = {module for module, _ in injection.frozen}
     for layer in injection.layers if injection.merged else ():
-        aside = held(layer).aside if CHILD in layer._modules else None
+        aside = aside_of(layer)
         if aside is not None and aside.weight is None and trained & {layer, *aside.sources}:
             set_flag(layer, "weight", True)  # it was computed from trainable parameters
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .._layer.adapted import CHILD, AdaptedLayer, held, lora_of
+from .._layer.adapted import CHILD, AdaptedLayer, carries, held, lora_of
 from .._layer.factors import LoRA
 from .._layer.functional import alpha_of
 from .._layer.places import COPY, SWAPPING, Place
@@ -328,7 +328,7 @@ def check_plain(model: nn.Module) -> None:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module, (AdaptedLayer, FrozenNorm, TrackedNorm)) or CHILD in module._modules
+    return isinstance(module, (AdaptedLayer, FrozenNorm, TrackedNorm)) or carries(module)
 
 
 def check_whole(root: nn.Module) -> None:
