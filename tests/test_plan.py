@@ -125,7 +125,7 @@ def test_quantized_layers_are_listed_with_the_reason():
         {"block.3": 2, lambda name, _: name == "block.3": 1, nn.Conv2d: 3},
         {"bloc[k].0": 2, "block.0": 1},
     ],
-    ids=str,
+    ids=["names first", "a glob first", "an expression first", "a name before a predicate and a type", "brackets"],
 )
 def test_the_first_pattern_that_names_a_layer_holds_whether_name_glob_or_expression(net, patterns):
     def names(pattern, name):  # one by one, as the docs say
