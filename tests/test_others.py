@@ -1299,6 +1299,53 @@ def _() -> None:
     assert all(torch.equal(p, bit.double()) for p, bit in zip(convlora.adapter_parameters(net), bits, strict=True))
 
 
+class TokensFirst(nn.Module):
+    """A convolution, then a linear layer that sees (tokens, batch, features), or (batch, tokens, features)."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.conv, self.mix, self.first, self.calls = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8), first, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        tokens = self.conv(x).flatten(2)
+        order = (2, 0, 1) if self.first else (0, 2, 1)
+        return self.mix(tokens.permute(order)).relu().mean(0 if self.first else 1)
+
+
+@situation("use_adapters where samples are not first and other sizes agree", "refused; where they are first, routed")
+def _() -> None:
+    owners, images = ["a", "b", None, "a"], IMAGES[:, :, :8, :8]  # four samples of four tokens
+    for kind, use_dora in ((nn.Linear, False), (nn.Linear, True), (nn.Identity, False)):
+        for first in (True, False):
+            torch.manual_seed(0)
+            net = TokensFirst(first).eval()
+            for name, add in (("a", convlora.inject), ("b", convlora.add_adapter)):
+                targets = (nn.Conv2d, kind) if kind is nn.Linear else nn.Conv2d
+                saved = None if kind is nn.Linear else "mix"  # trained in full: a module that is routed by the batch
+                add(net, rank=2, adapter_name=name, target_modules=targets, modules_to_save=saved, use_dora=use_dora)
+                convlora.set_adapter(net, name)
+                randomise(net, seed=len(name) + ord(name[0]))
+            with torch.no_grad(), convlora.use_adapters(net, owners):
+                if first:
+                    with pytest.raises(StateError, match=r"mix: two dimensions .* mix got 4 samples, .* 5 names"):
+                        net(images)
+                    continue
+                with pytest.raises(StateError, match="mix got an input of which two dimensions"):
+                    net.mix(torch.zeros(4, 4, 8))
+                y, calls = net(images), net.calls
+                assert torch.equal(net(images), y) and (calls, net.calls) == (3, 4)  # it was asked once
+                net.mix(torch.zeros(4, 4, 8))
+            for row, name in enumerate(owners):
+                with torch.no_grad():
+                    if name is None:
+                        with convlora.disable_adapter(net):
+                            alone = net(images[row : row + 1])
+                    else:
+                        alone = convlora.set_adapter(net, name)(images[row : row + 1])
+                torch.testing.assert_close(y[row : row + 1], alone)
+
+
 @situation("merge of factors with NaN or Inf", "refused, with the layer's name")
 def _() -> None:
     for value in (float("nan"), float("inf")):

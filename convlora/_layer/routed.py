@@ -57,6 +57,7 @@ def layer_forward(
         way = _fast_way(layer, base, args[0])
         if way is not None:
             route.check(layer, args[0].shape[0])
+            route.doubt(layer, args[0])
             y = way(layer, args[0], Mixture([loras.get(kind.owner) for kind in kinds], kinds))
             if y is not None:
                 return y

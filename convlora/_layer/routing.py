@@ -10,11 +10,13 @@ import copy
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -26,6 +28,8 @@ from .places import Place
 _open: dict[object, None] = {}
 """Blocks that are open anywhere: a glance whether there are any is all that a forward outside of them pays."""
 _routes: ContextVar[Routes] = ContextVar("convlora_routes")
+_SURE: WeakSet[nn.Module] = WeakSet()
+"""Modules that were doubted, and have the samples in their inputs' first dimension."""
 
 
 def route_of(module: nn.Module) -> Route | None:
@@ -78,6 +82,9 @@ class Route:
 
     block: Block
     owners: tuple[str, ...]
+    doubted: set[nn.Module] | None = None
+    """Modules of which it is not sure that their inputs' first dimension is the samples': another one is as long. None
+    where no forward of the whole model is under way, which could be asked."""
 
     def kinds(self, key: Callable[[str], Hashable]) -> list[Kind]:
         """The samples by what their owners have, as ``key`` tells it; in the order of their first."""
@@ -121,6 +128,52 @@ class Route:
                 "one cannot be routed: run its adapters one after another with convlora.set_adapter."
             )
 
+    def doubt(self, module: nn.Module, *inputs: Tensor) -> None:
+        """Note a module with an input whose samples may be in another dimension (tokens first, say).
+
+        Raises:
+            StateError: the module was called by itself, so that the whole model cannot be asked.
+        """
+        known = module in _SURE or module is self.block.root or isinstance(module, _ConvNd)
+        if known or not any(len(self.owners) in tensor.shape[1:-1] for tensor in inputs):
+            return
+        if self.doubted is None:
+            raise StateError(
+                f"{self.block.name(module)} got an input of which two dimensions are as long as the batch, and the "
+                "samples may be in either. Call the whole model once in a use_adapters block, which tells; or take a "
+                "batch of another size."
+            )
+        self.doubted.add(module)
+
+    def surely(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """``run(*args, **kwargs)``, the whole model; once more with a further sample where a module was doubted.
+
+        With it the samples' dimension is longer than any other that was as long before. Each module is asked once.
+        """
+        if self.doubted is not None:
+            return run(*args, **kwargs)
+        doubted: set[nn.Module] = set()
+        with _entered(self.block.places, replace(self, doubted=doubted)):
+            y = run(*args, **kwargs)
+        if not doubted:
+            return y
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        count = len(self.owners)
+        more = [torch.cat([leaf, leaf[-1:]]) if _has_rows(leaf, count) else leaf for leaf in leaves]
+        some, named = pytree.tree_unflatten(more, structure)
+        with _entered(self.block.places, Route(self.block, (*self.owners, self.owners[-1]), set())):
+            try:
+                run(*some, **named)
+            except Exception as cause:
+                raise StateError(
+                    f"{', '.join(map(self.block.name, doubted))}: two dimensions of the input are as long as the batch "
+                    f"of {count}, and a forward with one sample more, to tell which is the samples', raised an error: "
+                    f"{cause} Where samples are not in the first dimension, run the adapters one after another with "
+                    "convlora.set_adapter."
+                ) from cause
+        _SURE.update(doubted)
+        return run(*args, **kwargs)  # again: hooks shall have seen this batch last
+
     def split(self, module: nn.Module, run: Callable[..., Any], kinds: list[Kind], args: Any, kwargs: Any) -> Any:
         """``run(owner, *args, **kwargs)`` for each kind with its part of every tensor; the outputs in their order."""
         if len(kinds) == 1:
@@ -134,6 +187,7 @@ class Route:
             )
         for size in sizes:
             self.check(module, size)
+        self.doubt(module, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
         outputs = []
         for kind in kinds:
             taken = [kind.take(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -162,7 +216,7 @@ class Route:
     @contextmanager
     def narrowed(self, rows: tuple[int, ...]) -> Iterator[None]:
         """What is called inside sees these samples alone."""
-        part = Route(self.block, tuple(self.owners[row] for row in rows))
+        part = replace(self, owners=tuple(self.owners[row] for row in rows))
         with _entered(self.block.places, part):
             yield
 
@@ -193,6 +247,10 @@ class Route:
                 "adapters of this batch, so it cannot be routed: run them one after another with convlora.set_adapter."
             )
         return kinds[0].owner
+
+
+def _has_rows(leaf: Any, count: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == count
 
 
 def _put_back(parts: tuple[Tensor, ...], kinds: list[Kind], count: int) -> Tensor:

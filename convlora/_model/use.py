@@ -36,8 +36,9 @@ def use_adapters(model: nn.Module, adapter_names: Iterable[str | None]) -> Itera
     active adapter. Of nested blocks on one model the inner one holds.
 
     It is for inference: every module in eval mode. All samples of a batch must give outputs of one shape, and layers
-    must keep samples in the first dimension. Where adapters differ in a layer whose forward is its own, the layer takes
-    them one after another.
+    must keep samples in the first dimension: where another is as long (tokens first, say), two more forwards, one of
+    them with one sample more, tell, once for each layer. Where adapters differ in a layer whose forward is its own, the
+    layer takes them one after another.
 
     Args:
         model: an injected model.
@@ -138,12 +139,17 @@ class Routed(Swapped):
         route = route_of(module)
         if route is None:
             return base.forward(self, *args, **kwargs)
-        route.check(module, _batch(args, kwargs) if module is route.block.root else None)
+        is_root = module is route.block.root
+        route.check(module, _batch(args, kwargs) if is_root else None)
 
         def alone(_: str, *args: Any, **kwargs: Any) -> Any:
             return base.forward(self, *args, **kwargs)  # finds its tensors by __getattr__
 
-        return route.split(module, alone, route.kinds(lambda owner: route.own(module, owner)), args, kwargs)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            route = cast(Route, route_of(module))
+            return route.split(module, alone, route.kinds(lambda owner: route.own(module, owner)), args, kwargs)
+
+        return route.surely(run, args, kwargs) if is_root else run(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         found, module = _base(self).__getattr__(self, name), cast(nn.Module, self)
