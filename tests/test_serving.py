@@ -1,9 +1,10 @@
 """The serving example: a batch of mixed adapters answers each request as if it came alone."""
 
 import asyncio
-import struct
+import contextlib
+import io
 import threading
-import zlib
+import time
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from benchmarks.routing import ours
 from benchmarks.serving.batching import Batcher, routed
 
 program, web = need("benchmarks.serving.__main__"), need("benchmarks.serving.app")
+attacks = need("benchmarks.serving.attacks")
+Image = need("PIL.Image")
 
 SIZE = 32
 NAMES = ["a0", "a1", "a2"]
@@ -34,18 +37,26 @@ def picture(seed):
     return program.picture(SIZE, seed)
 
 
+@contextlib.asynccontextmanager
+async def serving_client(app):
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client,
+    ):
+        yield client
+
+
 def asked(batcher, requests):
     """The answers to these requests, all sent at once, through the whole application."""
 
     async def run():
         app = web.make_app(batcher, NAMES, SIZE)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client,
-        ):
-            return await asyncio.gather(
-                *(client.post("/predict", params=params, content=body) for params, body in requests)
+        async with serving_client(app) as client:
+            posts = (
+                client.post("/predict", params=params, content=body, headers=headers[0] if headers else None)
+                for params, body, *headers in requests
             )
+            return await asyncio.gather(*posts)
 
     return asyncio.run(run())
 
@@ -87,19 +98,113 @@ def test_bad_requests_are_told_apart_and_disturb_no_batch(model):
         [({"adapter": "x"}, picture(0)), ({"adapter": "a0"}, b"no image"), ({"adapter": "a0"}, picture(0))],
     )
     assert unknown.status_code == 404 and "a0, a1, a2" in unknown.json()["detail"]
-    assert no_image.status_code == 422 and good.status_code == 200
+    assert no_image.status_code == 415 and "PNG, JPEG, WebP and TIFF" in no_image.json()["detail"]
+    assert good.status_code == 200
 
 
 def test_broken_image_files_are_no_images(model):
     start, rest = picture(0)[:33], picture(0)[33:]  # to the end of the header
-    short = start[:8] + chunk(b"IHDR", b"1234") + rest
-    nameless = start + chunk(b"IDAT", rest[8:28]) + chunk(b"\xff\xff\xff\xff", b"")
+    short = start[:8] + attacks.chunk(b"IHDR", b"1234") + rest
+    nameless = start + attacks.chunk(b"IDAT", rest[8:28]) + attacks.chunk(b"\xff\xff\xff\xff", b"")
     answers = asked(Batcher(routed(model), wait=0.001), [({}, body) for body in (short, nameless, picture(0)[:-40])])
     assert [answer.status_code for answer in answers] == [422, 422, 422]
 
 
-def chunk(name, data):
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+@pytest.mark.parametrize("name", [name for name, attack in attacks.ATTACKS.items() if attack.times == 1])
+def test_each_attack_gets_its_answer_in_words_and_the_next_request_is_answered(model, name):
+    attack = attacks.ATTACKS[name]
+
+    async def parts(body):
+        for part in body:
+            yield part
+
+    body = attack.body()
+    body = body if isinstance(body, bytes) else parts(body)
+    hostile, good = asked(
+        Batcher(routed(model), wait=0.001),
+        [({"adapter": attack.adapter}, body, attack.headers), ({"adapter": "a0"}, picture(0))],
+    )
+    assert {hostile.status_code} == attack.answers and good.status_code == 200
+    assert hostile.status_code == 200 or 10 < len(hostile.json()["detail"]) < 400
+
+
+def test_formats_that_are_read_give_an_answer_and_of_several_pictures_the_first(model):
+    def saved(kind, **options):
+        file = io.BytesIO()
+        Image.new("RGB", (40, 40), "red").save(file, kind, **options)
+        return file.getvalue()
+
+    more = {"save_all": True, "append_images": [Image.new("RGB", (40, 40), "blue")]}
+    bodies = [saved("PNG"), saved("JPEG", progressive=True), saved("WEBP"), saved("WEBP", lossless=True), saved("TIFF")]
+    bodies += [
+        saved("TIFF", compression="tiff_lzw"),
+        saved("WEBP", **more),
+        saved("TIFF", **more),
+        saved("PNG", **more),
+    ]
+    for body in bodies:
+        red, green, blue = web.pixels(body, 4).mean((1, 2))
+        assert red > 0.95 and green < -0.95 and blue < -0.95
+
+
+def test_one_request_too_many_is_told_to_come_again_before_its_body_is_read(model):
+    decoding, go_on = threading.Event(), threading.Event()
+
+    def forward(names, images):
+        decoding.set()
+        go_on.wait(10)
+        return images.flatten(1)
+
+    async def never():
+        raise AssertionError("read")
+        yield b""
+
+    async def run():
+        app = web.make_app(Batcher(forward, wait=0.001), NAMES, SIZE, waiting=1)
+        async with serving_client(app) as client:
+            first = asyncio.create_task(client.post("/predict", content=picture(0)))
+            await asyncio.to_thread(decoding.wait, 10)
+            second = await client.post("/predict", content=never())
+            go_on.set()
+            return await first, second, await client.post("/predict", content=picture(0))
+
+    first, second, third = asyncio.run(run())
+    assert first.status_code == third.status_code == 200
+    assert second.status_code == 503 and second.headers["Retry-After"] == "1"
+
+
+def test_a_body_that_does_not_arrive_gives_its_place_back(model):
+    async def slow():
+        yield b"x"
+        await asyncio.sleep(60)
+
+    async def run():
+        app = web.make_app(Batcher(routed(model), wait=0.001), NAMES, SIZE, waiting=1, patience=0.05)
+        async with serving_client(app) as client:
+            return await client.post("/predict", content=slow()), await client.post("/predict", content=picture(0))
+
+    late, good = asyncio.run(run())
+    assert late.status_code == 408 and good.status_code == 200
+
+
+def test_no_more_images_are_decoded_at_once_than_said(model, monkeypatch):
+    at_once, most, lock = 0, 0, threading.Lock()
+    real = web.pixels
+
+    def counted(data, size):
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.02)
+        image = real(data, size)
+        with lock:
+            at_once -= 1
+        return image
+
+    monkeypatch.setattr("benchmarks.serving.app.pixels", counted)
+    answers = asked(Batcher(routed(model), wait=0.001), [({}, picture(0))] * 8)
+    assert [answer.status_code for answer in answers] == [200] * 8 and most == web.DECODERS
 
 
 def test_an_error_in_a_forward_reaches_its_requests_and_the_next_ones_are_answered():

@@ -2,9 +2,11 @@
 
     python -m benchmarks.serving serve --model resnet18 --adapter tumour/ --adapter stain/ --weights base.safetensors
     python -m benchmarks.serving load --model resnet18 --adapters 8 --clients 16 --requests 400
+    python -m benchmarks.serving attack
 
 ``load`` starts a server of its own on 127.0.0.1, once gathering requests into batches and once answering one after
-another, in turn, and prints requests a second and latency. Its adapters are random.
+another, in turn, and prints requests a second and latency. Its adapters are random. ``attack`` sends hostile requests
+to a small network's server on 127.0.0.1, and prints what each costs (Linux).
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from benchmarks.overhead.subjects import make_base
 from benchmarks.routing import named, ours
 from convlora.command.weights import load_weights
 
-from .app import make_app
+from . import attacks
+from .app import WAITING, make_app
 from .batching import Batcher, routed
 
 HERE = "127.0.0.1"
@@ -94,7 +97,7 @@ async def compare(model: nn.Module, names: list[str], options: argparse.Namespac
     for turn in range(options.rounds + 1):
         for way, largest in ways.items():
             batcher = Batcher(routed(model), largest, options.wait / 1e3)
-            async with serving(make_app(batcher, names, options.size)) as address:
+            async with serving(make_app(batcher, names, options.size, max(WAITING, options.clients))) as address:
                 result = await load(address, names, options.clients, options.requests, options.size)
             if turn:
                 found[way].append(result)
@@ -126,7 +129,8 @@ def serve(options: argparse.Namespace) -> None:
     for folder, name in zip(options.adapter, names, strict=True):
         convlora.load_adapter(model, folder, name)
     batcher = Batcher(routed(model.eval()), options.largest, options.wait / 1e3)
-    uvicorn.run(make_app(batcher, names, options.size), host=options.host, port=options.port)
+    app = make_app(batcher, names, options.size)
+    uvicorn.run(app, host=options.host, port=options.port, limit_concurrency=8 * WAITING)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -139,6 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument("--size", type=int, default=128, help="pixels of an image's side")
         command.add_argument("--largest", type=int, default=32, help="samples in a batch at most")
         command.add_argument("--wait", type=float, default=5.0, help="milliseconds that a request waits for others")
+    commands.add_parser("attack")
     served, loaded = (commands.choices[name] for name in ("serve", "load"))
     served.add_argument("--adapter", type=Path, action="append", required=True, help="folder")
     served.add_argument("--weights", type=Path, help="of the base")
@@ -151,6 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
     loaded.add_argument("--requests", type=int, default=400)
     loaded.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
+    if options.command == "attack":
+        attacks.main()
+        return
     if options.command == "serve":
         serve(options)
         return

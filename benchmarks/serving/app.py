@@ -1,39 +1,62 @@
-"""The HTTP application: ``POST /predict?adapter=NAME`` with an image as the body."""
+"""The HTTP application: ``POST /predict?adapter=NAME`` with an image as the body.
+
+Whoever can reach it may send anything. So there is a bound on the requests that are taken in at once, on the bytes and
+seconds of a body, on an image's pixels before it is decoded, and on the images that are decoded at once.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import io
 from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
-from PIL import Image
+from starlette.requests import ClientDisconnect
 from torch import Tensor
+
+from examples.histopathology.pictures import PictureError, TooLargeError, UnknownFormatError, opened
 
 from .batching import Batcher
 
 LARGEST = 10_000_000
 """Bytes of a body."""
+PIXELS = 16_000_000
+"""Of an image."""
+WAITING = 32
+"""Requests that are taken in at once, each with its body in memory."""
+DECODERS = 2
+"""Images that are decoded at once."""
+PATIENCE = 30.0
+"""Seconds that a body may take to arrive."""
 
 
-def make_app(batcher: Batcher, adapters: Iterable[str], size: int) -> FastAPI:
+def make_app(
+    batcher: Batcher, adapters: Iterable[str], size: int, waiting: int = WAITING, patience: float = PATIENCE
+) -> FastAPI:
     """The application.
 
     Args:
         batcher: answers the requests; it is started and stopped with the application.
         adapters: the names that may be asked for; without one the base alone answers.
         size: images are resized to so many pixels a side.
+        waiting: requests that are taken in at once; one more is answered 503.
+        patience: seconds that a body may take to arrive.
     """
     names = tuple(adapters)
+    # Threads, not a semaphore: a request that is cancelled leaves its thread at work, and would free its place.
+    decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
+    taken = 0
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
         async with batcher:
             yield
+        decoders.shutdown(cancel_futures=True)
 
     app = FastAPI(title="One base, many adapters", lifespan=running)
 
@@ -41,15 +64,19 @@ def make_app(batcher: Batcher, adapters: Iterable[str], size: int) -> FastAPI:
         return {"adapters": list(names)}
 
     async def predict(request: HttpRequest, adapter: str | None = None) -> dict[str, Any]:
+        nonlocal taken
         if adapter is not None and adapter not in names:
-            raise HTTPException(404, f"no adapter {adapter!r}; there are {', '.join(names)}")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > LARGEST:
-                raise HTTPException(413, f"an image of more than {LARGEST:,} bytes")
-        image = await asyncio.to_thread(pixels, bytes(body), size)  # other requests come in meanwhile
-        logits = await batcher.predict(adapter, image)
+            raise HTTPException(404, f"no adapter {adapter[:64]!r}; there are {', '.join(names)}")
+        check_headers(request)
+        if taken >= waiting:  # before the body is read
+            raise HTTPException(503, f"{waiting} requests wait already; try again later", {"Retry-After": "1"})
+        taken += 1
+        try:
+            body = await received(request, patience)
+            image = await asyncio.get_running_loop().run_in_executor(decoders, pixels, body, size)
+            logits = await batcher.predict(adapter, image)
+        finally:
+            taken -= 1
         return {"adapter": adapter, "label": int(logits.argmax()), "logits": logits.tolist()}
 
     app.get("/adapters")(known)
@@ -57,16 +84,60 @@ def make_app(batcher: Batcher, adapters: Iterable[str], size: int) -> FastAPI:
     return app
 
 
+def check_headers(request: HttpRequest) -> None:
+    """Refuse what the headers say is no plain image, or is too large, before the body is read.
+
+    Other content types pass: ``curl --data-binary`` says that the body is a form.
+    """
+    if request.headers.get("content-type", "").lower().startswith("multipart/"):
+        raise HTTPException(415, "the body must be the image itself, not a form: curl --data-binary @image.png")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise HTTPException(415, "the body must not be compressed: send the image file as it is")
+    length = request.headers.get("content-length", "0")
+    if not (length.isascii() and length.isdecimal()):
+        raise HTTPException(400, "Content-Length must be a number")
+    if len(length) > 19 or int(length) > LARGEST:
+        raise HTTPException(413, f"an image of more than {LARGEST:,} bytes")
+
+
+async def received(request: HttpRequest, patience: float) -> bytes:
+    """The body, whatever its headers say of it.
+
+    Raises:
+        HTTPException: 400 where it is empty or its client goes, 408 where it takes too long, 413 where it is too large.
+    """
+
+    async def read() -> bytes:
+        body = bytearray()
+        async for chunk in request.stream():
+            if len(body) + len(chunk) > LARGEST:
+                raise HTTPException(413, f"an image of more than {LARGEST:,} bytes")
+            body += chunk
+        return bytes(body)
+
+    try:
+        body = await asyncio.wait_for(read(), patience)
+    except asyncio.TimeoutError as cause:
+        raise HTTPException(408, f"the body took more than {patience:g} seconds", {"Connection": "close"}) from cause
+    except ClientDisconnect as cause:
+        raise HTTPException(400, "the body ended early") from cause
+    if not body:
+        raise HTTPException(400, "the body is empty: send an image file")
+    return body
+
+
 def pixels(data: bytes, size: int) -> Tensor:
     """An image file as ``(3, size, size)``, from −1 to 1.
 
     Raises:
-        HTTPException: 422 where it is no image.
+        HTTPException: 415 where it is of no format that is read, 413 where it has too many pixels, 422 where it is
+            broken.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with opened(io.BytesIO(data), PIXELS) as image:
             small = image.convert("RGB").resize((size, size))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as cause:  # Pillow's, of broken files
-        raise HTTPException(422, "the body must be an image file: PNG, JPEG, …") from cause
+    except PictureError as cause:
+        status = 415 if isinstance(cause, UnknownFormatError) else 413 if isinstance(cause, TooLargeError) else 422
+        raise HTTPException(status, f"the body cannot be read as an image: {str(cause)[:200]}") from cause
     values = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).float()
     return values.view(size, size, 3).permute(2, 0, 1) / 127.5 - 1

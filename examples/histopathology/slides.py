@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .errors import ExampleError
 from .layout import PATCH, SPLITS
+from .pictures import PictureError, TooLargeError, opened_path
 from .stain import Floats, concentrations, macenko_stains, optical_density
 from .writing import SplitWriter, refuse_to_overwrite
 
@@ -127,7 +127,7 @@ def find_slides(folder: str | os.PathLike[str]) -> list[Slide]:
 
 
 def read_picture(path: Path) -> Bytes:
-    """Any picture as RGB: ``(H, W, 3)`` uint8.
+    """A PNG, JPEG, WebP or TIFF as RGB: ``(H, W, 3)`` uint8.
 
     Transparency is laid over white, gray and palettes become RGB, 16 bits become 8. Pillow reads it, or, where
     it cannot, tifffile.
@@ -139,12 +139,14 @@ def read_picture(path: Path) -> Bytes:
         raise ExampleError(f"{path}: no such picture.")
     with _naming(path):
         try:
-            with Image.open(path) as image:
-                return _read_tiff(path) if _is_deep_tiff(image) else _to_rgb(image)
-        except UnidentifiedImageError:
-            if path.suffix.lower() not in (".tif", ".tiff", ".svs"):
-                raise
-            return _read_tiff(path)
+            with opened_path(path) as image:
+                if not _is_deep_tiff(image):
+                    return _to_rgb(image)
+        except PictureError as error:
+            if isinstance(error.__cause__, UnidentifiedImageError) and path.suffix.lower() in (".tif", ".tiff", ".svs"):
+                return _read_tiff(path)
+            raise
+        return _read_tiff(path)
 
 
 def _check_numbers(patch: int, stride: int | None, max_per_slide: int | None) -> None:
@@ -197,10 +199,8 @@ def _row_faults(root: Path, row: dict[str, str | None]) -> Iterator[str]:
 def _naming(path: Path) -> Iterator[None]:
     """Turn what Pillow and tifffile raise into one error that names the picture."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        yield
+    except TooLargeError as error:
         raise ExampleError(
             f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels. Export a region of it, or a lower magnification."
         ) from error
@@ -228,7 +228,7 @@ def _read_tiff(path: Path) -> Bytes:
     with tifffile.TiffFile(path) as tiff:
         series = tiff.series[0]
         if Image.MAX_IMAGE_PIXELS is not None and series.size > 3 * Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError
+            raise TooLargeError
         return _scale_to_bytes(series.asarray())
 
 

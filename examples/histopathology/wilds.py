@@ -17,10 +17,10 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
 from .errors import ExampleError
 from .layout import PATCH, SPLITS
+from .pictures import PictureError, opened_path
 from .rows import Ids, Rows, choose
 
 TABLE = "metadata.csv"
@@ -75,17 +75,15 @@ class WildsRows(Rows):
         """Read one image into `out`, channel first."""
         path = self.path.parent / self._names[index]
         try:
-            with Image.open(path, formats=["PNG"]) as image:
-                if image.size != _SIZE:  # before it is decoded: a small file may hold a large picture
-                    raise ExampleError(f"{path}: {image.width}×{image.height} pixels; WILDS patches are 96×96.")
+            with opened_path(path, most=PATCH * PATCH) as image:
+                if image.format != "PNG" or image.size != _SIZE:
+                    raise PictureError(f"{image.format}, {image.width}×{image.height} pixels; WILDS patches are 96×96")
                 pixels = np.asarray(image.convert("RGB"))
         except FileNotFoundError as error:
             raise ExampleError(
                 f"{path}: no such picture, but {self.path} lists it. Unpack the archive again."
             ) from error
-        except ExampleError:
-            raise
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        except (PictureError, OSError) as error:
             raise ExampleError(f"{path}: cannot be read as a PNG ({error}). Unpack the archive again.") from error
         np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=out)
 

@@ -4,6 +4,8 @@ from conftest import need_extra
 
 need_extra("histopathology")
 
+import struct
+
 import h5py
 import numpy as np
 import pytest
@@ -198,6 +200,48 @@ def test_a_decompression_bomb_is_refused(folder, monkeypatch, name):
     tifffile.imwrite(folder / "sixteen.tif", tissue(200, 200).astype(np.uint16), photometric="rgb")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     refuses(rf"{name}: more than 10,000 pixels", read_picture, folder / name)
+
+
+def canvas(kind):
+    """A WebP of 16,384 × 16,384 that says so and ends."""
+    side = (16_383).to_bytes(3, "little")
+    chunks = {
+        b"VP8X": bytes(4) + side + side,
+        b"VP8L": b"/" + ((16_383 << 14) + 16_383).to_bytes(4, "little") + bytes(9),
+        b"VP8 ": b"\0\0\0\x9d\x01\x2a" + b"\xff\x3f" * 2,
+    }
+    body = b"WEBP" + kind + len(chunks[kind]).to_bytes(4, "little") + chunks[kind]
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "no picture of a known format"),
+        ("a.png", b"GIF89a" + bytes(20), "no picture of a known format"),
+        ("a.webp", canvas(b"VP8X"), "more than .* pixels"),
+        ("a.webp", canvas(b"VP8L"), "more than .* pixels"),
+        ("a.webp", canvas(b"VP8 "), "more than .* pixels"),
+        ("a.tif", b"II*\0\x08\0\0\0\1\0" + struct.pack("<HHII", 273, 4, 70_000, 8), "70,000 numbers in tag 273"),
+        ("a.tif", b"MM\0*\0\0\0\x08\0\1" + struct.pack(">HHII", 273, 4, 70_000, 8), "70,000 numbers in tag 273"),
+        (
+            "a.tif",
+            b"II+\0\x08\0\0\0" + struct.pack("<QQHHQQ", 16, 1, 273, 16, 70_000, 8),
+            "70,000 numbers in tag 273",
+        ),
+        (
+            "a.tif",
+            b"MM\0*\0\0\0\x08\0\2" + struct.pack(">HHIIHHIHxx", 322, 4, 1, 30_000, 323, 3, 1, 30_000),
+            "more than .* pixels",
+        ),
+        ("a.tif", b"II*\0\x08\0\0\0", "cannot be read as a picture"),
+        ("a.jpg", b"\xff\xd8\xff" + b"\xff\xda" * 101, "101 scans"),
+    ],
+)
+def test_what_a_strangers_picture_would_cost_is_known_before_it_is_opened(tmp_path, monkeypatch, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    monkeypatch.setattr(Image, "open", None)
+    refuses(message, read_picture, tmp_path / name)
 
 
 @pytest.mark.parametrize(
