@@ -6,6 +6,7 @@ model predicts, trains and saves what it should, or the call is refused with the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import itertools
@@ -432,6 +433,50 @@ def _() -> None:
     refused(net, lambda: net.load_state_dict(state), r"set_adapter\(model, 'default'\)")
     convlora.set_adapter(net, "default").load_state_dict(state)
     net.load_state_dict(SmallNet().state_dict())  # a base's, as ever
+
+
+@situation("a merged model's file of safetensors into the unmerged model", "refused: W + ΔW is told from a base's W")
+def _() -> None:
+    for options in ({}, {"use_dora": True}):
+        net = injected(**options)
+        state = {key: tensor.clone() for key, tensor in convlora.merge(copy.deepcopy(net)).state_dict().items()}
+        refused(net, lambda net=net, state=state: net.load_state_dict(state), "The state dict is of a merged model")
+        wrapped, inside = nn.Sequential(net), {f"0.{key}": tensor for key, tensor in state.items()}
+        refused(net, lambda net=wrapped, state=inside: net.load_state_dict(state), "The state dict is of a merged")
+        with convlora.disable_adapter(net):
+            net.load_state_dict(SmallNet().state_dict())
+    net = convlora.inject(SmallNet(), 2)  # fresh: merged, it is the base
+    net.load_state_dict({key: t.clone() for key, t in convlora.merge(copy.deepcopy(net)).state_dict().items()})
+
+
+@situation(
+    "a base's checkpoint loaded after injection", "all of the base is the checkpoint's, its head and statistics too"
+)
+def _() -> None:
+    torch.manual_seed(3)
+    other = SmallNet()
+    other.train()(IMAGES - 2)
+    for prefix, assign, disabled in (("", False, False), ("", True, False), ("0.", False, False), ("", False, True)):
+        net = injected(norm="freeze")
+        convlora.add_adapter(net, "tracks", norm="track")
+        convlora.set_adapter(net, "tracks").train()(IMAGES + 1)
+        tracked = net.bn1.running_mean.clone()
+        convlora.set_adapter(net, "default").bn1.weight.requires_grad_(False)
+        state = {f"{prefix}{key}": tensor.clone() for key, tensor in other.state_dict().items()}
+        with torch.no_grad():
+            net.fc.weight += 1  # trained
+        head = {key: tensor for key, tensor in state.items() if "fc." in key}
+        bits = bits_of(convlora.remove(copy.deepcopy(net)))
+        (nn.Sequential(net) if prefix else net).load_state_dict(head, strict=False)  # the adapter's alone
+        assert bits_of(convlora.remove(copy.deepcopy(net))) == bits
+        with torch.no_grad():
+            net.fc.weight += 1
+        with convlora.disable_adapter(net) if disabled else contextlib.nullcontext():
+            (nn.Sequential(net) if prefix else net).load_state_dict(state, assign=assign)
+        assert torch.equal(net.bn1.running_mean, other.bn1.running_mean)
+        assert torch.equal(net.fc.weight, other.fc.weight) is not disabled
+        assert torch.equal(convlora.set_adapter(net, "tracks").bn1.running_mean, tracked)  # its own
+        assert bits_of(convlora.remove(net)) == bits_of(other)
 
 
 # --- 4. averages --------------------------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from .._layer.adapted import CHILD, AdaptedLayer, carries, held, lora_of
+from .._layer.adapted import CHILD, AdaptedLayer, base_weight, carries, held, layer_weight, lora_of
 from .._layer.factors import LoRA
 from .._layer.functional import alpha_of
-from .._layer.places import COPY, SWAPPING, Place
+from .._layer.places import BASE, COPY, SWAPPING, Place
 from .._plan import NormPolicy, Plan
 from ..errors import StateError
 from .checks import check_model
@@ -145,7 +146,9 @@ def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: di
             "The model is merged and the state dict is of an unmerged one, with the base's weights. Call "
             "convlora.unmerge(model), load, and merge again. Nothing was loaded."
         )
-    if not injection.merged and theirs.get("merged"):
+    weights = {} if injection.merged or has_factors or theirs else _base_weights(root, prefix)
+    of_base = bool(weights) and weights.keys() <= state.keys()
+    if not injection.merged and (theirs.get("merged") or (of_base and _is_merged(weights, state))):
         raise StateError(
             "The state dict is of a merged model, and its weights hold the adapter already, which would be added to "
             "them again. Load it into a plain network, or convlora.merge(model) first. Nothing was loaded."
@@ -158,6 +161,47 @@ def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: di
             f"The state dict has the head and statistics of {name or 'the base'!r}, and the model has those of "
             f"{active or 'the base'!r} in place. Call {remedy} first. Nothing was loaded."
         )
+    if of_base:
+        _give_base(root, injection, state, prefix)
+
+
+def _base_weights(root: nn.Module, prefix: str) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+    """The adapted layers that have a weight Parameter, and it, by state-dict key."""
+    adapted = ((name, cast(nn.Module, m)) for name, m in root.named_modules() if isinstance(m, AdaptedLayer))
+    named = ((f"{prefix}{name}.weight" if name else f"{prefix}weight", layer) for name, layer in adapted)
+    return {key: (layer, base_weight(layer)) for key, layer in named if layer._parameters.get("weight") is not None}
+
+
+def _is_merged(weights: dict[str, tuple[nn.Module, nn.Parameter]], state: dict[str, Any]) -> bool:
+    """Whether a state dict without metadata (of safetensors) has W + ΔW of this model where the base has W."""
+    with torch.no_grad():
+        for key, (layer, weight) in weights.items():
+            theirs = state[key]
+            if weight.is_meta or theirs.is_meta or weight.shape != theirs.shape or hasattr(weight, "device_mesh"):
+                continue
+            effective = layer_weight(layer)
+            change = (effective - weight).float().norm()
+            if change > 0:  # one layer tells: no other checkpoint is as near
+                return bool((theirs.to(weight.device) - effective).float().norm() < 0.01 * change)
+    return False
+
+
+def _give_base(root: nn.Module, injection: Injection, state: dict[str, Any], prefix: str) -> None:
+    """Load a base's checkpoint into the tensors that are kept for the base, too, and where an adapter has the same."""
+    names = {module: f"{name}." if name else "" for name, module in root.named_modules()}
+    for place in injection.places:
+        new = state.get(f"{prefix}{names.get(place.module, '?')}{place.name}")
+        base = place.of(BASE)
+        if not isinstance(new, Tensor) or base is None or base.shape != new.shape:
+            continue
+        same = [kept for owner, kept in place.kept.items() if owner == BASE or _equals(kept, base)]
+        with torch.no_grad():
+            for kept in cast("list[Tensor]", same):
+                kept.copy_(new)
+
+
+def _equals(kept: Tensor | None, base: Tensor) -> bool:
+    return kept is not None and kept.shape == base.shape and torch.equal(kept.to(base.device, base.dtype), base)
 
 
 def hook_state_dicts(root: nn.Module) -> None:
