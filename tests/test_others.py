@@ -1262,6 +1262,25 @@ def _() -> None:
     convlora.remove(convlora.inject(net))
 
 
+@situation("convert_conv2d_weight_memory_format and reset_parameters", "they write into the base's weight")
+def _() -> None:
+    for train in (True, False):
+        net = injected().train(train)
+        before = predicts(net)
+        nn.utils.convert_conv2d_weight_memory_format(net, torch.channels_last)
+        assert net.block[3].weight.is_contiguous(memory_format=torch.channels_last)
+        assert convlora.base_weight(net.stem).is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(predicts(net), before)
+        torch.manual_seed(7)
+        net.stem.reset_parameters()
+        torch.manual_seed(7)
+        expected = nn.Conv2d(3, 16, 3, 2, 1, bias=False).weight
+        assert torch.equal(convlora.base_weight(net.stem), expected)
+        delta = dense_delta(net.stem)
+        torch.testing.assert_close(net.stem.weight, expected + delta)
+        assert torch.equal(convlora.remove(net).stem.weight, expected)
+
+
 @situation("merge or remove of a copy of a part", "refused, with the way that works; that gives a plain part")
 def _() -> None:
     net = injected()

@@ -42,6 +42,9 @@ ASSIGNED = (
 GETATTR = nn.Module.__getattr__
 """torch's own: torch.fx puts another in its place while it follows a network's code."""
 
+WRITERS = {"reset_parameters", "convert_conv2d_weight_memory_format", "convert_conv3d_weight_memory_format"}
+"""Functions that read ``weight`` to write into it in place: they are given the base's, where the write lasts."""
+
 DAMAGED = "The adapter of this layer is damaged ({}); inject or load it again."
 
 
@@ -83,8 +86,11 @@ class AdaptedLayer(Swapped):
             if not torch.compiler.is_compiling():
                 if nn.Module.__getattr__ is not GETATTR and (traced := _traced_weight(layer)) is not None:
                     return traced
+                reader = sys._getframe(1).f_code
+                if base is not None and reader.co_name in WRITERS:
+                    return base
                 if layer.training:
-                    _check_dropout(layer, self._convlora_base, sys._getframe(1).f_code)
+                    _check_dropout(layer, self._convlora_base, reader)
             return layer_weight(layer)
         except AttributeError as cause:
             # As an AttributeError of a property it would fall through to nn.Module.__getattr__, which would hand
