@@ -1,4 +1,4 @@
-"""Two processes over gloo on the CPU: DistributedDataParallel and FSDP2 of an injected model.
+"""Two processes over gloo on the CPU: DistributedDataParallel, FSDP2 and FSDP1 of an injected model.
 
 The workers run in processes of their own and hand back plain data; every assertion is made here.
 """
@@ -6,6 +6,7 @@ The workers run in processes of their own and hand back plain data; every assert
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,11 @@ def _process(rank: int, directory: Path) -> None:
     try:
         cannot = None
         results: dict[str, Any] = {}
-        for worker in (_ddp, _ddp_tracked, _fsdp, _fsdp_merged, _fsdp_refuses):
+        for worker in (_ddp, _ddp_tracked, _fsdp, _fsdp_merged, _fsdp_refuses, _fsdp1, _fsdp1_refuses):
             if worker is _fsdp:
                 cannot = why_torch_cannot_shard()
+            if worker is _fsdp1:
+                cannot = why_torch_cannot_flatten()
             results[worker.__name__] = cannot or worker(rank, directory)
         torch.save(results, directory / f"result{rank}")
         distributed.barrier()
@@ -267,21 +270,109 @@ def _answer(call: Callable[[nn.Module], object], net: nn.Module) -> str:
     return "done"
 
 
+def _answers(net: nn.Module, how: str, directory: Path) -> dict[str, str]:
+    calls = {
+        "merge": convlora.merge,
+        "save_adapter": lambda model: convlora.save_adapter(model, directory / f"adapter{how}"),
+        "remove": convlora.remove,
+    }
+    return {f"{name}, {how}": _answer(call, net) for name, call in calls.items()}
+
+
 def _fsdp_refuses(rank: int, directory: Path) -> dict[str, str]:
-    answers = {}
+    answers: dict[str, str] = {}
     for how, parts in SHARDED_PARTS.items():
-        net = shard(injected(), parts)
-        calls = {
-            "merge": convlora.merge,
-            "save_adapter": lambda model: convlora.save_adapter(model, directory / f"adapter{rank}"),
-            "remove": convlora.remove,
-        }
-        answers |= {f"{name}, {how}": _answer(call, net) for name, call in calls.items()}
+        answers |= _answers(shard(injected(), parts), how, directory)
     return answers
 
 
-def test_merging_saving_and_removing_while_sharded_is_one_clear_error(found):
-    for answers in found("_fsdp_refuses"):
-        assert len(answers) == 9
+@pytest.mark.parametrize(("worker", "calls"), [("_fsdp_refuses", 9), ("_fsdp1_refuses", 12)])
+def test_merging_saving_and_removing_while_sharded_is_one_clear_error(found, worker, calls):
+    for answers in found(worker):
+        assert len(answers) == calls
         for call, answer in answers.items():
             assert answer.startswith("StateError") and "shard" in answer, (call, answer)
+
+
+# ---- FSDP1: the wrapper, which puts views of one flat parameter where the model had its parameters
+
+
+def flatten(net: nn.Module, each: tuple[type[nn.Module], ...] = (), use_orig_params: bool = True) -> nn.Module:
+    """Wrapped as a whole, or each module of these classes for itself first."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*requires_grad=True and False", UserWarning)  # as of any frozen base
+        return FullyShardedDataParallel(
+            net,
+            device_id=torch.device("cpu"),
+            use_orig_params=use_orig_params,
+            auto_wrap_policy=ModuleWrapPolicy(set(each)) if each else None,
+        )
+
+
+def why_torch_cannot_flatten() -> str | None:
+    """A plain network tells whether this torch's FSDP1 computes on the CPU at all; None where it does."""
+    try:
+        torch.manual_seed(0)
+        flatten(SmallNet())(batches()[0]).sum().backward()
+    except Exception as cause:
+        return f"torch {torch.__version__} cannot wrap a plain network in FSDP1 on the CPU: {cause!r}"
+    return None
+
+
+FLAT_PARTS = {"whole": (), "blocks": (nn.Sequential,), "layers": (nn.Conv2d,)}
+
+
+def _fsdp1(rank: int, directory: Path) -> dict[str, Any]:
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+    found = {}
+    for how, each in FLAT_PARTS.items():
+        net = flatten(injected(), each)
+        optimizer = sgd(net)
+        first, second, _ = batches()
+        outputs = net(half(first, rank)).detach()
+        for images in (first, second):
+            step(net, half(images, rank), optimizer)
+        with FullyShardedDataParallel.state_dict_type(net, StateDictType.FULL_STATE_DICT):
+            state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        with FullyShardedDataParallel.summon_full_params(net, with_grads=True):
+            grads = {
+                name.replace("_fsdp_wrapped_module.", ""): p.grad.clone()
+                for name, p in net.named_parameters()
+                if p.requires_grad and p.grad is not None
+            }
+        found[how] = {"outputs": outputs, "gradients": grads, "state": state}
+    return found
+
+
+def test_fsdp1_trains_like_one_process_with_the_joined_batch_and_its_full_state_saves(found, tmp_path):
+    ranks = found("_fsdp1")
+    first, second, _ = batches()
+    alone = injected()
+    outputs = alone(first).detach()
+    optimizer = sgd(alone)
+    for images in (first, second):
+        step(alone, images, optimizer)
+    for rank, hows in enumerate(ranks):
+        assert hows.keys() == FLAT_PARTS.keys()
+        for how in hows.values():
+            torch.testing.assert_close(how["outputs"], half(outputs, rank), **CLOSE)
+            torch.testing.assert_close(how["gradients"], gradients(alone), **CLOSE)
+            torch.testing.assert_close(how["state"], dict(alone.state_dict()), **CLOSE)
+            whole = injected()
+            whole.load_state_dict(how["state"])
+            convlora.save_adapter(whole, tmp_path / "adapter")
+            torch.manual_seed(0)
+            plain = convlora.load_adapter(SmallNet(), tmp_path / "adapter").eval()
+            assert torch.equal(plain(first), whole.eval()(first))
+
+
+def _fsdp1_refuses(rank: int, directory: Path) -> dict[str, str]:
+    answers: dict[str, str] = {}
+    for how, each in FLAT_PARTS.items():
+        answers |= _answers(flatten(injected(), each), how, directory)
+    net = injected().requires_grad_(True)  # FSDP1 without the original parameters takes one requires_grad for all
+    return answers | _answers(flatten(net, use_orig_params=False), "flat", directory)

@@ -697,6 +697,101 @@ def _() -> None:
         distributed.destroy_process_group()
 
 
+@situation("FSDP1 takes parameters out and puts views in", "trains; merging, saving and removing are refused")
+def _() -> None:
+    from torch import distributed
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if not distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    alone, net = injected(), injected()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process does not shard, of which torch warns
+            wrapped = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
+        for model in (alone, wrapped):
+            model(IMAGES).square().mean().backward()
+        grads = {name.replace("_fsdp_wrapped_module.", ""): p.grad for name, p in wrapped.named_parameters()}
+        for name, parameter in alone.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            assert torch.equal(wrapped(IMAGES), alone(IMAGES))
+        for call in (convlora.merge, convlora.remove, lambda model: convlora.save_adapter(model, "never")):
+            with pytest.raises(StateError, match="sharded over processes"):
+                call(net)
+            with pytest.raises(StateError, match="sharded over processes"):
+                call(wrapped)
+    finally:
+        distributed.destroy_process_group()
+
+
+@situation("FSDP1 without the original parameters over a frozen base", "torch refuses; the model is whole after it")
+def _() -> None:
+    from torch import distributed
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if not distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    net = injected()
+    before, bits = predicts(net), bits_of(net)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings(), pytest.raises(ValueError, match="uniform `requires_grad`"):
+            warnings.simplefilter("ignore")
+            FullyShardedDataParallel(net, device_id=torch.device("cpu"))
+    finally:
+        distributed.destroy_process_group()
+    assert torch.equal(predicts(net), before)
+    assert bits_of(net) == bits
+    convlora.unmerge(convlora.merge(net))
+    assert torch.equal(predicts(net), before)
+
+
+def _offloaded(how: str, net: nn.Module, directory: str) -> nn.Module:
+    import accelerate
+
+    cpu = torch.device("cpu")
+    if how == "cpu_offload":
+        return cast(nn.Module, accelerate.cpu_offload(net, cpu))
+    if how == "disk_offload":
+        return cast(nn.Module, accelerate.disk_offload(net, directory, cpu))
+    parts = {name: "disk" if name == "stem" else "cpu" for name, _ in net.named_children()}
+    return cast(nn.Module, accelerate.dispatch_model(net, parts, main_device="cpu", offload_dir=directory))
+
+
+@situation(
+    "accelerate offloads the factors to memory or disk",
+    "predicts; merging, saving and switching say so; whole without the hooks",
+    "accelerate",
+)
+def _() -> None:
+    from accelerate.hooks import remove_hook_from_submodules
+
+    net = injected()
+    convlora.add_adapter(net, "b", 2)
+    before = predicts(net)
+    for how in ("cpu_offload", "disk_offload", "dispatch_model"):
+        net.eval()
+        with tempfile.TemporaryDirectory() as directory:
+            offloaded = _offloaded(how, net, directory)
+            for _ in range(2):
+                assert torch.equal(predicts(offloaded), before), how
+                assert net.stem.convlora.default.lora_A.is_meta and net.stem.weight.is_meta
+            for call in (
+                convlora.merge,
+                lambda model: convlora.save_adapter(model, "never"),
+                lambda model: convlora.set_adapter(model, "b"),
+            ):
+                with pytest.raises(StateError, match="on the meta device"):
+                    call(net)
+            remove_hook_from_submodules(net)
+        assert torch.equal(predicts(net), before)
+    convlora.unmerge(convlora.merge(net))
+    assert torch.equal(predicts(net), before)
+
+
 # --- 8. forwards on the instance ----------------------------------------------------------------------------------
 
 

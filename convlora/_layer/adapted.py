@@ -44,6 +44,10 @@ GETATTR = nn.Module.__getattr__
 
 WRITERS = {"reset_parameters", "convert_conv2d_weight_memory_format", "convert_conv3d_weight_memory_format"}
 """Functions that read ``weight`` to write into it in place: they are given the base's, where the write lasts."""
+SHARDED = "_is_fsdp_managed_module"
+"""What FSDP puts on each module that it manages. It takes parameters out, and puts views of its flat one in."""
+OFFLOADED = "_hf_hook"
+"""What accelerate puts on each module with tensors of its own: a hook that brings them before the module's forward."""
 
 DAMAGED = "The adapter of this layer is damaged ({}); inject or load it again."
 
@@ -78,10 +82,11 @@ class AdaptedLayer(Swapped):
     def weight(self) -> Tensor:
         """The effective weight W + ΔW. To change the base weight, use :func:`convlora.base_weight`."""
         layer = cast(nn.Module, self)
-        base = layer._parameters.get("weight")
-        if hasattr(base, "device_mesh") and sys._getframe(1).f_code.co_name == "reset_sharded_param":
-            # FSDP2 asks by getattr for the Parameter that it registered, and would shard W + ΔW in its place.
-            return cast(Tensor, base)
+        if not torch.compiler.is_compiling() and (SHARDED in vars(layer) or OFFLOADED in vars(layer)):
+            asker = sys._getframe(1).f_globals.get("__name__", "")
+            if asker.startswith(("torch.distributed.fsdp.", "accelerate.")):
+                # They ask by getattr for the tensor that they move, and FSDP would shard W + ΔW in its place.
+                return vars(layer)["weight"] if "weight" in vars(layer) else cast(Tensor, GETATTR(layer, "weight"))
         try:
             if not torch.compiler.is_compiling():
                 if nn.Module.__getattr__ is not GETATTR and (traced := _traced_weight(layer)) is not None:
@@ -99,9 +104,15 @@ class AdaptedLayer(Swapped):
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        if "weight" not in vars(self):
+        if "weight" not in vars(self) and SHARDED not in vars(self):
             raise StateError(ASSIGNED)
         vars(self)["weight"] = value  # torch's older weight_norm: its hook writes the base's weight here each time
+
+    @weight.deleter
+    def weight(self) -> None:
+        if SHARDED not in vars(self):
+            raise AttributeError(f"weight of {type(self).__name__} is computed and cannot be deleted")
+        del vars(self)["weight"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own forward with the effective weight; with dropout in training, base plus branch."""
@@ -116,6 +127,8 @@ class AdaptedLayer(Swapped):
         if lora is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         is_eager = not torch.compiler.is_compiling() and not is_tracing()
+        if is_eager and OFFLOADED in vars(lora) and lora.lora_A.is_meta:
+            return _forward_offloaded(self, lora, args, kwargs)
         is_single = len(args) == 1 and not kwargs
         if layer.training or torch.is_grad_enabled():
             if is_eager and torch.is_grad_enabled() and _is_trained(layer, lora):
@@ -147,7 +160,10 @@ class AdaptedLayer(Swapped):
         ``__setattr__`` is nn.Module's.
         """
         if name == "weight" and "_convlora_loading" not in vars(self):
-            raise StateError(ASSIGNED)
+            if SHARDED not in vars(self) or name in cast(nn.Module, self)._parameters:
+                raise StateError(ASSIGNED)
+            cast(nn.Module, self)._parameters[name] = param  # FSDP puts back what it took out
+            return
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -165,6 +181,17 @@ def own_weight(layer: nn.Module) -> Tensor:
     if weight is None:
         weight = vars(layer).get("weight")
     return super(AdaptedLayer, layer).weight if weight is None else weight  # type: ignore[misc]
+
+
+def _forward_offloaded(layer: AdaptedLayer, lora: LoRA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward with the factors brought by accelerate's hook on them, which comes before their own forward only."""
+    hook = vars(lora)[OFFLOADED]
+    hook.pre_forward(lora)
+    try:
+        return AdaptedLayer.forward(layer, *args, **kwargs)
+    finally:
+        hook.post_forward(lora, None)
+        held(cast(nn.Module, layer)).kept.clear()  # it would hold what was offloaded
 
 
 def _is_trained(layer: nn.Module, lora: LoRA) -> bool:

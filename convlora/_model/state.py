@@ -13,7 +13,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .._layer.adapted import CHILD, AdaptedLayer, base_weight, carries, held, layer_weight, lora_of
+from .._layer.adapted import (
+    CHILD,
+    SHARDED,
+    AdaptedLayer,
+    base_weight,
+    carries,
+    held,
+    layer_weight,
+    lora_of,
+)
 from .._layer.factors import LoRA
 from .._layer.functional import alpha_of
 from .._layer.places import BASE, COPY, SWAPPING, Place
@@ -375,16 +384,22 @@ def _is_ours(module: nn.Module) -> bool:
     return isinstance(module, (AdaptedLayer, FrozenNorm, TrackedNorm)) or carries(module)
 
 
+IN_SHARDS = (
+    "{} is sharded over processes. Gather the state dict, load it into an injected model that is not sharded, and call "
+    "again with that. Nothing was changed."
+)
+
+
 def check_whole(root: nn.Module) -> None:
     """Raise StateError where the model's numbers are not here: on the meta device, or sharded over processes."""
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
         if tensor.is_meta:
             raise StateError(f"{name} is on the meta device and holds no numbers. Nothing was changed.")
-        if hasattr(tensor, "device_mesh"):
-            raise StateError(
-                f"{name} is sharded over processes. Gather the state dict, load it into an injected model that is not "
-                "sharded, and call again with that. Nothing was changed."
-            )
+        if hasattr(tensor, "device_mesh") or hasattr(tensor, "_fsdp_flattened"):
+            raise StateError(IN_SHARDS.format(name))
+    for name, module in root.named_modules():
+        if SHARDED in vars(module) and any(isinstance(value, Tensor) for value in vars(module).values()):
+            raise StateError(IN_SHARDS.format(name))  # a view of FSDP's flat parameter, in a parameter's place
 
 
 def check_intact(root: nn.Module, injection: Injection) -> None:
@@ -401,7 +416,8 @@ def check_intact(root: nn.Module, injection: Injection) -> None:
 
 def replaced_modules(root: nn.Module, injection: Injection) -> list[str]:
     """Names at which another module is now than the one that an adapter concerns."""
-    now = dict(root.named_modules(remove_duplicate=False))
+    # FSDP1 wraps a module where it stands: the later of the two is the module inside.
+    now = {name.replace("._fsdp_wrapped_module", ""): m for name, m in root.named_modules(remove_duplicate=False)}
     concerned = {name: module for each in injection.adapters.values() for name, module in each.modules.items()}
     return [name or "the model" for name, module in concerned.items() if now.get(name) is not module]
 
