@@ -92,6 +92,7 @@ class AdaptedLayer(Swapped):
                 if nn.Module.__getattr__ is not GETATTR and (traced := _traced_weight(layer)) is not None:
                     return traced
                 reader = sys._getframe(1).f_code
+                base = layer._parameters.get("weight")
                 if base is not None and reader.co_name in WRITERS:
                     return base
                 if layer.training:
