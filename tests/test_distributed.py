@@ -46,7 +46,7 @@ def _process(rank: int, directory: Path) -> None:
     try:
         cannot = None
         results: dict[str, Any] = {}
-        for worker in (_ddp, _ddp_tracked, _fsdp, _fsdp_merged, _fsdp_refuses, _fsdp1, _fsdp1_refuses):
+        for worker in (_ddp, _ddp_tracked, _ddp_switched, _fsdp, _fsdp_merged, _fsdp_refuses, _fsdp1, _fsdp1_refuses):
             if worker is _fsdp:
                 cannot = why_torch_cannot_shard()
             if worker is _fsdp1:
@@ -167,6 +167,39 @@ def test_ddp_with_tracked_norms_keeps_the_statistics_of_rank_0(found):
         alone(half(second, rank))
         assert equal(moved, statistics(alone))
     assert not equal(ranks[0], ranks[1])
+
+
+def _two_adapters() -> SmallNet:
+    net = injected()
+    convlora.add_adapter(net, "b", 2)
+    return net
+
+
+def _ddp_switched(rank: int, directory: Path) -> dict[str, Any]:
+    net = _two_adapters()
+    old = nn.parallel.DistributedDataParallel(net)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        convlora.set_adapter(old.module, "b")
+    old(half(batches()[0], rank)).square().mean().backward()
+    apart = gradients(net)
+    net.zero_grad()
+    new = nn.parallel.DistributedDataParallel(net)
+    new(half(batches()[0], rank)).square().mean().backward()
+    return {"told": [str(each.message) for each in told], "apart": apart, "together": gradients(net)}
+
+
+def test_after_set_adapter_a_new_ddp_averages_and_the_old_one_is_warned_of(found):
+    ranks = found("_ddp_switched")
+    alone = convlora.set_adapter(_two_adapters(), "b")
+    alone(batches()[0]).square().mean().backward()
+    expected = gradients(alone)
+    assert any("lora_B" in name and grad.any() for name, grad in expected.items())
+    for rank in ranks:
+        assert [text for text in rank["told"] if "Wrap the model again before you train" in text]
+        torch.testing.assert_close(rank["together"], expected, **CLOSE)
+    assert equal(ranks[0]["together"], ranks[1]["together"])
+    assert not equal(ranks[0]["apart"], ranks[1]["apart"])  # what is warned of
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is of the CPU")

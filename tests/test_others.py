@@ -689,7 +689,14 @@ def _() -> None:
         with pytest.raises(convlora.UnsupportedLayerError, match="wrap it again"):
             convlora.set_adapter(ddp, "b")
         assert snapshot(net) == before
-        convlora.set_adapter(ddp.module, "b")
+        with pytest.warns(UserWarning, match="Wrap the model again before you train"):
+            convlora.set_adapter(ddp.module, "b")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            convlora.set_adapter(ddp.module, "b")  # is active already
+            other = convlora.inject(SmallNet(), 2)
+            convlora.add_adapter(other, "b", 2)
+            convlora.set_adapter(other, "b")  # no DDP holds this one
         ddp = nn.parallel.DistributedDataParallel(net)
         ddp(torch.randn(4, 3, 16, 16)).sum().backward()
         assert all(p.grad is not None for p in convlora.trainable_parameters(net))

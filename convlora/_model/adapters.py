@@ -10,7 +10,7 @@ from torch import nn
 
 from .._layer.places import SWAPPING
 from ..errors import StateError
-from .checks import check_model, check_not_ddp
+from .checks import check_model, check_not_ddp, warn_of_ddp
 from .inject import begin
 from .options import Options, Request
 from .remove import drop
@@ -75,7 +75,7 @@ def set_adapter(model: M, adapter_name: str) -> M:
     Raises:
         StateError: no adapter of this name; the model is merged, or inside a ``disable_adapter`` block.
         UnsupportedLayerError: a DistributedDataParallel was given, which averages the gradients of those parameters
-            alone that were trainable when it was made.
+            alone that were trainable when it was made. The model inside is switched, with a warning: wrap it again.
     """
     check_not_ddp(model)
     parts = ready(model, check_unmerged, check_outside_blocks)
@@ -93,6 +93,9 @@ def set_adapter(model: M, adapter_name: str) -> M:
         for (root, injection), state in zip(parts, before, strict=True):
             activate(root, injection, *state)
         raise
+    for (root, _), (active, _) in zip(parts, before, strict=True):
+        if active != adapter_name:
+            warn_of_ddp(root, stacklevel=2)
     return model
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from numbers import Integral
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -88,6 +91,20 @@ def check_not_ddp(model: nn.Module) -> None:
             "The model is wrapped in DistributedDataParallel, which would not average the gradients of another "
             "adapter. Call convlora.set_adapter on the model inside (ddp.module), then wrap it again before you train. "
             "Nothing was changed."
+        )
+
+
+def warn_of_ddp(root: nn.Module, stacklevel: int) -> None:
+    """Warn where a DDP that holds the model would not average the gradients of the adapter that is active now."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    ddp = nn.parallel.DistributedDataParallel
+    wrappers = [each for each in gc.get_objects() if issubclass(type(each), ddp)]  # isinstance could run a proxy's code
+    if any(module is root for wrapper in wrappers for module in wrapper.modules()):
+        warnings.warn(
+            f"A DistributedDataParallel holds this {type(root).__name__}, and would not average the gradients of the "
+            "adapter that is active now: each process would train its own. Wrap the model again before you train.",
+            stacklevel=stacklevel + 1,
         )
 
 
