@@ -37,6 +37,7 @@ FEW_LAYERS, FEW_ADAPTERS = 8, 2
 LINEAR = 1.2
 """Above this exponent a call is said to grow faster than what it is about; 1 and what the machine's noise adds."""
 ELSEWHERE = {
+    "adopt": "a new head in the place of an only adapter's",
     "push_to_hub": "save_adapter, and an upload",
     "register": "touches no model",
 }
@@ -241,6 +242,7 @@ CASES: dict[str, Case] = {
     "merge": Case(lambda s: convlora.merge(s.model), after=lambda s: convlora.unmerge(s.model)),
     "unmerge": Case(lambda s: convlora.unmerge(s.model), before=lambda s: convlora.merge(s.model)),
     "remove": Case(lambda s: convlora.remove(s.other), before=a_copy),
+    "check": Case(lambda s: convlora.check(s.model)),
     "summary": Case(lambda s: str(convlora.summary(s.model))),
     "adapter_parameters": Case(lambda s: list(convlora.adapter_parameters(s.model))),
     "trainable_parameters": Case(lambda s: list(convlora.trainable_parameters(s.model))),
