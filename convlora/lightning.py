@@ -126,7 +126,7 @@ class AdapterCallback(Callback):  # type: ignore[misc]
         model, stored, base = pl_module.state_dict(), checkpoint["state_dict"], checkpoint.get(KEY, {})
         known = {*stored, *base}
         parts = {key: text.partition(" ") for key, text in base.items() if key in model}
-        unlike = [key for key, (text, _, near) in parts.items() if is_other(text, near, model[key])]
+        unlike = [key for key, (text, _, near) in parts.items() if is_other(text, near, model[key], digest(model[key]))]
         _refuse(
             [
                 *(f"{key}: not in the checkpoint" for key in _base_keys(pl_module) if key not in known),

@@ -14,6 +14,7 @@ from torch import nn
 
 import convlora
 from convlora import CheckpointError, StateError
+from convlora._checkpoint import fitting
 
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 PREFIX = "base_model.model."
@@ -349,3 +350,11 @@ def test_full_disk_keeps_the_old_adapter(saved, images):
         signal.signal(signal.SIGXFSZ, old)
     assert files_in(directory) == [CARD, CONFIG, TENSORS]
     assert torch.equal(convlora.load_adapter(base, directory).eval()(images), expected)
+
+
+def test_loading_reads_each_tensor_of_the_base_once(saved, monkeypatch):
+    base, directory, _ = saved
+    hashed, digest = [], fitting.digest
+    monkeypatch.setattr(fitting, "digest", lambda tensor: hashed.append(tensor.data_ptr()) or digest(tensor))
+    convlora.load_adapter(base, directory)
+    assert hashed and len(hashed) == len(set(hashed))

@@ -24,7 +24,7 @@ from conftest import SmallNet, dense_delta, need, randomise, snapshot
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -199,6 +199,15 @@ def _() -> None:
         refused(net, lambda net=net: nn.SyncBatchNorm.convert_sync_batchnorm(net), "convert before convlora.inject")
     refused(convlora.merge(net), lambda: nn.SyncBatchNorm.convert_sync_batchnorm(net), "convert before convlora.inject")
     assert isinstance(nn.SyncBatchNorm.convert_sync_batchnorm(convlora.remove(net)).bn1, nn.SyncBatchNorm)
+
+
+@situation("Lightning's sync_batchnorm=True, which converts after its callbacks' setup", "refused", "lightning")
+def _() -> None:
+    from lightning.pytorch.plugins import TorchSyncBatchNorm
+
+    for norm in ("freeze", "track"):
+        net = injected(norm=norm)
+        refused(net, lambda net=net: TorchSyncBatchNorm().apply(net), "convert before convlora.inject")
 
 
 @situation("timm's convert_sync_batchnorm after injection", "refused, and the model is as it was", "timm")
@@ -392,6 +401,59 @@ def _() -> None:
         )
         with pytest.warns(UserWarning, match=r"stem.weight: it requires a gradient but belongs to the base"):
             trainer.fit(Module(), DataLoader(cast(Any, IMAGES), batch_size=4))
+
+
+@situation("a layer's factors are deleted by hand", "one error names the layer, check lists it")
+def _() -> None:
+    def without_the_child(net: SmallNet) -> None:
+        del net.stem._modules["convlora"]
+
+    def without_the_adapter(net: SmallNet) -> None:
+        del net.stem.convlora.default
+
+    def without_a_factor(net: SmallNet) -> None:
+        del net.stem.convlora.default.lora_B
+
+    for damage in (without_the_child, without_the_adapter, without_a_factor):
+        net = injected()
+        damage(net)
+        assert [finding.name for finding in convlora.check(net)] == ["stem"]
+        calls: list[Callable[[nn.Module], object]] = [
+            convlora.summary,
+            convlora.merge,
+            convlora.trainable_parameters,
+            lambda net: list(convlora.adapter_parameters(net)),
+            lambda net: convlora.save_adapter(net, "unwritten"),
+        ]
+        for call in calls:
+            with pytest.raises(StateError, match="stem: the factors of adapter 'default' were deleted"):
+                call(net)
+
+
+@situation("save_adapter of a parametrized or pruned factor", "refused with the remedy, which serves; check lists it")
+def _() -> None:
+    def parametrized(lora: nn.Module) -> Callable[[], object]:
+        parametrize.register_parametrization(lora, "lora_A", nn.Softplus())
+        return lambda: parametrize.remove_parametrizations(lora, "lora_A")
+
+    def pruned(lora: nn.Module) -> Callable[[], object]:
+        prune.random_unstructured(lora, "lora_A", amount=0.5)
+        return lambda: prune.remove(lora, "lora_A")
+
+    for change in (parametrized, pruned):
+        net = injected()
+        remedy = change(net.stem.convlora.default)
+        with tempfile.TemporaryDirectory() as directory:
+            listed = [finding for finding in convlora.check(net) if finding.level == "unsaved"]
+            assert [finding.name for finding in listed] == ["stem"]
+            refused(net, lambda net=net: convlora.save_adapter(net, directory), "stem: .*remove_parametrizations")
+            remedy()
+            assert "stem" not in [finding.name for finding in convlora.check(net)]
+            convlora.save_adapter(net, directory)
+            torch.manual_seed(0)
+            base = SmallNet()
+            base.load_state_dict(convlora.remove(copy.deepcopy(net)).state_dict())
+            assert torch.equal(predicts(convlora.load_adapter(base, directory)), predicts(net))
 
 
 # --- 3. state dicts -----------------------------------------------------------------------------------------------

@@ -27,14 +27,15 @@ def check_fits(manifest: Manifest, model: nn.Module, check_base: bool) -> None:
     faults, state = [*_layer_faults(manifest.plan, model)], tensors_as(model, BASE)
     faults = faults or [*_tensor_faults(manifest, model, state), *_structure_faults(manifest, model, state)]
     remedy = "Build the model as it was trained (same architecture, num_classes) and load again."
-    if not faults and check_base:
-        faults = list(_number_faults(manifest, state))
+    here = {} if faults or not check_base else {key: digest(state[key]) for key in manifest.base}
+    if here:
+        faults = list(_number_faults(manifest, state, here))
         remedy = "Load the same pretrained weights first, or pass check_base=False to use it on this base all the same."
     if faults:
         title = f"{manifest.file}: this adapter was made for another base model:"
         lines = few([plain(fault) for fault in faults])
         raise CheckpointError("\n".join([title, *lines, f"{remedy} Nothing was changed."]))
-    near = [key for key in manifest.base if differ(manifest.base[key], digest(state[key]))] if check_base else []
+    near = [key for key, own in here.items() if differ(manifest.base[key], own)]
     if near:
         warnings.warn(
             f"{manifest.file}: {len(near)} tensors of the base differ from those at training by rounding alone (the "
@@ -112,8 +113,8 @@ def _structure_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, 
     yield from (f"  {key}: only in the file's base" for key in manifest.base if key not in here)
 
 
-def _number_faults(manifest: Manifest, state: Mapping[str, Tensor]) -> Iterator[str]:
+def _number_faults(manifest: Manifest, state: Mapping[str, Tensor], here: Mapping[str, str]) -> Iterator[str]:
     for key, text in manifest.base.items():
-        if is_other(text, manifest.sketches.get(key, ""), state[key]):
-            form, own = (each.rpartition(":")[0] for each in (text, digest(state[key])))
+        if is_other(text, manifest.sketches.get(key, ""), state[key], here[key]):
+            form, own = (each.rpartition(":")[0] for each in (text, here[key]))
             yield f"  {key}: the base's numbers differ" + (f" ({form!r} in the file, {own!r} here)" * (form != own))

@@ -69,6 +69,9 @@ def load_adapter(
             claims is checked against its size and the model before its tensors are read.
         StateError: the model carries an adapter of this name already, or is merged.
 
+    Warns:
+        UserWarning: tensors of the base differ from those at training by rounding alone.
+
     Whatever is raised, the model is as it was.
     """
     root = root_of(model)

@@ -64,8 +64,8 @@ def save_adapter(
 
     Raises:
         StateError: the model holds no adapter, or several injected parts; :func:`convlora.check` finds it changed since
-            injection; or a parameter of the base, or outside of the injected part, requires a gradient, so that
-            training it would be lost.
+            injection; a factor is pruned or parametrized; or a parameter of the base, or outside of the injected part,
+            requires a gradient, so that training it would be lost.
         CheckpointError: the directory cannot be written; what was there before is still there.
         TargetError: a metric is no finite number, or ``base_model`` no name on the hub.
 
@@ -83,7 +83,7 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
     adapter.follow()
     for layer in adapter.plan.layers:
         check_alpha(layer.alpha, f"scaling of {layer.name} was changed, and alpha of it")
-    refuse_changed(root, injection)
+    refuse_changed(root, injection, adapter)
     check_nothing_outside(model, root)
     with unmerged(root, injection):
         buffers = moved_buffers(root, injection, adapter)

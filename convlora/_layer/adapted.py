@@ -330,6 +330,12 @@ def lora_of(layer: nn.Module, adapter_name: str) -> LoRA:
     return cast(LoRA, held(layer)._modules[adapter_name])
 
 
+def has_lora(layer: nn.Module, adapter_name: str) -> bool:
+    """Whether other code has left the layer its factors of this adapter."""
+    lora = held(layer)._modules.get(adapter_name) if carries(layer) else None
+    return lora is not None and hasattr(lora, "lora_A") and hasattr(lora, "lora_B")
+
+
 def active_adapter(layer: nn.Module) -> LoRA | None:
     """The factors that the layer computes with; None for the base alone."""
     adapters, route = held(layer), route_of(layer)

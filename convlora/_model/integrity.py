@@ -44,14 +44,14 @@ class Finding:
         name: of the module, parameter or buffer.
         what: what is found.
         remedy: what to do.
-        level: ``"refused"``: training, saving and merging refuse; ``"warned"``: who begins a training is warned;
-            ``"noted"``: only :func:`check` says it.
+        level: ``"refused"``: training, saving and merging refuse; ``"unsaved"``: saving alone refuses; ``"warned"``:
+            who begins a training is warned; ``"noted"``: only :func:`check` says it.
     """
 
     name: str
     what: str
     remedy: str
-    level: Literal["refused", "warned", "noted"]
+    level: Literal["refused", "unsaved", "warned", "noted"]
 
     def __str__(self) -> str:
         return f"{self.name}: {self.what}. {self.remedy}"
@@ -71,13 +71,22 @@ def check(model: nn.Module) -> list[Finding]:
         StateError: there is no adapter.
     """
     parts = injected(model)
-    named = ((name, f) for name, root, injection in parts for f in (*_findings(root, injection), *_moved(injection)))
+    named = (
+        (name, finding)
+        for name, root, injection in parts
+        for finding in (
+            *_findings(root, injection),
+            *(each for adapter in injection.adapters.values() for each in _computed(adapter)),
+            *_moved(injection),
+        )
+    )
     return [replace(finding, name=".".join(filter(None, (name, finding.name)))) for name, finding in named]
 
 
-def refuse_changed(root: nn.Module, injection: Injection) -> None:
-    """Raise StateError for findings with which training, saving or merging would go wrong."""
+def refuse_changed(root: nn.Module, injection: Injection, saved: Adapter | None = None) -> None:
+    """Raise StateError for findings with which training, merging, or saving that adapter would go wrong."""
     faults = [finding for finding in _findings(root, injection) if finding.level == "refused"]
+    faults += _computed(saved) if saved is not None else ()
     if faults:
         raise StateError(f"{type(root).__name__} is no longer as convlora.inject left it:\n  {_listed(faults)}")
 
@@ -100,6 +109,12 @@ def _listed(findings: list[Finding]) -> str:
 def _findings(root: nn.Module, injection: Injection) -> Iterator[Finding]:
     adapter = injection.adapters[injection.active]
     yield from _replaced(root, injection)
+    lost = [(name, each.plan.adapter_name) for each in injection.adapters.values() for name in each.lost()]
+    for name, owner in lost:
+        again = "Put them back, or build the base anew and load the adapter that you saved"
+        yield Finding(name, f"the factors of adapter {owner!r} were deleted", again, "refused")
+    if lost:
+        return
     names = {module: name or "the model" for name, module in root.named_modules()}
     yield from _classes(injection, adapter, names)
     yield from _flags(root, injection, adapter, names)
@@ -132,6 +147,17 @@ def _classes(injection: Injection, adapter: Adapter, names: dict[nn.Module, str]
         if place.module in names and place.module in adapter.norms and taken:
             what = "the statistics were taken away: no file could say so"
             yield Finding(names[place.module], f"{place.name}: {what}", "Put them back", "refused")
+
+
+def _computed(adapter: Adapter) -> Iterator[Finding]:
+    """Factors that other code computes: a file holds numbers alone."""
+    for planned, lora in zip(adapter.plan.layers, () if adapter.lost() else adapter.loras, strict=False):
+        if lora.sources() is None:
+            what = (
+                f"its factors in adapter {adapter.plan.adapter_name!r} are pruned or parametrized: no file holds that"
+            )
+            remedy = "prune.remove or parametrize.remove_parametrizations (torch.nn.utils) makes them plain"
+            yield Finding(planned.name, what, remedy, "unsaved")
 
 
 def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[nn.Module, str]) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from .._layer.adapted import (
     AdaptedLayer,
     base_weight,
     carries,
+    has_lora,
     held,
     layer_weight,
     lora_of,
@@ -50,8 +51,18 @@ class Adapter:
 
     @property
     def loras(self) -> list[LoRA]:
-        """The factors of every layer, in the plan's order."""
+        """The factors of every layer, in the plan's order; StateError names those without."""
+        if lost := self.lost():
+            raise StateError(
+                f"{', '.join(lost)}: the factors of adapter {self.plan.adapter_name!r} were deleted. Put them back, or "
+                "build the base anew and load the adapter that you saved."
+            )
         return [lora_of(layer, self.plan.adapter_name) for layer in self.layers]
+
+    def lost(self) -> list[str]:
+        """Layers whose factors were deleted by other code."""
+        name, pairs = self.plan.adapter_name, zip(self.plan.layers, self.layers, strict=True)
+        return [planned.name for planned, layer in pairs if not has_lora(layer, name)]
 
     def follow(self) -> None:
         """Take into the plan what was written into ``scaling`` by hand since: the layer's own is computed with."""
