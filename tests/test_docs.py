@@ -180,6 +180,21 @@ def test_shell_commands_exist(name: str, command: str):
         assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
 
 
+@pytest.mark.parametrize("page", ["torch.md", "threat-model.md", "reliability.md"])
+def test_tests_that_a_page_names_exist(page: str):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    rows = [row for row in text.splitlines() if row.startswith("|") and "✓" in row]
+    assert page != "torch.md" or rows and all("<!-- tests/" in row for row in rows)
+    missing = []
+    file = ""
+    for named, test in re.findall(r"(?:tests/)?((?:example/)?test_\w+\.py)?::([^`;|]+?)(?=`|;| -->)", text):
+        file = named or file  # a name without a file is of the one before it
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        if f"def {test.split('[')[0]}(" not in source and f'"{test}"' not in source:
+            missing.append(f"{file}::{test}")
+    assert file and not missing
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_links_to_files_lead_to_files(name: str):
     """mkdocs checks those among the pages of docs, anchors too; this checks README's and the pictures."""
