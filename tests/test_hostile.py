@@ -642,7 +642,10 @@ def change_of(kind, directory):
     if kind.startswith("peft"):
         A, B = (tensors[f"model.0.lora_{side}.weight"] for side in "AB")
         config = json.loads((directory / CONFIG).read_text())
-        alpha = config.get("alpha_pattern", {}).get("0", config.get("lora_alpha", 8))
+        # As peft looks it up: a pattern is a regular expression of the name's end.
+        patterns = config.get("alpha_pattern", {}).items()
+        default = config.get("lora_alpha", 8)
+        alpha = next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", "0")), default)
         return alpha * torch.einsum("or,riyx->oiyx", B.flatten(1), A)
     A, B = tensors["lora_down.weight"], tensors["lora_up.weight"].flatten(1)
     if "lora_mid.weight" in tensors:
