@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import need
+from conftest import EXTRAS, need
 from hub_stand_in import WRITE, serving
 from test_hub import point_to
 
@@ -121,6 +121,12 @@ WITH_PYTHON = [name for name, page in zip(NAMES, PAGES, strict=True) if blocks(p
 
 @pytest.mark.parametrize("name", WITH_PYTHON)
 def test_every_snippet_of_a_page_runs(name: str, alone: None):
+    code = "\n".join(block.code for block in blocks(ROOT / name, "python"))
+    for package in EXTRAS:
+        if re.search(rf"(?:import|from|convlora\.|import [\w, ]+,) ?{package}\b", code):
+            need(package)
+    if "torch.onnx" in code:
+        need("onnxscript")
     assert run_page(ROOT / name) > 0
 
 
