@@ -190,7 +190,7 @@ def test_shell_commands_exist(name: str, command: str):
 def test_tests_that_a_page_names_exist(page: str):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     rows = [row for row in text.splitlines() if row.startswith("|") and "✓" in row]
-    assert page != "torch.md" or rows and all("<!-- tests/" in row for row in rows)
+    assert page != "torch.md" or (rows and all("<!-- tests/" in row for row in rows))
     missing = []
     file = ""
     for named, test in re.findall(r"(?:tests/)?((?:example/)?test_\w+\.py)?::([^`;|]+?)(?=`|;| -->)", text):
