@@ -699,6 +699,144 @@ def _() -> None:
 # --- 6. precision -------------------------------------------------------------------------------------------------
 
 
+class NormedHead(SmallNet):
+    """A head of several layers, with norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+HALVES = [(net, dtype) for net in (SmallNet, NormedHead) for dtype in (torch.bfloat16, torch.float16)]
+
+
+def _half(net: type[SmallNet], dtype: torch.dtype, **options: Any) -> tuple[SmallNet, SmallNet]:
+    """A base in half precision, and the same injected."""
+    torch.manual_seed(0)
+    base = net().to(dtype).eval()
+    return base, convlora.inject(copy.deepcopy(base), 2, **({"modules_to_save": "fc"} | options))
+
+
+@situation("a head trained on a half-precision base", "fp32, moves by small steps, begins at the base's bits")
+def _() -> None:
+    for build, dtype in HALVES:
+        base, net = _half(build, dtype)
+        x = IMAGES.to(dtype)
+        with torch.no_grad():
+            assert torch.equal(net(x), base(x))
+        head = list(net.fc.parameters())
+        assert {p.dtype for p in convlora.trainable_parameters(net)} == {torch.float32}
+        assert {p.dtype for p in base.parameters()} == {dtype} and net.stem.weight.dtype == dtype
+        before = [p.detach().clone() for p in head]
+        optimizer = torch.optim.AdamW(head, lr=1e-5, weight_decay=0.0)
+        net.train()
+        for _ in range(4):
+            optimizer.zero_grad()
+            net(x).float().square().mean().backward()
+            optimizer.step()
+        moved = sum(int((p != q).sum()) for p, q in zip(head, before, strict=True))
+        assert moved > 0.95 * sum(int((p.grad != 0).sum()) for p in head if p.grad is not None)
+
+
+@situation("GradScaler on a base in fp16", "steps")
+def _() -> None:
+    _, net = _half(SmallNet, torch.float16)
+    parameters = list(convlora.trainable_parameters(net))
+    optimizer, scaler = torch.optim.SGD(parameters, lr=0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = [p.detach().clone() for p in net.fc.parameters()]
+    scaler.scale(net.train()(IMAGES.half()).float().square().mean()).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    scaler.step(optimizer)
+    assert not any(torch.equal(p, q) for p, q in zip(net.fc.parameters(), before, strict=True))
+
+
+@situation(
+    "a half-precision base whose head was trained in fp32",
+    "saved, loaded, copied, switched, routed, disabled, merged and removed to the bit",
+)
+def _() -> None:
+    for build, dtype in HALVES:
+        base, net = _half(build, dtype)
+        x = IMAGES.to(dtype)
+
+        def shift(model: nn.Module, by: float) -> None:
+            with torch.no_grad():
+                for p in convlora.trainable_parameters(model):
+                    p.add_(by * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+
+        shift(net, 0.05)
+        net.eval()
+        with torch.no_grad():
+            right, plain = net(x), base(x)
+            assert not torch.equal(right, plain)
+            with tempfile.TemporaryDirectory() as directory:
+                convlora.save_adapter(net, directory)
+                again = convlora.load_adapter(copy.deepcopy(base), directory).eval()
+            assert torch.equal(again(x), right)
+            assert all(torch.equal(p, q) for p, q in zip(again.fc.parameters(), net.fc.parameters(), strict=True))
+            for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+                assert torch.equal(twin(x), right) and next(twin.fc.parameters()).dtype == torch.float32
+            with convlora.disable_adapter(net):
+                assert torch.equal(net(x), plain)
+            convlora.add_adapter(net, "b", 2, modules_to_save="fc")
+            convlora.set_adapter(net, "b")
+            assert torch.equal(net.eval()(x), plain)
+            shift(net, 0.07)
+            other = net(x)
+            convlora.set_adapter(net, "default")
+            assert torch.equal(net.eval()(x), right)
+            with convlora.use_adapters(net, ["default", "b", None, "b"]):
+                routed = net(x)
+            wanted = torch.stack([right[0], other[1], plain[2], other[3]])
+            torch.testing.assert_close(routed, wanted, rtol=0.02, atol=0.02)  # sizes of batches round otherwise
+            assert torch.equal(convlora.merge(net)(x), right)
+            assert torch.equal(convlora.unmerge(net)(x), right)
+            merged = convlora.remove(convlora.merge(copy.deepcopy(net)))
+            assert torch.equal(merged(x), right) and {p.dtype for p in merged.parameters()} == {dtype}
+            assert [type(m) for m in merged.modules()] == [type(m) for m in base.modules()]
+            convlora.remove(net)
+        assert [type(m) for m in net.modules()] == [type(m) for m in base.modules()]
+        for key, tensor in base.state_dict().items():
+            assert torch.equal(net.state_dict()[key], tensor) and net.state_dict()[key].dtype == tensor.dtype
+
+
+@situation("a half-precision base cast to fp32 or fp64 while injected, and removed", "all of it in that dtype")
+def _() -> None:
+    for dtype in (torch.float32, torch.float64):
+        base, net = _half(SmallNet, torch.bfloat16)
+        net.to(dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(net(IMAGES.to(dtype)), copy.deepcopy(base).to(dtype)(IMAGES.to(dtype)))
+        assert {p.dtype for p in convlora.remove(net).parameters()} == {dtype}
+        assert torch.equal(net.fc.weight, base.fc.weight.to(dtype))
+
+
+@situation("a layer of a half-precision base: a head for one adapter, adapted by another", "each computes and trains")
+def _() -> None:
+    x = IMAGES.bfloat16()
+    in_full, adapted = {"modules_to_save": "fc"}, {"target_modules": "fc", "modules_to_save": None}
+    for first, second in ((in_full, adapted), (adapted, in_full)):
+        base, net = _half(SmallNet, torch.bfloat16, **first)
+        convlora.add_adapter(net, "b", 2, **second)
+        for name in ("b", "default", "b"):
+            convlora.set_adapter(net, name)
+            assert torch.equal(net.eval()(x), base(x))
+            net(x).float().sum().backward()
+        convlora.remove(net)
+        assert type(net.fc) is nn.Linear and torch.equal(net.fc.weight, base.fc.weight)
+
+
+@situation("torch.compile(fullgraph=True) of a half-precision base with a trained head", "one graph, eager's numbers")
+def _() -> None:
+    _, net = _half(SmallNet, torch.bfloat16)
+    x = IMAGES.bfloat16()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), net(x))
+    compiled(x).float().sum().backward()
+    assert net.fc.weight.dtype == torch.bfloat16 and net.fc._parameters["weight"].grad is not None
+
+
 @situation("autocast on a CPU, padding not zeros", "the dtype of torch's own layer, in training as in inference")
 def _() -> None:
     for mode in ("zeros", "reflect", "replicate", "circular"):

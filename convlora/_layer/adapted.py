@@ -22,6 +22,7 @@ from .factors import LoRA
 from .fast import convolution, is_plain, linear
 from .functional import is_tracing
 from .kept import Kept
+from .masters import as_read
 from .routed import layer_forward
 from .routing import route_of
 from .swap import Swapped, original_class, restore, swap
@@ -233,7 +234,7 @@ def layer_weight(layer: nn.Module) -> Tensor:
     """
     base, lora = own_weight(layer), active_adapter(layer)
     if lora is None:
-        return base
+        return cast(Tensor, as_read(layer, "weight", base))
     if torch.compiler.is_compiling() or is_tracing() or held(layer).kept.serves != get_ident():
         return lora.effective_weight(base)
     return held(layer).kept.weight(base, lora.sources(), lora.scaling, lora.effective_weight)

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from threading import RLock
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from .functional import move_like
+from .masters import base_dtype
 
 BASE = ""
 """The base as an owner; no adapter can have this name."""
@@ -82,8 +84,15 @@ class Place:
         if owner in self.kept:
             theirs = self.kept[owner]
             self.moves += 1
-            self.home[self.name] = None if theirs is None else move_like(theirs, now)
+            self.home[self.name] = None if theirs is None else move_like(theirs, self._like(owner, now))
             del self.kept[owner]
+
+    def _like(self, owner: str, now: Tensor | None) -> Tensor | None:
+        """A tensor of the device and dtype that the owner's has by now; ``now`` is the one in the module."""
+        dtype = None if now is None else base_dtype(self.module, self.name)
+        if now is None or dtype is None:
+            return now
+        return now.new_empty(0, dtype=dtype if owner == BASE else torch.promote_types(dtype, torch.float32))
 
     def put_copy(self, copies: dict[int, Tensor]) -> None:
         """Put the base's tensor in; of a buffer, a copy.

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..errors import StateError
 from .compiler import uncompiled
 from .functional import hashed
+from .masters import base_dtype
 from .places import Place
 
 _open: dict[object, None] = {}
@@ -100,7 +101,9 @@ class Route:
         if place is None:
             return cast("Tensor | None", module._parameters.get(name, module._buffers.get(name)))
         theirs, now = place.of(owner), place.now
-        return theirs if theirs is None or now is None else theirs.to(now.device, now.dtype)
+        if theirs is None or now is None:
+            return theirs
+        return theirs.to(now.device, base_dtype(module, name) or now.dtype)
 
     def own(self, module: nn.Module, owner: str) -> tuple[Hashable, ...]:
         """What tells the owner's tensors of a module from others': parameters by identity, buffers by their numbers."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._layer.adapted import Adapters, attach, base_weight
 from .._layer.dora import channel_norms
 from .._layer.factors import LoRA
+from .._layer.masters import master_of
 from .._layer.paths import Path
 from .._layer.places import BASE, SWAPPING, Place
 from .._plan import Init, LayerPlan, NormPolicy, Plan
@@ -252,11 +253,14 @@ def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) 
                 injection.places.append(place)
             base = place.of(BASE)
             if base is not None and id(base) not in copies:
-                copies[id(base)] = _own_copy(base, module in trained or (module in with_bias and name == "bias"))
+                copies[id(base)] = _own_copy(module, name, base, adapter, module in trained)
             place.kept[plan.adapter_name] = None if base is None else copies[id(base)]
 
 
-def _own_copy(base: Tensor, trained: bool) -> Tensor:
-    if isinstance(base, nn.Parameter):
-        return nn.Parameter(base.detach().clone(), requires_grad=trained)
-    return base.clone()
+def _own_copy(module: nn.Module, name: str, base: Tensor, adapter: Adapter, in_full: bool) -> Tensor:
+    if not isinstance(base, nn.Parameter):
+        return base.clone()
+    if in_full:
+        return nn.Parameter(master_of(module, name, base, module in adapter.norms))
+    is_bias = name == "bias" and any(adapter.modules[bias] is module for bias in adapter.plan.biases)
+    return nn.Parameter(base.detach().clone(), requires_grad=is_bias)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .._layer.compiler import uncompiled
 from .._layer.functional import is_transformed
+from .._layer.masters import DTYPES, Mastered
 from .._layer.routed import batch_norm
 from .._layer.routing import Route, route_of
 from .._layer.swap import Swapped, restore, turn
@@ -203,6 +204,12 @@ def _spared(norm: nn.Module) -> Iterator[None]:
         norm._buffers.update(buffers)
 
 
+class MasteredNorm(Mastered, TrackedNorm):
+    """A tracked norm inside a module that is trained in full, on a half-precision base."""
+
+    _convlora_prefix: ClassVar[str] = "Mastered"
+
+
 def set_policy(norm: nn.Module, policy: NormPolicy | None, holder: nn.Module | None) -> None:
     """Freeze the norm, track it, or with None give it back its own class and mode; may be run again.
 
@@ -210,7 +217,7 @@ def set_policy(norm: nn.Module, policy: NormPolicy | None, holder: nn.Module | N
     follows.
     """
     if policy is not None:
-        turn(norm, POLICIES[policy])
+        turn(norm, MasteredNorm if policy == "track" and DTYPES in vars(norm) else POLICIES[policy])
     elif isinstance(norm, (FrozenNorm, TrackedNorm)):
         restore(cast(nn.Module, norm))
     mode, mode_of_holder = vars(norm).get(MODES, (vars(norm)["training"], None))

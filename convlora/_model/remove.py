@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from .._layer.adapted import aside_of, detach
+from .._layer.masters import give_back
 from .._layer.places import BASE, SWAPPING
 from .._layer.swap import check_restorable
 from .norms import set_policy
@@ -54,6 +55,9 @@ def undo(injection: Injection, root: nn.Module) -> None:
     for adapter in injection.adapters.values():
         for layer in adapter.layers:
             detach(layer, adapter.plan.adapter_name)
+    rounded: dict[int, nn.Parameter] = {}
+    for place in injection.places:
+        give_back(place.module, rounded)
     unhook_state_dicts(root)
     injection.adapters.clear()  # a shallow copy of the root has the same record: it is plain, too
     vars(root).pop(RECORD, None)

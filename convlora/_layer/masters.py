@@ -1,0 +1,82 @@
+"""Trained parameters of a half-precision base: kept in fp32, as factors are, and read in the base's own dtype.
+
+Steps of 1e-5 vanish in bf16, and a GradScaler refuses gradients in fp16. The optimizer, the state dict and the file
+have the fp32 parameter. The module's forward, and whoever else reads the attribute, gets it rounded to the base's
+dtype, so that a fresh head computes the base's bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from .swap import Swapped, is_swapped, restore, swap
+
+DTYPES = "_convlora_dtypes"
+"""The module's attribute that holds the base's dtype of each such parameter, by its name."""
+
+
+class Mastered(Swapped):
+    """A module with parameters in fp32 whose attributes are in the base's dtype."""
+
+    _convlora_prefix: ClassVar[str] = "Mastered"
+
+    def __getattr__(self, name: str) -> Any:
+        return as_read(cast(nn.Module, self), name, super().__getattr__(name))  # type: ignore[misc]
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        dtypes = vars(self).get(DTYPES, {})  # they follow half(), float() and to() as the base's own tensors would
+        vars(self)[DTYPES] = {name: fn(torch.empty(0, dtype=dtype)).dtype for name, dtype in dtypes.items()}
+        return cast(Any, super())._apply(fn, *args, **kwargs)
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether training it as it is would lose small steps."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize < 4
+
+
+def master_of(module: nn.Module, name: str, base: Tensor, is_norm: bool) -> Tensor:
+    """The base's numbers in fp32, where the module can then be read in the base's dtype; else in the base's.
+
+    Args:
+        module: to whose parameter an adapter gets a trained one of its own.
+        name: the parameter's.
+        base: the base's tensor there.
+        is_norm: whether it is a norm whose class the norm policy chooses.
+    """
+    if not is_half(base) or (isinstance(module, Swapped) and not (is_norm or isinstance(module, Mastered))):
+        return base.detach().clone()
+    vars(module).setdefault(DTYPES, {})[name] = base.dtype
+    if not is_norm and not isinstance(module, Mastered):
+        swap(module, Mastered)
+    return base.detach().to(torch.float32)
+
+
+def base_dtype(module: nn.Module, name: str) -> torch.dtype | None:
+    """The base's dtype of a parameter that adapters keep in fp32; None for every other."""
+    return cast("dict[str, torch.dtype]", vars(module).get(DTYPES, {})).get(name)
+
+
+def as_read(module: nn.Module, name: str, found: Any) -> Any:
+    """What code that reads this attribute computes with."""
+    dtype = base_dtype(module, name)
+    return found if dtype is None or not isinstance(found, Tensor) or found.dtype == dtype else found.to(dtype)
+
+
+def give_back(module: nn.Module, rounded: dict[int, nn.Parameter]) -> None:
+    """The module of its own class, all of its parameters in the base's dtype; may be run again.
+
+    Args:
+        module: any.
+        rounded: parameters rounded so far, by the identity of what they were; shared ones stay shared.
+    """
+    for name, dtype in vars(module).get(DTYPES, {}).items():
+        now = module._parameters.get(name)
+        if now is not None and now.dtype != dtype:
+            whole = nn.Parameter(now.detach().to(dtype), requires_grad=now.requires_grad)
+            module._parameters[name] = rounded.setdefault(id(now), whole)
+    vars(module).pop(DTYPES, None)
+    if isinstance(module, Mastered) and is_swapped(module):
+        restore(cast(nn.Module, module))
