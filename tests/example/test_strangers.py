@@ -2,9 +2,12 @@
 
 import itertools
 
+import pytest
+from conftest import need
+
+need("h5py")
 import h5py
 import numpy as np
-import pytest
 from strangers import ATTACKS, PIXELS, attempt
 
 from examples.histopathology.challenge import ChallengeRows
