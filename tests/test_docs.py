@@ -11,13 +11,15 @@ Weights cannot be downloaded here: ``timm.create_model(name, pretrained=True)`` 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.machinery
 import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -119,8 +121,25 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 WITH_PYTHON = [name for name, page in zip(NAMES, PAGES, strict=True) if blocks(page, "python")]
 
 
+@cache
+def what_pages_run_with() -> str:
+    """A digest of all that a page's snippets depend on besides the page: the library, this folder, torch."""
+    files = sorted(file for folder in ("convlora", "tests") for file in (ROOT / folder).rglob("*.py"))
+    return hashlib.sha256(b"\0".join([torch.__version__.encode(), *(file.read_bytes() for file in files)])).hexdigest()
+
+
+@pytest.fixture
+def passed(name: str, request: pytest.FixtureRequest) -> Callable[[], None]:
+    """To be called when the page has passed: it runs again only when it, or what it runs with, has changed."""
+    key, memory = f"convlora/pages/{name}", getattr(request.config, "cache", None)
+    now = hashlib.sha256((ROOT / name).read_bytes() + what_pages_run_with().encode()).hexdigest()
+    if memory and not request.config.getoption("--run-all") and memory.get(key, None) == now:
+        pytest.skip("page and library are as when it last passed; --run-all runs it again")
+    return lambda: memory.set(key, now) if memory else None
+
+
 @pytest.mark.parametrize("name", WITH_PYTHON)
-def test_every_snippet_of_a_page_runs(name: str, alone: None):
+def test_every_snippet_of_a_page_runs(name: str, passed: Callable[[], None], alone: None):
     code = "\n".join(block.code for block in blocks(ROOT / name, "python"))
     for package in EXTRAS:
         if re.search(rf"(?:import|from|convlora\.|import [\w, ]+,) ?{package}\b", code):
@@ -128,6 +147,7 @@ def test_every_snippet_of_a_page_runs(name: str, alone: None):
     if "torch.onnx" in code:
         need("onnxscript")
     assert run_page(ROOT / name) > 0
+    passed()
 
 
 def test_skipped_snippets_are_those_listed():
