@@ -818,13 +818,47 @@ def _() -> None:
     in_full, adapted = {"modules_to_save": "fc"}, {"target_modules": "fc", "modules_to_save": None}
     for first, second in ((in_full, adapted), (adapted, in_full)):
         base, net = _half(SmallNet, torch.bfloat16, **first)
-        convlora.add_adapter(net, "b", 2, **second)
+        with (
+            pytest.warns(UserWarning, match="AdaptedLinear.*stays bfloat16")
+            if first is adapted
+            else contextlib.nullcontext()
+        ):
+            convlora.add_adapter(net, "b", 2, **second)
         for name in ("b", "default", "b"):
             convlora.set_adapter(net, name)
             assert torch.equal(net.eval()(x), base(x))
             net(x).float().sum().backward()
         convlora.remove(net)
         assert type(net.fc) is nn.Linear and torch.equal(net.fc.weight, base.fc.weight)
+
+
+@situation("tied weights in a head on a half-precision base", "fp32, tied still, and the base's again after remove")
+def _() -> None:
+    base = SmallNet()
+    base.fc = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+    base.fc[2].weight = base.fc[0].weight
+    base.to(torch.bfloat16).eval()
+    net, x = convlora.inject(copy.deepcopy(base), 2, modules_to_save="fc"), IMAGES.bfloat16()
+    weights = [net.fc[at]._parameters["weight"] for at in (0, 2)]
+    assert weights[0] is weights[1] and weights[0].dtype == torch.float32
+    net(x).float().sum().backward()
+    assert weights[0].grad is not None and torch.equal(net(x), base(x))
+    merged = convlora.remove(convlora.merge(copy.deepcopy(net)))
+    for model in (merged, convlora.remove(net)):
+        assert model.fc[0].weight is model.fc[2].weight and model.fc[0].weight.dtype == torch.bfloat16
+
+
+@situation(
+    "a file with a head in half precision, as older releases wrote", "loads into the same base, its head in fp32"
+)
+def _() -> None:
+    base, net = _half(SmallNet, torch.bfloat16)
+    with tempfile.TemporaryDirectory() as directory:
+        convlora._layer.masters.give_back(net.fc, {})
+        convlora.save_adapter(net, directory)
+        again = convlora.load_adapter(copy.deepcopy(base), directory).eval()
+    assert again.fc._parameters["weight"].dtype == torch.float32
+    assert torch.equal(again(IMAGES.bfloat16()), base(IMAGES.bfloat16()))
 
 
 @situation("torch.compile(fullgraph=True) of a half-precision base with a trained head", "one graph, eager's numbers")

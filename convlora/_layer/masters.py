@@ -7,6 +7,7 @@ dtype, so that a fresh head computes the base's bits.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, cast
 
 import torch
@@ -37,8 +38,8 @@ def is_half(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize < 4
 
 
-def master_of(module: nn.Module, name: str, base: Tensor, is_norm: bool) -> Tensor:
-    """The base's numbers in fp32, where the module can then be read in the base's dtype; else in the base's.
+def keep_in_fp32(module: nn.Module, name: str, base: Tensor, is_norm: bool) -> bool:
+    """Whether an adapter keeps its own tensor of this parameter in fp32; the module then reads it in the base's dtype.
 
     Args:
         module: to whose parameter an adapter gets a trained one of its own.
@@ -46,12 +47,20 @@ def master_of(module: nn.Module, name: str, base: Tensor, is_norm: bool) -> Tens
         base: the base's tensor there.
         is_norm: whether it is a norm whose class the norm policy chooses.
     """
-    if not is_half(base) or (isinstance(module, Swapped) and not (is_norm or isinstance(module, Mastered))):
-        return base.detach().clone()
+    if not is_half(base):
+        return False
+    if isinstance(module, Swapped) and not (is_norm or isinstance(module, Mastered)):
+        warnings.warn(
+            f"A {type(module).__name__} that another adapter adapts is to be trained in full: its {name} stays "
+            f"{str(base.dtype).removeprefix('torch.')}, and small steps are lost. Inject the adapter that trains it in "
+            "full first.",
+            stacklevel=2,
+        )
+        return False
     vars(module).setdefault(DTYPES, {})[name] = base.dtype
     if not is_norm and not isinstance(module, Mastered):
         swap(module, Mastered)
-    return base.detach().to(torch.float32)
+    return True
 
 
 def base_dtype(module: nn.Module, name: str) -> torch.dtype | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._layer.adapted import Adapters, attach, base_weight
 from .._layer.dora import channel_norms
 from .._layer.factors import LoRA
-from .._layer.masters import master_of
+from .._layer.masters import keep_in_fp32
 from .._layer.paths import Path
 from .._layer.places import BASE, SWAPPING, Place
 from .._plan import Init, LayerPlan, NormPolicy, Plan
@@ -252,15 +252,16 @@ def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) 
                 place = Place(module, name, is_parameter=name in parameters)
                 injection.places.append(place)
             base = place.of(BASE)
+            is_trained, dtype = module in with_bias and name == "bias", None if base is None else base.dtype
+            if module in trained and isinstance(base, nn.Parameter):
+                is_trained = True  # of a tied parameter each module is told, and the copy is one
+                dtype = torch.float32 if keep_in_fp32(module, name, base, module in adapter.norms) else dtype
             if base is not None and id(base) not in copies:
-                copies[id(base)] = _own_copy(module, name, base, adapter, module in trained)
+                copies[id(base)] = _own_copy(base, is_trained, dtype)
             place.kept[plan.adapter_name] = None if base is None else copies[id(base)]
 
 
-def _own_copy(module: nn.Module, name: str, base: Tensor, adapter: Adapter, in_full: bool) -> Tensor:
-    if not isinstance(base, nn.Parameter):
-        return base.clone()
-    if in_full:
-        return nn.Parameter(master_of(module, name, base, module in adapter.norms))
-    is_bias = name == "bias" and any(adapter.modules[bias] is module for bias in adapter.plan.biases)
-    return nn.Parameter(base.detach().clone(), requires_grad=is_bias)
+def _own_copy(base: Tensor, is_trained: bool, dtype: torch.dtype | None) -> Tensor:
+    if isinstance(base, nn.Parameter):
+        return nn.Parameter(base.detach().to(dtype, copy=True), requires_grad=is_trained)
+    return base.clone()
