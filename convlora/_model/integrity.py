@@ -166,9 +166,10 @@ def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[
     # Parts injected inside this one have their own.
     nested = [each for _, _, each in injections(root)]
     factors = {id(factor) for each in nested for adapter in each.adapters.values() for factor in adapter.factors()}
+    known = own | factors
     inside_new = tuple(f"{name}." for name in replaced_modules(root, injection))
     for name, parameter in root.named_parameters():
-        if parameter.requires_grad and id(parameter) not in own | factors and not name.startswith(inside_new):
+        if parameter.requires_grad and id(parameter) not in known and not name.startswith(inside_new):
             what = "it requires a gradient but belongs to the base, which is not saved"
             remedy = "Freeze it with requires_grad_(False), or name its module in modules_to_save when you inject"
             yield Finding(name, what, remedy, "warned")
