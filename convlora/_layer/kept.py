@@ -120,7 +120,8 @@ class Kept:
             scaling: what multiplies B @ A; of each adapter, where there are several, and what else tells of a change.
             compute: makes the effective weight of W.
         """
-        if factors is None or (type(scaling) is not float and isinstance(scaling, Tensor)) or torch._C._len_torch_dispatch_stack():
+        is_written = type(scaling) is not float and isinstance(scaling, Tensor)
+        if factors is None or is_written or torch._C._len_torch_dispatch_stack():
             # Of unknown origin, or written in place, or fake or recorded under a mode, which must see it computed.
             return compute(base)
         sources, entry = (base, *factors), self._entry
