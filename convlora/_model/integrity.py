@@ -161,12 +161,9 @@ def _computed(adapter: Adapter) -> Iterator[Finding]:
 
 
 def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[nn.Module, str]) -> Iterator[Finding]:
-    own = {id(place.now) for place in injection.places if place.is_parameter and place.owner == injection.active}
-    own |= {id(place.now) for _, _, each in injections(root) for place in each.places if place.is_parameter}
-    # Parts injected inside this one have their own.
-    nested = [each for _, _, each in injections(root)]
-    factors = {id(factor) for each in nested for adapter in each.adapters.values() for factor in adapter.factors()}
-    known = own | factors
+    nested = [each for _, _, each in injections(root)]  # this one, and parts injected inside it
+    known = {id(place.now) for each in nested for place in each.places if place.is_parameter}
+    known |= {id(factor) for each in nested for other in each.adapters.values() for factor in other.factors()}
     inside_new = tuple(f"{name}." for name in replaced_modules(root, injection))
     for name, parameter in root.named_parameters():
         if parameter.requires_grad and id(parameter) not in known and not name.startswith(inside_new):
