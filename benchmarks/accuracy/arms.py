@@ -18,6 +18,8 @@ from benchmarks.overhead.subjects import NORMS, heads, train_only
 from convlora._model.targets import modules_of
 
 FULL = "full"
+EVERYWHERE, ALL_IMAGES, FIRST_ALONE = 3, 2, 1
+"""Where an arm is run: on every task of both backbones; with all images, on both; with all images, on the first."""
 Batches = Sequence[tuple[Tensor, Tensor]]
 """Images as the network takes them, and labels."""
 
@@ -36,6 +38,7 @@ class Arm:
     """Whether statistics of norms move in training."""
     is_adapter: bool = False
     """Whether convlora's merge, save and load can be asked of it."""
+    where: int = EVERYWHERE
 
 
 def _full(model: nn.Module, _: Batches) -> nn.Module:
@@ -56,8 +59,13 @@ def _norms(model: nn.Module, _: Batches) -> nn.Module:
     return model
 
 
-def _lora(model: nn.Module, _: Batches, **options: Any) -> nn.Module:
-    return convlora.inject(model, **options)
+def _lora(model: nn.Module, batches: Batches, freeze_A: bool = False, **options: Any) -> nn.Module:
+    data = batches if options.get("init") == "eva" else None
+    convlora.inject(model, init_data=data, **options)
+    for name, parameter in model.named_parameters():
+        if freeze_A and name.endswith(".lora_A"):
+            parameter.requires_grad_(False)
+    return model
 
 
 def _dense(model: nn.Module, _: Batches, rank: int) -> nn.Module:
@@ -67,10 +75,6 @@ def _dense(model: nn.Module, _: Batches, rank: int) -> nn.Module:
 def _late(model: nn.Module, _: Batches, rank: int) -> nn.Module:
     layers = convlora.plan(model, rank).layers
     return convlora.inject(model, rank, target_modules=[layer.name for layer in layers[len(layers) // 2 :]])
-
-
-def _eva(model: nn.Module, batches: Batches, rank: int) -> nn.Module:
-    return convlora.inject(model, rank, init="eva", init_data=batches)
 
 
 def _by_gradient(model: nn.Module, batches: Batches, budget: str) -> nn.Module:
@@ -97,57 +101,71 @@ def _peft(model: nn.Module, _: Batches, rank: int) -> nn.Module:
     return peers.peft(model, rank).model
 
 
-def _adapter(name: str, what: str, tracks: bool = False, **options: Any) -> Arm:
-    return Arm(name, what, partial(_lora, **options), tracks, is_adapter=True)
+def _adapter(name: str, what: str, where: int = EVERYWHERE, tracks: bool = False, **options: Any) -> Arm:
+    return Arm(name, what, partial(_lora, **options), tracks, is_adapter=True, where=where)
 
 
 _ALL = (
     _adapter("probe", "the head alone", target_modules=()),
-    Arm("biases", "every bias, and the head", _biases),
+    Arm("biases", "every bias, and the head", _biases, where=ALL_IMAGES),
     Arm("norms", "scale and shift of norms, and the head", _norms),
-    *(_adapter(f"lora-{r}", f"inject(model, rank={r})", rank=r) for r in (1, 2, 4, 8, 16, 32)),
-    _adapter("lora-8-track", 'rank 8, norm="track"', tracks=True, rank=8, norm="track"),
-    _adapter("lora-8-alpha-8", "rank 8, alpha 8: a scaling of 1", rank=8, alpha=8),
-    _adapter("lora-8-alpha-64", "rank 8, alpha 64: a scaling of 8", rank=8, alpha=64),
-    Arm("lora-8-dense", "rank 8 in convolutions without groups alone", partial(_dense, rank=8), is_adapter=True),
-    Arm("lora-8-late", "rank 8 in the second half of the convolutions", partial(_late, rank=8), is_adapter=True),
-    _adapter("rslora-8", "rank 8, use_rslora", rank=8, use_rslora=True),
-    _adapter("dora-8", "rank 8, use_dora", rank=8, use_dora=True),
-    _adapter("pissa-8", 'rank 8, init="pissa"', rank=8, init="pissa"),
-    _adapter("olora-8", 'rank 8, init="olora"', rank=8, init="olora"),
-    _adapter("orthogonal-8", 'rank 8, init="orthogonal"', rank=8, init="orthogonal"),
-    _adapter("gaussian-8", 'rank 8, init="gaussian"', rank=8, init="gaussian"),
-    Arm("eva-8", 'rank 8, init="eva" from eight batches', partial(_eva, rank=8), is_adapter=True),
-    _adapter("budget-2%", 'ranks as equal as budget="2%" allows', budget="2%"),
+    _adapter("lora-1", "inject(model, rank=1)", rank=1),
+    _adapter("lora-2", "inject(model, rank=2)", ALL_IMAGES, rank=2),
+    _adapter("lora-4", "inject(model, rank=4)", ALL_IMAGES, rank=4),
+    _adapter("lora-8", "inject(model, rank=8)", rank=8),
+    _adapter("lora-16", "inject(model, rank=16)", FIRST_ALONE, rank=16),
+    _adapter("lora-32", "inject(model, rank=32)", ALL_IMAGES, rank=32),
+    _adapter("lora-8-track", 'rank 8, norm="track"', ALL_IMAGES, tracks=True, rank=8, norm="track"),
+    _adapter("lora-8-alpha-8", "rank 8, alpha 8: a scaling of 1", ALL_IMAGES, rank=8, alpha=8),
+    _adapter("lora-8-alpha-64", "rank 8, alpha 64: a scaling of 8", ALL_IMAGES, rank=8, alpha=64),
+    Arm(
+        "lora-8-dense",
+        "rank 8 in convolutions without groups alone",
+        partial(_dense, rank=8),
+        is_adapter=True,
+        where=FIRST_ALONE,
+    ),
+    Arm(
+        "lora-8-late",
+        "rank 8 in the second half of the convolutions",
+        partial(_late, rank=8),
+        is_adapter=True,
+        where=ALL_IMAGES,
+    ),
+    _adapter("rslora-8", "rank 8, use_rslora", FIRST_ALONE, rank=8, use_rslora=True),
+    _adapter("dora-8", "rank 8, use_dora", FIRST_ALONE, rank=8, use_dora=True),
+    _adapter("pissa-8", 'rank 8, init="pissa"', ALL_IMAGES, rank=8, init="pissa"),
+    _adapter("olora-8", 'rank 8, init="olora"', FIRST_ALONE, rank=8, init="olora"),
+    _adapter("orthogonal-8", 'rank 8, init="orthogonal"', FIRST_ALONE, rank=8, init="orthogonal"),
+    _adapter("gaussian-8", 'rank 8, init="gaussian"', FIRST_ALONE, rank=8, init="gaussian"),
+    _adapter("eva-8", 'rank 8, init="eva" from eight batches', rank=8, init="eva"),
+    _adapter("eva-8-freeze-a", "the same with A frozen", rank=8, init="eva", freeze_A=True),
+    _adapter("eva-16-freeze-a", 'rank 16, init="eva", A frozen', rank=16, init="eva", freeze_A=True),
+    _adapter("lora-8-freeze-a", "rank 8, A frozen", rank=8, freeze_A=True),
+    _adapter("gaussian-8-freeze-a", 'init="gaussian", A frozen', rank=8, init="gaussian", freeze_A=True),
+    _adapter("orthogonal-8-freeze-a", 'init="orthogonal", A frozen', rank=8, init="orthogonal", freeze_A=True),
+    _adapter("pissa-8-freeze-a", 'init="pissa", A frozen', rank=8, init="pissa", freeze_A=True),
+    _adapter("olora-8-freeze-a", 'init="olora", A frozen', rank=8, init="olora", freeze_A=True),
+    _adapter("budget-2%", 'ranks as equal as budget="2%" allows', ALL_IMAGES, budget="2%"),
     Arm(
         "budget-2%-gradient",
         'budget="2%", importance from sensitivity on eight batches, behind a head that saw them three times',
         partial(_by_gradient, budget="2%"),
         is_adapter=True,
+        where=FIRST_ALONE,
     ),
-    Arm("lora-8-norms", "rank 8, and norms trained in full", partial(_lora_and_norms, rank=8), True, True),
-    Arm("peft-8", "peft LoRA of rank 8 on the layers that it accepts", partial(_peft, rank=8)),
-    Arm("full-freeze", "full fine-tuning, norm statistics constant", _full),
+    Arm(
+        "lora-8-norms",
+        "rank 8, and norms trained in full",
+        partial(_lora_and_norms, rank=8),
+        tracks=True,
+        is_adapter=True,
+        where=ALL_IMAGES,
+    ),
+    Arm("peft-8", "peft LoRA of rank 8 on the layers that it accepts", partial(_peft, rank=8), where=FIRST_ALONE),
+    Arm("full-freeze", "full fine-tuning, norm statistics constant", _full, where=ALL_IMAGES),
     Arm(FULL, "full fine-tuning", _full, tracks=True),
 )
 ARMS = {arm.name: arm for arm in _ALL}
-FEW = ("probe", "norms", "lora-1", "lora-8", FULL)
-"""The arms of the few-shot tasks."""
-SECOND = (
-    *FEW,
-    "biases",
-    "lora-8-norms",
-    "full-freeze",
-    "lora-2",
-    "lora-32",
-    "lora-4",
-    "lora-8-track",
-    "lora-8-alpha-8",
-    "lora-8-alpha-64",
-    "lora-8-late",
-    "pissa-8",
-    "budget-2%",
-)
-"""The arms of the second backbone: those that the choice of defaults hangs on."""
 QUICK = ("probe", "norms", "lora-8", FULL)
 """The arms of a quick run."""

@@ -1,12 +1,17 @@
-"""Tables, a picture with its frontier, and docs/accuracy.md, all from the results; no figure is written by hand."""
+"""Tables, a picture with its frontier, and docs/accuracy.md, all from the results; no figure is written by hand.
+
+The page's rows stand in a file beside it. A row that is measured anew replaces the one there, and the others stay: a
+new arm costs its own trainings alone.
+"""
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -38,34 +43,95 @@ adapted to 5 to 9. `few-N`: N images of each class are trained on. The shifts ch
 
 @dataclass(frozen=True)
 class Row:
-    """An arm on a task, over seeds."""
+    """An arm on a task, over seeds; accuracies are shares, seconds of processor time, sizes bytes."""
 
+    backbone: str
+    task: str
     arm: str
     lr: float
     seeds: int
     mean: float
     spread: float
     shifted: dict[str, float]
-    first: Outcome
+    share: float
+    """Trainable, of the network's parameters."""
     seconds: float
+    saved: int
+    file: int
+    trainings: int
+    """The sweep's and the seeds'."""
+    reloads: int
+    """Trainings that gave the same bits when saved and loaded again."""
+    merges: int
+    """Trainings that were merged and compared."""
+    faults: list[str]
+    threads: int
+    torch: str
+    """Its version."""
 
     @classmethod
-    def of(cls, arm: str, outcomes: Sequence[Outcome]) -> Row:
-        """Of its outcomes at the chosen learning rate."""
-        tests = [o.test for o in outcomes]
-        shifted = {name: statistics.mean(o.shifted[name] for o in outcomes) for name in SHIFTS}
-        spread = statistics.stdev(tests) if len(tests) > 1 else 0.0
-        seconds = min(o.seconds for o in outcomes)  # what else ran then only adds
-        lr = outcomes[0].key.lr
-        return cls(arm, lr, len(tests), statistics.mean(tests), spread, shifted, outcomes[0], seconds)
+    def of(cls, chosen: Sequence[Outcome], every: Sequence[Outcome]) -> Row:
+        """Of an arm's outcomes at the chosen learning rate, the first seed's first, and of those at every rate."""
+        first, tests = chosen[0], [o.test for o in chosen]
+        return cls(
+            first.key.backbone,
+            first.key.task,
+            first.key.arm,
+            first.key.lr,
+            len(tests),
+            statistics.mean(tests),
+            statistics.stdev(tests) if len(tests) > 1 else 0.0,
+            {name: statistics.mean(o.shifted[name] for o in chosen) for name in SHIFTS},
+            first.share,
+            min(o.seconds for o in chosen),  # what else ran then only adds
+            first.saved,
+            first.file,
+            len(every),
+            sum("bit-equal" in o.checked for o in every),
+            sum("merge" in o.checked for o in every),
+            sorted({f"{o.key.arm}: {o.checked}" for o in every if "DIFFERS" in o.checked}),
+            first.threads,
+            torch.__version__,
+        )
 
 
-def rows_by_task(outcomes: list[Outcome]) -> dict[tuple[str, str], list[Row]]:
+def rows_of(outcomes: list[Outcome]) -> list[Row]:
+    """One for each backbone, task and arm that was available."""
+    chosen, every = (_by_arm(found) for found in (reported(outcomes), outcomes))
+    return [Row.of(sorted(found, key=lambda o: o.key.seed), every[name]) for name, found in chosen.items()]
+
+
+def _by_arm(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, str], list[Outcome]]:
+    groups: dict[tuple[str, str, str], list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        groups[outcome.key.backbone, outcome.key.task, outcome.key.arm].append(outcome)
+    return groups
+
+
+def kept(path: Path) -> list[Row]:
+    """Rows of a file that :func:`keep` wrote; none where it is not there."""
+    if not path.is_file():
+        return []
+    return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def keep(path: Path, rows: Iterable[Row]) -> list[Row]:
+    """Put rows into the file, each in the place of one of the same name that has no more seeds. Returns all."""
+    together: dict[tuple[str, str, str], Row] = {}
+    for row in [*kept(path), *rows]:
+        name = (row.backbone, row.task, row.arm)
+        if name not in together or row.seeds >= together[name].seeds:
+            together[name] = row
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in together.values()), encoding="utf-8")
+    return list(together.values())
+
+
+def by_task(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     """Rows in the arms' order, for each backbone and task."""
-    groups: dict[tuple[str, str], dict[str, list[Outcome]]] = defaultdict(lambda: defaultdict(list))
-    for outcome in reported(outcomes):
-        groups[outcome.key.backbone, outcome.key.task][outcome.key.arm].append(outcome)
-    return {key: [Row.of(arm, found[arm]) for arm in ARMS if arm in found] for key, found in groups.items()}
+    groups: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda row: (row.backbone, row.task != "all", len(row.task), row.task)):
+        groups[row.backbone, row.task][row.arm] = row
+    return {key: [found[arm] for arm in ARMS if arm in found] for key, found in groups.items()}
 
 
 HEAD = ("arm", "accuracy", *SHIFTS, "lr", "train %", "s", "saved MB", "file MB")
@@ -78,21 +144,25 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{100 * row.mean:.1f} ± {100 * row.spread:.1f}",
         *(f"{100 * row.shifted[name]:.1f}" for name in SHIFTS),
         f"{row.lr:g}",
-        figure(100 * row.first.share),
+        figure(100 * row.share),
         figure(row.seconds),
-        megabytes(row.first.saved),
-        f"{row.first.file / 1e6:.2f}",
+        megabytes(row.saved),
+        f"{row.file / 1e6:.2f}",
     )
 
 
-def tables(outcomes: list[Outcome]) -> str:
+def tables(rows: Iterable[Row]) -> str:
     """Every task's table."""
     parts = []
-    for (backbone, task), rows in rows_by_task(outcomes).items():
-        parts += [f"## {backbone}, {task}", as_markdown([HEAD, *map(cells, rows)]), *verdict(rows)]
-    missing = sorted({f"{o.key.arm}: {o.unavailable}" for o in outcomes if o.unavailable})
-    parts += ["Not measured:\n\n" + "\n".join(f"- {line}" for line in missing)] if missing else []
+    for (backbone, task), found in by_task(rows).items():
+        parts += [f"## {backbone}, {task}", as_markdown([HEAD, *map(cells, found)]), *verdict(found)]
     return "\n\n".join(parts)
+
+
+def not_measured(outcomes: Iterable[Outcome]) -> list[str]:
+    """A paragraph of the arms that are not available here, and why; nothing where all are."""
+    missing = sorted({f"{o.key.arm}: {o.unavailable}" for o in outcomes if o.unavailable})
+    return ["Not measured:\n\n" + "\n".join(f"- {line}" for line in missing)] if missing else []
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
@@ -103,7 +173,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         return []
     off = 100 * (best.mean - default.mean)
     words = [f"Best: {best.arm}, {100 * best.mean:.1f} %. `inject(model)` (lora-8) is {off:.1f} points below it."]
-    losing = [r.arm for r in rows if r.first.share < default.first.share and r.mean > default.mean and r is not default]
+    losing = [r.arm for r in rows if r.share < default.share and r.mean > default.mean and r is not default]
     words += [f"Smaller and better than lora-8: {', '.join(losing)}."] if losing else []
     full = by_name.get(FULL)
     if full is not None and full.mean > default.mean:
@@ -111,15 +181,15 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     return [" ".join(words)]
 
 
-NAMED = ("probe", "norms", "lora-8", "lora-8-track", "peft-8", "full-freeze", FULL)
+NAMED = ("probe", "norms", "lora-8", "lora-8-track", "eva-8-freeze-a", "peft-8", "full-freeze", FULL)
 """Arms whose name stands beside their point; those on the frontier have theirs too."""
 SHOWN = 10
 """Points of accuracy below the best that a picture shows."""
 Measure = Callable[[Row], float]
-TRAINED: tuple[str, Measure] = ("trainable, % of the network", lambda row: 100 * row.first.share)
+TRAINED: tuple[str, Measure] = ("trainable, % of the network", lambda row: 100 * row.share)
 COSTS: tuple[tuple[str, Measure], ...] = (
     ("processor seconds of training steps", lambda row: row.seconds),
-    ("saved by autograd for 32 images, MB", lambda row: row.first.saved / 1e6),
+    ("saved by autograd for 32 images, MB", lambda row: row.saved / 1e6),
 )
 
 
@@ -163,32 +233,37 @@ def draw(groups: dict[tuple[str, str], list[Row]], path: Path) -> None:
 
 
 def page(outcomes: list[Outcome], path: Path) -> str:
-    """The page; its picture goes beside it."""
-    groups = rows_by_task(outcomes)
-    draw(groups, path.with_suffix(".png"))
-    threads = ", ".join(str(count) for count in sorted({o.threads for o in outcomes} - {0}))
-    machine = f"{platform.machine()}, threads of each training: {threads}, torch {torch.__version__}"
+    """The page; its picture and its rows go beside it."""
+    rows = keep(path.with_suffix(".jsonl"), rows_of(outcomes))
+    draw(by_task(rows), path.with_suffix(".png"))
+    threads, versions = (
+        ", ".join(sorted(found)) for found in ({str(r.threads) for r in rows}, {r.torch for r in rows})
+    )
+    trainings, reloads, merges = (sum(getattr(r, name) for r in rows) for name in ("trainings", "reloads", "merges"))
+    faults = [fault for row in rows for fault in row.faults]
     legend = "\n".join(f"- {arm.name}: {arm.what}" for arm in ARMS.values())
-    checks = sorted({f"{o.key.arm}: {o.checked}" for o in outcomes if "DIFFERS" in o.checked})
-    merged = [o.checked for o in outcomes if "merge" in o.checked]
-    reloads = sum("bit-equal" in o.checked for o in outcomes)
-    checked = (
-        f"Saved and loaded again: {reloads} runs bit-equal, {len(checks)} not; merged and compared: {len(merged)}."
-    )
-    parts = [INTRODUCTION.rstrip(), f"![accuracy against trainable share]({path.with_suffix('.png').name})"]
-    parts += [
-        f"Lines join what no cheaper arm beats. Arms more than {SHOWN} points below the best are in the tables alone."
-    ]
-    parts += [
-        tables(outcomes),
-        checked,
-        *checks,
+    parts = [
+        INTRODUCTION.rstrip(),
+        f"![accuracy against trainable share]({path.with_suffix('.png').name})",
+        f"Lines join what no cheaper arm beats. Arms more than {SHOWN} points below the best are in the tables alone.",
+        tables(rows),
+        *not_measured(outcomes),
+        f"Saved and loaded again: {reloads} runs bit-equal, {len(faults)} not; merged and compared: {merges}.",
+        *faults,
         f"Arms:\n\n{legend}",
-        f"Machine: {machine}; {len(outcomes)} trainings.",
+        f"Machine: {platform.machine()}, threads of each training: {threads}, torch {versions}; {trainings} trainings.",
     ]
-    return "\n\n".join(
-        [*parts, "Again:\n\n```bash\npython -m benchmarks.accuracy && python -m benchmarks.accuracy --report\n```\n"]
-    )
+    return "\n\n".join([*parts, AGAIN])
+
+
+AGAIN = """Again, all of it, or one arm alone; a new arm is one line in `benchmarks/accuracy/arms.py`. Other arms keep their rows in
+`accuracy.jsonl`.
+
+```bash
+python -m benchmarks.accuracy && python -m benchmarks.accuracy --report
+python -m benchmarks.accuracy --arms eva-8 && python -m benchmarks.accuracy --report
+```
+"""
 
 
 def line(outcome: Outcome) -> str:

@@ -19,7 +19,7 @@ from torch import nn
 from examples.histopathology.rates import FURTHER
 
 from . import backbones, data, report
-from .arms import ARMS, FEW, QUICK, SECOND
+from .arms import ALL_IMAGES, ARMS, EVERYWHERE, FIRST_ALONE, QUICK
 from .runs import Make, Sweep, Work, append, mend, missing, read
 from .training import Recipe
 
@@ -49,12 +49,12 @@ Unit = tuple[str, str, str]
 
 
 def units(options: argparse.Namespace) -> list[Unit]:
-    """Everything that is asked for."""
+    """Everything that is asked for; arms that are named are run on the tasks that they belong to, or on named tasks."""
     found = []
     for backbone in options.backbone:
-        small = options.quick or backbone == backbones.SCRATCH
-        for task in options.tasks or (["all"] if small else ["all", "few-1", "few-5", "few-20"]):
-            found += [(backbone, task, arm) for arm in options.arms or _arms(backbone, task, options.quick)]
+        for task in options.tasks or (["all"] if options.quick else ["all", "few-1", "few-5", "few-20"]):
+            belonging = _arms(backbone, task, options.quick)
+            found += [(backbone, task, arm) for arm in options.arms or belonging if options.tasks or arm in belonging]
     return found
 
 
@@ -109,4 +109,5 @@ _made: dict[str, Work] = {}
 def _arms(backbone: str, task: str, is_quick: bool) -> Sequence[str]:
     if is_quick:
         return QUICK
-    return FEW if task != "all" else SECOND if backbone == backbones.SCRATCH else tuple(ARMS)
+    least = EVERYWHERE if task != "all" else ALL_IMAGES if backbone == backbones.SCRATCH else FIRST_ALONE
+    return [name for name, arm in ARMS.items() if arm.where >= least]
