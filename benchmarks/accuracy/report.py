@@ -256,8 +256,9 @@ def page(outcomes: list[Outcome], path: Path) -> str:
     return "\n\n".join([*parts, AGAIN])
 
 
-AGAIN = """Again, all of it, or one arm alone; a new arm is one line in `benchmarks/accuracy/arms.py`. Other arms keep their rows in
-`accuracy.jsonl`.
+AGAIN = """\
+Again, all of it, or one arm alone. A new arm is one line in `benchmarks/accuracy/arms.py`.
+The other arms keep their rows, in `accuracy.jsonl`.
 
 ```bash
 python -m benchmarks.accuracy && python -m benchmarks.accuracy --report
