@@ -216,6 +216,8 @@ CASES: dict[str, Case] = {
     "inject": Case(lambda s: convlora.inject(s.base, 1), after=back, **ALONE),
     "inject, tracked norms": Case(lambda s: convlora.inject(s.base, 1, norm="track"), after=back, **ALONE),
     "inject, eva": Case(lambda s: convlora.inject(s.base, 1, init="eva", init_data=[s.images]), after=back, **ALONE),
+    "inject, masks": Case(lambda s: convlora.inject(s.base, 1, mask_activations=True), after=back, **ALONE),
+    "saved_bytes": Case(lambda s: convlora.saved_bytes(s.base, s.images), **ALONE),
     "sensitivity": Case(lambda s: convlora.sensitivity(s.base, [s.images], loss), **ALONE),
     "extract": Case(lambda s: convlora.extract(s.base, s.other, 1), tuned, back, **ALONE),
     "to_peft": Case(to_peft, **ALONE),

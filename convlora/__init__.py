@@ -12,6 +12,7 @@ from ._model.adapters import add_adapter, delete_adapter, disable_adapter, set_a
 from ._model.budget import sensitivity
 from ._model.inject import inject
 from ._model.integrity import Finding, adopt, check
+from ._model.memory import KeptBytes, SavedBytes, saved_bytes
 from ._model.merge import merge, unmerge
 from ._model.planner import plan
 from ._model.remove import remove
@@ -26,8 +27,10 @@ __all__ = [
     "CheckpointError",
     "ConvLoraError",
     "Finding",
+    "KeptBytes",
     "LayerPlan",
     "Plan",
+    "SavedBytes",
     "StateError",
     "TargetError",
     "UnsupportedLayerError",
@@ -47,6 +50,7 @@ __all__ = [
     "push_to_hub",
     "remove",
     "save_adapter",
+    "saved_bytes",
     "sensitivity",
     "set_adapter",
     "shrink",

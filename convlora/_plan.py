@@ -95,6 +95,7 @@ class Plan:
         modules_to_save: names of the modules trained in full, such as the head, and ``head_found_by`` how.
         norms: names of the norm layers that the policy ``norm`` concerns.
         path: which way the layers take in training.
+        mask_activations: whether activations keep a mask, and max pooling the places of its maxima, in training.
         init: how the factors began.
         biases: names of modules, adapted or not, whose bias alone is trained and belongs to the adapter.
         others: all other modules with parameters, so that each parameter of the model is accounted for.
@@ -120,6 +121,7 @@ class Plan:
     saved_parameters: int
     others: tuple[Part, ...] = ()
     path: Path = "auto"
+    mask_activations: bool = False
     init: Init = "kaiming"
     biases: tuple[str, ...] = ()
     state: str = "planned"

@@ -77,6 +77,7 @@ VALUES = {
     "budget": 100,
     "importance": {"0": 2.0, "1": 1.0},
     "path": "branch",
+    "mask_activations": True,
     "adapter_name": "other",
 }
 """A value of each option that is not its default."""

@@ -41,8 +41,8 @@ def merge(model: M) -> M:
         parts = checked(_parts(model, merged=False), check_enabled, check_unrouted)
         for root, injection in parts:
             refuse_changed(root, injection)
-            for layer in injection.layers:
-                check_restorable(layer)
+            for module in (*injection.layers, *injection.activations):
+                check_restorable(module)
         weights = [
             [nn.Parameter(compute(layer), requires_grad=False) for layer in injection.layers] for _, injection in parts
         ]
@@ -73,6 +73,7 @@ def _fold(parts: list[Part], weights: list[list[nn.Parameter]]) -> None:
             for layer, weight in zip(injection.layers, merged, strict=True):
                 fold(layer, weight)
             injection.merged = True
+            injection.mask()
     except BaseException:
         _unfold(parts)
         raise
@@ -106,6 +107,7 @@ def _unfold(parts: list[Part]) -> None:
         for layer in injection.layers:
             unfold(layer)
         injection.merged = False
+        injection.mask()
 
 
 @contextmanager

@@ -17,20 +17,29 @@ def base_alone(root: nn.Module) -> Iterator[None]:
     """The base in eval mode inside the block, no adapter active; all that a forward may move is put back after it."""
     injection = vars(root).get(RECORD)
     with ExitStack() as undo:
-        devices = {tensor.device for tensor in (*root.parameters(), *root.buffers()) if tensor.is_cuda}
-        undo.enter_context(torch.random.fork_rng(devices=sorted(device.index for device in devices)))
         if isinstance(injection, Injection) and not injection.disabled:
             undo.callback(activate, root, injection, injection.active)
             activate(root, injection, injection.active, disabled=True)
+        undo.enter_context(left_as_it_was(root))
+        for module in root.modules():
+            module.training = False  # not train(False), which a module may have made do more
+        yield
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Modes, buffers and random numbers are after the block what they were before it."""
+    with ExitStack() as undo:
+        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+        undo.enter_context(torch.random.fork_rng(devices=sorted(device.index for device in devices)))
         buffers = [
             (module, name, buffer, None if buffer is None else buffer.clone())
-            for module in root.modules()
+            for module in model.modules()
             for name, buffer in module._buffers.items()
         ]
         undo.callback(_put_back, buffers)
-        for module in root.modules():
+        for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
-            module.training = False  # not train(False), which a module may have made do more
         yield
 
 

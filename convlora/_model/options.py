@@ -45,6 +45,7 @@ class Options(TypedDict, total=False):
     budget: Budget | None
     importance: Mapping[str, float] | None
     path: Path
+    mask_activations: bool
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Request:
     budget: Budget | None = None
     importance: Mapping[str, float] | None = None
     path: Path = "auto"
+    mask_activations: bool = False
     adapter_name: str = "default"
 
     @classmethod
@@ -97,7 +99,7 @@ class Request:
             raise TargetError(f"dropout={self.dropout!r}; it must be at least 0 and below 1.")
         check_name(self.adapter_name)
         check_among(INITS, self.init, "init")
-        for name in ("use_rslora", "use_dora"):
+        for name in ("use_rslora", "use_dora", "mask_activations"):
             if not isinstance(getattr(self, name), bool):
                 raise TargetError(f"{name}={getattr(self, name)!r}; it must be true or false.")
         if self.budget is not None:

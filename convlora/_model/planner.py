@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .._layer.masked import mixin_for
 from .._layer.paths import Path
 from .._layer.swap import check_swappable, original_class
 from .._plan import Init, LayerPlan, NormPolicy, Part, Plan
@@ -39,6 +40,7 @@ def plan(
     budget: Budget | None = None,
     importance: Mapping[str, float] | None = None,
     path: Path = "auto",
+    mask_activations: bool = False,
     adapter_name: str = "default",
 ) -> Plan:
     """What :func:`convlora.inject` would do with the same arguments, without touching the model.
@@ -74,6 +76,10 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     norms = [n for n in named if keeps_statistics(n.module) and n.module not in inside_saved]
     for n in norms:
         check_swappable(n.name, n.module, POLICIES[request.norm])
+    for n in named if request.mask_activations else ():
+        mixin = mixin_for(n.module)
+        if mixin is not None:
+            check_swappable(n.name, n.module, mixin)
     return Plan(
         model=original_class(model).__name__,
         adapter_name=request.adapter_name,
@@ -91,6 +97,7 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         saved_parameters=_size(p for module in inside_saved for p in module._parameters.values()),
         others=tuple(_others(named, inside_saved, choice.listed)),
         path=request.path,
+        mask_activations=request.mask_activations,
         init=request.init,
     )
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from .._layer.adapted import aside_of, detach
+from .._layer.masked import set_masked
 from .._layer.masters import give_back
 from .._layer.places import BASE, SWAPPING
 from .._layer.swap import check_restorable
@@ -38,7 +39,7 @@ def remove(model: M) -> M:
         for _, root, injection in found:
             check_unrouted(injection)
             check_whole(root)
-            for module in (*injection.norms, *injection.layers):
+            for module in (*injection.norms, *injection.layers, *injection.activations):
                 check_restorable(module)
         to_the_end(take_out)
     return model
@@ -49,6 +50,8 @@ def undo(injection: Injection, root: nn.Module) -> None:
     holders = holders_of(root)
     for norm in injection.norms:
         set_policy(norm, None, holders.get(norm))
+    for module in injection.activations:
+        set_masked(module, False)
     for place in [] if injection.merged else injection.places:
         place.put(BASE)
     _give_flags_back(injection)

@@ -26,6 +26,7 @@ from .._layer.adapted import (
 )
 from .._layer.factors import LoRA
 from .._layer.functional import alpha_of
+from .._layer.masked import Masked, set_masked
 from .._layer.places import BASE, COPY, SWAPPING, Place
 from .._plan import NormPolicy, Plan
 from ..errors import StateError
@@ -46,6 +47,8 @@ class Adapter:
     """Adapted layers, in the plan's order."""
     norms: dict[nn.Module, NormPolicy]
     """What its norm layers do while it is active."""
+    activations: list[nn.Module] = field(default_factory=list)
+    """Those that keep a mask while it is active."""
     resting: list[tuple[nn.Module, str]] = field(default_factory=list)
     """Factors that were trainable when the adapter was last active, and are again when it is, as (module, name)."""
 
@@ -108,6 +111,17 @@ class Injection:
         """Every norm layer that any adapter freezes or tracks."""
         return list(dict.fromkeys(norm for each in self.adapters.values() for norm in each.norms))
 
+    @property
+    def activations(self) -> list[nn.Module]:
+        """Every activation that keeps a mask for any adapter."""
+        return list(dict.fromkeys(module for each in self.adapters.values() for module in each.activations))
+
+    def mask(self) -> None:
+        """Let the active adapter's activations keep masks, while it is not merged, and no others; may be run again."""
+        active = set() if self.merged else set(self.adapters[self.active].activations)
+        for module in self.activations:
+            set_masked(module, module in active)
+
     def __getstate__(self) -> dict[str, object]:
         return vars(self) | {"blocks": set(), "routed": set()}
 
@@ -145,6 +159,7 @@ def _activate(root: nn.Module, injection: Injection, adapter_name: str, disabled
     for name, each in injection.adapters.items():
         _wake(each) if name == adapter_name else _rest(each)
     injection.active, injection.disabled = adapter_name, disabled
+    injection.mask()
 
 
 def mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
@@ -392,7 +407,7 @@ def check_plain(model: nn.Module) -> None:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module, (AdaptedLayer, FrozenNorm, TrackedNorm)) or carries(module)
+    return isinstance(module, (AdaptedLayer, FrozenNorm, TrackedNorm, Masked)) or carries(module)
 
 
 IN_SHARDS = (

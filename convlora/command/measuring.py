@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._model.memory import counting
+
 
 @dataclass(frozen=True)
 class Quartiles:
@@ -72,15 +74,7 @@ def ratios(values: Sequence[float], reference: Sequence[float]) -> list[float]:
 
 def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps between forward and backward: each storage once, those of ``own`` not at all."""
-    known = {tensor.untyped_storage()._cdata for tensor in own}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that none takes another's address
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    sizes: list[int] = []
+    with counting(own, sizes.append):
         forward()
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(sizes)

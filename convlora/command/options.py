@@ -122,6 +122,9 @@ class Adapting(Targeting):
     use_dora: Annotated[bool, typer.Option("--dora", help="Train each output channel's size apart.")] = Request.use_dora
     init: Annotated[Init, typer.Option(help="How the factors begin.")] = Request.init
     path: Annotated[Way, typer.Option(help="How a convolution computes in training.")] = Request.path
+    mask_activations: Annotated[
+        bool, typer.Option("--mask-activations", help="Activations keep a mask in training.")
+    ] = Request.mask_activations
 
     def arguments(self) -> dict[str, Any]:
         """The library's arguments."""
