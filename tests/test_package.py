@@ -50,6 +50,7 @@ STOREYS: dict[str, list[str]] = {
         "budget",
         "choice",
         "planner",
+        "init_data",
         "init",
         "remove",
         "inject",

@@ -1,4 +1,4 @@
-"""The variants, each by its defining property: how factors begin, PiSSA and OLoRA on a base that stays, EVA, DoRA."""
+"""The variants, each by its defining property: how factors begin, PiSSA and OLoRA on a base that stays, DoRA."""
 
 import copy
 import math
@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import convlora
-from convlora._model import init as init_room
 
 ANCHORED = ["pissa", "olora"]
 anchored = pytest.mark.parametrize("init", ANCHORED)
@@ -585,173 +584,6 @@ def test_shrunk_dora_keeps_its_magnitudes(net, images):
     convlora.shrink(net, tolerance=1e-7)
     torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(a, lora.lora_magnitude) for a, lora in zip(sizes, factors_of(net), strict=True))
-
-
-# ---- EVA
-
-
-def patches_by_unfold(layer, x):
-    """What the kernels meet, by torch's own unfold, the groups one below the other; in fp64."""
-    if isinstance(layer, nn.Linear):
-        return x.reshape(-1, x.shape[-1]).double()
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
-    columns = F.unfold(x.double(), layer.kernel_size, layer.dilation, 0, layer.stride)
-    rows = columns.transpose(1, 2).reshape(-1, columns.shape[1])
-    return rows.view(len(rows), layer.groups, -1).flatten(0, 1)
-
-
-@given(geometry=convolutions())
-def test_eva_has_the_leading_directions_of_what_the_kernels_meet(geometry):
-    layer, x = geometry.build()
-    base = copy.deepcopy(layer)
-    try:
-        adapt(layer, init="eva", init_data=x.split(1))
-    except convlora.TargetError:
-        return  # so small that even rank 1 would outweigh it
-    lora = layer.convlora["default"]
-    rows, A = patches_by_unfold(base, x), lora.lora_A.detach().flatten(1).double()
-    torch.testing.assert_close(A @ A.T, torch.eye(len(A), dtype=A.dtype), rtol=1e-5, atol=1e-5)
-    best = torch.linalg.svdvals(rows)[: len(A)].square().sum()
-    assert (rows @ A.T).square().sum().item() == pytest.approx(best.item(), rel=1e-5)  # no rank r projection keeps more
-    assert torch.equal(layer(x), base(x))
-
-
-def test_eva_of_one_and_three_dimensions_and_linear_layers():
-    for kind in ("1d", "3d", "linear"):
-        layer, x = OTHERS[kind]()
-        met = copy.deepcopy(layer)
-        if kind != "linear":  # an identity kernel for each weight shows what it meets
-            met.bias = None
-            met.weight = nn.Parameter(torch.eye(layer.weight[0].numel()).view(-1, *layer.weight.shape[1:]))
-            rows = met._conv_forward(x, met.weight, None).movedim(1, -1).flatten(0, -2).double()
-        else:
-            rows = x.double()
-        A = adapt(layer, init="eva", init_data=[x]).convlora["default"].lora_A.detach().flatten(1).double()
-        best = torch.linalg.svdvals(rows)[: len(A)].square().sum().item()
-        assert (rows @ A.T).square().sum().item() == pytest.approx(best, rel=1e-5)
-
-
-def test_eva_of_a_large_layer_by_subspace_iteration(monkeypatch):
-    torch.manual_seed(0)
-    rows = torch.randn(400, 96) * torch.linspace(2, 0.1, 96)
-    covariance = rows.T @ rows
-    monkeypatch.setattr(init_room, "EXACT_UP_TO", 95)
-    before = torch.random.get_rng_state()
-    found = init_room._leading(covariance, 4)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    torch.testing.assert_close(found @ found.T, torch.eye(4), rtol=1e-5, atol=1e-5)
-    best = torch.linalg.eigvalsh(covariance)[-4:].sum().item()
-    assert (rows @ found.T).square().sum().item() == pytest.approx(best, rel=1e-3)
-
-
-def test_eva_sees_what_a_forward_that_pads_by_itself_shows_its_kernels():
-    layers = need("timm.layers")
-    conv, x = layers.create_conv2d(3, 8, 3, stride=2, padding="same"), torch.randn(2, 3, 10, 11)
-    assert type(conv).__name__ == "Conv2dSame"
-    net = convlora.inject(nn.Sequential(conv), 2, modules_to_save=None, init="eva", init_data=[x])
-    # 10 = 2·4 + 2 needs one zero in all, at the end; 11 = 2·5 + 1 one on each side.
-    rows = F.unfold(F.pad(x, (1, 1, 0, 1)), 3, stride=2).transpose(1, 2).flatten(0, 1).double()
-    A = net[0].convlora["default"].lora_A.detach().flatten(1).double()
-    best = torch.linalg.svdvals(rows)[:2].square().sum().item()
-    assert (rows @ A.T).square().sum().item() == pytest.approx(best, rel=1e-5)
-
-
-class Stateful(nn.Module):
-    """Counts its forwards, draws random numbers, and has a hook: all that a look must leave as it was."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2)
-        self.register_buffer("count", torch.zeros(()))
-        self.bn.eval()
-        self.conv.register_forward_hook(lambda *_: None)
-
-    def forward(self, x):
-        self.count += 1
-        return self.fc(self.bn(self.conv(x + torch.randn(()))).mean((2, 3)))
-
-
-@pytest.mark.parametrize("make_batch", [lambda x: x, lambda x: (x, 1), lambda x: [x, "label"], lambda x: {"x": x}])
-def test_eva_leaves_the_model_as_it_was(make_batch):
-    model = Stateful().train()
-    before, random = snapshot(model), torch.random.get_rng_state()
-    batches = (make_batch(torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(i))) for i in range(3))
-    plan = convlora.plan(model, 2, init="eva")
-    factors = init_room.first_factors(plan, model, batches)
-    assert factors.keys() == {"conv"}
-    assert snapshot(model) == before and torch.equal(torch.random.get_rng_state(), random)
-    convlora.inject(model, 2, init="eva", init_data=[make_batch(torch.randn(2, 3, 6, 6))])
-    assert snapshot(convlora.remove(model)) == before
-
-
-def test_eva_beside_an_adapter_looks_at_the_base(net, images):
-    alone = convlora.inject(copy.deepcopy(net), 2, init="eva", init_data=[images])
-    convlora.inject(net, 2, init="olora")
-    nudge(net, 0.3)
-    expected = net(images)
-    convlora.add_adapter(net, "second", 2, init="eva", init_data=iter([images]))
-    assert torch.equal(net(images), expected)
-    for name in ("stem", "block.0", "block.3"):
-        mine, theirs = net.get_submodule(name).convlora["second"], alone.get_submodule(name).convlora["default"]
-        assert torch.equal(mine.lora_A, theirs.lora_A)
-
-
-class TwoWays(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.used, self.unused, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(8, 2)
-
-    def forward(self, x):
-        return self.fc(self.used(x).mean((2, 3)))
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"init": "eva"}, "init='eva' needs a few batches"),
-        ({"init": "eva", "init_data": []}, "init_data holds no batch"),
-        ({"init": "eva", "init_data": [torch.randn(1, 3, 5, 5)]}, "init_data does not reach unused"),
-        (
-            {"init": "eva", "init_data": [torch.full((1, 3, 5, 5), math.nan)], "exclude_modules": "unused"},
-            "init_data is not finite in used",
-        ),
-        ({"init": "pissa", "init_data": [1]}, "init='pissa' reads no data"),
-        ({"init_data": [1]}, "init='kaiming' reads no data"),
-    ],
-)
-def test_data_that_do_not_serve_are_refused(options, message):
-    model = TwoWays()
-    before = snapshot(model)
-    with pytest.raises(convlora.TargetError, match=f"{message}.*Nothing was changed"):
-        convlora.inject(model, 2, **options)
-    assert snapshot(model) == before
-
-
-def test_an_error_of_the_model_leaves_it_as_it_was():
-    model = TwoWays()
-    before = snapshot(model)
-    with pytest.raises(RuntimeError):
-        convlora.inject(model, 2, init="eva", init_data=[torch.randn(1, 5, 5, 5)])
-    assert snapshot(model) == before
-
-
-def test_eva_refuses_a_transposed_convolution():
-    model = nn.Sequential(nn.ConvTranspose2d(4, 8, 3))
-    with pytest.raises(convlora.UnsupportedLayerError, match=r"0: init='eva' .* this is a ConvTranspose2d"):
-        convlora.inject(model, 2, target_modules="0", modules_to_save=None, init="eva", init_data=[1])
-
-
-def test_eva_in_real_networks():
-    timm = need("timm")
-    torch.manual_seed(0)
-    for name in ("tf_efficientnet_lite0", "nf_resnet26"):
-        model = timm.create_model(name, num_classes=2).eval()
-        images = torch.randn(2, 3, 48, 48)
-        with torch.no_grad():
-            expected = model(images)
-            convlora.inject(model, 2, init="eva", init_data=[images])
-            assert torch.equal(model(images), expected)
 
 
 # ---- files

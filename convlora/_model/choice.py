@@ -57,12 +57,12 @@ class Choice:
         if fitting:
             check_swappable(n.name, n.module, AdaptedLayer)
             check_adaptable(n, asked.dropout)
-            check_variant(n, asked.init, asked.use_dora)
+            check_variant(n, asked.beginning, asked.use_dora)
         if not note and fitting < rank:
             note = f"rank {rank} would outweigh the layer" if fitting else "even rank 1 would outweigh the layer"
             # A capped layer keeps the scaling that was asked for: the cap is ours, not a wish for a larger step.
             alpha *= self._scaling(rank) / self._scaling(max(fitting, 1))
-        anchored = bool(fitting) and asked.init in ANCHORED
+        anchored = bool(fitting) and asked.beginning in ANCHORED
         return replace(planned, rank=fitting, alpha=float(alpha), note=note, anchored=anchored)
 
     def _scaling(self, rank: int) -> float:

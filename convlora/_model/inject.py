@@ -44,7 +44,7 @@ def inject(
     dropout: float = 0.0,
     use_rslora: bool = False,
     use_dora: bool = False,
-    init: Init = "kaiming",
+    init: Init | None = None,
     init_data: Iterable[Any] | None = None,
     budget: Budget | None = None,
     importance: Mapping[str, float] | None = None,
@@ -85,9 +85,11 @@ def inject(
         use_dora: train the weight's size per output channel apart from its direction (Liu et al. 2024,
             arXiv:2402.09353).
         init: how the factors begin: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``; ``"pissa"``, ``"olora"`` from the
-            base's weight; ``"eva"`` from data. See ``docs/variants.md``.
-        init_data: for ``"eva"``, a few batches as the model takes them: tensors, tuples that begin with one, or dicts.
-            The base sees them in eval mode, and the model is as it was afterwards.
+            base's weight; ``"eva"`` from data. None means ``"eva"`` where ``init_data`` are given, else ``"kaiming"``.
+            See ``docs/variants.md``.
+        init_data: what the training sees: a loader whose batches are tensors, tuples or lists that begin with one, or
+            dicts; or one batch as a tensor. The base reads them in eval mode, until what it looks for stands still: a
+            few batches as a rule. The model is as it was afterwards.
         budget: how many numbers the factors may hold together, the head not counted: ``"1%"`` or 0.01 of the base's
             parameters, or a whole number. Ranks are as equal as that allows.
         importance: with a budget, a score for each layer by name, as :func:`convlora.sensitivity` gives them; ranks are

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -52,12 +53,31 @@ def _put_back(buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]]
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """The model's output for what a loader gives: a tensor, a sequence that begins with one, or a dict of arguments."""
-    like = next(iter((*model.parameters(), *model.buffers())), None)
+    """The model's output for what a loader gives, on the model's device and in its dtype.
+
+    A sequence counts by its first member: images, a list of images as detectors take it, or a mapping. Of a mapping the
+    model gets what its forward has names for; where it has none, its first tensor of floating-point numbers.
+    """
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)
 
     def moved(value: Any) -> Any:
-        return value.to(like.device) if isinstance(value, Tensor) and like is not None else value
+        if isinstance(value, (tuple, list)):
+            return [moved(each) for each in value]
+        if not isinstance(value, Tensor) or like is None:
+            return value
+        return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
-    if isinstance(batch, dict):
-        return model(**{key: moved(value) for key, value in batch.items()})
-    return model(moved(batch[0] if isinstance(batch, (tuple, list)) else batch))
+    if not isinstance(first, Mapping):
+        return model(moved(first))
+    named = {key: moved(value) for key, value in first.items() if key in _names(model, first)}
+    images = [value for value in first.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    return model(**named) if named or not images else model(moved(images[0]))
+
+
+def _names(model: nn.Module, offered: Iterable[str]) -> Collection[str]:
+    """The names that the model's forward takes among those offered."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return set(offered)
+    return {name for name, each in parameters.items() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}

@@ -40,7 +40,7 @@ class Options(TypedDict, total=False):
     dropout: float
     use_rslora: bool
     use_dora: bool
-    init: Init
+    init: Init | None
     init_data: Iterable[Any] | None
     budget: Budget | None
     importance: Mapping[str, float] | None
@@ -67,7 +67,7 @@ class Request:
     dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
-    init: Init = "kaiming"
+    init: Init | None = None
     init_data: Iterable[Any] | None = None
     budget: Budget | None = None
     importance: Mapping[str, float] | None = None
@@ -98,7 +98,11 @@ class Request:
         if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise TargetError(f"dropout={self.dropout!r}; it must be at least 0 and below 1.")
         check_name(self.adapter_name)
-        check_among(INITS, self.init, "init")
+        check_among(INITS, self.beginning, "init")
+        if self.init_data is not None and not hasattr(self.init_data, "__iter__"):
+            raise TargetError(
+                f"init_data={self.init_data!r}; it must be batches: a DataLoader or a list, say. Nothing was changed."
+            )
         for name in ("use_rslora", "use_dora", "mask_activations"):
             if not isinstance(getattr(self, name), bool):
                 raise TargetError(f"{name}={getattr(self, name)!r}; it must be true or false.")
@@ -106,6 +110,11 @@ class Request:
             numbers_in(self.budget, 1)
         elif self.importance is not None:
             raise TargetError("importance shares out a budget; give budget='1%', say. Nothing was changed.")
+
+    @property
+    def beginning(self) -> Init:
+        """How the factors begin: as asked; else from data, where there are any."""
+        return self.init if self.init is not None else "kaiming" if self.init_data is None else "eva"
 
     @property
     def largest_rank(self) -> int:

@@ -35,7 +35,7 @@ def plan(
     dropout: float = 0.0,
     use_rslora: bool = False,
     use_dora: bool = False,
-    init: Init = "kaiming",
+    init: Init | None = None,
     init_data: Iterable[Any] | None = None,
     budget: Budget | None = None,
     importance: Mapping[str, float] | None = None,
@@ -98,7 +98,7 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         others=tuple(_others(named, inside_saved, choice.listed)),
         path=request.path,
         mask_activations=request.mask_activations,
-        init=request.init,
+        init=request.beginning,
     )
 
 

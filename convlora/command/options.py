@@ -120,7 +120,7 @@ class Adapting(Targeting):
     dropout: Annotated[float, typer.Option(help="On the adapter's branch, 0 ≤ p < 1.")] = Request.dropout
     use_rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √rank.")] = Request.use_rslora
     use_dora: Annotated[bool, typer.Option("--dora", help="Train each output channel's size apart.")] = Request.use_dora
-    init: Annotated[Init, typer.Option(help="How the factors begin.")] = Request.init
+    init: Annotated[Init | None, typer.Option(help="How the factors begin; default kaiming.")] = Request.init
     path: Annotated[Way, typer.Option(help="How a convolution computes in training.")] = Request.path
     mask_activations: Annotated[
         bool, typer.Option("--mask-activations", help="Activations keep a mask in training.")
