@@ -126,7 +126,7 @@ def _case(layer: Any, x: Tensor) -> Case | None:
         size, padding = (*size[:2], size[2] + top + bottom, size[3] + left + right), (0, 0)
     geometry = Geometry(layer.stride, padding, layer.dilation, layer.groups)
     seen = torch.empty(1, dtype=x.dtype).expand(size).requires_grad_(x.requires_grad)
-    shapes = shapes_of(layer, seen, geometry, lora.lora_A.shape[0])
+    shapes = shapes_of(layer, seen, geometry, lora.rank)
     weight = (layer.out_channels, layer.in_channels, *layer.kernel_size)
     return Case(weight, geometry, size, shapes)
 

@@ -8,6 +8,8 @@ from ._checkpoint.loading import load_adapter
 from ._checkpoint.push import push_to_hub
 from ._checkpoint.saving import save_adapter
 from ._layer.adapted import base_weight
+from ._layer.change import Change
+from ._methods.registry import register_method
 from ._model.adapters import add_adapter, delete_adapter, disable_adapter, set_adapter
 from ._model.budget import sensitivity
 from ._model.inject import inject
@@ -24,6 +26,7 @@ from .errors import CheckpointError, ConvLoraError, StateError, TargetError, Uns
 
 __all__ = [
     "Approximation",
+    "Change",
     "CheckpointError",
     "ConvLoraError",
     "Finding",
@@ -48,6 +51,7 @@ __all__ = [
     "merge",
     "plan",
     "push_to_hub",
+    "register_method",
     "remove",
     "save_adapter",
     "saved_bytes",

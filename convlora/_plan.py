@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from ._layer.functional import factor_count, scaling_of
+from ._layer.change import Change, Option, Shapes
+from ._layer.functional import scaling_of
 from ._layer.paths import Path
+from ._methods.registry import METHODS
 
 NormPolicy = Literal["freeze", "track"]
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"]
 NORM_POLICIES: tuple[NormPolicy, ...] = ("freeze", "track")
 INITS: tuple[Init, ...] = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
-ANCHORED: tuple[Init, ...] = ("pissa", "olora")
-"""Those that begin with factors whose product is not zero: it is kept, and taken away again."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,21 @@ class LayerPlan:
     """One layer: what it is and what it gets. ``rank`` 0 means that it is left alone, and ``note`` says why.
 
     ``weight_shape`` is ``(C_out, C_in / groups, kH, kW)`` or ``(out_features, in_features)``; ``geometry`` holds a
-    convolution's stride, padding, dilation, groups and padding_mode. ``anchored``: the factors' first product is kept
-    and taken away from the change. ``use_dora``: the weight's size per output channel is trained apart.
+    convolution's stride, padding, dilation, groups and padding_mode. ``method`` and ``options`` say what change it is,
+    and ``scaling`` how strong; a method without a rank has rank 1. ``use_dora``: the weight's size per output channel
+    is trained apart.
     """
 
     name: str
     kind: str
     weight_shape: tuple[int, ...]
     rank: int
-    alpha: float
+    scaling: float
     note: str = ""
     geometry: dict[str, Any] = field(default_factory=dict)
-    anchored: bool = False
     use_dora: bool = False
+    method: str = "lora"
+    options: dict[str, Option] = field(default_factory=dict)
 
     @property
     def base_parameters(self) -> int:
@@ -48,12 +50,18 @@ class LayerPlan:
 
     @property
     def adapter_parameters(self) -> int:
-        """Numbers that are trained: the two factors, and with DoRA the magnitudes."""
+        """Numbers that are trained, with DoRA the magnitudes among them."""
         return self.parameters_at(self.rank)
 
     def parameters_at(self, rank: int) -> int:
         """The same at another rank."""
-        return factor_count(self.weight_shape, rank) + self.magnitudes if rank else 0
+        shapes = self.change.shapes(self.weight_shape, rank, **self.options).values() if rank else ()
+        return sum(map(math.prod, shapes)) + (self.magnitudes if rank else 0)
+
+    @property
+    def change(self) -> type[Change]:
+        """The class of its method."""
+        return METHODS[self.method]
 
     @property
     def transposed_groups(self) -> int:
@@ -68,9 +76,9 @@ class LayerPlan:
         return channels if self.use_dora else 0
 
     @property
-    def stored_rank(self) -> int:
-        """The rank of the change in a file: twice the factors' where they are anchored."""
-        return self.rank * (2 if self.anchored else 1)
+    def stored_shapes(self) -> Shapes:
+        """Shapes of its tensors in a file, by what follows the layer's name in the key; without magnitudes."""
+        return self.change.stored_shapes(self.weight_shape, self.rank, **self.options)
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Plan:
 
     Attributes:
         adapter_name: the name under which the factors are kept.
-        rank, alpha: as asked for; a layer's own are in ``layers``.
+        rank, alpha, method: as asked for; a layer's own are in ``layers``.
         layers: the layers that are adapted.
         skipped: those that are not, each with its reason in ``note``.
         modules_to_save: names of the modules trained in full, such as the head, and ``head_found_by`` how.
@@ -124,6 +132,7 @@ class Plan:
     mask_activations: bool = False
     init: Init = "kaiming"
     biases: tuple[str, ...] = ()
+    method: str = "lora"
     state: str = "planned"
     trained_now: int | None = None
 
@@ -134,7 +143,7 @@ class Plan:
 
     @property
     def adapter_parameters(self) -> int:
-        """Numbers in all factors, and magnitudes with DoRA."""
+        """Numbers in the changes of all layers, with DoRA the magnitudes among them."""
         return sum(layer.adapter_parameters for layer in self.layers)
 
     @property
@@ -148,10 +157,6 @@ class Plan:
         """Trainable parameters as a share of all, the factors included; 0 to 1."""
         return self.trainable_parameters / max(self.base_parameters + self.adapter_parameters, 1)
 
-    def scaling(self, layer: LayerPlan) -> float:
-        """What multiplies B @ A in this layer."""
-        return scaling_of(layer.alpha, layer.rank, self.use_rslora)
-
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
         return asdict(self)
@@ -159,7 +164,8 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """The plan that :meth:`to_json` wrote; raises TypeError or KeyError where the data are another thing."""
-        layers = {key: tuple(_layer_from_json(item) for item in data[key]) for key in ("layers", "skipped")}
+        use_rslora = data["use_rslora"]
+        layers = {key: tuple(_layer_from_json(item, use_rslora) for item in data[key]) for key in ("layers", "skipped")}
         names = {key: tuple(data[key]) for key in ("modules_to_save", "norms")}
         names["biases"] = tuple(data.get("biases", ()))
         others = tuple(Part(**item) for item in data["others"])
@@ -169,20 +175,35 @@ class Plan:
         return "\n".join([self._title(), *self._table(), *self._footer()])
 
     def _title(self) -> str:
-        kinds = [("rsLoRA", self.use_rslora), ("DoRA", self.use_dora), (self.init, self.init != "kaiming")]
-        what = ", ".join([f"rank {self.rank}", f"alpha {self.alpha:g}", *(name for name, there in kinds if there)])
+        change = METHODS[self.method]
+        said = [
+            (self.method, self.method != "lora"),
+            (f"rank {self.rank}", change.has_rank),
+            (f"alpha {self.alpha:g}", change.has_alpha),
+            ("rsLoRA", self.use_rslora),
+            ("DoRA", self.use_dora),
+            (self.init, self.init != "kaiming"),
+        ]
+        what = ", ".join(text for text, there in said if there)
         return f"{self.model}: adapter {self.adapter_name!r}, {what} ({self.state})"
 
     def _table(self) -> list[str]:
         rows = [("layer", "kind", "weight", "rank", "base", "adapter", "")]
         for layer in (*self.layers, *self.skipped):
             shape = "×".join(map(str, layer.weight_shape))
-            name, rank = layer.name or "(the model itself)", str(layer.rank or "-")
+            name, rank = layer.name or "(the model itself)", self._rank(layer)
             counts = f"{layer.base_parameters:,}", f"{layer.adapter_parameters:,}"
             rows.append((name, layer.kind, shape, rank, *counts, layer.note))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         left = (True, True, True, False, False, False, True)
         return ["  ".join(_pad(*cell) for cell in zip(row, widths, left, strict=True)).rstrip() for row in rows]
+
+    def _rank(self, layer: LayerPlan) -> str:
+        """The rank, and the method where it is not the plan's."""
+        change, own = layer.change, METHODS[self.method]
+        other = layer.rank and not issubclass(change, own)
+        words = [layer.method] * bool(other) + [str(layer.rank)] * change.has_rank
+        return " ".join(words) if layer.rank and words else "-"
 
     def _footer(self) -> list[str]:
         moves = "statistics move and belong to the adapter" if self.norm == "track" else "frozen in eval behaviour"
@@ -204,8 +225,13 @@ class Plan:
         return ", ".join(f"{len(sizes)} {kind} ({sum(sizes):,})" for kind, sizes in kinds.items()) or "nothing"
 
 
-def _layer_from_json(item: Mapping[str, Any]) -> LayerPlan:
-    return LayerPlan(**{**item, "weight_shape": tuple(item["weight_shape"])})
+def _layer_from_json(item: Mapping[str, Any], use_rslora: bool) -> LayerPlan:
+    fields = {**item, "weight_shape": tuple(item["weight_shape"])}
+    if "alpha" in fields:  # up to format 2: LoRA alone, each layer with its alpha
+        alpha, anchored = fields.pop("alpha"), fields.pop("anchored", False)
+        fields["scaling"] = scaling_of(alpha, fields["rank"] or 1, use_rslora)
+        fields["method"] = "anchored" if anchored else "lora"
+    return LayerPlan(**fields)
 
 
 def _pad(text: str, width: int, left: bool) -> str:

@@ -169,7 +169,7 @@ def _base_keys(pl_module: nn.Module) -> Iterator[str]:
     for name, root, _ in injections(pl_module):
         parameters = root.named_parameters(remove_duplicate=False)
         frozen = {key: parameter for key, parameter in parameters if not parameter.requires_grad}
-        yield from (dotted(name, key) for key in base_keys(frozen, set()))
+        yield from (dotted(name, key) for key in base_keys(root, frozen, set()))
 
 
 def _refuse(faults: list[str]) -> None:

@@ -467,7 +467,7 @@ def test_a_scaling_written_by_hand_is_saved_as_the_layer_computes(net, images, t
     loaded = convlora.load_adapter(base, convlora.save_adapter(net, tmp_path))
     assert torch.equal(outputs(loaded, images), expected)
     plan = convlora.summary(net)
-    assert plan.scaling(plan.layers[0]) == pytest.approx(0.3, rel=1e-15)
+    assert plan.layers[0].scaling == pytest.approx(0.3, rel=1e-15)
     assert plan.layers == convlora.summary(loaded).layers
 
 

@@ -256,7 +256,7 @@ def test_shrink_takes_the_nearest_and_keeps_scaling_flags_and_head(images):
         assert lora.scaling == 2.0 and lora.lora_A.requires_grad and len(lora.lora_A) == 2
     assert torch.equal(net.fc.weight, head)
     plan = convlora.summary(net)
-    assert plan.rank == 2 and all(plan.scaling(p) == 2.0 for p in plan.layers)
+    assert plan.rank == 2 and all(p.scaling == 2.0 for p in plan.layers)
     net(x).sum().backward()
     assert all(p.grad is not None for p in convlora.trainable_parameters(net))
 

@@ -229,7 +229,7 @@ def test_what_fits_no_card_is_refused_and_nothing_is_written(net, tmp_path, argu
         ({}, "computes with W + alpha / rank · B A;"),
         (
             {"use_dora": True},
-            "computes with m · (W + ΔW) / ‖W + ΔW‖ for each output channel (DoRA), ΔW = alpha / rank · B A;",
+            "computes with m · W' / ‖W'‖ for each output channel (DoRA), W' = W + alpha / rank · B A;",
         ),
         ({"init": "pissa"}, "computes with W + alpha / rank · (B A − B₀ A₀), A₀ and B₀ as they began (pissa);"),
     ],

@@ -221,7 +221,7 @@ def rewrite(directory, change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m, t: m.update(format=99), r"is of format 99, this convlora reads up to 2; update it"),
+        (lambda m, t: m.update(format=99), r"is of format 99, this convlora reads up to 3; update it"),
         (lambda m, t: m.pop("plan"), r"its manifest cannot be read \(KeyError\('plan'\)\)"),
         (lambda m, t: m["plan"].update(surprise=1), r"its manifest cannot be read"),
         (lambda m, t: "{", r"its manifest cannot be read"),
@@ -241,7 +241,7 @@ def rewrite(directory, change):
         (lambda m, t: m["plan"].update(dropout=5.0), r"dropout=5\.0"),
         (lambda m, t: m["plan"].update(use_rslora="no"), r"use_rslora='no'"),
         (lambda m, t: m["plan"].update(adapter_name="a.b"), r"adapter_name='a\.b'"),
-        (lambda m, t: m["plan"]["layers"][0].update(alpha="x"), r"alpha of stem='x'"),
+        (lambda m, t: m["plan"]["layers"][0].update(scaling="x"), r"scaling of stem='x'"),
         (lambda m, t: m["plan"]["layers"][0].update(rank=2.0), r"rank of stem=2\.0"),
         (lambda m, t: m["plan"]["layers"][0].update(geometry=None), r"geometry None"),
         (lambda m, t: m["plan"]["layers"].append(m["plan"]["layers"][0]), r"a layer is listed twice"),

@@ -12,10 +12,11 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import convlora
-from convlora._layer import adapted, convolution, depthwise, factors
+from convlora._layer import adapted, convolution, depthwise
 from convlora._layer.convolution import convolve
 from convlora._layer.functional import Geometry
 from convlora._layer.paths import Shapes, choose
+from convlora._methods import lora as lora_method
 
 PATHS = ["auto", "fused", "weight", "branch"]
 paths = pytest.mark.parametrize("path", PATHS)
@@ -318,8 +319,8 @@ def test_the_choice_follows_the_shapes():
 def computed(monkeypatch):
     """A list that grows with every effective weight that is computed."""
     calls = []
-    compute = factors.effective_weight
-    monkeypatch.setattr(factors, "effective_weight", lambda *args: calls.append(1) or compute(*args))
+    compute = lora_method.plus_delta
+    monkeypatch.setattr(lora_method, "plus_delta", lambda *args: calls.append(1) or compute(*args))
     return calls
 
 

@@ -231,8 +231,8 @@ def listed(manifest):
     "change, message",
     [
         (lambda m, t: m["plan"].update(alpha=1e300), r"alpha=1e\+300"),
-        (lambda m, t: listed(m).update(alpha=1e300), r"alpha of stem=1e\+300"),
-        (lambda m, t: listed(m).update(alpha=10**400), r"alpha of stem"),
+        (lambda m, t: listed(m).update(scaling=1e300), r"scaling of stem=1e\+300"),
+        (lambda m, t: listed(m).update(scaling=10**400), r"scaling of stem"),
         (lambda m, t: m["plan"].update(rank=10**30), r"no layer of so high a rank"),
         (lambda m, t: m["plan"].update(adapter_name="de\u200bfault"), r"adapter_name='de\\u200bfault'"),
         (lambda m, t: m["plan"].update(model="\x1b[2J"), r"is no text to show"),
@@ -356,7 +356,7 @@ def test_every_flipped_bit_of_larger_files_is_refused(net, tmp_path, options):
         lambda texts: texts.update(convlora_digest=""),
         lambda texts: texts.update(convlora_digest="sha256:" + "0" * 64),
         lambda texts: texts.pop("convlora"),  # a peft file then, by its configuration
-        lambda texts: texts.update(convlora=texts["convlora"].replace('"format": 2', '"format": 1')),
+        lambda texts: texts.update(convlora=texts["convlora"].replace('"format": 3', '"format": 1')),
     ],
 )
 def test_a_header_with_another_digest_or_none_is_refused(peft_like, change):
@@ -580,7 +580,7 @@ def test_an_alpha_is_looked_up_as_in_peft(peft_like, patterns):
     convlora.load_adapter(base, directory)
     for layer in convlora.summary(base).layers:
         matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer.name))
-        assert layer.alpha == next(matching, 9), layer.name
+        assert layer.scaling == next(matching, 9) / layer.rank, layer.name
 
 
 @pytest.mark.parametrize("text", ['{"r": 1, "r": 2}', '{"r": NaN}', '{"a":' * 100_000, "\ud800"])

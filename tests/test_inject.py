@@ -232,7 +232,7 @@ def test_excluded_layers_are_listed_with_their_reason(net):
 def test_rank_and_alpha_patterns(net):
     plan = convlora.plan(net, 4, rank_pattern={"block.3": 2, "*": 3}, alpha_pattern={re.compile("stem"): 30})
     assert {layer.name: layer.rank for layer in plan.layers} == {"stem": 3, "block.0": 3, "block.3": 2}
-    assert {layer.name: plan.scaling(layer) for layer in plan.layers} == {"stem": 10.0, "block.0": 2.0, "block.3": 2.0}
+    assert {layer.name: layer.scaling for layer in plan.layers} == {"stem": 10.0, "block.0": 2.0, "block.3": 2.0}
 
 
 def test_empty_targets_make_a_probe_of_the_head(net, images):

@@ -72,6 +72,9 @@ VALUES = {
     "dropout": 0.25,
     "use_rslora": True,
     "use_dora": True,
+    "method": "dense",
+    "method_pattern": {"0": "dense"},
+    "method_options": None,  # of methods that have some
     "init": "gaussian",
     "init_data": None,  # read by init="eva" alone
     "budget": 100,
@@ -92,7 +95,7 @@ def test_option_does_the_same_whoever_takes_it(option):
     injected = convlora.summary(convlora.inject(network(), **value))
     assert injected.trained_now == plan.trainable_parameters
     assert {**vars(injected), "state": "planned", "trained_now": None} == vars(plan)
-    assert option == "init_data" or vars(plan) != vars(convlora.plan(network()))
+    assert option in ("init_data", "method_options") or vars(plan) != vars(convlora.plan(network()))
     name = value.pop("adapter_name", "added")
     added = convlora.summary(convlora.add_adapter(convlora.inject(network()), name, **value), name)
     assert {**vars(added), "state": "planned", "adapter_name": plan.adapter_name} == vars(plan)

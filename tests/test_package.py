@@ -33,11 +33,12 @@ STOREYS: dict[str, list[str]] = {
         "depthwise",
         "convolution",
         "fast",
+        "change",
         "routing",
         "routed",
-        "factors",
         "adapted",
     ],
+    "_methods": ["lora", "dense", "registry"],
     "_plan": [],
     "_model": [
         "targets",

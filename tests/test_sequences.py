@@ -140,7 +140,7 @@ class Adapters(RuleBasedStateMachine):
     def save(self, index):
         name = self.chosen(index)
         folder = self.folder / str(len(list(self.folder.iterdir())))
-        if any(lora.lora_B.any() for lora in self.model._convlora.adapters[name].loras):
+        if any(lora.lora_B.any() for lora in self.model._convlora.adapters[name].changes):
             convlora.save_adapter(self.model, folder, name)
             return folder, self.expected[name]
         return None, None  # nothing was trained, which the library warns of

@@ -36,7 +36,7 @@ def adapt(layer, rank=2, **options):
 
 
 def factors_of(model):
-    return [module for module in model.modules() if type(module).__name__ == "LoRA"]
+    return [module for module in model.modules() if type(module).__name__ in ("LoRA", "AnchoredLoRA")]
 
 
 def nudge(model, size=0.05, seed=3):
@@ -593,7 +593,8 @@ def test_files_without_the_new_fields_are_read_as_before(net, images, tmp_path):
     plan = convlora.plan(net, 2).to_json()
     del plan["init"]
     for layer in (*plan["layers"], *plan["skipped"]):
-        del layer["anchored"], layer["use_dora"]
+        del layer["scaling"], layer["method"], layer["use_dora"]
+        layer["alpha"] = 2.0 * layer["rank"]
     assert convlora.Plan.from_json(plan) == convlora.plan(net, 2)
 
 

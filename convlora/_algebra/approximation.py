@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from .._checkpoint.files import is_finite
+from .._layer.change import Change
 from .._layer.lowrank import Spectrum, tolerance_of
 from .._model.options import checked_rank
 from .._model.state import Adapter
+from .._plan import Plan
 from ..errors import StateError, TargetError
 
 
@@ -86,13 +88,23 @@ class Goal:
 
 def check_factors(adapter: Adapter) -> None:
     """Raise StateError where a factor holds NaN or Inf: no change is near to that."""
-    for planned, lora in zip(adapter.plan.layers, adapter.loras, strict=True):
-        for name, factor in (*lora.named_parameters(), *lora.named_buffers()):
+    for planned, change in zip(adapter.plan.layers, adapter.changes, strict=True):
+        for name, factor in (*change.named_parameters(), *change.named_buffers()):
             if not is_finite(factor):
                 raise StateError(
                     f"{planned.name}: {name} of adapter {adapter.plan.adapter_name!r} holds NaN or Inf; has its "
                     "training diverged? Load the adapter from before, or delete it. Nothing was changed."
                 )
+
+
+def check_products(adapter_name: str, plan: Plan) -> None:
+    """Raise StateError where a layer's change is no product of factors."""
+    for layer in plan.layers:
+        if layer.change.factors is Change.factors:
+            raise StateError(
+                f"{layer.name}: method {layer.method!r} of adapter {adapter_name!r} makes a change that is no product "
+                "of factors. Nothing was changed."
+            )
 
 
 def spectrum_of_sum(name: str, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Spectrum:

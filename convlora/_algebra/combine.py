@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .._layer.adapted import held, lora_of
+from .._layer.adapted import change_of
 from .._layer.places import BASE, Place
+from .._methods.lora import LoRA
 from .._model.inject import applied
 from .._model.options import Request, check_among, checked_rank
 from .._model.planner import make_plan
@@ -18,7 +20,7 @@ from .._model.state import Adapter, check_enabled, check_new, check_unmerged, ch
 from .._model.targets import exactly
 from .._plan import LayerPlan, Plan
 from ..errors import StateError, TargetError
-from .approximation import Approximation, LayerError, check_factors
+from .approximation import Approximation, LayerError, check_factors, check_products
 from .methods import DENSITIES, METHODS, Combined, Method, Parts
 
 
@@ -81,7 +83,7 @@ def combine_adapters(
     parts = {layer.name: _parts(root.get_submodule(layer.name), adapters, shares) for layer in plan.layers}
     with torch.inference_mode(False), torch.no_grad():
         combined = METHODS[method](parts, rank, density, seed)
-        layers = [replace(p, rank=len(A), alpha=float(len(A)), note="") for p, (A, _) in _with(plan, combined)]
+        layers = [replace(p, rank=len(A), scaling=1.0, note="") for p, (A, _) in _with(plan, combined)]
         top = max((layer.rank for layer in layers), default=1)
         plan = replace(plan, layers=tuple(layers), rank=top, alpha=float(top))
         means = {place.module: place for place in injection.places if place.name == "running_mean"}
@@ -92,7 +94,7 @@ def combine_adapters(
         }
         with applied(plan, root):
             for layer, (A, B) in _with(plan, combined):
-                lora_of(root.get_submodule(layer.name), adapter_name).set_factors(A, B)
+                cast(LoRA, change_of(root.get_submodule(layer.name), adapter_name)).set_factors(A, B)
             for place in injection.places:
                 own = place.own(adapter_name)
                 if own is not None and id(place) in others:
@@ -145,12 +147,13 @@ def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str
                         f"{key} is trained in full in {name!r} and has factors in {adapted[inner]!r}; such adapters "
                         "cannot be combined. Nothing was changed."
                     )
-    with_dora = [name for name, each in adapters.items() if each.plan.use_dora]
-    if with_dora:
-        raise StateError(
-            f"{', '.join(with_dora)}: DoRA's magnitudes make a change that is no product of factors; such adapters "
-            "cannot be combined. Nothing was changed."
-        )
+    for name, each in adapters.items():
+        check_products(name, each.plan)
+        if each.plan.use_dora:
+            raise StateError(
+                f"{name}: DoRA's magnitudes make a change that is no product of factors; such adapters cannot be "
+                "combined. Nothing was changed."
+            )
     tracked = any(each.plan.norm == "track" for each in adapters.values())
     first = next(iter(adapters.values())).plan
     dropouts = {each.plan.dropout for each in adapters.values()}
@@ -175,8 +178,8 @@ def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str
 
 
 def _parts(layer: nn.Module, adapters: Mapping[str, Adapter], shares: Mapping[str, float]) -> Parts:
-    there = held(layer)._modules
-    return {name: (lora_of(layer, name), shares[name]) for name in adapters if name in there}
+    there = ((name, change_of(layer, name)) for name in adapters)
+    return {name: (cast(LoRA, change), shares[name]) for name, change in there if change is not None}
 
 
 def _mixed(place: Place, mean: Place | None, weights: Mapping[str, float]) -> Tensor | None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .._checkpoint.files import is_finite
 from .._checkpoint.keys import base_keys, places_of, tensors_as
-from .._layer.adapted import AdaptedLayer, lora_of, own_weight
+from .._layer.adapted import AdaptedLayer, change_of, own_weight
 from .._layer.places import BASE
+from .._methods.lora import LoRA
 from .._model.checks import check_model
 from .._model.inject import applied
 from .._model.options import MORE_THAN_ANY, Request
@@ -100,7 +101,7 @@ def extract(
         )
         with applied(plan, root):
             for layer, (lora_A, lora_B) in zip(layers, factors, strict=True):
-                lora_of(root.get_submodule(layer.name), adapter_name).set_factors(lora_A, lora_B)
+                cast(LoRA, change_of(root.get_submodule(layer.name), adapter_name)).set_factors(lora_A, lora_B)
             carried = set()
             for key, place in places_of(root).items():
                 own = place.own(adapter_name)
@@ -118,7 +119,7 @@ def _same_keys(root: nn.Module, tuned: nn.Module) -> tuple[dict[str, Tensor], di
         TargetError: one has a tensor that the other has not, or in another shape.
     """
     state, after = tensors_as(root, BASE), dict(tuned.state_dict())
-    before = {key: state[key] for key in base_keys(state, set())}
+    before = {key: state[key] for key in base_keys(root, state, set())}
     faults = [f"  {key}: only in base" for key in before if key not in after]
     faults += [f"  {key}: only in tuned" for key in after if key not in before]
     faults += [
@@ -167,7 +168,7 @@ def _low_rank(
             )
         spectrum = spectrum_of(planned.name, delta.view(planned.weight_shape))
         fitting = min(goal.rank_of(spectrum), planned.rank)
-        layers.append(replace(planned, rank=fitting, alpha=float(fitting), note=""))
+        layers.append(replace(planned, rank=fitting, scaling=1.0, note=""))
         factors.append(spectrum.factors(fitting, 1.0))
         errors.append(LayerError(planned.name, fitting, spectrum.lost(fitting), spectrum.size))
     return layers, factors, errors

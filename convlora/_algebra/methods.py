@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._layer.factors import LoRA
 from .._layer.lowrank import Spectrum
+from .._methods.lora import LoRA
 from .approximation import spectrum_of, spectrum_of_sum
 
 Method = Literal["exact", "svd", "ties", "dare"]
@@ -24,7 +24,7 @@ def _terms(parts: Parts) -> list[tuple[Tensor, Tensor, float]]:
 
 
 def _own_rank(parts: Parts) -> int:
-    return max(lora.rank for lora, _ in parts.values())
+    return max(len(lora.factors()[0]) for lora, _ in parts.values())
 
 
 def _exact(every: Mapping[str, Parts], rank: int | None, density: float, seed: int) -> Combined:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .._layer.functional import alpha_of
+from .._methods.lora import LoRA
 from .._model.state import (
     check_enabled,
     check_unmerged,
@@ -16,7 +17,7 @@ from .._model.state import (
     the_adapter,
     to_the_end,
 )
-from .approximation import Approximation, Goal, LayerError, check_factors, spectrum_of_sum
+from .approximation import Approximation, Goal, LayerError, check_factors, check_products, spectrum_of_sum
 
 
 def shrink(
@@ -33,7 +34,7 @@ def shrink(
 
     The factors are new parameters: an optimizer has to be made again. No rank is raised; but an adapter that began
     with PiSSA or OLoRA is a change of twice its rank, and becomes one whose factors hold all of it. DoRA's magnitudes
-    stay; the errors are those of ΔW before them.
+    stay; the errors are those of ΔW before them. A layer whose whole difference is trained (``dense``) stays as it is.
 
     Args:
         model: an injected model.
@@ -56,23 +57,25 @@ def shrink(
     _, injection = ready_alone(model, check_unmerged, check_enabled, check_unrouted)
     adapter = the_adapter(injection, adapter_name)
     check_factors(adapter)
-    old, layers, errors, smaller = adapter.plan, [], [], []
+    check_products(adapter.plan.adapter_name, adapter.plan)
+    old, layers, errors = adapter.plan, [], []
+    smaller: list[tuple[LoRA, Tensor, Tensor]] = []
     with torch.inference_mode(False), torch.no_grad():
-        for planned, lora in zip(old.layers, adapter.loras, strict=True):
-            A, B = lora.factors()
-            spectrum = spectrum_of_sum(planned.name, [(A, B, lora.scaling)])
-            fitting = min(goal.rank_of(spectrum), lora.rank)
-            pair = (A, B) if fitting == lora.rank else spectrum.factors(fitting, lora.scaling)
-            lost = 0.0 if fitting == lora.rank else spectrum.lost(fitting)
-            alpha = alpha_of(lora.scaling, fitting, old.use_rslora)
-            layers.append(replace(planned, rank=fitting, alpha=alpha, anchored=False))
-            errors.append(LayerError(planned.name, fitting, lost, spectrum.size))
-            smaller.append(pair)
+        for planned, change in zip(old.layers, adapter.changes, strict=True):
+            A, B = cast("tuple[Tensor, Tensor]", change.factors())
+            spectrum, full = spectrum_of_sum(planned.name, [(A, B, change.scaling)]), len(A)
+            fitting = min(goal.rank_of(spectrum), full) if isinstance(change, LoRA) else full
+            if isinstance(change, LoRA):
+                pair = (A, B) if fitting == full else spectrum.factors(fitting, change.scaling)
+                smaller.append((change, *pair))
+                planned = replace(planned, rank=fitting, method=LoRA.method)
+            layers.append(planned)
+            errors.append(LayerError(planned.name, fitting, spectrum.lost(fitting), spectrum.size))
     top = max((layer.rank for layer in layers), default=old.rank)
     plan = replace(old, layers=tuple(layers), rank=top, alpha=old.alpha * top / old.rank)
 
     def put() -> None:
-        for lora, (lora_A, lora_B) in zip(adapter.loras, smaller, strict=True):
+        for lora, lora_A, lora_B in smaller:
             lora.replace_factors(lora_A, lora_B)
         adapter.plan = plan
 

@@ -172,12 +172,11 @@ def _layers(plan: Plan) -> list[str]:
 
 
 def _formula(plan: Plan, scaling: str) -> str:
-    """What the layers compute with; anchored factors are in the file as one change of twice the rank."""
-    anchored = any(layer.anchored for layer in plan.layers)
-    change = f"{scaling} · (B A − B₀ A₀), A₀ and B₀ as they began ({plan.init})" if anchored else f"{scaling} · B A"
-    if not plan.use_dora:
-        return f"W + {change}"
-    return f"m · (W + ΔW) / ‖W + ΔW‖ for each output channel (DoRA), ΔW = {change}"
+    """What the layers compute with."""
+    formulas = dict.fromkeys(layer.change.formula for layer in plan.layers)
+    began = f"as they began ({plan.init})"
+    changed = " or ".join(formulas).replace("scaling", scaling).replace("as they began", began)
+    return f"m · W' / ‖W'‖ for each output channel (DoRA), W' = {changed}" if plan.use_dora else changed
 
 
 def _besides(plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -44,7 +44,8 @@ def adapter_state(root: nn.Module, adapter: Adapter, own: set[str]) -> State:
 
 
 def _factors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    for plan, lora in zip(adapter.plan.layers, adapter.loras, strict=True):
-        tensors = (*lora.stored_factors(), *((lora.lora_magnitude,) if lora.use_dora else ()))
+    for plan, change in zip(adapter.plan.layers, adapter.changes, strict=True):
+        change.run_hooks()
+        tensors = (*change.stored().values(), *((change.lora_magnitude,) if change.use_dora else ()))
         for (key, shape), tensor in zip(factor_shapes(plan).items(), tensors, strict=True):
             yield key, tensor.view(shape)

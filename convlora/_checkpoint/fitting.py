@@ -108,7 +108,7 @@ def _tensor_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, Ten
 
 
 def _structure_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
-    here = dict.fromkeys(base_keys(state, own_keys(model, manifest.plan, manifest.buffers)))
+    here = dict.fromkeys(base_keys(model, state, own_keys(model, manifest.plan, manifest.buffers)))
     yield from (f"  {key}: only in the model's base" for key in here if key not in manifest.base)
     yield from (f"  {key}: only in the file's base" for key in manifest.base if key not in here)
 

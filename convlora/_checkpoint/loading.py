@@ -23,7 +23,7 @@ from .foreign import file_in, read_foreign
 from .hub import local_directory
 from .keys import own_keys, places_of, tensors_as
 from .manifest import Manifest, is_own, read_manifest
-from .peft_format import PREFIX, factor_shapes
+from .peft_format import MAGNITUDE, PREFIX, dotted
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -121,12 +121,12 @@ def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_n
     adapter = the_adapter(the_injection(root)[1], adapter_name)
     own = own_keys(root, manifest.plan, manifest.buffers)
     with torch.inference_mode(False), torch.no_grad():
-        for plan, lora in zip(manifest.plan.layers, adapter.loras, strict=True):
-            A, B, *magnitudes = (tensors[key] for key in factor_shapes(plan))
-            lora.to(A.dtype)  # as trained: another dtype would predict other bits
-            lora.set_factors(A, B.flatten(1))
-            for magnitude in magnitudes:
-                lora.lora_magnitude.copy_(magnitude.flatten())
+        for plan, change in zip(manifest.plan.layers, adapter.changes, strict=True):
+            stored = {name: tensors[dotted(plan.name, name)] for name in plan.stored_shapes}
+            change.to(next(iter(stored.values())).dtype)  # as trained: another dtype would predict other bits
+            change.restore(stored)
+            if plan.use_dora:
+                change.lora_magnitude.copy_(tensors[dotted(plan.name, MAGNITUDE)].flatten())
         own_tensors = {key: tensor for key, tensor in adapter_state(root, adapter, own).items() if key in own}
         for key, tensor in own_tensors.items():
             tensor.copy_(tensors[key])

@@ -17,8 +17,9 @@ from .peft_format import PREFIX
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-FORMAT = 2
-"""What is written. A file of format 1 has no digest of its header; it is read as well."""
+FORMAT = 3
+"""What is written. A file of format 1 has no digest of its header. Up to format 2 each layer has LoRA and its alpha;
+both are read as well."""
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .._layer.computed import has_parameter
-from .._layer.functional import scaling_of
+from .._layer.functional import alpha_of, scaling_of
 from .._layer.swap import original_class
 from .._model.state import Adapter
 from .._model.targets import modules_of
-from .._plan import LayerPlan, Plan
+from .._plan import LayerPlan
 
 PREFIX = "base_model.model."
 """What peft puts before every key of the base."""
 STOCK, REGISTERED, ALONE = "LORA", "CONVLORA", "CONVLORA_ALONE"
 """Types of file: read by stock peft; by peft with convlora's layers registered; by convlora alone."""
 
+
+MAGNITUDE = "lora_magnitude_vector"
+"""What DoRA's magnitudes are called after the layer's name."""
 
 FAITHFUL = {"timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame"}
 """Subclasses whose own forward treats the weight as torch's does, so that a branch of the same class is exact."""
@@ -38,20 +40,17 @@ def is_torchs_own(kind: type[nn.Module]) -> bool:
 
 
 def factor_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
-    """Key and shape in the file of a layer's two factors, and of DoRA's magnitudes.
-
-    peft keeps a convolution's lora_B as a 1×1 convolution, and its magnitudes as what multiplies an output. Anchored
-    factors are written as the change that they are, of twice the rank: [A; A0] and [B, −B0].
-    """
-    spatial = (1,) * len(layer.weight_shape[2:])
-    shapes: dict[str, tuple[int, ...]] = {
-        dotted(layer.name, "lora_A.weight"): (layer.stored_rank, *layer.weight_shape[1:]),
-        dotted(layer.name, "lora_B.weight"): (layer.weight_shape[0], layer.stored_rank, *spatial),
-    }
+    """Key and shape in the file of a layer's tensors, and of DoRA's magnitudes, which peft keeps as of an output."""
+    shapes = {dotted(layer.name, name): shape for name, shape in layer.stored_shapes.items()}
     if layer.use_dora:
-        count = layer.magnitudes
-        shapes[dotted(layer.name, "lora_magnitude_vector")] = (1, count, *spatial) if spatial else (count,)
+        spatial, count = (1,) * len(layer.weight_shape[2:]), layer.magnitudes
+        shapes[dotted(layer.name, MAGNITUDE)] = (1, count, *spatial) if spatial else (count,)
     return shapes
+
+
+def has_factors(layer: LayerPlan) -> bool:
+    """Whether a layer's change is in the file as LoRA's two factors."""
+    return "lora_A.weight" in layer.stored_shapes
 
 
 def dotted(*parts: str) -> str:
@@ -66,11 +65,13 @@ def dotted(*parts: str) -> str:
 def peft_config(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     """What adapter_config.json says, in the fields of peft's LoraConfig."""
     plan = adapter.plan
-    layers = [_stored(p, plan) for p in plan.layers]
-    top = _stored(LayerPlan("", "", (), plan.rank, plan.alpha, anchored=any(p.anchored for p in plan.layers)), plan)
-    # Anchored: peft matches the ends of names, and would also hit other layers.
-    ranks = {f"^{re.escape(p.name)}$": p.rank for p in layers if p.rank != top.rank}
-    alphas = {f"^{re.escape(p.name)}$": p.alpha for p in layers if p.alpha != top.alpha}
+    stored = {p.name: p.stored_shapes["lora_A.weight"][0] for p in plan.layers if has_factors(p)}
+    alphas = {p.name: alpha_of(p.scaling, stored[p.name], plan.use_rslora) for p in plan.layers if p.name in stored}
+    # An anchored change has twice the rank that its factors have.
+    rank = plan.rank * max(
+        (stored[p.name] // p.rank for p in plan.layers if p.name in stored and p.change.has_rank), default=1
+    )
+    alpha = alpha_of(scaling_of(plan.alpha, plan.rank, plan.use_rslora), rank, plan.use_rslora)
     names = "|".join(re.escape(p.name) for p in plan.layers)
     tracked = plan.norms if plan.norm == "track" else ()
     return {
@@ -78,25 +79,22 @@ def peft_config(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         "base_model_name_or_path": None,
         "task_type": None,
         "inference_mode": True,
-        "r": top.rank,
-        "lora_alpha": top.alpha,
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": plan.dropout,
         "use_rslora": plan.use_rslora,
         "use_dora": plan.use_dora,
         "bias": "none",
         "target_modules": f"^(?:{names})$",
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
+        "rank_pattern": _unlike(stored, rank),
+        "alpha_pattern": _unlike(alphas, alpha),
         "modules_to_save": [*plan.modules_to_save, *tracked] or None,
     }
 
 
-def _stored(layer: LayerPlan, plan: Plan) -> LayerPlan:
-    """The layer with the rank that its change has in the file, and the alpha that gives the same scaling there."""
-    if not layer.anchored:
-        return layer
-    alpha = plan.scaling(layer) / scaling_of(1.0, layer.stored_rank, plan.use_rslora)
-    return replace(layer, rank=layer.stored_rank, alpha=alpha, anchored=False)
+def _unlike(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """Those of layers that differ, as patterns: with both ends, for peft matches the ends of names."""
+    return {f"^{re.escape(name)}$": value for name, value in values.items() if value != usual}
 
 
 def peft_type(model: nn.Module, adapter: Adapter) -> str:
@@ -134,6 +132,8 @@ def faults_for_any_peft(model: nn.Module, adapter: Adapter) -> Iterator[str]:
         yield f"{end}: peft, which matches the ends of names, would train {name}, too"
     for layer_plan, layer in zip(plan.layers, adapter.layers, strict=True):
         kind = original_class(layer)
+        if not has_factors(layer_plan):
+            yield f"{layer_plan.name}: changed by method {layer_plan.method!r}, which is no LoRA"
         if not (is_faithful(kind) or issubclass(kind, _ConvNd)):
             yield f"{layer_plan.name}: a {layer_plan.kind}, which peft does not know"
         elif not has_parameter(layer):

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from .._layer.computed import has_parameter, weight_shape
 from .._layer.fast import is_plain
+from .._layer.functional import scaling_of
 from .._layer.places import BASE
 from .._layer.swap import original_class
 from .._model.checks import check_adaptable, check_plan
 from .._model.choice import geometry
-from .._model.options import Request
+from .._model.options import Request, check_alpha
 from .._model.planner import make_plan
 from .._model.targets import Named, is_adaptable, modules_of
 from .._plan import LayerPlan, Plan
@@ -87,7 +88,7 @@ def rebuild(found: Found, root: nn.Module, adapter_name: str) -> tuple[Manifest,
             # Half-precision factors are a way of storing them; steps of 1e-4 would vanish in bf16.
             tensors[key] = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
     state = tensors_as(root, BASE)
-    keys = base_keys(state, own_keys(root, plan, ()))
+    keys = base_keys(root, state, own_keys(root, plan, ()))
     forms = {key: form_of(tensor) for key, tensor in tensors.items()}
     manifest = Manifest(Path(found.origin), plan, dict.fromkeys(keys, ""), {}, frozenset(), forms)
     check_fits(manifest, root, check_base=False)
@@ -112,7 +113,7 @@ def _plan(found: Found, root: nn.Module, adapter_name: str) -> Plan:
             adapter_name=adapter_name,
         ),
     )
-    layers = [_layer(n, found.factors[n.name]) for n in named.values() if n.name in found.factors]
+    layers = [_layer(n, found.factors[n.name], found.use_rslora) for n in named.values() if n.name in found.factors]
     skipped = [
         replace(p, note="not in the file" if p.note == "not a target" else p.note)
         for p in plan.skipped
@@ -130,11 +131,12 @@ def _plan(found: Found, root: nn.Module, adapter_name: str) -> Plan:
     )
 
 
-def _layer(n: Named, factors: Factors) -> LayerPlan:
+def _layer(n: Named, factors: Factors, use_rslora: bool) -> LayerPlan:
     rank = factors.lora_A.shape[0] if factors.lora_A.ndim else 0
     kind, use_dora = original_class(n.module).__name__, factors.magnitudes is not None
-    shape, alpha = weight_shape(n.module), float(factors.alpha)
-    return LayerPlan(n.name, kind, shape, rank, alpha, "", geometry(n.module), use_dora=use_dora)
+    check_alpha(factors.alpha, f"alpha of {n.name}")
+    scaling = scaling_of(float(factors.alpha), max(rank, 1), use_rslora)
+    return LayerPlan(n.name, kind, weight_shape(n.module), rank, scaling, "", geometry(n.module), use_dora)
 
 
 def layer_fault(name: str, named: Mapping[str, Named], differs: Callable[[nn.Module], str] | None, whose: str) -> str:

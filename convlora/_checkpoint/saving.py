@@ -82,7 +82,7 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
     adapter = the_adapter(injection, adapter_name)
     adapter.follow()
     for layer in adapter.plan.layers:
-        check_alpha(layer.alpha, f"scaling of {layer.name} was changed, and alpha of it")
+        check_alpha(layer.scaling, f"scaling of {layer.name} was changed and")
     refuse_changed(root, injection, adapter)
     check_nothing_outside(model, root)
     with unmerged(root, injection):
@@ -91,8 +91,9 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         _check_nothing_lost(root, injection)
         tensors = {key: _for_disk(tensor) for key, tensor in adapter_state(root, adapter, own).items()}
         base = tensors_as(root, BASE)
+        of_base = base_keys(root, base, own)
         config = peft_config(root, adapter) | {"base_model_name_or_path": about.base_model}
-    digests = {key: digest(base[key]) for key in base_keys(base, own)}
+    digests = {key: digest(base[key]) for key in of_base}
     manifest = {
         "format": FORMAT,
         "plan": adapter.plan.to_json(),
@@ -134,11 +135,11 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[
 
 
 def _warn_if_untrained(adapter: Adapter) -> None:
-    if adapter.loras and all(lora.is_fresh() for lora in adapter.loras):
-        what = "factor is as it began" if any(p.anchored for p in adapter.plan.layers) else "lora_B is zero"
+    if adapter.changes and all(change.is_fresh() for change in adapter.changes):
+        what = {planned.change.fresh for planned in adapter.plan.layers}
         warnings.warn(
-            f"every {what}: nothing was trained. Was the optimizer made before convlora.inject? Make it after, "
-            "from convlora.trainable_parameters(model).",
+            f"every {' and every '.join(sorted(what))}: nothing was trained. Was the optimizer made before "
+            "convlora.inject? Make it after, from convlora.trainable_parameters(model).",
             stacklevel=4,
         )
 

@@ -17,8 +17,8 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from ..errors import StateError
+from .change import Change
 from .computed import Aside, has_parameter
-from .factors import LoRA
 from .fast import convolution, is_plain, linear
 from .functional import is_tracing
 from .kept import Kept
@@ -63,9 +63,9 @@ class Adapters(nn.ModuleDict):
         super().__init__()
         self.kept = Kept()
 
-    def current(self) -> LoRA | None:
-        """The factors that the layer computes with outside of blocks; None for the base alone."""
-        return None if self.active is None else cast("LoRA | None", self._modules.get(self.active))
+    def current(self) -> Change | None:
+        """What the layer computes with outside of blocks; None for the base alone."""
+        return None if self.active is None else cast("Change | None", self._modules.get(self.active))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.kept.clear()  # of another dtype or on another device
@@ -125,18 +125,18 @@ class AdaptedLayer(Swapped):
         route, adapters = route_of(layer), held(layer)
         if route is not None:
             return layer_forward(layer, self._convlora_base, adapters._modules, route, args, kwargs)
-        lora = adapters.current()
-        if lora is None:
+        change = adapters.current()
+        if change is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         is_eager = not torch.compiler.is_compiling() and not is_tracing()
-        if is_eager and OFFLOADED in vars(lora) and lora.lora_A.is_meta:
-            return _forward_offloaded(self, lora, args, kwargs)
+        if is_eager and OFFLOADED in vars(change) and change.tensors()[0].is_meta:
+            return _forward_offloaded(self, change, args, kwargs)
         is_single = len(args) == 1 and not kwargs
         if layer.training or torch.is_grad_enabled():
-            if is_eager and torch.is_grad_enabled() and _is_trained(layer, lora):
+            if is_eager and torch.is_grad_enabled() and _is_trained(layer, change):
                 adapters.kept.train()
             if is_single or (not args and list(kwargs) == ["input"]):
-                y = _forward_in_training(layer, self._convlora_base, lora, args[0] if args else kwargs["input"])
+                y = _forward_in_training(layer, self._convlora_base, change, args[0] if args else kwargs["input"])
                 if y is not None:
                     return y
         if not is_eager:
@@ -144,7 +144,7 @@ class AdaptedLayer(Swapped):
         base = layer._parameters.get("weight")
         if base is not None and is_single and is_plain(layer, self._convlora_base):  # as its forward, and shorter
             try:
-                weight = adapters.kept.weight(base, lora.sources(), lora.scaling, lora.effective_weight)
+                weight = adapters.kept.weight(base, change.sources(), change.scaling, change.effective_weight)
             except AttributeError as cause:
                 raise StateError(DAMAGED.format(cause)) from cause
             convolve = cast("Callable[..., Tensor]", layer._conv_forward)
@@ -185,21 +185,25 @@ def own_weight(layer: nn.Module) -> Tensor:
     return super(AdaptedLayer, layer).weight if weight is None else weight  # type: ignore[misc]
 
 
-def _forward_offloaded(layer: AdaptedLayer, lora: LoRA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _forward_offloaded(layer: AdaptedLayer, change: Change, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward with the factors brought by accelerate's hook on them, which comes before their own forward only."""
-    hook = vars(lora)[OFFLOADED]
-    hook.pre_forward(lora)
+    hook = vars(change)[OFFLOADED]
+    hook.pre_forward(change)
     try:
         return AdaptedLayer.forward(layer, *args, **kwargs)
     finally:
-        hook.post_forward(lora, None)
+        hook.post_forward(change, None)
         held(cast(nn.Module, layer)).kept.clear()  # it would hold what was offloaded
 
 
-def _is_trained(layer: nn.Module, lora: LoRA) -> bool:
-    base, factors = layer._parameters.get("weight"), lora.lora_A.requires_grad or lora.lora_B.requires_grad
-    trained = factors or (lora.use_dora and lora.lora_magnitude.requires_grad)
-    return trained or (base is not None and base.requires_grad)
+def _is_trained(layer: nn.Module, change: Change) -> bool:
+    base = layer._parameters.get("weight")
+    if base is not None and base.requires_grad:
+        return True
+    for tensor in change.tensors():
+        if tensor.requires_grad:
+            return True
+    return bool(change._modules)  # parametrized: what it is computed from may be
 
 
 def _traced_weight(layer: nn.Module) -> Tensor | None:
@@ -217,11 +221,11 @@ def _traced_weight(layer: nn.Module) -> Tensor | None:
 
 def _check_dropout(layer: nn.Module, cls: type[nn.Module], reader: object) -> None:
     """Raise where the base's forward reads the weight in training and the adapter has dropout: ours was passed by."""
-    lora = active_adapter(layer)
-    if lora is not None and lora.dropout and reader is getattr(cls.forward, "__code__", None):
+    change = active_adapter(layer)
+    if change is not None and change.dropout and reader is getattr(cls.forward, "__code__", None):
         raise StateError(
             f"A {cls.__name__} has a forward on the instance that calls {cls.__name__}.forward and not the adapted "
-            f"layer's, so that dropout={lora.dropout:g} would not be applied. Wrap the layer's forward while it is "
+            f"layer's, so that dropout={change.dropout:g} would not be applied. Wrap the layer's forward while it is "
             "injected and unmerged, or inject with dropout=0."
         )
 
@@ -232,36 +236,37 @@ def layer_weight(layer: nn.Module) -> Tensor:
     In the layer's own forward, where no gradient is asked for, it is computed once and kept until a tensor that it came
     from has changed.
     """
-    base, lora = own_weight(layer), active_adapter(layer)
-    if lora is None:
+    base, change = own_weight(layer), active_adapter(layer)
+    if change is None:
         return cast(Tensor, as_read(layer, "weight", base))
     if torch.compiler.is_compiling() or is_tracing() or held(layer).kept.serves != get_ident():
-        return lora.effective_weight(base)
-    return held(layer).kept.weight(base, lora.sources(), lora.scaling, lora.effective_weight)
+        return change.effective_weight(base)
+    return held(layer).kept.weight(base, change.sources(), change.scaling, change.effective_weight)
 
 
-def _forward_in_training(layer: nn.Module, cls: type[nn.Module], lora: LoRA, x: Tensor) -> Tensor | None:
+def _forward_in_training(layer: nn.Module, cls: type[nn.Module], change: Change, x: Tensor) -> Tensor | None:
     """What a layer with a plain forward computes where gradients are asked for; None where the base's forward does."""
-    if lora.dropout and layer.training:
-        return _forward_with_dropout(layer, own_weight(layer), lora, x)
+    if change.dropout and layer.training:
+        return _forward_with_dropout(layer, own_weight(layer), change, x)
     base = layer._parameters.get("weight")
     if base is None or not torch.is_grad_enabled():
         return None  # a computed weight is computed once a forward, by the property: spectral_norm moves each time
     forward = convolution if is_plain(layer, cls) else linear if cls.forward is nn.Linear.forward else None
-    if forward is None:
+    factors = None if forward is None else change.factors()
+    if forward is None or factors is None:
         return None
-    y = forward(layer, x, base, *lora.factors(), lora.scaling, lora.path)
-    return lora.scaled_output(layer, y, base) if lora.use_dora and y is not None else y
+    y = forward(layer, x, base, *factors, change.scaling, change.path)
+    return change.scaled_output(layer, y, base) if change.use_dora and y is not None else y
 
 
-def _forward_with_dropout(layer: nn.Module, base: Tensor, lora: LoRA, x: Tensor) -> Tensor:
-    delta, dropped = lora.delta_weight().to(base.dtype), F.dropout(x, lora.dropout)
+def _forward_with_dropout(layer: nn.Module, base: Tensor, change: Change, x: Tensor) -> Tensor:
+    delta, dropped = change.delta(base).to(base.dtype), F.dropout(x, change.dropout)
     if isinstance(layer, nn.Linear):
         y = F.linear(x, base, layer.bias) + F.linear(dropped, delta)
     else:
         convolve = cast("Callable[..., Tensor]", layer._conv_forward)
         y = convolve(x, base, layer.bias) + convolve(dropped, delta, None)
-    return lora.scaled_output(layer, y, base) if lora.use_dora else y
+    return change.scaled_output(layer, y, base) if change.use_dora else y
 
 
 def supports_dropout(layer: nn.Module) -> bool:
@@ -270,12 +275,12 @@ def supports_dropout(layer: nn.Module) -> bool:
     return cls.forward is nn.Linear.forward or is_plain(layer, cls)
 
 
-def attach(layer: nn.Module, adapter_name: str, lora: LoRA) -> None:
-    """Put an adapter's factors beside the layer's weight, at rest; swap the class where it is the first."""
+def attach(layer: nn.Module, adapter_name: str, change: Change) -> None:
+    """Put an adapter's change beside the layer's weight, at rest; swap the class where it is the first."""
     if CHILD not in layer._modules:
         layer.add_module(CHILD, Adapters())
         swap(layer, AdaptedLayer)
-    held(layer).add_module(adapter_name, lora)
+    held(layer).add_module(adapter_name, change)
 
 
 def detach(layer: nn.Module, adapter_name: str) -> None:
@@ -326,25 +331,20 @@ def held(layer: nn.Module) -> Adapters:
     return cast(Adapters, layer._modules[CHILD] if aside is None else aside.adapters)
 
 
-def lora_of(layer: nn.Module, adapter_name: str) -> LoRA:
-    """The layer's factors of this adapter."""
-    return cast(LoRA, held(layer)._modules[adapter_name])
+def change_of(layer: nn.Module, adapter_name: str) -> Change | None:
+    """What the layer has of this adapter; None where it has nothing, or other code took of it."""
+    change = cast("Change | None", held(layer)._modules.get(adapter_name) if carries(layer) else None)
+    return change if change is not None and change.is_whole() else None
 
 
-def has_lora(layer: nn.Module, adapter_name: str) -> bool:
-    """Whether other code has left the layer its factors of this adapter."""
-    lora = held(layer)._modules.get(adapter_name) if carries(layer) else None
-    return lora is not None and hasattr(lora, "lora_A") and hasattr(lora, "lora_B")
-
-
-def active_adapter(layer: nn.Module) -> LoRA | None:
-    """The factors that the layer computes with; None for the base alone."""
+def active_adapter(layer: nn.Module) -> Change | None:
+    """What the layer computes with; None for the base alone."""
     adapters, route = held(layer), route_of(layer)
     if route is not None:
         owner = route.the_owner(
             layer, "weight", lambda owner: (id(adapters._modules.get(owner)), *route.own(layer, owner))
         )
-        return cast("LoRA | None", adapters._modules.get(owner))
+        return cast("Change | None", adapters._modules.get(owner))
     return adapters.current()
 
 

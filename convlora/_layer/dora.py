@@ -11,17 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import effective_weight, no_autocast
 
-
-def channel_norms(weight: Tensor, rows: int, groups: int) -> Tensor:
+def channel_norms(weight: Tensor, groups: int) -> Tensor:
     """The Frobenius norm of what meets each output channel: ``(C_out,)``, in the weight's dtype.
 
     Args:
-        weight: as many numbers as ``rows`` kernels have.
-        rows: of the matrix that the factors change: C_out, or C_in of a transposed convolution.
+        weight: ``(C_out, ...)``, or ``(C_in, C_out / groups, ...)`` of a transposed convolution.
         groups: of a transposed convolution; 0 for every other layer.
     """
+    rows = weight.shape[0]
     blocks = weight.reshape(groups, rows // groups, weight.shape[1], -1) if groups else weight.reshape(rows, 1, 1, -1)
     # In double precision: the sum's order differs with memory format and device, and once rounded to fp32 the norms of
     # the same weight do not, so that a fresh adapter's scale is exactly 1.
@@ -30,43 +28,19 @@ def channel_norms(weight: Tensor, rows: int, groups: int) -> Tensor:
     return norms.flatten().to(weight.dtype)
 
 
-def channel_scale(magnitude: Tensor, weight: Tensor, rows: int, groups: int) -> Tensor:
+def channel_scale(magnitude: Tensor, weight: Tensor, groups: int) -> Tensor:
     """m / ‖W‖ per output channel; where all of a channel is zero, m."""
-    norms = channel_norms(weight.detach(), rows, groups)
+    norms = channel_norms(weight.detach(), groups)
     return magnitude / torch.where(norms > 0, norms, 1)
 
 
-def scaled_weight(weight: Tensor, scale: Tensor, rows: int, groups: int, is_flat: bool = False) -> Tensor:
-    """Each output channel's kernel times its scale, in the weight's memory format.
-
-    ``is_flat``: several kernels are in one row of the weight, as in timm's CondConv2d.
-    """
-    if groups:
-        each = scale.view(groups, 1, -1).expand(groups, rows // groups, weight.shape[1]).reshape(rows, -1)
-        return weight * each.view(*each.shape, *[1] * (weight.ndim - 2))
-    if is_flat:
-        return weight * scale.repeat_interleave(weight.numel() // rows).view(weight.shape)
-    return weight * scale.view(-1, *[1] * (weight.ndim - 1))
-
-
-def dora_weight(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor, groups: int
-) -> Tensor:
-    """m ⊙ (W + ΔW) / ‖W + ΔW‖ in the weight's dtype and memory format, rounded once."""
-    with no_autocast(weight.device.type):
-        wide = weight.to(torch.promote_types(weight.dtype, lora_A.dtype))
-        changed, rows = effective_weight(wide, lora_A, lora_B, scaling), lora_B.shape[0]
-        scale = channel_scale(magnitude, changed, rows, groups)
-        return scaled_weight(changed, scale, rows, groups, weight.ndim != lora_A.ndim).to(weight.dtype)
-
-
-def dora_scale(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor) -> Tensor:
-    """What multiplies each output channel of a convolution or linear layer that computed with W + ΔW: ``(C_out,)``."""
-    with no_autocast(weight.device.type):
-        with torch.no_grad():
-            wide = weight.to(torch.promote_types(weight.dtype, lora_A.dtype))
-            changed = effective_weight(wide, lora_A, lora_B, scaling)
-        return channel_scale(magnitude, changed, lora_B.shape[0], groups=0)
+def scaled_weight(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
+    """Each output channel's kernel times its scale, in the weight's memory format."""
+    if not groups:
+        return weight * scale.view(-1, *[1] * (weight.ndim - 1))
+    rows = weight.shape[0]
+    each = scale.view(groups, 1, -1).expand(groups, rows // groups, weight.shape[1]).reshape(rows, -1)
+    return weight * each.view(*each.shape, *[1] * (weight.ndim - 2))
 
 
 def scaled_output(y: Tensor, scale: Tensor, bias: Tensor | None, channel_dim: int) -> Tensor:

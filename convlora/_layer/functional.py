@@ -138,23 +138,14 @@ def move_like(tensor: Tensor, other: Tensor | None) -> Tensor:
     return tensor
 
 
-def largest_rank(weight_shape: Sequence[int], besides: int = 0) -> int:
-    """The largest rank whose two factors, and ``besides``, hold no more numbers than the weight; 0 where none does.
+def largest_rank(weight_shape: Sequence[int]) -> int:
+    """The largest rank whose two factors hold no more numbers than the weight; 0 where none does.
 
     >>> largest_rank((64, 64, 3, 3)), largest_rank((32, 1, 3, 3)), largest_rank((1, 512))
     (57, 7, 0)
     """
     rows, columns = weight_shape[0], math.prod(weight_shape[1:])
-    return max(rows * columns - besides, 0) // max(rows + columns, 1)
-
-
-def factor_count(weight_shape: Sequence[int], rank: int) -> int:
-    """How many numbers the two factors of this rank hold.
-
-    >>> factor_count((64, 64, 3, 3), rank=8)
-    5120
-    """
-    return rank * (weight_shape[0] + math.prod(weight_shape[1:]))
+    return rows * columns // max(rows + columns, 1)
 
 
 def scaling_of(alpha: float, rank: int, use_rslora: bool) -> float:

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from .change import Change
 from .compiler import uncompiled
 from .convolution import conv, is_pointwise, sampled
 from .fast import is_batch, is_plain, prepare, shapes_of
@@ -27,38 +29,30 @@ from .functional import Geometry, autocasts, is_transformed, no_autocast
 from .paths import branch_wins
 from .routing import Kind, Route
 
-
-class Factors(Protocol):
-    """An adapter's part in a layer: ``LoRA`` of ``factors.py``."""
-
-    scaling: float
-    use_dora: bool
-
-    def factors(self) -> tuple[Tensor, Tensor]: ...
-
-    def effective_weight(self, base: Tensor) -> Tensor: ...
+Pair = tuple[Tensor, Tensor]
+"""Factors A ``(rank, …)`` and scaling · B ``(C_out, rank)``."""
 
 
 @uncompiled
 def layer_forward(
-    layer: nn.Module, base: type[nn.Module], loras: Mapping[str, Any], route: Route, args: Any, kwargs: Any
+    layer: nn.Module, base: type[nn.Module], changes: Mapping[str, Any], route: Route, args: Any, kwargs: Any
 ) -> Any:
     """An adapted layer's forward, each sample with its own adapter's factors.
 
     Args:
         layer: the layer, of the base class ``base``.
-        loras: its factors by adapter; samples of others go through the base alone.
+        changes: its own by adapter; samples of others go through the base alone.
         route: of this layer.
         args, kwargs: what the layer was called with.
     """
     route.check(layer)
-    kinds = route.kinds(lambda owner: (id(loras.get(owner)), *route.own(layer, owner)))
+    kinds = route.kinds(lambda owner: (id(changes.get(owner)), *route.own(layer, owner)))
     if len(kinds) > 1 and len(args) == 1 and not kwargs and not route.block.places[layer]:
         way = _fast_way(layer, base, args[0])
         if way is not None:
             route.check(layer, args[0].shape[0])
             route.doubt(layer, args[0])
-            y = way(layer, args[0], Mixture([loras.get(kind.owner) for kind in kinds], kinds))
+            y = way(layer, args[0], Mixture([changes.get(kind.owner) for kind in kinds], kinds))
             if y is not None:
                 return y
 
@@ -70,47 +64,49 @@ def layer_forward(
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a batch needs of a layer's adapters: the factors of each kind of samples, None for the base alone."""
+    """What a batch needs of a layer's adapters: the change of each kind of samples, None for the base alone."""
 
-    loras: list[Factors | None]
+    changes: list[Change | None]
     kinds: list[Kind]
 
-    @property
-    def rank(self) -> int:
-        """The largest."""
-        return max(lora.factors()[0].shape[0] for lora in self.loras if lora is not None)
-
-    @property
-    def is_of_sums(self) -> bool:
-        """Whether every adapter is a branch beside the base; DoRA is none."""
-        return not any(lora is not None and lora.use_dora for lora in self.loras)
+    @cached_property
+    def pairs(self) -> list[Pair] | None:
+        """A and scaling · B of each kind; None where a change is no branch beside the base, as with DoRA."""
+        there: list[Pair | None] = []
+        for change in self.changes:
+            pair = None if change is None or change.use_dora else change.factors()
+            if change is not None and pair is None:
+                return None
+            there.append(pair and (pair[0], cast(Change, change).scaling * pair[1]))
+        one_A, one_B = next(pair for pair in there if pair is not None)
+        none = torch.zeros_like(one_A[:0]), torch.zeros_like(one_B[:, :0])
+        return [pair or none for pair in there]
 
     @property
     def is_scattered(self) -> bool:
         """Whether some samples of one kind do not lie side by side."""
         return not all(kind.is_run for kind in self.kinds)
 
-    def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, like: Tensor) -> Pair:
         """A ``(N, rank, …)`` and scaling · B ``(N, C_out, rank)`` of each sample; zeros beyond its own rank."""
-        there = [None if lora is None else lora.factors() for lora in self.loras]
-        one_A, one_B = next(pair for pair in there if pair is not None)
-        none = torch.zeros_like(one_A[:0]), torch.zeros_like(one_B[:, :0])
-        pairs = [
-            none if lora is None or pair is None else (pair[0], lora.scaling * pair[1])
-            for lora, pair in zip(self.loras, there, strict=True)
-        ]
-        rank = max(len(a) for a, _ in pairs)
+        pairs = cast("list[Pair]", self.pairs)
+        rank = largest_rank(pairs)
         stacked_A = torch.stack([_filled(a, rank) for a, _ in pairs]).to(like.dtype)
         stacked_B = torch.stack([_filled(b.T, rank).T for _, b in pairs]).to(like.dtype)
         return self.each(stacked_A), self.each(stacked_B)
 
     def weights(self, base: Tensor) -> Tensor:
         """The weight of each sample, ``(N, *base.shape)``."""
-        return self.each(torch.stack([base if a is None else a.effective_weight(base) for a in self.loras]))
+        return self.each(torch.stack([base if c is None else c.effective_weight(base) for c in self.changes]))
 
     def each(self, of_kinds: Tensor) -> Tensor:
         """From one entry for each kind to one for each sample."""
         return per_sample(of_kinds, self.kinds)
+
+
+def largest_rank(pairs: list[Pair]) -> int:
+    """Of several factors."""
+    return max(len(a) for a, _ in pairs)
 
 
 def per_sample(of_kinds: Tensor, kinds: list[Kind]) -> Tensor:
@@ -148,8 +144,10 @@ def _convolution(layer: _ConvNd, x: Tensor, mixture: Mixture) -> Tensor | None:
         return None
     x, geometry = prepared
     if layer.groups == 1:
-        shapes = shapes_of(layer, x, geometry, mixture.rank)
-        if not (mixture.is_of_sums and branch_wins(shapes, len(mixture.kinds), mixture.is_scattered)):
+        if mixture.pairs is None:
+            return None
+        shapes = shapes_of(layer, x, geometry, largest_rank(mixture.pairs))
+        if not branch_wins(shapes, len(mixture.kinds), mixture.is_scattered):
             return None
     with no_autocast(x.device.type):
         if layer.groups > 1:
@@ -183,7 +181,7 @@ def _conv_each(x: Tensor, weights: Tensor, bias: Tensor | None, geometry: Geomet
 
 
 def _linear(layer: nn.Module, x: Tensor, mixture: Mixture) -> Tensor | None:
-    if not mixture.is_of_sums:
+    if mixture.pairs is None:
         return None
     weight = cast(Tensor, layer._parameters["weight"])
     y = F.linear(x, weight, cast("Tensor | None", layer.bias))

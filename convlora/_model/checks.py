@@ -11,21 +11,27 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._layer.adapted import CHILD, AdaptedLayer, supports_dropout
+from .._layer.change import Change
 from .._layer.computed import has_parameter
+from .._methods.registry import METHODS, check_options
 from .._plan import LayerPlan, Plan
 from ..errors import TargetError, UnsupportedLayerError
-from .options import MORE_THAN_ANY, Request, check_alpha, checked_rank
+from .options import MORE_THAN_ANY, Request, check_alpha, check_among, checked_rank
 from .targets import Named, is_conv2d
 
 
-def check_variant(n: Named, init: str, use_dora: bool) -> None:
+def check_variant(n: Named, change: type[Change], init: str, use_dora: bool) -> None:
     """A layer that the variants asked for are defined for."""
     if use_dora and not has_parameter(n.module):
         raise UnsupportedLayerError(
             f"{n.name}: its weight is computed (weight_norm, spectral_norm), and DoRA's magnitudes need one that "
             "stays. Use use_dora=False or exclude_modules. Nothing was changed."
         )
-    if init == "eva" and not isinstance(n.module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if (
+        init == "eva"
+        and init in change.inits
+        and not isinstance(n.module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    ):
         raise UnsupportedLayerError(
             f"{n.name}: init='eva' needs to know what the kernels meet, as in nn.Linear and torch's convolutions that "
             f"are not transposed; this is a {type(n.module).__name__}. Use another init or exclude_modules. "
@@ -154,9 +160,11 @@ def check_plan(plan: Plan) -> None:
         raise TargetError("a layer is listed twice.")
     for layer in plan.layers:
         checked_rank(layer.rank, f"rank of {layer.name}")
-        check_alpha(layer.alpha, f"alpha of {layer.name}")
-        if not isinstance(layer.anchored, bool) or not isinstance(layer.use_dora, bool):
-            raise TargetError(f"{layer.name}: anchored and use_dora must be true or false.")
+        check_alpha(layer.scaling, f"scaling of {layer.name}")
+        check_among(tuple(METHODS), layer.method, f"method of {layer.name}")
+        check_options(layer.method, layer.options)
+        if not isinstance(layer.use_dora, bool):
+            raise TargetError(f"{layer.name}: use_dora must be true or false.")
         sizes = layer.weight_shape
         if (
             len(sizes) < 2

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from .._layer.adapted import AdaptedLayer
+from .._layer.change import Change, Option
 from .._layer.computed import weight_shape
-from .._layer.functional import largest_rank, scaling_of
+from .._layer.functional import scaling_of
 from .._layer.swap import check_swappable, original_class
-from .._plan import ANCHORED, LayerPlan
+from .._methods.registry import METHODS, method_for
+from .._plan import LayerPlan
+from ..errors import TargetError
 from .checks import check_adaptable, check_any_conv, check_variant
-from .options import Request, check_alpha, checked_rank
+from .options import Request, check_alpha, check_among, checked_rank
 from .targets import ByPattern, Named, Targets, is_adaptable, is_conv2d, is_convolution, is_packed, select
 
 
@@ -34,8 +38,10 @@ class Choice:
         self.request, self.inside_saved = request, inside_saved
         self.ranks, self.alphas = ByPattern(request.rank_pattern or {}), ByPattern(request.alpha_pattern or {})
         self.excluded = matched(request.exclude_modules, "exclude_modules")
+        self.methods = ByPattern(request.method_pattern or {})
         matched(self.ranks.patterns, "rank_pattern")
         matched(self.alphas.patterns, "alpha_pattern")
+        matched(self.methods.patterns, "method_pattern")
         # Every convolution is listed, so that none is missed in silence; linear layers where they were asked for.
         self.listed = [n for n in named if n.module in self.targets or _is_to_be_listed(n.module)]
 
@@ -49,24 +55,41 @@ class Choice:
         asked = self.request
         alpha = self.alphas.of(n, asked.alpha_at(rank))
         check_alpha(alpha, f"alpha_pattern for {n.name}")
-        shape = weight_shape(n.module)
         note = self._reason_to_leave(n)
-        kind = original_class(n.module).__name__
-        planned = LayerPlan(n.name, kind, shape, 1, 1.0, geometry=geometry(n.module), use_dora=asked.use_dora)
-        fitting = 0 if note else min(rank, largest_rank(shape, planned.magnitudes))
+        change, options = self._method(n)
+        planned = LayerPlan(
+            name=n.name,
+            kind=original_class(n.module).__name__,
+            weight_shape=weight_shape(n.module),
+            rank=0,
+            scaling=scaling_of(float(alpha), rank, asked.use_rslora) if change.has_alpha else 1.0,
+            note=note,
+            geometry=geometry(n.module),
+            use_dora=asked.use_dora,
+            method=change.method,
+            options=options,
+        )
+        if note:
+            return planned
+        rank = rank if change.has_rank else 1
+        fitting = min(rank, _largest_rank(planned))
         if fitting:
             check_swappable(n.name, n.module, AdaptedLayer)
             check_adaptable(n, asked.dropout)
-            check_variant(n, asked.beginning, asked.use_dora)
-        if not note and fitting < rank:
-            note = f"rank {rank} would outweigh the layer" if fitting else "even rank 1 would outweigh the layer"
-            # A capped layer keeps the scaling that was asked for: the cap is ours, not a wish for a larger step.
-            alpha *= self._scaling(rank) / self._scaling(max(fitting, 1))
-        anchored = bool(fitting) and asked.beginning in ANCHORED
-        return replace(planned, rank=fitting, alpha=float(alpha), note=note, anchored=anchored)
+            check_variant(n, change, asked.beginning, asked.use_dora)
+        if fitting < rank:
+            # It keeps the scaling that was asked for: the cap is ours, not a wish for a larger step.
+            least = "even rank 1" if change.has_rank else f"method {change.method!r}"
+            note = f"{f'rank {rank}' if fitting else least} would outweigh the layer"
+        return replace(planned, rank=fitting, note=note)
 
-    def _scaling(self, rank: int) -> float:
-        return scaling_of(1.0, rank, self.request.use_rslora)
+    def _method(self, n: Named) -> tuple[type[Change], dict[str, Option]]:
+        asked = self.request
+        method = self.methods.of(n, asked.method)
+        check_among(tuple(METHODS), method, f"method_pattern for {n.name}")
+        if method != asked.method:
+            return METHODS[method], {}
+        return method_for(method, asked.beginning), dict(asked.method_options or {})
 
     def _reason_to_leave(self, n: Named) -> str:
         if is_packed(n.module):
@@ -80,6 +103,19 @@ class Choice:
         if not weight_shape(n.module):
             return "it has no weight, or one computed in a way that is not torch's"
         return ""
+
+
+def _largest_rank(planned: LayerPlan) -> int:
+    """The largest rank at which a layer's change holds no more numbers than its weight; 0 where none does.
+
+    Raises:
+        TargetError: the method has no change of such a weight.
+    """
+    ranks = range(1, planned.base_parameters + 1 if planned.change.has_rank else 2)
+    try:
+        return bisect_right(ranks, planned.base_parameters, key=planned.parameters_at)
+    except TargetError as cause:
+        raise TargetError(f"{planned.name}: {cause} Nothing was changed.") from cause
 
 
 def _is_to_be_listed(module: nn.Module) -> bool:

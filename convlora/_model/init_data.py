@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from .._plan import LayerPlan, Plan
+from .._plan import LayerPlan
 from ..errors import TargetError
 from .observe import base_alone, run_batch
 
@@ -33,14 +33,14 @@ AT_ONCE = 2**21
 
 
 def leading_directions(
-    plan: Plan, root: nn.Module, layers: Mapping[str, nn.Module], data: Iterable[Any]
+    planned: Sequence[LayerPlan], root: nn.Module, layers: Mapping[str, nn.Module], data: Iterable[Any]
 ) -> dict[str, Tensor]:
     """Each layer's A by its name, ``(rank, fan_in)``, in fp32 at least. The model is as it was afterwards.
 
     Raises:
         TargetError: the data hold no batch, do not reach a layer, or are not finite there.
     """
-    met = {p.name: _Met(layers[p.name], p) for p in plan.layers}
+    met = {p.name: _Met(layers[p.name], p) for p in planned}
     moving, batches = list(met.values()), 0
     with base_alone(root), ExitStack() as hooks:
         for each in moving:

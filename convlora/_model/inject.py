@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._layer.adapted import Adapters, attach, base_weight
+from .._layer.change import Change, Option
 from .._layer.dora import channel_norms
-from .._layer.factors import LoRA
 from .._layer.masked import mixin_for
 from .._layer.masters import keep_in_fp32
 from .._layer.paths import Path
 from .._layer.places import BASE, SWAPPING, Place
+from .._methods.lora import LoRA
 from .._plan import Init, LayerPlan, NormPolicy, Plan
 from ..errors import UnsupportedLayerError
 from .checks import check_model
@@ -44,6 +45,9 @@ def inject(
     dropout: float = 0.0,
     use_rslora: bool = False,
     use_dora: bool = False,
+    method: str = "lora",
+    method_pattern: Mapping[Pattern, str] | None = None,
+    method_options: Mapping[str, Option] | None = None,
     init: Init | None = None,
     init_data: Iterable[Any] | None = None,
     budget: Budget | None = None,
@@ -84,6 +88,10 @@ def inject(
         use_rslora: scale by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732).
         use_dora: train the weight's size per output channel apart from its direction (Liu et al. 2024,
             arXiv:2402.09353).
+        method: how a weight may change: ``"lora"``, or another of ``docs/methods.md``. What is said above of the
+            factors holds for LoRA; in every method a fresh adapter changes no output.
+        method_pattern: another method for the layers that a glob or regular expression names; the first match counts.
+        method_options: what ``method`` may be asked besides, by name.
         init: how the factors begin: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``; ``"pissa"``, ``"olora"`` from the
             base's weight; ``"eva"`` from data. None means ``"eva"`` where ``init_data`` are given, else ``"kaiming"``.
             See ``docs/variants.md``.
@@ -155,13 +163,13 @@ def _apply(plan: Plan, model: M, given: Mapping[str, Factors]) -> M:
     first = not injection.adapters
     try:
         with torch.inference_mode(False):  # its tensors could not be trained
-            loras = [_new_factors(m, p, plan, given) for m, p in zip(adapter.layers, plan.layers, strict=True)]
+            changes = [_new_change(m, p, plan, given) for m, p in zip(adapter.layers, plan.layers, strict=True)]
             injection.adapters[plan.adapter_name] = adapter
             if first:
                 _freeze_base(injection, model)
             _give_own_tensors(injection, adapter, model)
-            for layer, lora in zip(adapter.layers, loras, strict=True):
-                attach(layer, plan.adapter_name, lora)
+            for layer, change in zip(adapter.layers, changes, strict=True):
+                attach(layer, plan.adapter_name, change)
             vars(model)[RECORD] = injection
             hook_state_dicts(model)
             activate(model, injection, plan.adapter_name if first else injection.active, injection.disabled)
@@ -193,19 +201,18 @@ def _names(plan: Plan) -> tuple[str, ...]:
     return (*(layer.name for layer in plan.layers), *plan.modules_to_save, *plan.norms, *plan.biases)
 
 
-def _new_factors(layer: nn.Module, planned: LayerPlan, plan: Plan, given: Mapping[str, Factors]) -> LoRA:
+def _new_change(layer: nn.Module, planned: LayerPlan, plan: Plan, given: Mapping[str, Factors]) -> Change:
     like = next(p for p in layer.parameters() if p.is_floating_point())
-    scaling, anchored = plan.scaling(planned), planned.anchored
-    lora = LoRA(planned.weight_shape, like, planned.rank, scaling, plan.dropout, plan.path, anchored)
+    change = planned.change(
+        planned.weight_shape, like, planned.rank, planned.scaling, plan.dropout, plan.path, **planned.options
+    )
     if planned.name in given:
-        A, B = given[planned.name]
-        A = A.reshape(planned.rank, *planned.weight_shape[1:])
-        lora.set_factors(*((torch.cat([A, A]), torch.cat([B, -B], dim=1)) if anchored else (A, B)))
+        cast(LoRA, change).set_factors(*given[planned.name])
     if planned.use_dora:
-        base = base_weight(layer).detach().to(lora.lora_A.dtype)
+        base = base_weight(layer).detach().to(change.dtype).view(planned.weight_shape)
         groups = planned.transposed_groups
-        lora.give_magnitudes(channel_norms(base, planned.weight_shape[0], groups), groups)
-    return lora
+        change.give_magnitudes(channel_norms(base, groups), groups)
+    return change
 
 
 def _norm_policies(plan: Plan, model: nn.Module) -> dict[nn.Module, NormPolicy]:
@@ -247,7 +254,7 @@ def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) 
     with_bias = {model.get_submodule(name) for name in plan.biases}
     copies: dict[int, Tensor] = {}  # by identity: tensors shared between modules stay shared
     places = {(place.module, place.name): place for place in injection.places}
-    for module in (m for m in model.modules() if not isinstance(m, (Adapters, LoRA))):
+    for module in (m for m in model.modules() if not isinstance(m, (Adapters, Change))):
         parameters = module._parameters if module in owned else {}
         if module in with_bias - owned:
             parameters = {"bias": module._parameters["bias"]}

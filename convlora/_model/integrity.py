@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .._layer.adapted import AdaptedLayer, Adapters, base_weight
+from .._layer.change import Change
 from .._layer.computed import has_parameter, weight_shape
-from .._layer.factors import LoRA
 from .._layer.places import BASE, SWAPPING, Place
 from .._plan import LayerPlan
 from ..errors import StateError
@@ -151,8 +151,8 @@ def _classes(injection: Injection, adapter: Adapter, names: dict[nn.Module, str]
 
 def _computed(adapter: Adapter) -> Iterator[Finding]:
     """Factors that other code computes: a file holds numbers alone."""
-    for planned, lora in zip(adapter.plan.layers, () if adapter.lost() else adapter.loras, strict=False):
-        if lora.sources() is None:
+    for planned, change in zip(adapter.plan.layers, () if adapter.lost() else adapter.changes, strict=False):
+        if change.sources() is None:
             what = (
                 f"its factors in adapter {adapter.plan.adapter_name!r} are pruned or parametrized: no file holds that"
             )
@@ -173,12 +173,12 @@ def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[
     if injection.merged or injection.disabled:
         return
     thaw = "Its requires_grad is False: set it to True where it should train"
-    for layer, lora in zip(adapter.layers, adapter.loras, strict=True):
-        if layer in names and not any(factor.requires_grad for factor in lora.parameters()):
+    for layer, change in zip(adapter.layers, adapter.changes, strict=True):
+        if layer in names and not any(factor.requires_grad for factor in change.parameters()):
             yield Finding(names[layer], "its factors are frozen and do not train", thaw, "warned")
         weight = base_weight(layer) if has_parameter(layer) else None
-        if weight is not None and weight.device != lora.lora_A.device:
-            what = f"its factors are on {lora.lora_A.device}, its weight on {weight.device}"
+        if weight is not None and weight.device != (own := change.tensors()[0]).device:
+            what = f"its factors are on {own.device}, its weight on {weight.device}"
             yield Finding(names.get(layer, "a layer"), what, "Move the whole model", "warned")
     saved = {root.get_submodule(name) for name in adapter.plan.modules_to_save if name in names.values()}
     trained = {module for each in saved for module in each.modules()}
@@ -192,7 +192,7 @@ def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[
 def _later(injection: Injection, names: dict[nn.Module, str]) -> Iterator[Finding]:
     known = {(place.module, place.name) for place in injection.places}
     for module, name in names.items():
-        for key in () if isinstance(module, (Adapters, LoRA)) else module._buffers:
+        for key in () if isinstance(module, (Adapters, Change)) else module._buffers:
             if (module, key) not in known and key not in module._non_persistent_buffers_set:
                 what = "this buffer was registered after convlora.inject; the base that a file is for does not have it"
                 yield Finding(f"{name}.{key}", what, "Register it before you inject, or as persistent=False", "warned")

@@ -15,7 +15,9 @@ from typing import Any, TypedDict
 import torch
 
 from .._layer.adapted import Adapters
+from .._layer.change import Option
 from .._layer.paths import PATHS, Path
+from .._methods.registry import METHODS, check_options, method_for
 from .._plan import INITS, NORM_POLICIES, Init, NormPolicy
 from ..errors import TargetError
 from .targets import Targets
@@ -40,6 +42,9 @@ class Options(TypedDict, total=False):
     dropout: float
     use_rslora: bool
     use_dora: bool
+    method: str
+    method_pattern: Mapping[Pattern, str] | None
+    method_options: Mapping[str, Option] | None
     init: Init | None
     init_data: Iterable[Any] | None
     budget: Budget | None
@@ -67,6 +72,9 @@ class Request:
     dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    method: str = "lora"
+    method_pattern: Mapping[Pattern, str] | None = None
+    method_options: Mapping[str, Option] | None = None
     init: Init | None = None
     init_data: Iterable[Any] | None = None
     budget: Budget | None = None
@@ -103,6 +111,9 @@ class Request:
             raise TargetError(
                 f"init_data={self.init_data!r}; it must be batches: a DataLoader or a list, say. Nothing was changed."
             )
+        check_among(tuple(METHODS), self.method, "method")
+        method_for(self.method, self.beginning)
+        check_options(self.method, self.method_options or {})
         for name in ("use_rslora", "use_dora", "mask_activations"):
             if not isinstance(getattr(self, name), bool):
                 raise TargetError(f"{name}={getattr(self, name)!r}; it must be true or false.")

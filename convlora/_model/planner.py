@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .._layer.change import Option
 from .._layer.masked import mixin_for
 from .._layer.paths import Path
 from .._layer.swap import check_swappable, original_class
@@ -35,6 +36,9 @@ def plan(
     dropout: float = 0.0,
     use_rslora: bool = False,
     use_dora: bool = False,
+    method: str = "lora",
+    method_pattern: Mapping[Pattern, str] | None = None,
+    method_options: Mapping[str, Option] | None = None,
     init: Init | None = None,
     init_data: Iterable[Any] | None = None,
     budget: Budget | None = None,
@@ -99,6 +103,7 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         path=request.path,
         mask_activations=request.mask_activations,
         init=request.beginning,
+        method=request.method,
     )
 
 

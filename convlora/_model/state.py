@@ -19,13 +19,11 @@ from .._layer.adapted import (
     AdaptedLayer,
     base_weight,
     carries,
-    has_lora,
+    change_of,
     held,
     layer_weight,
-    lora_of,
 )
-from .._layer.factors import LoRA
-from .._layer.functional import alpha_of
+from .._layer.change import Change
 from .._layer.masked import Masked, set_masked
 from .._layer.places import BASE, COPY, SWAPPING, Place
 from .._plan import NormPolicy, Plan
@@ -53,33 +51,32 @@ class Adapter:
     """Factors that were trainable when the adapter was last active, and are again when it is, as (module, name)."""
 
     @property
-    def loras(self) -> list[LoRA]:
-        """The factors of every layer, in the plan's order; StateError names those without."""
+    def changes(self) -> list[Change]:
+        """What every layer has of it, in the plan's order; StateError names those without."""
         if lost := self.lost():
             raise StateError(
                 f"{', '.join(lost)}: the factors of adapter {self.plan.adapter_name!r} were deleted. Put them back, or "
                 "build the base anew and load the adapter that you saved."
             )
-        return [lora_of(layer, self.plan.adapter_name) for layer in self.layers]
+        name = self.plan.adapter_name
+        return [change for layer in self.layers if (change := change_of(layer, name)) is not None]
 
     def lost(self) -> list[str]:
         """Layers whose factors were deleted by other code."""
         name, pairs = self.plan.adapter_name, zip(self.plan.layers, self.layers, strict=True)
-        return [planned.name for planned, layer in pairs if not has_lora(layer, name)]
+        return [planned.name for planned, layer in pairs if change_of(layer, name) is None]
 
     def follow(self) -> None:
         """Take into the plan what was written into ``scaling`` by hand since: the layer's own is computed with."""
-        plan = self.plan
-        scalings = [float(lora.scaling) for lora in self.loras]
-        if scalings != [plan.scaling(planned) for planned in plan.layers]:
-            now = zip(plan.layers, scalings, strict=True)
-            layers = (replace(p, alpha=alpha_of(scaling, p.rank, plan.use_rslora)) for p, scaling in now)
-            self.plan = replace(plan, layers=tuple(layers))
+        scalings = [float(change.scaling) for change in self.changes]
+        if scalings != [planned.scaling for planned in self.plan.layers]:
+            now = zip(self.plan.layers, scalings, strict=True)
+            self.plan = replace(self.plan, layers=tuple(replace(p, scaling=scaling) for p, scaling in now))
 
     def factors(self) -> Iterator[nn.Parameter]:
-        """lora_A and lora_B of every layer, and DoRA's magnitudes."""
-        for lora in self.loras:
-            yield from lora.parameters()
+        """The trained tensors of every layer's change, with DoRA the magnitudes among them."""
+        for change in self.changes:
+            yield from change.parameters()
 
 
 @dataclass
@@ -260,16 +257,16 @@ def holders_of(root: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def _rest(each: Adapter) -> None:
-    for lora in each.loras:
-        for name, factor in lora.named_parameters():
+    for change in each.changes:
+        for name, factor in change.named_parameters():
             if factor.requires_grad:
-                each.resting.append((lora, name))
+                each.resting.append((change, name))
                 factor.requires_grad_(False)
 
 
 def _wake(each: Adapter) -> None:
-    for lora, name in each.resting:
-        lora.get_parameter(name).requires_grad_(True)
+    for change, name in each.resting:
+        change.get_parameter(name).requires_grad_(True)
     each.resting.clear()
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .._layer.adapted import Adapters
+from .._layer.change import Change
 from .._layer.computed import weight_shape
-from .._layer.factors import LoRA
 from ..errors import TargetError
 
 Target = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -68,7 +68,7 @@ def modules_of(model: nn.Module) -> list[Named]:
     """Each module of the base once, with all its names; the root's is empty."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, (Adapters, LoRA)):
+        if not isinstance(module, (Adapters, Change)):
             names.setdefault(module, []).append(name)
     return [Named(tuple(all_names), module) for module, all_names in names.items()]
 

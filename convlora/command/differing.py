@@ -133,7 +133,7 @@ def _layer(first: Side, second: Side, ours: LayerPlan, theirs: LayerPlan) -> dic
 def _change(side: Side, layer: LayerPlan) -> tuple[Tensor, Tensor, float]:
     """lora_A, lora_B as a matrix, and the scaling."""
     A, B = (side.tensors[key] for key in list(factor_shapes(layer))[:2])
-    return A, B.flatten(1), side.plan.scaling(layer)
+    return A, B.flatten(1), layer.scaling
 
 
 def _apart(one: Tensor, other: Tensor) -> float | None:

@@ -120,6 +120,13 @@ class Adapting(Targeting):
     dropout: Annotated[float, typer.Option(help="On the adapter's branch, 0 ≤ p < 1.")] = Request.dropout
     use_rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √rank.")] = Request.use_rslora
     use_dora: Annotated[bool, typer.Option("--dora", help="Train each output channel's size apart.")] = Request.use_dora
+    method: Annotated[str, typer.Option(help="How a weight may change: lora, or another method.")] = Request.method
+    method_pattern: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN=METHOD", help="Another method for these layers.")
+    ] = None
+    method_options: Annotated[
+        list[str] | None, typer.Option("--method-option", metavar="NAME=VALUE", help="An option of the method.")
+    ] = None
     init: Annotated[Init | None, typer.Option(help="How the factors begin; default kaiming.")] = Request.init
     path: Annotated[Way, typer.Option(help="How a convolution computes in training.")] = Request.path
     mask_activations: Annotated[
@@ -132,6 +139,8 @@ class Adapting(Targeting):
             **super().arguments(),
             "rank_pattern": _numbers(self.rank_pattern, int, "--rank-pattern"),
             "alpha_pattern": _numbers(self.alpha_pattern, float, "--alpha-pattern"),
+            "method_pattern": _by_pattern(self.method_pattern, "--method-pattern"),
+            "method_options": _options(self.method_options),
             "budget": _budget(self.budget),
         }
 
@@ -155,6 +164,14 @@ def _numbers(texts: list[str] | None, kind: type[int] | type[float], option: str
     """A number for each pattern."""
     pairs = dict(_pair(text, option) for text in texts or ())
     return {_pattern(name): _number(name, value, kind, option) for name, value in pairs.items()} or None
+
+
+def _by_pattern(texts: list[str] | None, option: str) -> dict[Pattern, str] | None:
+    return {_pattern(name): value for name, value in (_pair(text, option) for text in texts or ())} or None
+
+
+def _options(texts: list[str] | None) -> dict[str, Any] | None:
+    return {name: _value(value) for name, value in (_pair(text, "--method-option") for text in texts or ())} or None
 
 
 def _number(pattern: str, text: str, kind: type[int] | type[float], option: str) -> float:

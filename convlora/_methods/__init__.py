@@ -1,0 +1,1 @@
+"""How a weight may change: one method in each file."""
