@@ -105,6 +105,7 @@ class Plan:
         path: which way the layers take in training.
         mask_activations: whether activations keep a mask, and max pooling the places of its maxima, in training.
         init: how the factors began.
+        freeze_A: whether every lora_A stays as it began, and lora_B alone is trained.
         biases: names of modules, adapted or not, whose bias alone is trained and belongs to the adapter.
         others: all other modules with parameters, so that each parameter of the model is accounted for.
         base_parameters: of the whole base model; ``saved_parameters``: of ``modules_to_save`` and ``biases``.
@@ -131,6 +132,7 @@ class Plan:
     path: Path = "auto"
     mask_activations: bool = False
     init: Init = "kaiming"
+    freeze_A: bool = False
     biases: tuple[str, ...] = ()
     method: str = "lora"
     state: str = "planned"
@@ -147,9 +149,16 @@ class Plan:
         return sum(layer.adapter_parameters for layer in self.layers)
 
     @property
+    def constant_parameters(self) -> int:
+        """Numbers among them that are not trained: with ``freeze_A``, those in every lora_A."""
+        layers = self.layers if self.freeze_A else ()
+        shapes = (layer.change.shapes(layer.weight_shape, layer.rank, **layer.options) for layer in layers)
+        return sum(math.prod(each["lora_A"]) for each in shapes if "lora_A" in each)
+
+    @property
     def trainable_parameters(self) -> int:
         """Numbers that training moves: the factors and the modules trained in full, or what requires a gradient now."""
-        planned = self.adapter_parameters + self.saved_parameters
+        planned = self.adapter_parameters - self.constant_parameters + self.saved_parameters
         return planned if self.trained_now is None else self.trained_now
 
     @property
@@ -182,6 +191,7 @@ class Plan:
             (f"alpha {self.alpha:g}", change.has_alpha),
             ("rsLoRA", self.use_rslora),
             ("DoRA", self.use_dora),
+            ("A constant", self.freeze_A),
             (self.init, self.init != "kaiming"),
         ]
         what = ", ".join(text for text, there in said if there)

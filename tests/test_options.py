@@ -72,6 +72,7 @@ VALUES = {
     "dropout": 0.25,
     "use_rslora": True,
     "use_dora": True,
+    "freeze_A": True,
     "method": "dense",
     "method_pattern": {"0": "dense"},
     "method_options": None,  # of methods that have some

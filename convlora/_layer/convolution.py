@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ def convolve(
 ) -> Tensor:
     """``conv(x, weight + scaling · B @ A, bias)`` in x's dtype; gradients reach x, both factors and the bias.
 
+    Where A needs no gradient, h = A ∗ x is kept for the backward in the place of x, unless x is the smaller of the two.
+
     Args:
         x: ``(N, C_in, *spatial)``.
         weight: ``(C_out, C_in / groups, *kernel)``; no gradient is computed for it.
@@ -52,11 +54,26 @@ def convolve(
     """
     if geometry.groups > 1:
         path = "weight"
-    y: Tensor = _Convolution.apply(x, weight, lora_A, lora_B, bias, scaling, geometry, path)
-    return y
+    keeps_hidden = False
+    if path != "weight" and lora_B.requires_grad and not lora_A.requires_grad:
+        keeps_hidden = path == "branch" or lora_A.shape[0] < x.shape[1] * math.prod(geometry.stride)
+    y = _Convolution.apply(x, weight, lora_A, lora_B, bias, scaling, geometry, path, keeps_hidden)
+    return cast(Tensor, y[0] if keeps_hidden else y)
+
+
+class _Form(NamedTuple):
+    """What the gradient to x has to know of x where its numbers are not kept."""
+
+    shape: Ints
+    strides: Ints
+
+    def stride(self, dim: int) -> int:
+        return self.strides[dim]
 
 
 class _Convolution(torch.autograd.Function):
+    """With ``keeps_hidden``, h is a second output: saved as one, second derivatives find their way from it to x."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -68,54 +85,78 @@ class _Convolution(torch.autograd.Function):
         scaling: float,
         geometry: Geometry,
         path: str,
-    ) -> Tensor:
+        keeps_hidden: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         hidden = None
         with no_autocast(x.device.type):
-            if path == "branch":
+            if path == "branch" or keeps_hidden:
                 A = in_dtype(lora_A, x.dtype)
                 hidden = _project(_as_read(x, A, geometry), A, geometry)
+            if path == "branch":
+                assert hidden is not None, "computed above"
                 y = conv(x, in_dtype(weight, x.dtype), bias, geometry)
                 _add_mix(y, in_dtype(lora_B, x.dtype), hidden, scaling)
             else:
                 y = conv(x, in_dtype(plus_delta(weight, lora_A, lora_B, scaling), x.dtype), bias, geometry)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, bias, hidden)
+        _, _, for_A, for_B, *_ = ctx.needs_input_grad
+        is_read = for_A or (for_B and not keeps_hidden)
+        ctx.save_for_backward(x if is_read else None, weight, lora_A, lora_B, bias, hidden)
+        ctx.form, ctx.sizes = (x.shape, x.stride()), y.shape[2:]
         ctx.scaling, ctx.geometry, ctx.path = scaling, geometry, path
-        return y
+        if not keeps_hidden:
+            return y
+        assert hidden is not None, "computed above"
+        ctx.set_materialize_grads(False)
+        return y, hidden
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, bias, hidden = ctx.saved_tensors
-        (g,) = grads
-        for_x, _, for_A, for_B, for_bias, *_ = ctx.needs_input_grad
-        geometry: Geometry = ctx.geometry
-        with no_autocast(x.device.type):
-            A, B = in_dtype(lora_A, x.dtype), in_dtype(lora_B, x.dtype)
-            grad_x = grad_A = grad_B = t = None
-            if ctx.path == "weight":
-                if for_A or for_B:
-                    grad_A, grad_B = _through_dense(g, x, lora_A, lora_B, ctx.scaling, geometry)
-            else:
-                flat = _flat(g)
-                read = _as_read(x, A, geometry) if for_A or for_B else x
-                if for_A and for_x and ctx.path == "fused" and _as_one_product(g, weight, geometry):
-                    grad_x, t = _both(flat, g, x, plus_delta(weight, lora_A, lora_B, ctx.scaling), B, geometry)
-                elif for_A or (for_x and ctx.path == "branch"):
-                    t = _mix(B.T, flat)
-                if for_A:
-                    assert t is not None, "computed above"
-                    grad_A = in_dtype(_weight_grad(t, g, read, A, geometry), lora_A.dtype).mul_(ctx.scaling)
-                if for_B:
-                    # Computed again rather than saved: in the forward it would cost as much, and memory besides.
-                    hidden = _project(read, A, geometry) if hidden is None or torch.is_grad_enabled() else hidden
-                    grad_B = in_dtype(_outer(flat, hidden), lora_B.dtype).mul_(ctx.scaling)
-            if for_x and grad_x is None:
-                merged = weight if ctx.path == "branch" else plus_delta(weight, lora_A, lora_B, ctx.scaling)
-                grad_x = _input_grad(g, x, in_dtype(merged, x.dtype), geometry)
-                if ctx.path == "branch":
-                    assert t is not None, "computed above"
-                    _add_input_grad(grad_x, t, g, x, A, ctx.scaling, geometry)
-            grad_bias = in_dtype(g.sum((0, *range(2, g.ndim))), bias.dtype) if for_bias else None
-        return grad_x, None, grad_A, grad_B, grad_bias, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, *of_hidden = grads
+        saved = ctx.saved_tensors  # once: checkpointing hands each out one time
+        kept, weight, lora_A, *_ = saved
+        x: Tensor | _Form = _Form(*ctx.form) if kept is None else kept
+        with no_autocast(weight.device.type):
+            grad_x, grad_A, grad_B, grad_bias = (None,) * 4 if g is None else _gradients(ctx, saved, g, x)
+            if ctx.needs_input_grad[0] and of_hidden and of_hidden[0] is not None:
+                t = of_hidden[0].view(*of_hidden[0].shape[:2], *ctx.sizes)
+                through_hidden = _input_grad(t, x, in_dtype(lora_A, t.dtype), ctx.geometry)
+                grad_x = through_hidden if grad_x is None else grad_x + through_hidden
+        return grad_x, None, grad_A, grad_B, grad_bias, None, None, None, None
+
+
+def _gradients(ctx: Any, saved: tuple[Any, ...], g: Tensor, x: Tensor | _Form) -> tuple[Tensor | None, ...]:
+    """To x, A, B and the bias, each where it is needed."""
+    kept, weight, lora_A, lora_B, bias, hidden = saved
+    for_x, _, for_A, for_B, for_bias, *_ = ctx.needs_input_grad
+    geometry, scaling, path = ctx.geometry, ctx.scaling, ctx.path
+    A, B = in_dtype(lora_A, g.dtype), in_dtype(lora_B, g.dtype)
+    grad_x = grad_A = grad_B = t = None
+    if path == "weight":
+        if for_A or for_B:
+            grad_A, grad_B = _through_dense(g, kept, lora_A, lora_B, scaling, geometry, for_A)
+    else:
+        flat = _flat(g)
+        read = None if kept is None else _as_read(kept, A, geometry)
+        if for_A and for_x and path == "fused" and _as_one_product(g, weight, geometry):
+            grad_x, t = _both(flat, g, x, plus_delta(weight, lora_A, lora_B, scaling), B, geometry)
+        elif for_A or (for_x and path == "branch"):
+            t = _mix(B.T, flat)
+        if for_A:
+            assert t is not None and read is not None, "computed above"
+            grad_A = in_dtype(_weight_grad(t, g, read, A, geometry), lora_A.dtype).mul_(scaling)
+        if for_B:
+            if read is not None and (hidden is None or torch.is_grad_enabled()):
+                # Computed again rather than saved: in the forward it would cost as much, and memory besides.
+                hidden = _project(read, A, geometry)
+            grad_B = in_dtype(_outer(flat, hidden), lora_B.dtype).mul_(scaling)
+    if for_x and grad_x is None:
+        merged = weight if path == "branch" else plus_delta(weight, lora_A, lora_B, scaling)
+        grad_x = _input_grad(g, x, in_dtype(merged, g.dtype), geometry)
+        if path == "branch":
+            assert t is not None, "computed above"
+            _add_input_grad(grad_x, t, g, x, A, scaling, geometry)
+    grad_bias = in_dtype(g.sum((0, *range(2, g.ndim))), bias.dtype) if for_bias else None
+    return grad_x, grad_A, grad_B, grad_bias
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -158,16 +199,21 @@ def _weight_grad(t: Tensor, g: Tensor, read: Tensor, lora_A: Tensor, geometry: G
     return _convolution_backward(_shaped(t, g), read, lora_A, geometry, 1)
 
 
-def _input_grad(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+def _input_grad(g: Tensor, x: Tensor | _Form, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient that reaches x through a convolution with ``weight``; of x, only the form counts."""
     if _as_product(g, weight, geometry):
         return _spread(_shaped(_mix(_rows(weight).T, _flat(g)), g), x, geometry)
-    if _skips(geometry.stride) and is_pointwise(weight.shape[2:], geometry) and is_float_on_cpu(x):
+    if _skips(geometry.stride) and is_pointwise(weight.shape[2:], geometry) and is_float_on_cpu(g):
         # torch's is two to three times as slow with a stride as without
         once = geometry._replace(stride=(1,) * len(geometry.stride))
-        read = torch.empty_like(sampled(x, geometry.stride))
+        read = torch.empty_like(sampled(_stand_in(x, g), geometry.stride))
         return _spread(_convolution_backward(g, read, weight, once, 0), x, geometry)
-    return _convolution_backward(g, x, weight, geometry, 0)
+    return _convolution_backward(g, _stand_in(x, g), weight, geometry, 0)
+
+
+def _stand_in(x: Tensor | _Form, g: Tensor) -> Tensor:
+    """A tensor of x's form, whatever its numbers: on a CPU, memory that is never touched."""
+    return torch.empty_strided(*x, dtype=g.dtype, device=g.device) if isinstance(x, _Form) else x
 
 
 def _as_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -190,14 +236,16 @@ def _as_one_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     return weight.shape[0] > weight.shape[1] and _as_product(g, weight, geometry)
 
 
-def _both(flat: Tensor, g: Tensor, x: Tensor, weight: Tensor, B: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+def _both(
+    flat: Tensor, g: Tensor, x: Tensor | _Form, weight: Tensor, B: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
     """The gradient to x, and t, by one product, whose larger operand g is read once."""
     columns = weight.shape[1]
     both = _mix(torch.cat([_rows(in_dtype(weight, B.dtype)), B], 1).T, flat)
     return _spread(_shaped(both[:, :columns], g), x, geometry), both[:, columns:]
 
 
-def _spread(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+def _spread(grad: Tensor, x: Tensor | _Form, geometry: Geometry) -> Tensor:
     """A gradient at the positions that a 1×1 kernel reads, as one at all positions of x."""
     if not _skips(geometry.stride):
         return grad
@@ -209,7 +257,7 @@ def _spread(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _add_input_grad(
-    grad: Tensor, t: Tensor, g: Tensor, x: Tensor, lora_A: Tensor, scaling: float, geometry: Geometry
+    grad: Tensor, t: Tensor, g: Tensor, x: Tensor | _Form, lora_A: Tensor, scaling: float, geometry: Geometry
 ) -> None:
     """Add to ``grad``, in place, the gradient that reaches x through A; of g and x, only the form counts."""
     if is_pointwise(lora_A.shape[2:], geometry):
@@ -229,8 +277,8 @@ def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, geometry: Geomet
 
 
 def _through_dense(
-    g: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
+    g: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, geometry: Geometry, for_A: bool
+) -> tuple[Tensor | None, Tensor]:
     """The factors' gradients from the dense weight's, where that is small."""
     kernel = lora_A.shape[2:]
     if depthwise.wins(g, x, kernel, geometry):
@@ -238,10 +286,10 @@ def _through_dense(
     else:
         dense = _convolution_backward(g, x, x.new_empty(()).expand(lora_B.shape[0], *lora_A.shape[1:]), geometry, 1)
     dense = _rows(dense).to(lora_A.dtype) * scaling
-    return (lora_B.T @ dense).view(lora_A.shape), dense @ _rows(lora_A).T
+    return (lora_B.T @ dense).view(lora_A.shape) if for_A else None, dense @ _rows(lora_A).T
 
 
-def _channels_last(x: Tensor) -> bool:
+def _channels_last(x: Tensor | _Form) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1
 
 

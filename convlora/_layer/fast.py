@@ -29,7 +29,7 @@ def linear(
     layer: nn.Module, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, path: Path
 ) -> Tensor | None:
     """A linear layer's adapted forward with a branch beside the base, where autograd needs no dense gradient."""
-    if is_transformed() or path not in ("auto", "branch") or not lora_A.requires_grad:
+    if is_transformed() or path not in ("auto", "branch") or not (lora_A.requires_grad or lora_B.requires_grad):
         return None
     A, B = lora_A.to(weight.dtype), (scaling * lora_B).to(weight.dtype)
     return F.linear(x, weight, cast("Tensor | None", layer.bias)) + F.linear(F.linear(x, A), B)
@@ -57,7 +57,8 @@ def convolution(
     x, geometry = prepared
     if path == "auto":
         choice = choose if torch.compiler.is_compiling() else choose_once  # compilers warn of what remembers
-        path = choice(x.shape, weight.shape, geometry, lora_A.shape[0], x.requires_grad, x.element_size())
+        trains_A = lora_A.requires_grad
+        path = choice(x.shape, weight.shape, geometry, lora_A.shape[0], x.requires_grad, x.element_size(), trains_A)
     return convolve(x, weight, lora_A, lora_B, layer.bias, scaling, geometry, path)
 
 
@@ -105,7 +106,9 @@ def shapes_of(layer: _ConvNd, x: Tensor, geometry: Geometry, rank: int) -> Shape
     return _shapes(x.shape, weight, geometry, rank, x.requires_grad, x.element_size())
 
 
-def _shapes(x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bool, width: int) -> Shapes:
+def _shapes(
+    x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bool, width: int, trains_A: bool = True
+) -> Shapes:
     sizes = zip(x[2:], weight[2:], geometry.stride, geometry.padding, geometry.dilation, strict=True)
     outputs = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
     return Shapes(
@@ -118,12 +121,13 @@ def _shapes(x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bo
         outputs=x[0] * math.prod(outputs),
         input_grad=input_grad,
         width=width,
+        trains_A=trains_A,
     )
 
 
-def choose(x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bool, width: int) -> Path:
+def choose(x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bool, width: int, trains_A: bool) -> Path:
     """The path for an input and a weight of these sizes; see ``paths.py``."""
-    return paths.choose(_shapes(x, weight, geometry, rank, input_grad, width))
+    return paths.choose(_shapes(x, weight, geometry, rank, input_grad, width, trains_A))
 
 
 choose_once = lru_cache(maxsize=4096)(choose)

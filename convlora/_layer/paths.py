@@ -50,6 +50,8 @@ class Shapes:
     """Whether the gradient goes further back than this layer."""
     width: int = 4
     """Bytes in a number."""
+    trains_A: bool = True
+    """Whether A gets a gradient; B does."""
 
     @property
     def fan_in(self) -> int:
@@ -62,7 +64,9 @@ def choose(shapes: Shapes) -> Path:
     if shapes.groups > 1:
         return "weight"  # rank-r tensors would need r channels for each group
     costs, best = estimate(shapes), PATHS[1]
-    for path in PATHS[2:]:  # min with a key is more than torch's compiler follows where sizes are symbols
+    # Without a gradient to A the other two keep h in the place of x, and that is what A was frozen for.
+    is_lean = not shapes.trains_A and shapes.rank * shapes.outputs < shapes.in_channels * shapes.inputs
+    for path in PATHS[3:] if is_lean else PATHS[2:]:  # the compiler does not follow min with a key over symbols
         best = path if costs[path] < costs[best] else best
     return best
 
@@ -83,9 +87,12 @@ def estimate(s: Shapes) -> dict[Path, float]:
     merge = passes * cost(2 * weight * rank, 3 * weight)
     mix = cost(2 * g * rank, g)  # t or dB: one pass over the output's gradient
     project = cost(2 * s.outputs * s.fan_in * thin, x)  # h, dA, or t back to the input: one pass over the input
-    dense = cost(2 * s.outputs * s.fan_in * s.out_channels, x + g + weight) + 2 * cost(2 * weight * rank, weight)
-    low_rank = 2 * mix + 2 * project
+    factors = 2 if s.trains_A else 1
+    dense = cost(2 * s.outputs * s.fan_in * s.out_channels, x + g + weight) + factors * cost(2 * weight * rank, weight)
+    low_rank = factors * (mix + project)
     branch = cost(2 * g * rank, 2 * g) + (cost(2 * s.outputs * s.fan_in * thin, 3 * x) if s.input_grad else 0.0)
+    if s.input_grad and not s.trains_A:
+        branch += mix  # t, for the gradient to the input alone
     return {"fused": merge + low_rank, "weight": merge + dense, "branch": branch + low_rank}
 
 

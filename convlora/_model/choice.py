@@ -89,7 +89,9 @@ class Choice:
         check_among(tuple(METHODS), method, f"method_pattern for {n.name}")
         if method != asked.method:
             return METHODS[method], {}
-        return method_for(method, asked.beginning), dict(asked.method_options or {})
+        # With A constant, (B − B0) A is B A from a B of zeros: nothing is to be taken away.
+        change = METHODS[method] if asked.freeze_A else method_for(method, asked.beginning)
+        return change, dict(asked.method_options or {})
 
     def _reason_to_leave(self, n: Named) -> str:
         if is_packed(n.module):

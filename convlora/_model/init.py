@@ -48,14 +48,15 @@ def first_factors(plan: Plan, root: nn.Module, data: Iterable[Any] | None) -> di
             else "reads no data: leave out init_data, or leave out init, which is 'eva' where data are given"
         )
         raise TargetError(f"init={plan.init!r} {wanted}. Nothing was changed.")
-    planned_layers = [p for p in plan.layers if plan.init in p.change.inits]
+    planned_layers = [p for p in plan.layers if plan.init in p.change.inits or (plan.freeze_A and p.method == "lora")]
     layers = {planned.name: root.get_submodule(planned.name) for planned in planned_layers}
     with torch.inference_mode(False), torch.no_grad():
         if data is not None:
             found = leading_directions(planned_layers, root, layers, data)
             return {p.name: (found[p.name], _blank(p, layers[p.name])[1]) for p in planned_layers}
         begin = _BEGINNINGS.get(plan.init)
-        return {p.name: begin(p, p.scaling, layers[p.name]) for p in planned_layers} if begin else {}
+        drawn = {p.name: begin(p, p.scaling, layers[p.name]) for p in planned_layers} if begin else {}
+        return {name: (A, B.zero_()) for name, (A, B) in drawn.items()} if plan.freeze_A else drawn
 
 
 def _gaussian(planned: LayerPlan, scaling: float, layer: nn.Module) -> Factors:

@@ -45,6 +45,7 @@ def inject(
     dropout: float = 0.0,
     use_rslora: bool = False,
     use_dora: bool = False,
+    freeze_A: bool = False,
     method: str = "lora",
     method_pattern: Mapping[Pattern, str] | None = None,
     method_options: Mapping[str, Option] | None = None,
@@ -88,6 +89,8 @@ def inject(
         use_rslora: scale by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732).
         use_dora: train the weight's size per output channel apart from its direction (Liu et al. 2024,
             arXiv:2402.09353).
+        freeze_A: train B alone; A stays as it began (Zhang et al. 2023, arXiv:2308.03303). A convolution then keeps
+            A ∗ x, of r channels, for the backward in the place of its input. See ``docs/variants.md``.
         method: how a weight may change: ``"lora"``, or another of ``docs/methods.md``. What is said above of the
             factors holds for LoRA; in every method a fresh adapter changes no output.
         method_pattern: another method for the layers that a glob or regular expression names; the first match counts.
@@ -206,6 +209,8 @@ def _new_change(layer: nn.Module, planned: LayerPlan, plan: Plan, given: Mapping
     change = planned.change(
         planned.weight_shape, like, planned.rank, planned.scaling, plan.dropout, plan.path, **planned.options
     )
+    if plan.freeze_A and isinstance(change, LoRA):
+        change.lora_A.requires_grad_(False)
     if planned.name in given:
         cast(LoRA, change).set_factors(*given[planned.name])
     if planned.use_dora:

@@ -17,6 +17,7 @@ import torch
 from .._layer.adapted import Adapters
 from .._layer.change import Option
 from .._layer.paths import PATHS, Path
+from .._methods.lora import LoRA
 from .._methods.registry import METHODS, check_options, method_for
 from .._plan import INITS, NORM_POLICIES, Init, NormPolicy
 from ..errors import TargetError
@@ -42,6 +43,7 @@ class Options(TypedDict, total=False):
     dropout: float
     use_rslora: bool
     use_dora: bool
+    freeze_A: bool
     method: str
     method_pattern: Mapping[Pattern, str] | None
     method_options: Mapping[str, Option] | None
@@ -72,6 +74,7 @@ class Request:
     dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    freeze_A: bool = False
     method: str = "lora"
     method_pattern: Mapping[Pattern, str] | None = None
     method_options: Mapping[str, Option] | None = None
@@ -114,9 +117,11 @@ class Request:
         check_among(tuple(METHODS), self.method, "method")
         method_for(self.method, self.beginning)
         check_options(self.method, self.method_options or {})
-        for name in ("use_rslora", "use_dora", "mask_activations"):
+        for name in ("use_rslora", "use_dora", "freeze_A", "mask_activations"):
             if not isinstance(getattr(self, name), bool):
                 raise TargetError(f"{name}={getattr(self, name)!r}; it must be true or false.")
+        if self.freeze_A and not issubclass(METHODS[self.method], LoRA):
+            raise TargetError(f"freeze_A=True; method={self.method!r} has no lora_A. Nothing was changed.")
         if self.budget is not None:
             numbers_in(self.budget, 1)
         elif self.importance is not None:

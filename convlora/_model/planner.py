@@ -36,6 +36,7 @@ def plan(
     dropout: float = 0.0,
     use_rslora: bool = False,
     use_dora: bool = False,
+    freeze_A: bool = False,
     method: str = "lora",
     method_pattern: Mapping[Pattern, str] | None = None,
     method_options: Mapping[str, Option] | None = None,
@@ -103,6 +104,7 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         path=request.path,
         mask_activations=request.mask_activations,
         init=request.beginning,
+        freeze_A=request.freeze_A,
         method=request.method,
     )
 

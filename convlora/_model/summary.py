@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from .._methods.lora import LoRA
 from .._plan import Plan
 from .integrity import check_trainable
 from .state import injected, the_adapter, the_injection
@@ -37,11 +38,17 @@ def summary(model: nn.Module, adapter_name: str | None = None) -> Plan:
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The active adapter's lora_A and lora_B, and DoRA's magnitudes, of every layer: an optimizer group of their own.
 
+    With ``freeze_A``, without lora_A.
+
     Raises:
         StateError: there is no adapter.
     """
     for _, _, injection in injected(model):
-        yield from injection.adapters[injection.active].factors()
+        adapter = injection.adapters[injection.active]
+        constant = (
+            {id(lora.lora_A) for lora in adapter.changes if isinstance(lora, LoRA)} if adapter.plan.freeze_A else set()
+        )
+        yield from (factor for factor in adapter.factors() if id(factor) not in constant)
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

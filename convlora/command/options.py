@@ -120,6 +120,7 @@ class Adapting(Targeting):
     dropout: Annotated[float, typer.Option(help="On the adapter's branch, 0 ≤ p < 1.")] = Request.dropout
     use_rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √rank.")] = Request.use_rslora
     use_dora: Annotated[bool, typer.Option("--dora", help="Train each output channel's size apart.")] = Request.use_dora
+    freeze_A: Annotated[bool, typer.Option("--freeze-a", help="Train B alone.")] = Request.freeze_A
     method: Annotated[str, typer.Option(help="How a weight may change: lora, or another method.")] = Request.method
     method_pattern: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN=METHOD", help="Another method for these layers.")
