@@ -14,7 +14,7 @@ from torch import nn
 need("timm")
 need("peft")
 
-from benchmarks import paths, routing
+from benchmarks import memory, paths, routing
 from benchmarks.overhead import __main__ as overhead
 from benchmarks.overhead import measuring
 from benchmarks.overhead.apart import Apart
@@ -95,6 +95,24 @@ def test_the_peak_of_a_step_is_the_same_each_time():
         bench.optimizer.zero_grad()
         peaks.append(measuring.peak_bytes(bench.step, CPU))
     assert len(set(peaks)) == 1
+
+
+@pytest.mark.parametrize("needed", [lambda n: 7 * n + 30, lambda n: 7 * n + 30 + n % 5])
+@pytest.mark.parametrize("budget", [0, 40, 1000, 12345])
+@pytest.mark.parametrize("first", [1, 4, 100])
+def test_the_largest_batch_fits_and_one_more_does_not(needed, budget, first):
+    found = memory.largest_batch(needed, budget, first)
+    assert (needed(found) <= budget or not found) and needed(found + 1) > budget
+
+
+def test_the_memory_benchmark_prints_each_arm_and_less_for_masks(capsys, tmp_path):
+    options = ["--model", NETWORK, "--batch", "2", "--size", "32", "--rank", "4", "--budget", "0"]
+    memory.main([*options, "--json", str(tmp_path / "memory.json")])
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "memory.json").read_text())["found"][NETWORK]
+    assert [each["arm"] for each in found] == list(memory.ARMS) and all(f"| {arm} |" in printed for arm in memory.ARMS)
+    full, plain, masks = found[:3]
+    assert full["saved"] > plain["saved"] > masks["saved"] and full["peak"] > plain["peak"] >= masks["peak"]
 
 
 def test_rounds_rotate_and_the_first_is_not_counted():

@@ -153,8 +153,8 @@ def test_max_pooling_has_the_bits_of_torchs_and_keeps_a_byte_or_two_an_output(ki
 def test_bits_come_back_as_they_were_packed(shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
     packed = pack(mask.clone())
-    assert packed.numel() == -(-mask.numel() // 64)
-    assert torch.equal(unpack(packed, mask.shape, mask.stride()).bool(), mask)
+    assert packed.nbytes == 8 * -(-mask.numel() // 64)
+    assert torch.equal(unpack(packed, mask.shape, mask.stride()) >= 0, mask)
 
 
 @pytest.mark.parametrize("kind", [*ACTIVATIONS, *POOLS])

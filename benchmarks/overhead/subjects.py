@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -15,8 +15,11 @@ from torch.nn.modules.batchnorm import _NormBase
 import convlora
 from convlora._layer.adapted import AdaptedLayer, held
 from convlora._layer.kept import Kept
-from convlora._layer.paths import Path as Way
+from convlora._model.options import Options
 from convlora._plan import NormPolicy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -119,12 +122,12 @@ def norms_and_head(model: nn.Module, rank: int) -> Subject:
     return Subject(model, len(convolutions(model)))
 
 
-def adapted(path: Way = "auto", norm: NormPolicy = "freeze") -> Callable[[nn.Module, int], Subject]:
-    """This library, as asked."""
+def adapted(**options: Unpack[Options]) -> Callable[[nn.Module, int], Subject]:
+    """This library, as asked; the options are those of :func:`convlora.inject`."""
 
     def build(model: nn.Module, rank: int) -> Subject:
         count = len(convolutions(model))
-        convlora.inject(model, rank, path=path, norm=norm)
+        convlora.inject(model, rank, **options)
         layers = sum(isinstance(module, AdaptedLayer) for module in model.modules())
         return Subject(model, count, layers, write=lambda folder: convlora.save_adapter(model, folder))
 
