@@ -51,6 +51,9 @@ POOLS: dict[str, Callable[[], nn.Module]] = {
     "ceiling": lambda: nn.MaxPool2d(2, 2, ceil_mode=True),
     "dilated": lambda: nn.MaxPool2d(3, 1, 1, 2),
     "two sizes": lambda: nn.MaxPool2d((3, 2), (2, 1), (1, 0)),
+    "average": lambda: nn.AvgPool2d(2),
+    "average, padded": lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+    "average, divided by another number": lambda: nn.AvgPool2d((3, 2), (2, 1), divisor_override=5),
 }
 
 
@@ -138,14 +141,14 @@ def test_gradient_of_another_form_has_the_bits_and_form_that_torch_gives_it(kind
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", POOLS)
-def test_max_pooling_has_the_bits_of_torchs_and_keeps_a_byte_or_two_an_output(kind, dtype):
+def test_pooling_has_the_bits_of_torchs_and_keeps_at_most_a_byte_or_two_an_output(kind, dtype):
     for width, each in ((17, 1), (300, 2)):
         for memory_format in FORMATS:
             x = numbers((2, 3, 17, width), dtype, memory_format).round()  # with ties
             x[0, 1], x[0, 2, :5, :5] = -float("inf"), float("nan")
             mine = run(masked(POOLS[kind]()), x)
             assert mine == run(POOLS[kind](), x), (width, memory_format)
-            fits = each if kind not in ("2", "ceiling") else 1 if width < 255 else 2
+            fits = 0 if "average" in kind else each if kind not in ("2", "ceiling") else 1 if width < 255 else 2
             assert mine.bytes_kept == mine.tensors[0].numel() * fits
 
 
@@ -220,7 +223,7 @@ def test_what_is_no_training_on_a_tensor_takes_torchs_own_way():
 
 def test_modules_of_which_nothing_less_could_be_kept_are_left_alone():
     smooth = [nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.Mish(), nn.Hardsigmoid(), nn.ELU(), nn.PReLU(), nn.Sigmoid()]
-    others = [Doubled(), nn.AvgPool2d(2), nn.MaxPool1d(2), nn.Dropout(), nn.Sequential(nn.ReLU())]
+    others = [Doubled(), nn.AdaptiveAvgPool2d(2), nn.MaxPool1d(2), nn.Dropout(), nn.Sequential(nn.ReLU())]
     assert not any(map(mixin_for, smooth + others))
 
 

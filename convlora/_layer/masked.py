@@ -1,7 +1,8 @@
 """Activations and pooling that keep for the backward what their derivative needs, and no more.
 
 torch keeps the output of a ReLU, 32 bits a number in fp32; its derivative needs one. Of max pooling torch keeps the
-input and an int64 index for each output; the gradient needs to know which number of the window was the largest.
+input and an int64 index for each output; the gradient needs to know which number of the window was the largest. Of
+average pooling it keeps the input, and the gradient needs its shape alone.
 Forward and gradient have the bits that torch's have: the output is torch's own, and so is the backward's arithmetic.
 """
 
@@ -21,8 +22,8 @@ aten = torch.ops.aten
 PACKED_FROM = 2**15
 """Numbers in a tensor from which on a mask takes one bit of each and not a byte: below, packing is calls and no bytes.
 
-On a CPU alone, where packing was measured: it costs half of what the activation costs, well below a hundredth of a step
-of ResNet-50 (``benchmarks/masks.py``). Elsewhere a mask is a bool until it is measured there.
+On a CPU alone, where packing was measured: beside a byte it costs what is lost in the noise of a step. On accelerators
+it is not measured, and a mask is a byte.
 """
 
 
@@ -64,6 +65,8 @@ _LEAKY = _Kind(
 KINDS: dict[Any, _Kind] = {nn.ReLU.forward: _RELU, nn.Hardtanh.forward: _HARDTANH, nn.LeakyReLU.forward: _LEAKY}
 """By the forward of their class, so that a subclass with the same forward is known too: nn.ReLU6 is one."""
 
+POOLS = (nn.MaxPool2d.forward, nn.AvgPool2d.forward)
+
 
 class Masked(Swapped):
     """Base of the mixins here: in training the base's own output, and less kept for the backward."""
@@ -85,22 +88,25 @@ class MaskedActivation(Masked):
 
 
 class MaskedPool(Masked):
-    """A max pooling that keeps which number of each window was the largest, in a byte or two."""
+    """A pooling that keeps no input: of the largest numbers the places in their windows, of averages nothing."""
 
     _convlora_prefix: ClassVar[str] = "Masked"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The pooling's own forward; where a gradient passes through, with no input kept."""
-        pool = cast(nn.MaxPool2d, self)
-        if len(args) == 1 and not kwargs and _is_kept(args[0]) and args[0].ndim == 4 and not pool.return_indices:
-            return _MaxPool.apply(args[0], _window(pool))
+        if len(args) == 1 and not kwargs and _is_kept(args[0]) and args[0].ndim == 4:
+            pool: Any = self
+            if self._convlora_base.forward is nn.AvgPool2d.forward:
+                return _AveragePool.apply(args[0], pool, super().forward)  # type: ignore[misc]
+            if not pool.return_indices:
+                return _MaxPool.apply(args[0], _Window.of(pool))
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 def mixin_for(module: nn.Module) -> type[Masked] | None:
     """What a module would become; None where nothing less could be kept."""
     forward: Any = original_class(module).forward
-    return MaskedActivation if forward in KINDS else MaskedPool if forward is nn.MaxPool2d.forward else None
+    return MaskedActivation if forward in KINDS else MaskedPool if forward in POOLS else None
 
 
 def set_masked(module: nn.Module, masked: bool) -> None:
@@ -192,8 +198,37 @@ def unpack(packed: Tensor, shape: Ints, stride: Ints) -> Tensor:
     return words.view(torch.int8).as_strided(shape, stride)
 
 
+def _pair(size: int | Ints) -> Ints:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+class _Form(NamedTuple):
+    """All that a gradient needs to know of a pooling's input."""
+
+    shape: Ints
+    stride: Ints
+
+    def empty(self, like: Tensor) -> Tensor:
+        """A tensor of this form, its numbers not written: memory that is there for a moment."""
+        return torch.empty_strided(self.shape, self.stride, dtype=like.dtype, device=like.device)
+
+
+class _AveragePool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pool: Any, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.form = _Form(x.shape, x.stride())
+        kernel, rest = _pair(pool.kernel_size), (pool.ceil_mode, pool.count_include_pad, pool.divisor_override)
+        ctx.arguments = kernel, _pair(pool.stride or kernel), _pair(pool.padding), *rest
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        return aten.avg_pool2d_backward(g, ctx.form.empty(g), *ctx.arguments), None, None
+
+
 class _Window(NamedTuple):
-    """The arguments of a pooling, a number for each of both directions."""
+    """The arguments of a max pooling, a number for each of both directions."""
 
     kernel: Ints
     stride: Ints
@@ -201,18 +236,18 @@ class _Window(NamedTuple):
     dilation: Ints
     ceil_mode: bool
 
-
-def _window(pool: nn.MaxPool2d) -> _Window:
-    sizes = (pool.kernel_size, pool.stride or pool.kernel_size, pool.padding, pool.dilation)
-    kernel, stride, padding, dilation = ((size, size) if isinstance(size, int) else tuple(size) for size in sizes)
-    return _Window(kernel, stride, padding, dilation, pool.ceil_mode)
+    @classmethod
+    def of(cls, pool: nn.MaxPool2d) -> _Window:
+        kernel = _pair(pool.kernel_size)
+        stride, padding, dilation = map(_pair, (pool.stride or kernel, pool.padding, pool.dilation))
+        return cls(kernel, stride, padding, dilation, pool.ceil_mode)
 
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: _Window) -> Tensor:
         y, indices = aten.max_pool2d_with_indices(x, *window)
-        ctx.shape, ctx.strides, ctx.window = x.shape, x.stride(), window
+        ctx.form, ctx.window = _Form(x.shape, x.stride()), window
         ctx.save_for_backward((indices - _corners(ctx, indices)).to(_smallest(ctx)))
         return cast(Tensor, y)
 
@@ -220,8 +255,7 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (places,), (g,) = ctx.saved_tensors, grads
         indices = places + _corners(ctx, places)
-        x = torch.empty_strided(ctx.shape, ctx.strides, dtype=g.dtype, device=g.device)  # of it, only the form counts
-        return aten.max_pool2d_with_indices_backward(g, x, *ctx.window, indices), None
+        return aten.max_pool2d_with_indices_backward(g, ctx.form.empty(g), *ctx.window, indices), None
 
 
 def _corners(ctx: Any, like: Tensor) -> Tensor:
@@ -230,13 +264,13 @@ def _corners(ctx: Any, like: Tensor) -> Tensor:
         torch.arange(count, device=like.device) * stride - padding
         for count, stride, padding in zip(like.shape[2:], ctx.window.stride, ctx.window.padding, strict=True)
     )
-    corners: Tensor = height.unsqueeze(1) * ctx.shape[3] + width
+    corners: Tensor = height.unsqueeze(1) * ctx.form.shape[3] + width
     return corners
 
 
 def _smallest(ctx: Any) -> torch.dtype:
     """The smallest type of number that tells places within a window apart."""
     down, right = ((k - 1) * d for k, d in zip(ctx.window.kernel, ctx.window.dilation, strict=True))
-    furthest = down * ctx.shape[3] + right
+    furthest = down * ctx.form.shape[3] + right
     kinds = (torch.uint8, torch.int16, torch.int32, torch.int64)
     return next(kind for kind in kinds if furthest <= torch.iinfo(kind).max)

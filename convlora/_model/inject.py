@@ -108,7 +108,8 @@ def inject(
         path: how a plain convolution computes in training: ``"auto"`` chooses from each layer's shapes among
             ``"fused"``, ``"weight"`` and ``"branch"``. They differ in time, memory and rounding only.
         mask_activations: let ReLU, ReLU6, LeakyReLU and Hardtanh keep a mask for the backward in place of their output,
-            and max pooling the places of its maxima; no bit of forward or gradient changes. See ``docs/lean.md``.
+            max pooling the places of its maxima, average pooling nothing; no bit of forward or gradient changes. See
+            ``docs/lean.md``.
         adapter_name: names the adapter in the state dict; no dots.
 
     Returns:
