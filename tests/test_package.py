@@ -38,7 +38,7 @@ STOREYS: dict[str, list[str]] = {
         "routed",
         "adapted",
     ],
-    "_methods": ["lora", "dense", "registry"],
+    "_methods": ["lora", "dense", "hira", "loha", "lokr", "registry"],
     "_plan": [],
     "_model": [
         "targets",

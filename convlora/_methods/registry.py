@@ -8,11 +8,14 @@ from typing import TypeVar
 from .._layer.change import Change, Option
 from ..errors import TargetError
 from .dense import Dense
+from .hira import HiRA
+from .loha import LoHa
+from .lokr import LoKr
 from .lora import AnchoredLoRA, LoRA
 
 M = TypeVar("M", bound=type[Change])
 
-METHODS: dict[str, type[Change]] = {cls.method: cls for cls in (LoRA, AnchoredLoRA, Dense)}
+METHODS: dict[str, type[Change]] = {cls.method: cls for cls in (LoRA, AnchoredLoRA, Dense, LoHa, LoKr, HiRA)}
 
 
 def register_method(cls: M) -> M:

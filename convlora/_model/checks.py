@@ -172,6 +172,12 @@ def check_plan(plan: Plan) -> None:
             or not isinstance(layer.geometry, dict)
         ):
             raise TargetError(f"{layer.name}: weight {sizes!r} and geometry {layer.geometry!r} are no layer's.")
+        try:
+            _ = layer.stored_shapes
+        except TargetError as cause:
+            raise TargetError(f"{layer.name}: {cause}") from cause
+    for layer in plan.skipped:
+        check_among(tuple(METHODS), layer.method, f"method of {layer.name}")
     _check_shown(plan)
 
 

@@ -1,0 +1,48 @@
+"""HiRA: each number of the weight is scaled by a matrix of low rank.
+
+Huang et al., "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025
+(https://openreview.net/forum?id=TwJrTz9cRS).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._layer.change import Change, Shape, Shapes
+
+
+class HiRA(Change):
+    """W ⊙ (1 + B A): where W is zero it stays zero, and the change has up to the rank of W times that of B A.
+
+    Attributes:
+        hira_A: ``(rank, C_in / groups, kH, kW)``, or ``(rank, in_features)``.
+        hira_B: ``(C_out, rank, 1, 1)``, or ``(out_features, rank)``; zero at the start.
+    """
+
+    method = "hira"
+    formula = "W ⊙ (1 + B A)"
+    fresh = "hira_B is zero"
+    has_alpha = False
+    hira_A: Tensor
+    hira_B: Tensor
+
+    @classmethod
+    def shapes(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
+        """A and B."""
+        return {"hira_A": (rank, *weight[1:]), "hira_B": (weight[0], rank, *[1] * len(weight[2:]))}
+
+    def begin(self) -> None:
+        """B zero; A is drawn from -1 to 1, since W brings the size by which LoRA's A is smaller."""
+        nn.init.uniform_(self.hira_A, -1, 1)
+
+    def is_fresh(self) -> bool:
+        """Whether A or B is zero still."""
+        return not (self.hira_A.any() and self.hira_B.any())
+
+    def changed(self, weight: Tensor) -> Tensor:
+        """W plus W times the product, in one step."""
+        product = self.hira_B.flatten(1) @ self.hira_A.flatten(1)
+        return torch.addcmul(weight, weight, product.view(self.weight_shape))
