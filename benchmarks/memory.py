@@ -25,7 +25,7 @@ from benchmarks.overhead.bench import Bench
 from benchmarks.overhead.runs import Settings, environment
 from benchmarks.overhead.tables import Row, as_markdown, machine, megabytes, wrapped
 
-ARMS = (FULL, "convlora", "convlora-masks")
+ARMS = (FULL, "convlora", "convlora-masks", "convlora-freeze-A", "convlora-lean")
 """Of ``benchmarks.overhead``, in the order of the table."""
 
 

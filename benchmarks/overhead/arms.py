@@ -21,6 +21,12 @@ _TRAINING = (
     Arm("convlora-weight", 'convlora, path="weight", norm="freeze"', subjects.adapted(path="weight")),
     Arm("convlora-branch", 'convlora, path="branch", norm="freeze"', subjects.adapted(path="branch")),
     Arm("convlora-masks", "convlora, mask_activations=True", subjects.adapted(mask_activations=True)),
+    Arm("convlora-freeze-A", "convlora, freeze_A=True", subjects.adapted(freeze_A=True)),
+    Arm(
+        "convlora-lean",
+        "convlora, freeze_A=True, mask_activations=True",
+        subjects.adapted(freeze_A=True, mask_activations=True),
+    ),
     Arm("floor", "torch's own gradients to every layer and for none, norm statistics constant", subjects.floor()),
     Arm("floor-track", "the same, norm statistics moving", subjects.floor("track")),
     Arm("peft", "peft LoRA, as it is", peers.peft, "moving"),

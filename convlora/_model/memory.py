@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._layer.adapted import CHILD
 from .._layer.masked import Masked, mixin_for
 from .._layer.swap import original_class
 from .observe import left_as_it_was, run_batch
@@ -63,7 +64,7 @@ class SavedBytes:
         )
 
 
-FUNCTIONAL = "by code of its own, a functional activation say"
+FUNCTIONAL = "by its own code: a functional activation, a product"
 MASKABLE = "less with mask_activations=True"
 
 
@@ -111,7 +112,7 @@ def saved_bytes(model: nn.Module, example: Any) -> SavedBytes:
 def _note(module: nn.Module) -> str:
     if mixin_for(module) is not None:
         return "" if isinstance(module, Masked) else MASKABLE
-    has_modules = any(any(True for _ in child.modules()) for child in module.children())
+    has_modules = any(name != CHILD for name, _ in module.named_children())
     return FUNCTIONAL if has_modules else ""
 
 
