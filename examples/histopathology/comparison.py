@@ -23,7 +23,7 @@ from .processes import Job
 from .training import Recipe
 
 TABLE = (
-    "probe,probe-augmented,probe-centre-ensemble,norms,full,lora,lora-track,"
+    "probe,probe-augmented,probe-centre-ensemble,norms,full,lora,lora-lean,lora-track,"
     "lora-ensemble,lora-balanced,lora-adabn,probe-augmented+balanced,full+ensemble"
 )
 

@@ -195,8 +195,10 @@ def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, jo
         return done
     device = job.accelerator.device
     model, normalisation = open_backbone(recipe)
-    model = place(method.prepare(model, recipe.rank), device)
     transforms = Transforms(method, recipe, normalisation)
+    train_view = transforms.view(splits["train"], train=True)
+    images = make_loader(train_view, recipe.batch_size, workers=recipe.workers, seed=recipe.seed)
+    model = place(method.prepare(place(model, device), recipe.rank, images), device)
     trained, views = _what_trains(model, method, transforms, splits, recipe, job)
     fitted = fit(
         trained,

@@ -10,7 +10,7 @@ What differs in prediction alone shares one training (`Method.training`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,6 +36,8 @@ class Adapt:
             those with 1×1 kernels, those with larger ones; or every linear layer instead, as in a vision transformer.
         norm: whether running statistics "freeze" or "track" in training.
         train_norms: whether the norm layers' scale and shift train beside the factors.
+        lean: whether each factor A is chosen from the training images and stays so, and activations keep masks: less
+            memory in training.
     """
 
     trains: Trains = "head"
@@ -44,6 +46,7 @@ class Adapt:
     layers: Layers = "all"
     norm: Literal["freeze", "track"] = "freeze"
     train_norms: bool = False
+    lean: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,12 @@ class Method:
             "normalise": self.normalise,
         }
 
-    def prepare(self, model: nn.Module, rank: int | None = None) -> nn.Module:
+    def prepare(self, model: nn.Module, rank: int | None = None, images: Iterable[Any] | None = None) -> nn.Module:
         """Inject this method's adapter into a backbone, in place.
 
-        Full fine-tuning and norm-only are adapters too, of modules trained in full, so that saving, loading and
-        proving are the same for every row. Parameters that sit on the model itself, as a ViT's tokens, stay frozen.
+        A lean method reads a few batches of ``images``; without, its A is drawn, and costs the same. Full fine-tuning
+        and norm-only are adapters too, of modules trained in full, so that saving, loading and proving are the same
+        for every row. Parameters that sit on the model itself, as a ViT's tokens, stay frozen.
         """
         adapt = self.adapt
         head = convlora.plan(model, target_modules=()).modules_to_save
@@ -132,6 +136,7 @@ class Method:
         targets = _SELECT[adapt.layers] if adapt.trains == "lora" else ()
         if adapt.layers in ("stem", "stages") and adapt.trains == "lora":
             targets = _by_place(model, adapt.layers)
+        lean: dict[str, Any] = {"init_data": images, "freeze_A": True, "mask_activations": True} if adapt.lean else {}
         return convlora.inject(
             model,
             rank or adapt.rank,
@@ -139,6 +144,7 @@ class Method:
             target_modules=targets,
             modules_to_save=choices[adapt.trains],
             norm=adapt.norm,
+            **lean,
         )
 
     def to_train_mode(self, model: nn.Module) -> None:

@@ -27,7 +27,7 @@ from examples.histopathology.method import Adapt, Augment
 from examples.histopathology.prediction import adapted_to, balanced, ensembled
 from examples.histopathology.processes import Job
 from examples.histopathology.rates import parse_rates
-from examples.histopathology.training import Recipe, fit, predict
+from examples.histopathology.training import Recipe, fit, place, predict
 from examples.histopathology.transforms import VIEWS, dihedral, train_transform
 
 RECIPE = Recipe(image_size=32, epochs=2, batch_size=16)
@@ -79,6 +79,23 @@ def test_dinov2_trains_is_saved_and_proven_like_any_backbone(name, toy, tmp_path
     result = experiment.run_method(find_method(name), open_splits(toy), recipe, Job(tmp_path / "out"))
     assert result.proofs.held
     assert result.trainable < 0.03 * result.parameters
+
+
+def test_lora_lean_keeps_what_the_images_chose_and_masks(toy, tmp_path, lite0):
+    method = find_method("lora-lean")
+    result = experiment.run_method(method, open_splits(toy), dataclasses.replace(RECIPE, epochs=1), Job(tmp_path))
+    assert result.proofs.held
+    trained = experiment.load(result.adapter, RECIPE, torch.device("cpu"))
+    assert convlora.summary(trained).init == "eva" and convlora.summary(trained).freeze_A
+    images = make_loader(experiment.make_views(open_splits(toy), RECIPE, method)["train"], 16, seed=RECIPE.seed)
+    fresh = method.prepare(place(copy.deepcopy(lite0), torch.device("cpu")), images=images)
+    trains = {name for name, p in fresh.named_parameters() if p.requires_grad}
+    assert not any("lora_A" in name for name in trains) and any("lora_B" in name for name in trains)
+    for name, tensor in fresh.state_dict().items():
+        if "lora_A" in name:  # read from the same images, and left so by the training
+            assert torch.equal(tensor, trained.state_dict()[name]), name
+    drawn = method.prepare(copy.deepcopy(lite0))  # without images: as for counting its memory
+    assert convlora.summary(drawn).init == "kaiming" and convlora.summary(drawn).freeze_A
 
 
 def test_methods_compose_by_name():
