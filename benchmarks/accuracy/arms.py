@@ -20,6 +20,7 @@ from convlora._model.targets import modules_of
 FULL = "full"
 EVERYWHERE, ALL_IMAGES, FIRST_ALONE = 3, 2, 1
 """Where an arm is run: on every task of both backbones; with all images, on both; with all images, on the first."""
+LEAN = {"freeze_A": True, "mask_activations": True}
 Batches = Sequence[tuple[Tensor, Tensor]]
 """Images as the network takes them, and labels."""
 
@@ -59,13 +60,8 @@ def _norms(model: nn.Module, _: Batches) -> nn.Module:
     return model
 
 
-def _lora(model: nn.Module, batches: Batches, freeze_A: bool = False, **options: Any) -> nn.Module:
-    data = batches if options.get("init") == "eva" else None
-    convlora.inject(model, init_data=data, **options)
-    for name, parameter in model.named_parameters():
-        if freeze_A and name.endswith(".lora_A"):
-            parameter.requires_grad_(False)
-    return model
+def _lora(model: nn.Module, batches: Batches, **options: Any) -> nn.Module:
+    return convlora.inject(model, init_data=batches if options.get("init") == "eva" else None, **options)
 
 
 def _dense(model: nn.Module, _: Batches, rank: int) -> nn.Module:
@@ -138,14 +134,14 @@ _ALL = (
     _adapter("olora-8", 'rank 8, init="olora"', FIRST_ALONE, rank=8, init="olora"),
     _adapter("orthogonal-8", 'rank 8, init="orthogonal"', FIRST_ALONE, rank=8, init="orthogonal"),
     _adapter("gaussian-8", 'rank 8, init="gaussian"', FIRST_ALONE, rank=8, init="gaussian"),
-    _adapter("eva-8", 'rank 8, init="eva" from eight batches', rank=8, init="eva"),
-    _adapter("eva-8-freeze-a", "the same with A frozen", rank=8, init="eva", freeze_A=True),
-    _adapter("eva-16-freeze-a", 'rank 16, init="eva", A frozen', rank=16, init="eva", freeze_A=True),
-    _adapter("lora-8-freeze-a", "rank 8, A frozen", rank=8, freeze_A=True),
-    _adapter("gaussian-8-freeze-a", 'init="gaussian", A frozen', rank=8, init="gaussian", freeze_A=True),
-    _adapter("orthogonal-8-freeze-a", 'init="orthogonal", A frozen', rank=8, init="orthogonal", freeze_A=True),
-    _adapter("pissa-8-freeze-a", 'init="pissa", A frozen', rank=8, init="pissa", freeze_A=True),
-    _adapter("olora-8-freeze-a", 'init="olora", A frozen', rank=8, init="olora", freeze_A=True),
+    _adapter("eva-8", "rank 8, init_data: A from the first batches of the training", rank=8, init="eva"),
+    _adapter("lean-8", "rank 8, init_data, freeze_A, mask_activations", rank=8, init="eva", **LEAN),
+    _adapter("lean-16", "the same with rank 16", rank=16, init="eva", **LEAN),
+    _adapter("lora-8-freeze-a", "rank 8, freeze_A", rank=8, freeze_A=True),
+    _adapter("gaussian-8-freeze-a", 'rank 8, init="gaussian", freeze_A', rank=8, init="gaussian", freeze_A=True),
+    _adapter("orthogonal-8-freeze-a", 'rank 8, init="orthogonal", freeze_A', rank=8, init="orthogonal", freeze_A=True),
+    _adapter("pissa-8-freeze-a", 'rank 8, init="pissa", freeze_A', rank=8, init="pissa", freeze_A=True),
+    _adapter("olora-8-freeze-a", 'rank 8, init="olora", freeze_A', rank=8, init="olora", freeze_A=True),
     _adapter("budget-2%", 'ranks as equal as budget="2%" allows', ALL_IMAGES, budget="2%"),
     Arm(
         "budget-2%-gradient",

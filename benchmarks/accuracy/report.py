@@ -181,7 +181,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     return [" ".join(words)]
 
 
-NAMED = ("probe", "norms", "lora-8", "lora-8-track", "eva-8-freeze-a", "peft-8", "full-freeze", FULL)
+NAMED = ("probe", "norms", "lora-8", "lora-8-track", "lean-8", "peft-8", "full-freeze", FULL)
 """Arms whose name stands beside their point; those on the frontier have theirs too."""
 SHOWN = 10
 """Points of accuracy below the best that a picture shows."""
