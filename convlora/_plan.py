@@ -54,14 +54,25 @@ class LayerPlan:
         return self.parameters_at(self.rank)
 
     def parameters_at(self, rank: int) -> int:
-        """The same at another rank."""
-        shapes = self.change.shapes(self.weight_shape, rank, **self.options).values() if rank else ()
+        """The same where another rank is asked for."""
+        rank = self.change.rank_at(self.weight_shape, rank, **self.options) if rank else 0
+        shapes = self.change.shapes(self.weight_shape, rank, **self.asked).values() if rank else ()
         return sum(map(math.prod, shapes)) + (self.magnitudes if rank else 0)
 
     @property
     def change(self) -> type[Change]:
         """The class of its method."""
         return METHODS[self.method]
+
+    @property
+    def channels(self) -> dict[str, Any]:
+        """How channels lie in the weight."""
+        return {"groups": self.geometry.get("groups", 1), "transposed": bool(self.geometry.get("transposed"))}
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What its method is told beside the weight's shape and the rank."""
+        return {**self.options, **(self.channels if self.change.by_channel else {})}
 
     @property
     def transposed_groups(self) -> int:
@@ -78,7 +89,7 @@ class LayerPlan:
     @property
     def stored_shapes(self) -> Shapes:
         """Shapes of its tensors in a file, by what follows the layer's name in the key; without magnitudes."""
-        return self.change.stored_shapes(self.weight_shape, self.rank, **self.options)
+        return self.change.stored_shapes(self.weight_shape, self.rank, **self.asked)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from threading import get_ident
 from typing import Any, ClassVar, cast
 
@@ -252,21 +253,27 @@ def _forward_in_training(layer: nn.Module, cls: type[nn.Module], change: Change,
     if base is None or not torch.is_grad_enabled():
         return None  # a computed weight is computed once a forward, by the property: spectral_norm moves each time
     forward = convolution if is_plain(layer, cls) else linear if cls.forward is nn.Linear.forward else None
-    factors = None if forward is None else change.factors()
-    if forward is None or factors is None:
+    if forward is None:
         return None
+    factors = change.factors_at(base)
+    if factors is None:
+        bias = cast("Tensor | None", layer.bias)
+        return change.output(x, bias, partial(_plain_output, layer, base, bias))
     y = forward(layer, x, base, *factors, change.scaling, change.path)
     return change.scaled_output(layer, y, base) if change.use_dora and y is not None else y
 
 
 def _forward_with_dropout(layer: nn.Module, base: Tensor, change: Change, x: Tensor) -> Tensor:
     delta, dropped = change.delta(base).to(base.dtype), F.dropout(x, change.dropout)
-    if isinstance(layer, nn.Linear):
-        y = F.linear(x, base, layer.bias) + F.linear(dropped, delta)
-    else:
-        convolve = cast("Callable[..., Tensor]", layer._conv_forward)
-        y = convolve(x, base, layer.bias) + convolve(dropped, delta, None)
+    y = _plain_output(layer, base, cast("Tensor | None", layer.bias), x) + _plain_output(layer, delta, None, dropped)
     return change.scaled_output(layer, y, base) if change.use_dora else y
+
+
+def _plain_output(layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """What a layer with a plain forward computes with this weight and bias."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    return cast("Callable[..., Tensor]", layer._conv_forward)(x, weight, bias)
 
 
 def supports_dropout(layer: nn.Module) -> bool:

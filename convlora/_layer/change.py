@@ -6,7 +6,7 @@ and what it makes of the base's weight; the rest of the library knows it by :cla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -39,6 +39,7 @@ class Change(nn.Module):
         scaling: how strong the change is; alpha / rank, or alpha / √rank with rsLoRA, in methods that have an alpha.
         dropout: probability with which the inputs of the change are zeroed in training.
         path: which way a convolution with factors takes in training; see ``paths.py``.
+        groups: of a transposed convolution, which keeps ``(C_in, C_out / groups, kH, kW)``; 0 for every other layer.
         lora_magnitude: only with DoRA: ``(C_out,)``, the size of the weight that meets each output channel.
     """
 
@@ -54,9 +55,13 @@ class Change(nn.Module):
     """Whether ``scaling`` comes from an alpha; else it is 1, and one that is set by hand takes W part of the way."""
     defaults: ClassVar[Mapping[str, Option]] = {}
     """What it may be asked besides, ``method_options``, with the values that it has otherwise."""
+    by_channel: ClassVar[bool] = False
+    """Whether :meth:`shapes` is told besides how channels lie in the weight: ``groups`` and ``transposed``."""
+    trains_bias: ClassVar[bool] = False
+    """Whether the layer's own bias, where it has one, is trained and belongs to the adapter."""
+    ranks: ClassVar[str] = ""
+    """Why :meth:`rank_at` may be lower than the rank that is asked for."""
     use_dora: bool = False
-    groups: int = 0
-    """Of a transposed convolution; 0 for every other layer."""
 
     def __init__(
         self,
@@ -66,6 +71,9 @@ class Change(nn.Module):
         scaling: float,
         dropout: float = 0.0,
         path: Path = "auto",
+        *,
+        groups: int = 1,
+        transposed: bool = False,
         **options: Option,
     ) -> None:
         super().__init__()
@@ -77,9 +85,13 @@ class Change(nn.Module):
         self.scaling = scaling
         self.dropout = dropout
         self.path: Path = path
+        self.groups = groups if transposed else 0
+        asked: dict[str, Any] = {**options}
+        if self.by_channel:
+            asked |= {"groups": groups, "transposed": transposed}
         trained, constant = (
-            self.shapes(self.weight_shape, rank, **options),
-            self.constants(self.weight_shape, rank, **options),
+            self.shapes(self.weight_shape, rank, **asked),
+            self.constants(self.weight_shape, rank, **asked),
         )
         self.names: tuple[str, ...] = (*trained, *constant)
         for name, shape in trained.items():
@@ -100,6 +112,16 @@ class Change(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def rank_at(cls, weight: Shape, rank: int, **options: Any) -> int:
+        """The largest rank up to this one that there is for a weight of this shape; 0 where there is none."""
+        return rank
+
+    @classmethod
+    def idle_in(cls, layer: nn.Module, **options: Any) -> str:
+        """Why it would change nothing that this layer computes; empty where it does."""
+        return ""
+
+    @classmethod
     def constants(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
         """The tensors by name that belong to the adapter and are not trained."""
         return {}
@@ -118,6 +140,20 @@ class Change(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """A ``(rank, *weight_shape[1:])`` and B ``(C_out, rank)``, where the change is scaling · B @ A; else None."""
+        return None
+
+    def factors_at(self, base: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The same, for training alone, of a change whose factors depend on the base's weight."""
+        return self.factors()
+
+    def output(self, x: Tensor, bias: Tensor | None, compute: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """A plain layer's output in training by tensors smaller than its weight; None for autograd through the weight.
+
+        Args:
+            x: the input.
+            bias: the layer's.
+            compute: the base's own forward, with that bias.
+        """
         return None
 
     @classmethod
@@ -165,9 +201,9 @@ class Change(nn.Module):
             scale = channel_scale(self.lora_magnitude, changed, 0)
         return scaled_output(y, scale, cast("Tensor | None", layer.bias), -1 if isinstance(layer, nn.Linear) else 1)
 
-    def give_magnitudes(self, norms: Tensor, groups: int) -> None:
+    def give_magnitudes(self, norms: Tensor) -> None:
         """Make it DoRA, with these sizes of the output channels' weights."""
-        self.use_dora, self.groups = True, groups
+        self.use_dora = True
         self.lora_magnitude = nn.Parameter(norms)
 
     def sources(self) -> tuple[Tensor, ...] | None:

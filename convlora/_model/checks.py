@@ -172,6 +172,9 @@ def check_plan(plan: Plan) -> None:
             or not isinstance(layer.geometry, dict)
         ):
             raise TargetError(f"{layer.name}: weight {sizes!r} and geometry {layer.geometry!r} are no layer's.")
+        groups = layer.geometry.get("groups", 1)
+        if type(groups) is not int or not 0 < groups < MORE_THAN_ANY:
+            raise TargetError(f"{layer.name}: {groups!r} groups are no layer's.")
         try:
             _ = layer.stored_shapes
         except TargetError as cause:

@@ -55,8 +55,8 @@ class Choice:
         asked = self.request
         alpha = self.alphas.of(n, asked.alpha_at(rank))
         check_alpha(alpha, f"alpha_pattern for {n.name}")
-        note = self._reason_to_leave(n)
         change, options = self._method(n)
+        note = self._reason_to_leave(n) or change.idle_in(n.module, **options)
         planned = LayerPlan(
             name=n.name,
             kind=original_class(n.module).__name__,
@@ -72,15 +72,20 @@ class Choice:
         if note:
             return planned
         rank = rank if change.has_rank else 1
-        fitting = min(rank, _largest_rank(planned))
+        largest = _largest_rank(planned, rank)
+        fitting = change.rank_at(planned.weight_shape, largest, **options)
         if fitting:
             check_swappable(n.name, n.module, AdaptedLayer)
             check_adaptable(n, asked.dropout)
             check_variant(n, change, asked.beginning, asked.use_dora)
-        if fitting < rank:
+        if fitting < largest == rank:
+            note = f"rank {rank}: {change.ranks}"
+        elif fitting < rank:
             # It keeps the scaling that was asked for: the cap is ours, not a wish for a larger step.
             least = "even rank 1" if change.has_rank else f"method {change.method!r}"
             note = f"{f'rank {rank}' if fitting else least} would outweigh the layer"
+        if fitting and change.trains_bias and not has_bias(n.module):
+            note = "it has no bias to train"
         return replace(planned, rank=fitting, note=note)
 
     def _method(self, n: Named) -> tuple[type[Change], dict[str, Option]]:
@@ -107,13 +112,18 @@ class Choice:
         return ""
 
 
-def _largest_rank(planned: LayerPlan) -> int:
-    """The largest rank at which a layer's change holds no more numbers than its weight; 0 where none does.
+def has_bias(module: nn.Module) -> bool:
+    """Whether there is a bias that could be trained."""
+    return module._parameters.get("bias") is not None
+
+
+def _largest_rank(planned: LayerPlan, rank: int) -> int:
+    """The largest rank up to this one at which a layer's change holds no more numbers than its weight; 0 for none.
 
     Raises:
         TargetError: the method has no change of such a weight.
     """
-    ranks = range(1, planned.base_parameters + 1 if planned.change.has_rank else 2)
+    ranks = range(1, min(rank, planned.base_parameters) + 1)
     try:
         return bisect_right(ranks, planned.base_parameters, key=planned.parameters_at)
     except TargetError as cause:

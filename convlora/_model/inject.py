@@ -208,7 +208,13 @@ def _names(plan: Plan) -> tuple[str, ...]:
 def _new_change(layer: nn.Module, planned: LayerPlan, plan: Plan, given: Mapping[str, Factors]) -> Change:
     like = next(p for p in layer.parameters() if p.is_floating_point())
     change = planned.change(
-        planned.weight_shape, like, planned.rank, planned.scaling, plan.dropout, plan.path, **planned.options
+        planned.weight_shape,
+        like,
+        planned.rank,
+        planned.scaling,
+        plan.dropout,
+        plan.path,
+        **(planned.channels | planned.options),
     )
     if plan.freeze_A and isinstance(change, LoRA):
         change.lora_A.requires_grad_(False)
@@ -216,8 +222,7 @@ def _new_change(layer: nn.Module, planned: LayerPlan, plan: Plan, given: Mapping
         cast(LoRA, change).set_factors(*given[planned.name])
     if planned.use_dora:
         base = base_weight(layer).detach().to(change.dtype).view(planned.weight_shape)
-        groups = planned.transposed_groups
-        change.give_magnitudes(channel_norms(base, groups), groups)
+        change.give_magnitudes(channel_norms(base, planned.transposed_groups))
     return change
 
 

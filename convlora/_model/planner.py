@@ -15,7 +15,7 @@ from .._layer.swap import check_swappable, original_class
 from .._plan import Init, LayerPlan, NormPolicy, Part, Plan
 from .budget import allotted
 from .checks import check_any_left, check_model
-from .choice import Choice
+from .choice import Choice, has_bias
 from .norms import POLICIES, keeps_statistics
 from .options import DEFAULT_RANK, Budget, Pattern, Request, numbers_in
 from .state import check_plain
@@ -85,6 +85,9 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         mixin = mixin_for(n.module)
         if mixin is not None:
             check_swappable(n.name, n.module, mixin)
+    modules = {n.name: n.module for n in choice.listed}
+    biases = [p.name for p in layers if p.rank and p.change.trains_bias and has_bias(modules[p.name])]
+    shifts = _size(modules[name]._parameters["bias"] for name in biases)
     return Plan(
         model=original_class(model).__name__,
         adapter_name=request.adapter_name,
@@ -99,12 +102,13 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         head_found_by=found_by,
         norms=tuple(n.name for n in norms),
         base_parameters=base_parameters,
-        saved_parameters=_size(p for module in inside_saved for p in module._parameters.values()),
+        saved_parameters=_size(p for module in inside_saved for p in module._parameters.values()) + shifts,
         others=tuple(_others(named, inside_saved, choice.listed)),
         path=request.path,
         mask_activations=request.mask_activations,
         init=request.beginning,
         freeze_A=request.freeze_A,
+        biases=tuple(biases),
         method=request.method,
     )
 
