@@ -163,7 +163,7 @@ class Plan:
     def constant_parameters(self) -> int:
         """Numbers among them that are not trained: with ``freeze_A``, those in every lora_A."""
         layers = self.layers if self.freeze_A else ()
-        shapes = (layer.change.shapes(layer.weight_shape, layer.rank, **layer.options) for layer in layers)
+        shapes = (layer.change.shapes(layer.weight_shape, layer.rank, **layer.asked) for layer in layers)
         return sum(math.prod(each["lora_A"]) for each in shapes if "lora_A" in each)
 
     @property

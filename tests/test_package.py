@@ -38,7 +38,7 @@ STOREYS: dict[str, list[str]] = {
         "routed",
         "adapted",
     ],
-    "_methods": ["lora", "dense", "hira", "loha", "lokr", "registry"],
+    "_methods": ["lora", "dense", "hira", "hra", "ia3", "loha", "lokr", "oft", "registry"],
     "_plan": [],
     "_model": [
         "targets",

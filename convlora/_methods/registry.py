@@ -9,13 +9,17 @@ from .._layer.change import Change, Option
 from ..errors import TargetError
 from .dense import Dense
 from .hira import HiRA
+from .hra import HRA
+from .ia3 import IA3, SSF
 from .loha import LoHa
 from .lokr import LoKr
 from .lora import AnchoredLoRA, LoRA
+from .oft import BOFT, OFT
 
 M = TypeVar("M", bound=type[Change])
 
-METHODS: dict[str, type[Change]] = {cls.method: cls for cls in (LoRA, AnchoredLoRA, Dense, LoHa, LoKr, HiRA)}
+_OURS = (LoRA, AnchoredLoRA, Dense, LoHa, LoKr, HiRA, IA3, SSF, OFT, BOFT, HRA)
+METHODS: dict[str, type[Change]] = {cls.method: cls for cls in _OURS}
 
 
 def register_method(cls: M) -> M:
