@@ -19,8 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ._checkpoint.peft_format import is_faithful
-from ._checkpoint.peft_reader import unlike_peft
+from ._checkpoint.likeness import is_faithful, unlike_geometry
 from ._layer.computed import has_parameter
 from ._layer.fast import convolution, is_plain
 from ._layer.functional import delta_weight, effective_weight, is_tracing, scaling_of
@@ -56,7 +55,7 @@ class Factor(nn.Module):
 
 def differs_from_stock(layer: nn.Module) -> bool:
     """Whether stock peft's layer for this convolution would predict another thing than convlora's."""
-    return not is_faithful(type(layer)) or bool(unlike_peft(layer))
+    return not is_faithful(type(layer)) or bool(unlike_geometry(layer))
 
 
 class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]

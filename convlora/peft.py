@@ -19,16 +19,14 @@ from ._checkpoint.contents import adapter_tensors
 from ._checkpoint.loading import install
 from ._checkpoint.manifest import Manifest
 from ._checkpoint.peft_format import (
-    ALONE,
     PREFIX,
-    REGISTERED,
-    STOCK,
     dotted,
     faults_for_any_peft,
     faults_for_stock_peft,
     peft_config,
     peft_type,
 )
+from ._checkpoint.peft_methods import ALONE, REGISTERED, STOCK
 from ._checkpoint.peft_reader import from_peft_tensors
 from ._checkpoint.rebuilt import rebuild
 from ._model.adapters import set_adapter
@@ -39,7 +37,15 @@ from ._plan import Plan
 from .errors import StateError, TargetError, UnsupportedLayerError
 
 try:
-    from peft import LoraConfig, PeftModel, __version__, get_peft_model, get_peft_model_state_dict
+    from peft import (
+        LoraConfig,
+        PeftConfig,
+        PeftModel,
+        __version__,
+        get_peft_config,
+        get_peft_model,
+        get_peft_model_state_dict,
+    )
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
@@ -162,14 +168,18 @@ def from_peft(peft_model: PeftModel) -> nn.Module:
     return base
 
 
-def _fields(base: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, Any]:
-    """A configuration, its patterns of alphas in the form that is read: what peft made of them for each layer."""
+def _fields(base: nn.Module, adapter_name: str, config: PeftConfig) -> dict[str, Any]:
+    """A configuration, its patterns in the form that is read: what peft made of them for each layer."""
     fields: dict[str, Any] = config.to_dict()
-    if fields.get("alpha_pattern"):
-        alphas = {name: getattr(module, "lora_alpha", {}) for name, module in base.named_modules()}
-        fields["alpha_pattern"] = {
-            f"^{re.escape(name)}$": each[adapter_name] for name, each in alphas.items() if adapter_name in each
-        }
+    fields["peft_type"] = str(getattr(fields["peft_type"], "value", fields["peft_type"]))
+    for pattern, attributes in (("alpha_pattern", ("lora_alpha", "alpha")), ("rank_pattern", ("r",))):
+        if fields.get(pattern):
+            fields[pattern] = {
+                f"^{re.escape(name)}$": getattr(module, attribute)[adapter_name]
+                for name, module in base.named_modules()
+                for attribute in attributes
+                if isinstance(module, BaseTunerLayer) and adapter_name in getattr(module, attribute, ())
+            }
     return fields
 
 
@@ -266,10 +276,10 @@ def to_peft(model: nn.Module) -> PeftModel:
 def _in_peft(
     root: nn.Module, configs: Mapping[str, Any], every: Mapping[str, Mapping[str, Tensor]], active: str, training: bool
 ) -> PeftModel:
-    peft_model = get_peft_model(root, LoraConfig(**configs[active]), adapter_name=active)
+    peft_model = get_peft_model(root, get_peft_config(configs[active]), adapter_name=active)
     for name, config in configs.items():
         if name != active:
-            peft_model.add_adapter(name, LoraConfig(**config))
+            peft_model.add_adapter(name, get_peft_config(config))
     for name, tensors in every.items():
         keys = {dotted(PREFIX[:-1], key): tensor for key, tensor in tensors.items()}
         strange = set_peft_model_state_dict(peft_model, keys, adapter_name=name).unexpected_keys

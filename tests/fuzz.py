@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OWN, PEFT, LOCON, CHALLENGE, PCAM, WILDS = range(6)
 READERS = [
     *(f"convlora._checkpoint.{name}" for name in ("files", "manifest", "digests", "keys", "fitting")),
-    *(f"convlora._checkpoint.{name}" for name in ("foreign", "peft_reader", "locon", "rebuilt")),
+    *(f"convlora._checkpoint.{name}" for name in ("foreign", "peft_methods", "peft_reader", "lycoris", "rebuilt")),
     *(f"examples.histopathology.{name}" for name in ("stored", "layout", "challenge", "pcam", "wilds", "rows")),
 ]
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

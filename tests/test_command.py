@@ -448,7 +448,7 @@ def test_locon_files_are_converted(folder, tmp_path, with_weights):
     keys = {"lora_down.weight": A, "lora_up.weight": B, "alpha": torch.tensor(4.0)}
     save_file({f"lycoris_layer4_0_conv2.{key}": tensor for key, tensor in keys.items()}, tmp_path / "style.safetensors")
     found = as_json("inspect", tmp_path / "style.safetensors")
-    assert found["format"] == "locon" and found["layers"][0]["rank"] == 2
+    assert found["format"] == "lycoris" and found["layers"][0]["rank"] == 2
     run("convert", NETWORK, tmp_path / "style.safetensors", tmp_path / "ours", *with_weights)
     model = convlora.load_adapter(network(folder), tmp_path / "ours")
     layer = model.get_submodule("layer4.0.conv2")

@@ -104,25 +104,21 @@ def tucker_of_wrong_shape(base):
     [
         (lambda b: kohya("up_conv", b.down.conv_in), r"lora_unet_up_conv: no such layer.*split by prefix"),
         (lambda b: kohya("wide", b.wide), r"wide: dilation \(2, 2\), which the branch beside the layer drops"),
-        (lambda b: kohya("pad", b.pad, prefix="lycoris_"), r"pad: padding_mode 'circular', which LyCORIS drops"),
+        (lambda b: kohya("pad", b.pad, prefix="lycoris_"), r"pad: padding_mode 'circular', which the branch beside"),
         (lambda b: kohya("down_conv_in", b.wide), r"down\.conv_in\.lora_A\.weight: \(2, 5, 3, 3\) in the file"),
         (
-            lambda b: kohya("wide", b.wide) | {"lora_unet_wide.dora_scale": torch.ones(4, 1, 1, 1)},
-            r"dora_scale: DoRA's magnitudes are not read",
-        ),
-        (
-            lambda b: kohya("down_proj", b.down.proj) | {"lora_unet_wide.hada_w1_a": torch.ones(4, 1)},
-            r"hada_w1_a: LoHa, not LoRA",
+            lambda b: kohya("down_proj", b.down.proj) | {"lora_unet_down_proj.hada_w1_a": torch.ones(4, 1)},
+            r"lora_unet_down_proj: alpha, hada_w1_a, lora_down\.weight, lora_up\.weight: together of no method",
         ),
         (
             lambda b: dict(list(kohya("down_proj", b.down.proj).items())[:1]),
-            r"lora_unet_down_proj: one of lora_down and lora_up is missing",
+            r"down\.proj: lora_up\.weight is missing",
         ),
         (
             lambda b: kohya("down_proj", b.down.proj) | kohya("down_proj", b.down.proj, prefix="lora_te_"),
             r"lora_(te|unet)_down_proj: down\.proj is in the file twice",
         ),
-        (tucker_of_wrong_shape, r"lora_unet_down_conv_in: its Tucker core \(2, 7, 3, 3\) fits no"),
+        (tucker_of_wrong_shape, r"down\.conv_in: its Tucker core \(2, 7, 3, 3\) fits no"),
         (lambda b: {"x": torch.ones(1)}, r"holds no convlora manifest, no adapter_config\.json of peft lies beside it"),
     ],
 )

@@ -64,6 +64,8 @@ STOREYS: dict[str, list[str]] = {
     "_checkpoint": [
         "atomic",
         "files",
+        "likeness",
+        "peft_methods",
         "peft_format",
         "manifest",
         "digests",
@@ -77,7 +79,7 @@ STOREYS: dict[str, list[str]] = {
         "push",
         "rebuilt",
         "peft_reader",
-        "locon",
+        "lycoris",
         "foreign",
         "loading",
     ],

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from .contents import State
 from .files import TensorFile
-from .locon import from_locon_tensors, is_locon
+from .lycoris import from_lycoris_tensors, is_lycoris
 from .manifest import TENSORS, Manifest
 from .peft_reader import from_peft_tensors, read_config
 from .rebuilt import Found, rebuild
@@ -35,15 +35,15 @@ def read_foreign(file: TensorFile, root: nn.Module, adapter_name: str) -> tuple[
     """
     origin, beside = str(file.path), file.path.parent / CONFIG
     config = read_config(beside) if file.path.name == TENSORS and beside.is_file() else None
-    if config is None and not is_locon(file.entries):
+    if config is None and not is_lycoris(file.entries):
         raise CheckpointError(
             f"{origin} holds no convlora manifest, no {CONFIG} of peft lies beside it, and its tensors are not named "
-            "as in kohya's and LyCORIS' LoRA files. Nothing was changed."
+            "as in kohya's and LyCORIS' files. Nothing was changed."
         )
 
     def found(tensors: Mapping[str, Tensor]) -> Found:
         if config is None:
-            return from_locon_tensors(tensors, root, origin)
+            return from_lycoris_tensors(tensors, root, origin)
         return from_peft_tensors(config, tensors, root, origin)
 
     rebuild(found(file.outline()), root, adapter_name)

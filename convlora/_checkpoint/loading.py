@@ -23,7 +23,8 @@ from .foreign import file_in, read_foreign
 from .hub import local_directory
 from .keys import own_keys, places_of, tensors_as
 from .manifest import Manifest, is_own, read_manifest
-from .peft_format import MAGNITUDE, PREFIX, dotted
+from .peft_format import PREFIX, dotted
+from .peft_methods import MAGNITUDE
 
 M = TypeVar("M", bound=nn.Module)
 

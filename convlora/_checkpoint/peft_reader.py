@@ -1,4 +1,4 @@
-"""Reading what Hugging Face peft wrote: its LoRA configuration and tensors, in convlora's words.
+"""Reading what Hugging Face peft wrote: its configuration and tensors, in convlora's words.
 
 The tensors' keys name the layers, so peft's ways of matching targets are not needed. Only what predicts here as it did
 in peft is read; the rest is refused with its reason. peft itself is not imported.
@@ -14,27 +14,22 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from .._layer.swap import original_class
+from .._layer.computed import weight_shape
 from .._model.options import LARGEST_ALPHA
 from .._model.targets import Named
 from ..errors import CheckpointError
 from .files import read_json
-from .peft_format import PREFIX, REGISTERED, STOCK, dotted, is_torchs_own, with_end
-from .rebuilt import Factors, Found, by_any_name, layer_fault, refuse
+from .likeness import unlike_layer
+from .peft_format import PREFIX, dotted, with_end
+from .peft_methods import PEFT_METHODS, REGISTERED, STOCK, Parts, PeftMethod, Stored, Taken
+from .rebuilt import Found, by_any_name, layer_fault, refuse, take
 
-READ = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    *("modules_to_save", "bias", "init_lora_weights"),
-}
 BESIDE = {
     *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
-    "ensure_weight_tying",
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
-"""Fields that say how the layers were chosen or first filled, and nothing of what they predict."""
+"""Fields that say how the layers were chosen, and nothing of what they predict; methods have more."""
 REASONS = {
     "lora_bias": "a bias inside the branch has no place in an adapter here",
     "fan_in_fan_out": "it is for weights that are stored transposed",
@@ -43,7 +38,6 @@ REASONS = {
 }
 INITIALISED = (True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base's weight as it is; the others (PiSSA, OLoRA, LoftQ, ...) write to it."""
-_FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|magnitude_vector)")
 _PLAIN = re.compile(r"(\^?)((?:[^\\^$*+?{}\[\]|()]|\\[^A-Za-z0-9])+)\$?")
 """A name, or an escaped one: what exporters write. Other expressions may search for hours."""
 _FORMS = 1000
@@ -70,21 +64,23 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         CheckpointError: peft's adapter is none that predicts the same here; every reason is named.
     """
     refuse(origin, _config_faults(config))
-    alphas, default = _Alphas(config.get("alpha_pattern") or {}), float(config.get("lora_alpha", 8))
-    if len(alphas.forms) > _FORMS:
-        refuse(origin, [f"alpha_pattern has names of {len(alphas.forms)} lengths and forms; no network has {_FORMS}"])
+    method = _method(config)
+    alphas, ranks = (_Pattern(config.get(name) or {}) if has else None for name, has in _patterns(method).items())
+    for name, pattern in zip(_patterns(method), (alphas, ranks), strict=True):
+        if pattern and len(pattern.forms) > _FORMS:
+            refuse(origin, [f"{name} has names of {len(pattern.forms)} lengths and forms; no network has {_FORMS}"])
     named = by_any_name(root)
     in_full = {name for name, _ in with_end(named, config.get("modules_to_save") or ())}
-    sides: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, Parts] = {}
     own: dict[str, Tensor] = {}
     saved: dict[str, None] = {}
     biases: dict[str, None] = {}
     faults = []
     for full_key, tensor in tensors.items():
         key = full_key.removeprefix(PREFIX)
-        factor = _FACTOR.fullmatch(key)
-        if factor:
-            sides.setdefault(factor[1], {})[factor[2] or "magnitudes"] = tensor
+        part = next((part for part in method.tensors if key.endswith(f".{part}")), "")
+        if part:
+            layers.setdefault(key.removesuffix(f".{part}"), Parts())[part] = tensor
         elif name := _outermost(key, in_full):
             if key.removeprefix(name + ".").split(".")[0] not in _WRAPPERS:  # bias="all" lists these twice
                 saved[name] = None
@@ -94,15 +90,22 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
             own[dotted(name, "bias")] = tensor
         else:
             faults.append(_stray(key))
-    differs = None if config.get("peft_type") == REGISTERED else unlike_peft
-    faults += [layer_fault(name, named, differs, "peft") for name in sides]
-    for name, parts in sides.items():
-        faults += [f"{name}: one of lora_A and lora_B is missing"] * (not {"A", "B"} <= parts.keys())
-        faults += [_dora_fault(name, parts, named, config)]
+    differs = _unlike_registered if config["peft_type"] == REGISTERED else method.differs
+    rank, alpha = config.get("r") or 1, float(config.get(method.alpha, 8))
+    taken: dict[str, Taken] = {}
+    for name, parts in layers.items():
+        fault = layer_fault(name, named, differs, "peft")
+        if not fault:
+            its_alpha = alphas.of(name, alpha) if alphas else None
+            its_rank = int(ranks.of(name, rank)) if ranks else 0
+            module = named[name].module
+            stored = Stored(parts, weight_shape(module), module, its_alpha, its_rank, config)
+            fault = take(named[name], method.read, stored, taken)
+        faults.append(fault)
     faults += [_shared(name, named) for name in (*saved, *biases)]
     refuse(origin, filter(None, faults))
     is_outline = any(tensor.is_meta for tensor in tensors.values())  # looked through before it is read
-    has_none = not biases and any(_has_bias(named[name].module) for name in sides)
+    has_none = not biases and any(_has_bias(named[name].module) for name in layers)
     if config.get("bias") == "lora_only" and has_none and not is_outline:
         warnings.warn(
             f"{origin}: bias='lora_only', and no bias in it: peft 0.15 trains them and does not write them. The base's "
@@ -111,27 +114,41 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         )
     return Found(
         origin=origin,
-        factors={
-            name: Factors(parts["A"], parts["B"], alphas.of(name, default), parts.get("magnitudes"))
-            for name, parts in sides.items()
-        },
-        rank=config.get("r", 8),
-        alpha=default,
+        layers=taken,
+        rank=rank,
+        alpha=alpha,
         own=own,
         modules_to_save=tuple(saved),
         biases=tuple(biases),
         use_rslora=bool(config.get("use_rslora")),
-        dropout=config.get("lora_dropout") or 0.0,
+        dropout=config.get(method.dropout) or 0.0,
     )
+
+
+def _method(config: Mapping[str, Any]) -> PeftMethod:
+    kind = config["peft_type"]
+    return PEFT_METHODS[STOCK if kind == REGISTERED else kind]
+
+
+def _patterns(method: PeftMethod) -> dict[str, bool]:
+    """The patterns of a configuration, and whether they say what the tensors do not."""
+    return {"alpha_pattern": bool(method.alpha), "rank_pattern": method.needs_rank}
+
+
+def _unlike_registered(layer: nn.Module) -> str:
+    """What convlora's layers in peft, which are all of its convolutions, do not compute as here."""
+    return unlike_layer(layer) if isinstance(layer, nn.Linear) else ""
 
 
 def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
     kind = config.get("peft_type")
-    if kind not in (STOCK, REGISTERED):
-        yield f"peft_type {kind!r}; {STOCK} is read"
+    if not isinstance(kind, str) or kind not in (*PEFT_METHODS, REGISTERED):
+        yield f"peft_type {kind!r}; {', '.join(PEFT_METHODS)} are read"
         return
+    method = _method(config)
+    read = {"peft_type", "modules_to_save", *method.known, *method.beside, *BESIDE}
     for name, value in config.items():
-        if value and name not in READ | BESIDE:
+        if value and name not in read:
             yield f"{name}={value!r}: {REASONS.get(name, 'it changes what peft computes, or is not known here')}"
     initialised = config.get("init_lora_weights", True)
     if initialised not in INITIALISED:
@@ -139,15 +156,19 @@ def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
             f"init_lora_weights={initialised!r}: it may have changed the base's own weights; save it in peft with "
             "path_initial_model_for_weight_conversion, as plain LoRA"
         )
-    if not _is_number(config.get("lora_alpha", 8)):
-        yield f"lora_alpha={config['lora_alpha']!r}: it must be a finite number above 0"
-    patterns = config.get("alpha_pattern") or {}  # rank_pattern says nothing that the tensors do not
-    if not isinstance(patterns, dict):
-        yield f"alpha_pattern={reprlib.repr(patterns)}: no table of names"
-    elif strange := [pattern for pattern in patterns if not _PLAIN.fullmatch(pattern)]:
-        yield f"alpha_pattern: {reprlib.repr(strange[0])} is neither a name nor an escaped one; name the layers"
-    elif not all(map(_is_number, patterns.values())):
-        yield f"alpha_pattern={reprlib.repr(patterns)}: an alpha must be a finite number above 0"
+    for name in (method.alpha, "r" * method.needs_rank):
+        if name and not _is_number(config.get(name, 8)):
+            yield f"{name}={config[name]!r}: it must be a finite number above 0"
+    for name, is_read in _patterns(method).items():
+        patterns = config.get(name) or {}
+        if not is_read:
+            continue
+        if not isinstance(patterns, dict):
+            yield f"{name}={reprlib.repr(patterns)}: no table of names"
+        elif strange := [pattern for pattern in patterns if not _PLAIN.fullmatch(pattern)]:
+            yield f"{name}: {reprlib.repr(strange[0])} is neither a name nor an escaped one; name the layers"
+        elif not all(map(_is_number, patterns.values())):
+            yield f"{name}={reprlib.repr(patterns)}: each must be a finite number above 0"
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, (list, tuple, set)) or not all(isinstance(name, str) for name in saved):
         yield f"modules_to_save={saved!r}: no list of names"
@@ -157,8 +178,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST_ALPHA
 
 
-class _Alphas:
-    """``alpha_pattern``, looked up as peft does: of the patterns that a name ends with, the first.
+class _Pattern:
+    """``alpha_pattern`` or ``rank_pattern``, looked up as peft does: of the patterns that a name ends with, the first.
 
     A pattern is a regular expression there, so that a dot which is not escaped stands for any letter. Patterns of one
     length with such dots in the same places are one form; a name is looked up once in each form.
@@ -166,15 +187,15 @@ class _Alphas:
 
     def __init__(self, patterns: Mapping[str, float]) -> None:
         self.forms: dict[tuple[bool, int, tuple[int, ...]], dict[str, tuple[int, float]]] = {}
-        for at, (pattern, alpha) in enumerate(patterns.items()):
+        for at, (pattern, value) in enumerate(patterns.items()):
             anchor, written = cast("re.Match[str]", _PLAIN.fullmatch(pattern)).groups()
             letters = re.findall(r"\\?.", written, re.DOTALL) if "\\" in written else written
             dots = tuple(place for place, letter in enumerate(letters) if letter == ".")
             form = self.forms.setdefault((bool(anchor), len(letters), dots), {})
-            form.setdefault("".join(letter[-1] for letter in letters), (at, float(alpha)))
+            form.setdefault("".join(letter[-1] for letter in letters), (at, float(value)))
 
     def of(self, name: str, default: float) -> float:
-        """The alpha of a layer."""
+        """What they say of a layer."""
         found = []
         for (is_whole, length, dots), form in self.forms.items():
             start = len(name) - length
@@ -208,30 +229,9 @@ def _stray(key: str) -> str:
         return f"{key}: embeddings are not adapted here"
     if key.endswith("lora_B.bias"):
         return f"{key}: {REASONS['lora_bias']}"
-    return f"{key}: neither a layer's factor nor in a module of modules_to_save that the model has"
-
-
-def _dora_fault(name: str, parts: Mapping[str, Tensor], named: Mapping[str, Named], config: Mapping[str, Any]) -> str:
-    """Why a layer's magnitudes are not what they should be; peft's DoRA runs torch's own convolution."""
-    if bool(config.get("use_dora")) is not ("magnitudes" in parts):
-        return f"{name}: use_dora={config.get('use_dora')!r}, and {'' if 'magnitudes' in parts else 'no '}magnitudes"
-    if "magnitudes" in parts and name in named and not is_torchs_own(original_class(named[name].module)):
-        return f"{name}: DoRA in a {type(named[name].module).__name__}, whose own forward peft's leaves out"
-    return ""
+    return f"{key}: neither a layer's change nor in a module of modules_to_save that the model has"
 
 
 def _shared(name: str, named: Mapping[str, Named]) -> str:
     others = set(named[name].names) - {name}
     return f"{name}: the same module as {', '.join(others)}; peft trains one of the two alone" if others else ""
-
-
-def unlike_peft(layer: nn.Module) -> str:
-    """What a plain convolution has that a branch as peft builds it drops; empty where it drops nothing."""
-    layer = cast(_ConvNd, layer)
-    if layer.groups > 1:
-        return f"groups {layer.groups}; there lora_A reads all channels, so that its change is no weight's"
-    if any(d != 1 for d in layer.dilation):
-        return f"dilation {tuple(layer.dilation)}, which the branch beside the layer drops"
-    if layer.padding_mode != "zeros":
-        return f"padding_mode {layer.padding_mode!r}, which the branch beside the layer drops"
-    return ""

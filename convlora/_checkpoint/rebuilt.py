@@ -13,14 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .._layer.computed import has_parameter, weight_shape
-from .._layer.fast import is_plain
-from .._layer.functional import scaling_of
+from .._layer.computed import weight_shape
 from .._layer.places import BASE
 from .._layer.swap import original_class
 from .._model.checks import check_adaptable, check_plan
 from .._model.choice import geometry
-from .._model.options import Request, check_alpha
+from .._model.options import Request
 from .._model.planner import make_plan
 from .._model.targets import Named, is_adaptable, modules_of
 from .._plan import LayerPlan, Plan
@@ -30,22 +28,8 @@ from .files import few, plain
 from .fitting import check_fits
 from .keys import base_keys, own_keys, tensors_as
 from .manifest import Manifest, form_of
-from .peft_format import dotted, factor_shapes, is_faithful
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One layer's factors as they were found, their alpha, and with DoRA the magnitudes."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    alpha: float
-    magnitudes: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """In the order of a file's keys."""
-        return (self.lora_A, self.lora_B, *(() if self.magnitudes is None else (self.magnitudes,)))
+from .peft_format import dotted
+from .peft_methods import MAGNITUDE, Stored, Taken
 
 
 @dataclass(frozen=True)
@@ -54,14 +38,14 @@ class Found:
 
     Attributes:
         origin: what an error calls it, such as its file.
-        factors: by the layer's name.
+        layers: what each has, by the layer's name.
         own: the adapter's other tensors, by state-dict key of the base.
         modules_to_save, biases: names of modules trained in full, and of those whose bias alone is.
         rank, alpha: as asked for; each layer has its own.
     """
 
     origin: str
-    factors: Mapping[str, Factors]
+    layers: Mapping[str, Taken]
     rank: int
     alpha: float
     own: Mapping[str, Tensor] = field(default_factory=dict)
@@ -70,6 +54,12 @@ class Found:
     use_rslora: bool = False
     dropout: float = 0.0
 
+    @property
+    def method(self) -> str:
+        """That of most layers."""
+        methods = [taken.method for taken in self.layers.values()]
+        return max(dict.fromkeys(methods), key=methods.count, default="lora")
+
 
 def rebuild(found: Found, root: nn.Module, adapter_name: str) -> tuple[Manifest, State]:
     """The manifest and the tensors that :func:`convlora.save_adapter` would have written for it.
@@ -77,17 +67,20 @@ def rebuild(found: Found, root: nn.Module, adapter_name: str) -> tuple[Manifest,
     Raises:
         CheckpointError: it does not fit the model; what differs is named.
     """
+    state = tensors_as(root, BASE)
+    found = _with_biases(found, state)
     try:
         plan = _plan(found, root, adapter_name)
         check_plan(plan)
     except (TargetError, UnsupportedLayerError) as cause:
         raise CheckpointError(f"{found.origin}: {cause}") from cause
     tensors = dict(found.own)
-    for layer in plan.layers:
-        for key, tensor in zip(factor_shapes(layer), found.factors[layer.name].tensors, strict=True):
+    for name, taken in found.layers.items():
+        magnitudes = {} if taken.magnitudes is None else {MAGNITUDE: taken.magnitudes}
+        for part, tensor in {**taken.tensors, **magnitudes}.items():
             # Half-precision factors are a way of storing them; steps of 1e-4 would vanish in bf16.
-            tensors[key] = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-    state = tensors_as(root, BASE)
+            is_half = tensor.dtype in (torch.float16, torch.bfloat16)
+            tensors[dotted(name, part)] = tensor.float() if is_half else tensor
     keys = base_keys(root, state, own_keys(root, plan, ()))
     forms = {key: form_of(tensor) for key, tensor in tensors.items()}
     manifest = Manifest(Path(found.origin), plan, dict.fromkeys(keys, ""), {}, frozenset(), forms)
@@ -95,10 +88,24 @@ def rebuild(found: Found, root: nn.Module, adapter_name: str) -> tuple[Manifest,
     return manifest, tensors
 
 
+def _with_biases(found: Found, state: State) -> Found:
+    """With the base's biases and what is added to them as tensors of the adapter's own."""
+    added = {name: its.bias for name, its in found.layers.items() if its.bias is not None}
+    own, faults = dict(found.own), []
+    for name, bias in added.items():
+        key = dotted(name, "bias")
+        if key in state and state[key].shape == bias.shape and not bias.is_complex():
+            own[key] = state[key].detach().to(bias.device) + bias
+        else:
+            faults.append(f"{name}: {tuple(bias.shape)} is added to a bias that the layer does not have")
+    refuse(found.origin, faults)
+    return replace(found, own=own, biases=(*found.biases, *added))
+
+
 def _plan(found: Found, root: nn.Module, adapter_name: str) -> Plan:
     """The plan that names these layers, with the ranks that the tensors have, however large."""
     named = {n.name: n for n in modules_of(root)}
-    for name in found.factors:
+    for name in found.layers:
         check_adaptable(named[name], found.dropout)
     saved = set(found.modules_to_save)
     plan = make_plan(
@@ -106,18 +113,19 @@ def _plan(found: Found, root: nn.Module, adapter_name: str) -> Plan:
         Request(
             rank=found.rank,
             alpha=found.alpha,
-            target_modules=(lambda name, _: name in found.factors) if found.factors else (),
+            target_modules=(lambda name, _: name in found.layers) if found.layers else (),
             modules_to_save=(lambda name, _: name in saved) if saved else None,
             dropout=found.dropout,
             use_rslora=found.use_rslora,
+            method=found.method,
             adapter_name=adapter_name,
         ),
     )
-    layers = [_layer(n, found.factors[n.name], found.use_rslora) for n in named.values() if n.name in found.factors]
+    layers = [_layer(n, found.layers[n.name]) for n in named.values() if n.name in found.layers]
     skipped = [
         replace(p, note="not in the file" if p.note == "not a target" else p.note)
         for p in plan.skipped
-        if p.name not in found.factors
+        if p.name not in found.layers
     ]
     inside = {module for name in saved for module in root.get_submodule(name).modules()}
     biases = tuple(name for name in found.biases if named[name].module not in inside)
@@ -131,39 +139,54 @@ def _plan(found: Found, root: nn.Module, adapter_name: str) -> Plan:
     )
 
 
-def _layer(n: Named, factors: Factors, use_rslora: bool) -> LayerPlan:
-    rank = factors.lora_A.shape[0] if factors.lora_A.ndim else 0
-    kind, use_dora = original_class(n.module).__name__, factors.magnitudes is not None
-    check_alpha(factors.alpha, f"alpha of {n.name}")
-    scaling = scaling_of(float(factors.alpha), max(rank, 1), use_rslora)
-    return LayerPlan(n.name, kind, weight_shape(n.module), rank, scaling, "", geometry(n.module), use_dora)
+def _layer(n: Named, taken: Taken) -> LayerPlan:
+    return LayerPlan(
+        name=n.name,
+        kind=original_class(n.module).__name__,
+        weight_shape=weight_shape(n.module),
+        rank=taken.rank,
+        scaling=taken.scaling,
+        geometry=geometry(n.module),
+        use_dora=taken.magnitudes is not None,
+        method=taken.method,
+        options=dict(taken.options),
+    )
 
 
-def layer_fault(name: str, named: Mapping[str, Named], differs: Callable[[nn.Module], str] | None, whose: str) -> str:
-    """Why a layer of this name cannot take the factors; empty where it can.
+def layer_fault(name: str, named: Mapping[str, Named], differs: Callable[[nn.Module], str], whose: str) -> str:
+    """Why a layer of this name cannot take what is found for it; empty where it can.
 
     Args:
         name: as the file has it.
         named: the model's modules by each of their names.
-        differs: says what a convolution has that the other library's does not know; None where it knows all.
+        differs: says what of a layer the other library does not compute as here.
         whose: the other library's name.
     """
     n = named.get(name)
     if n is None:
         return f"{name}: no such layer in the model"
-    kind = original_class(n.module)
     if not is_adaptable(n.module) or not weight_shape(n.module):
-        return f"{name}: a {kind.__name__}; only convolutions and linear layers are adapted"
+        return f"{name}: a {original_class(n.module).__name__}; only convolutions and linear layers are adapted"
     if len(n.names) > 1:
         return f"{name}: the same layer as {', '.join(set(n.names) - {name})}; {whose} adapts one of the two alone"
-    if differs is None and not isinstance(n.module, nn.Linear):
-        return ""
-    if not has_parameter(n.module):
-        return f"{name}: its weight is computed from others, which {whose} does not know"
-    if not (is_faithful(kind) or is_plain(n.module, kind) or kind.forward is nn.Linear.forward):
-        return f"{name}: a {kind.__name__} with a forward of its own, in which {whose} would predict another thing"
-    differences = "" if differs is None or isinstance(n.module, nn.Linear) else differs(n.module)
+    differences = differs(n.module)
     return f"{name}: {differences}" if differences else ""
+
+
+def take(n: Named, read: Callable[[Stored], Taken], stored: Stored, taken: dict[str, Taken]) -> str:
+    """Put what a layer has among what is taken; else why it cannot be had."""
+    try:
+        its = read(stored)
+        planned = _layer(n, its)
+        wanted = replace(planned, rank=max(planned.rank, 1)).stored_shapes
+    except TargetError as cause:
+        return f"{n.name}: {cause}"
+    if missing := wanted.keys() - its.tensors.keys():
+        return f"{n.name}: {min(missing)} is missing"
+    if beside := its.tensors.keys() - wanted.keys():
+        return f"{n.name}: {min(beside)} has no place beside the others"
+    taken[n.name] = its
+    return ""
 
 
 def refuse(origin: object, faults: Iterable[str]) -> None:

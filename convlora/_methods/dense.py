@@ -52,11 +52,7 @@ class Dense(Change):
     def factors(self) -> tuple[Tensor, Tensor]:
         """D and the identity, on the side where that is smaller."""
         self.run_hooks()
-        rows, columns = self.diff.shape[0], self.diff[0].numel()
-        one = torch.eye(min(rows, columns), dtype=self.diff.dtype, device=self.diff.device)
-        if rows <= columns:
-            return self.diff, one
-        return one.view(columns, *self.diff.shape[1:]), self.diff.flatten(1)
+        return _factors(self.diff)
 
     @classmethod
     def stored_shapes(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
@@ -65,10 +61,23 @@ class Dense(Change):
 
     def stored(self) -> Mapping[str, Tensor]:
         """D as factors."""
-        A, B = self.factors()
-        return {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *[1] * (self.diff.ndim - 2))}
+        return self.stored_as(self.diff)
+
+    @staticmethod
+    def stored_as(diff: Tensor) -> dict[str, Tensor]:
+        """What a file holds of this D."""
+        A, B = _factors(diff)
+        return {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *[1] * (diff.ndim - 2))}
 
     def restore(self, stored: Mapping[str, Tensor]) -> None:
         """D, from whichever factor holds it."""
         A, B = stored["lora_A.weight"], stored["lora_B.weight"]
         self.diff.copy_(A if B.shape[0] == A.shape[0] else B.flatten(1).view_as(self.diff))
+
+
+def _factors(diff: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = diff.shape[0], diff[0].numel()
+    one = torch.eye(min(rows, columns), dtype=diff.dtype, device=diff.device)
+    if rows <= columns:
+        return diff, one
+    return one.view(columns, *diff.shape[1:]), diff.flatten(1)

@@ -12,20 +12,20 @@ from .._checkpoint.contents import State
 from .._checkpoint.digests import fingerprint
 from .._checkpoint.files import opened
 from .._checkpoint.foreign import file_in
-from .._checkpoint.locon import is_locon
+from .._checkpoint.lycoris import by_layer, is_lycoris, method_of
 from .._checkpoint.manifest import CONFIG
-from .._checkpoint.peft_format import ALONE, REGISTERED, STOCK
+from .._checkpoint.peft_methods import ALONE, PEFT_METHODS, REGISTERED, STOCK
 from .answers import Answer, CommandError, table
 from .files import Saved, is_foreign, is_stock_peft, located, read_fields, read_saved
 from .planning import plan_data
 
 READERS = {
-    STOCK: "stock peft reads it and predicts the same",
+    **dict.fromkeys(PEFT_METHODS, "stock peft reads it and predicts the same"),
     REGISTERED: "peft reads it after convlora.peft.register()",
     ALONE: "convlora alone reads it",
 }
-PAIRS = {"peft": ("lora_A.weight", "lora_B.weight"), "locon": ("lora_down.weight", "lora_up.weight")}
-"""How a layer's two factors end, by whose file it is."""
+RANKED = ("lora_A.weight", "lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "hira_A")
+"""Tensors whose first dimension is the rank."""
 
 
 def inspect(
@@ -68,14 +68,14 @@ def _of_saved(saved: Saved) -> Answer:
 
 
 def _of_foreign(file: Path) -> Answer:
-    """Another library's file: its factors by name; what they are in a model only a model can say."""
+    """Another library's file: its tensors by layer; what they are in a model only a model can say."""
     with opened(file) as stored:
         tensors = stored.read()
-    kind = "peft" if is_stock_peft(file) else "locon" if is_locon(tensors) else ""
+    kind = "peft" if is_stock_peft(file) else "lycoris" if is_lycoris(tensors) else ""
     if not kind:
-        raise CommandError(f"{file} is neither convlora's, nor peft's, nor a LoCon file. Nothing was changed.")
-    layers = list(_pairs(tensors, *PAIRS[kind]))
+        raise CommandError(f"{file} is neither convlora's, nor peft's, nor of LyCORIS. Nothing was changed.")
     config = read_fields(file.parent / CONFIG) if kind == "peft" else {}
+    layers = _of_peft(tensors, config) if kind == "peft" else _of_lycoris(tensors)
     names = {name for layer in layers for name in layer["tensors"]}
     size = file.stat().st_size
     data = {
@@ -86,35 +86,43 @@ def _of_foreign(file: Path) -> Answer:
         "others": {key: list(tensor.shape) for key, tensor in tensors.items() if key not in names},
         "config": config,
     }
-    rows = [(each["name"], str(each["rank"]), _sizes(each["lora_A"]), _sizes(each["lora_B"])) for each in layers]
+    rows = [
+        (each["name"], each["method"], str(each["rank"] or "-"), ", ".join(map(_sizes, each["tensors"].values())))
+        for each in layers
+    ]
     whose = "Hugging Face peft" if kind == "peft" else "LyCORIS or kohya's scripts"
     return Answer(
         data,
         [
             f"written by {whose}; `convlora convert MODEL {file} OUT` makes it convlora's",
-            table(("layer", "rank", "A", "B"), rows, "lrll"),
+            table(("layer", "method", "rank", "tensors"), rows, "llrl"),
             f"other tensors: {len(tensors) - len(names)}",
             f"file: {file}, {size / 1e6:,.2f} MB",
         ],
     )
 
 
-def _pairs(tensors: State, first: str, second: str) -> list[dict[str, Any]]:
-    found = []
-    for key, down in tensors.items():
-        other = key.removesuffix(first) + second
-        if key.endswith(f".{first}") and other in tensors:
-            found.append(
-                {
-                    "name": key.removesuffix(f".{first}"),
-                    "rank": down.shape[0],
-                    "lora_A": list(down.shape),
-                    "lora_B": list(tensors[other].shape),
-                    "tensors": [key, other],
-                }
-            )
-    return found
+def _of_peft(tensors: State, config: dict[str, Any]) -> list[dict[str, Any]]:
+    kind = str(config.get("peft_type"))
+    method = PEFT_METHODS.get(STOCK if kind == REGISTERED else kind)
+    layers: dict[str, State] = {}
+    for key, tensor in tensors.items():
+        part = next((part for part in (method.tensors if method else ()) if key.endswith(f".{part}")), "")
+        if part:
+            layers.setdefault(key.removesuffix(f".{part}"), {})[part] = tensor
+    return [_layer(name, kind, parts) for name, parts in layers.items()]
+
+
+def _of_lycoris(tensors: State) -> list[dict[str, Any]]:
+    found = ((name, parts, method_of(parts)) for name, parts in by_layer(tensors).items())
+    return [_layer(name, method.name, parts) for name, parts, method in found if method]
+
+
+def _layer(name: str, method: str, parts: State) -> dict[str, Any]:
+    ranks = [parts[part].shape[0] for part in RANKED if part in parts and parts[part].ndim]
+    shapes = {f"{name}.{part}": list(tensor.shape) for part, tensor in parts.items()}
+    return {"name": name, "method": method, "rank": ranks[0] if ranks else None, "tensors": shapes}
 
 
 def _sizes(shape: list[int]) -> str:
-    return "×".join(map(str, shape))
+    return "×".join(map(str, shape)) or "1"

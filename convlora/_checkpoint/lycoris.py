@@ -1,0 +1,217 @@
+"""Reading what LyCORIS and kohya's sd-scripts write: one ``.safetensors`` file, each layer changed by its own method.
+
+A layer ``down.block.0.conv1`` has the tensors ``lora_unet_down_block_0_conv1.lora_down.weight`` (our lora_A),
+``.lora_up.weight`` (our lora_B) and ``.alpha``. The names are flattened, so they are looked up among the model's. Which
+method it is follows from which tensors there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .._layer.computed import weight_shape
+from .._methods.dense import Dense
+from .._model.targets import Named, is_adaptable, modules_of
+from ..errors import TargetError
+from .fitting import highest_rank
+from .likeness import unlike_branch, unlike_geometry
+from .peft_methods import PEFT_METHODS, Parts, Stored, Taken, read_loha, read_lokr
+from .rebuilt import Found, by_any_name, layer_fault, refuse, take
+
+PREFIXES = ("lycoris_", "lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lora_")
+_MAGNITUDES = "dora_scale"
+
+
+# ---- what a layer's tensors say
+
+
+def read_locon(found: Stored) -> Taken:
+    """LoRA in our shapes; a Tucker decomposition's core is multiplied into lora_A, which loses nothing."""
+    parts, shape = found.parts, found.shape
+    down, up, core = parts["lora_down.weight"], parts["lora_up.weight"], parts.get("lora_mid.weight")
+    if min(down.ndim, up.ndim) < 2:
+        raise TargetError("lora_down and lora_up must be matrices or kernels")
+    if up.ndim == 2 < down.ndim and core is None:
+        raise TargetError("DyLoRA, which computes with another part of its rank each time")
+    if core is not None:
+        if not _core_fits(core, down, shape):
+            raise TargetError(f"its Tucker core {tuple(core.shape)} fits no factor beside it")
+        wide = torch.promote_types(core.dtype, torch.float32)
+        down = torch.einsum("rs...,si->ri...", core.to(wide), down.to(wide).flatten(1))
+    rank = down.shape[0]
+    A, B = _as(down, (rank, *shape[1:])), _as(up, (shape[0], rank, *[1] * len(shape[2:])))
+    return Taken("lora", rank, found.scaling(rank), {"lora_A.weight": A, "lora_B.weight": B})
+
+
+def _read_lokr(found: Stored) -> Taken:
+    """LoKr, which has no scaling where both matrices are kept in full."""
+    is_full = {"lokr_w1", "lokr_w2"} <= found.parts.keys()
+    return read_lokr(replace(found, alpha=None) if is_full else found)
+
+
+def _read_full(found: Stored) -> Taken:
+    """The whole difference, and that of the bias."""
+    difference = found.parts["diff"]
+    if difference.shape != found.shape:
+        raise TargetError(f"diff {tuple(difference.shape)} in the file, the weight is {tuple(found.shape)}")
+    return Taken("dense", 1, 1.0, Dense.stored_as(difference), bias=found.parts.get("diff_b"))
+
+
+# ---- the table
+
+
+@dataclass(frozen=True)
+class LycorisMethod:
+    """A method as LyCORIS has it.
+
+    Attributes:
+        name: what people call it.
+        known_by: the tensors of which a layer has some; ``beside`` those that it may have, too.
+        read: who reads them; None where it is refused, for the ``reason``.
+    """
+
+    name: str
+    known_by: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    read: Callable[[Stored], Taken] | None = None
+    reason: str = ""
+
+
+LYCORIS_METHODS = (
+    LycorisMethod("LoCon", ("lora_down.weight", "lora_up.weight"), ("lora_mid.weight", _MAGNITUDES), read_locon),
+    LycorisMethod("LoHa", PEFT_METHODS["LOHA"].tensors, (_MAGNITUDES,), read_loha),
+    LycorisMethod("LoKr", PEFT_METHODS["LOKR"].tensors, (_MAGNITUDES,), _read_lokr),
+    LycorisMethod("full", ("diff",), ("diff_b",), _read_full),
+    LycorisMethod("norm", ("w_norm", "b_norm"), reason="differences of a norm layer are not read"),
+    LycorisMethod(
+        "GLoRA",
+        ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
+        reason="there is no such method here",
+    ),
+    LycorisMethod(
+        "T-LoRA",
+        ("q_layer.weight", "p_layer.weight", "lambda_layer"),
+        reason="its change is relative to what it began as, and that is not in the file",
+    ),
+)
+
+
+def method_of(parts: Iterable[str]) -> LycorisMethod | None:
+    """Whose tensors these are, by what follows a layer's name; None where that is not known."""
+    there = {*parts} - {"alpha"}
+    for method in LYCORIS_METHODS:
+        if there & {*method.known_by} and there <= {*method.known_by, *method.beside}:
+            return method
+    return None
+
+
+def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, Parts]:
+    """The tensors by how the file writes their layer's name."""
+    layers: dict[str, Parts] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.partition(".")
+        layers.setdefault(name, Parts())[part] = tensor
+    return layers
+
+
+def is_lycoris(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of such a file."""
+    known = {part for method in LYCORIS_METHODS for part in method.known_by}
+    return any(key.startswith(PREFIXES) and key.partition(".")[2] in known for key in keys)
+
+
+def from_lycoris_tensors(tensors: Mapping[str, Tensor], root: nn.Module, origin: str) -> Found:
+    """The adapter in such a file, for this model.
+
+    Raises:
+        CheckpointError: a layer is not in the model, could be several, or is none that predicts the same here.
+    """
+    flat, named = _flattened(root), by_any_name(root)
+    taken: dict[str, Taken] = {}
+    faults = [_fault(written, parts, flat, named, taken) for written, parts in by_layer(tensors).items()]
+    refuse(origin, filter(None, faults))
+    rank = max((its.rank for its in taken.values()), default=1)
+    return Found(origin, taken, rank, float(rank))
+
+
+def _fault(
+    written: str,
+    parts: Parts,
+    flat: Mapping[str, list[str]],
+    named: Mapping[str, Named],
+    taken: dict[str, Taken],
+) -> str:
+    """Put what a layer has among what is taken; else why it cannot be had."""
+    method = method_of(parts)
+    if method is None:
+        return f"{written}: {', '.join(sorted(parts))}: together of no method that is read"
+    if method.read is None:
+        return f"{written}: {method.name}: {method.reason}"
+    layer, fault = _resolve(written, flat)
+    if fault or layer in taken:
+        return fault or f"{written}: {layer} is in the file twice"
+    # kohya's own LoRA is a branch of two layers
+    is_kohyas = method.read is read_locon and not written.startswith("lycoris_")
+    if fault := layer_fault(layer, named, _unlike_kohya if is_kohyas else unlike_branch, "what wrote the file"):
+        return fault
+    module = named[layer].module
+    return take(named[layer], partial(_read, method.read), Stored(parts, weight_shape(module), module), taken)
+
+
+def _read(read: Callable[[Stored], Taken], found: Stored) -> Taken:
+    """What a layer has, with its alpha, and with DoRA's magnitudes."""
+    parts, shape = Parts(found.parts), found.shape
+    alpha, magnitudes = parts.pop("alpha", None), parts.pop(_MAGNITUDES, None)
+    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
+        raise TargetError(f"alpha of shape {tuple(alpha.shape)}, {alpha.dtype}; it must be one real number")
+    its = read(replace(found, parts=parts, alpha=None if alpha is None or alpha.is_meta else float(alpha) or None))
+    if magnitudes is None:
+        return its
+    ones = [1] * len(shape[1:])
+    if magnitudes.shape != (shape[0], *ones):
+        raise TargetError(f"DoRA's magnitudes {tuple(magnitudes.shape)}; one for each output channel is read")
+    return replace(its, magnitudes=magnitudes.reshape(1, -1, *ones[1:]) if ones[1:] else magnitudes.flatten())
+
+
+def _flattened(root: nn.Module) -> dict[str, list[str]]:
+    """The names of the model's layers by how such files write them; some names may fall together."""
+    flat: dict[str, list[str]] = {}
+    for n in modules_of(root):
+        if is_adaptable(n.module):
+            for name in n.names:
+                flat.setdefault(name.replace(".", "_"), []).append(name)
+    return flat
+
+
+def _resolve(written: str, flat: Mapping[str, list[str]]) -> tuple[str, str]:
+    """A layer's name, or else what is wrong with the written one."""
+    prefix = next((p for p in PREFIXES if written.startswith(p)), "")
+    found = flat.get(written.removeprefix(prefix), [])
+    if len(found) == 1:
+        return found[0], ""
+    if found:
+        return "", f"{written}: could be {' or '.join(found)}"
+    also = " (a file for several models has to be split by prefix)" if prefix.startswith("lora_") else ""
+    return "", f"{written}: no such layer in the model{also}"
+
+
+def _unlike_kohya(layer: nn.Module) -> str:
+    return unlike_branch(layer) or unlike_geometry(layer)
+
+
+def _core_fits(core: Tensor, down: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether core and lora_down are of the layer's shape, so that their product is no larger than a factor."""
+    if core.ndim != len(shape) or down.flatten(1).shape != (core.shape[1], shape[1]):
+        return False
+    return core.shape[2:] == shape[2:] and max(core.shape[:2]) <= highest_rank(shape)
+
+
+def _as(factor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A 1×1 convolution's factors are also written as matrices, and the other way round."""
+    same = [n for n in factor.shape if n != 1] == [n for n in shape if n != 1]
+    return factor.reshape(shape) if same else factor

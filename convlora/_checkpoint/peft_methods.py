@@ -1,0 +1,378 @@
+"""How Hugging Face peft has each method: a table of its types, in which a method is one entry.
+
+Tensors have peft's names here already, so that an entry says what else is to be known: the fields of its
+configuration, on which layers peft predicts the same, and what rank, scaling and options follow from a file's tensors
+and the other way round. What LyCORIS has in the same form is read by the same functions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .._layer.change import Option
+from .._layer.functional import alpha_of, scaling_of
+from .._layer.swap import original_class
+from .._methods.lokr import LoKr
+from .._methods.lokr import split as split_of
+from .._model.options import check_alpha
+from .._plan import LayerPlan, Plan
+from ..errors import TargetError
+from .likeness import is_faithful, is_torchs_own, unlike_branch, unlike_layer
+
+STOCK, REGISTERED, ALONE = "LORA", "CONVLORA", "CONVLORA_ALONE"
+"""Types of file: LoRA that stock peft reads, one that it reads with convlora's layers registered, and one that convlora
+alone reads. Other methods that stock peft reads have peft's type for them."""
+
+MAGNITUDE = "lora_magnitude_vector"
+"""What DoRA's magnitudes are called after the layer's name."""
+
+
+class Parts(dict[str, Tensor]):
+    """A layer's tensors in a file, by what follows its name."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise TargetError(f"{name} is missing")
+
+    def size(self, name: str, dimension: int) -> int:
+        """That of one of them, 0 where it has no such dimension."""
+        shape = self[name].shape
+        return shape[dimension] if dimension < len(shape) else 0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file has of one layer.
+
+    Attributes:
+        parts: its tensors.
+        shape: of the weight that they change.
+        layer: the layer of the model.
+        alpha, rank: what file or configuration says; None and 0 where neither does.
+        fields: peft's configuration.
+    """
+
+    parts: Parts
+    shape: tuple[int, ...]
+    layer: nn.Module
+    alpha: float | None = None
+    rank: int = 0
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def scaling(self, rank: int) -> float:
+        """alpha / rank, with rsLoRA alpha / √rank; 1 without an alpha."""
+        alpha = max(rank, 1) if self.alpha is None else self.alpha
+        check_alpha(alpha, "alpha")
+        return scaling_of(alpha, max(rank, 1), bool(self.fields.get("use_rslora")))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One layer's change in convlora's words.
+
+    Attributes:
+        tensors: by the names that :meth:`convlora.Change.stored_shapes` has for the method, rank and options.
+        magnitudes: DoRA's.
+        bias: what is added to the layer's bias.
+    """
+
+    method: str
+    rank: int
+    scaling: float
+    tensors: Mapping[str, Tensor]
+    options: Mapping[str, Option] = field(default_factory=dict)
+    magnitudes: Tensor | None = None
+    bias: Tensor | None = None
+
+
+# ---- what a file's tensors say
+
+
+def read_lora(found: Stored) -> Taken:
+    """LoRA, with DoRA's magnitudes where there are some."""
+    parts, use_dora = dict(found.parts), bool(found.fields.get("use_dora"))
+    magnitudes = parts.pop(MAGNITUDE, None)
+    if use_dora is not (magnitudes is not None):
+        raise TargetError(f"use_dora={use_dora}, and {'no ' if use_dora else ''}magnitudes")
+    kind = original_class(found.layer)
+    if use_dora and not is_torchs_own(kind):
+        raise TargetError(f"DoRA in a {kind.__name__}, whose own forward peft's leaves out")
+    rank = found.parts.size("lora_A.weight", 0)
+    return Taken("lora", rank, found.scaling(rank), parts, magnitudes=magnitudes)
+
+
+def read_loha(found: Stored) -> Taken:
+    """LoHa; LyCORIS has the core of a one-dimensional kernel without peft's last dimension."""
+    parts, rank = dict(found.parts), found.parts.size("hada_w1_b", 0)
+    cores = [name for name in ("hada_t1", "hada_t2") if name in parts]
+    for name in cores:
+        if parts[name].ndim == len(found.shape) == 3:
+            parts[name] = parts[name].unsqueeze(-1)
+    return Taken("loha", rank, found.scaling(rank), parts, {"tucker": True} if cores else {})
+
+
+def read_lokr(found: Stored) -> Taken:
+    """LoKr, its blocks as W₁ has them; a product that would hold more numbers here than in full is multiplied out."""
+    parts, shape = found.parts, found.shape
+    rows, columns = (parts.size("lokr_w1" if "lokr_w1" in parts else f"lokr_w1_{s}", i) for i, s in enumerate("ab"))
+    if not rows or not columns or shape[0] % rows or shape[1] % columns:
+        raise TargetError(f"lokr_w1 makes {rows} × {columns} blocks, which do not divide {tuple(shape[:2])} channels")
+    factored = [name for name in ("lokr_w2_b", "lokr_w1_b") if name in parts]
+    rank = parts.size(factored[0], 0) if factored else found.rank or 1
+    options: dict[str, Any] = {"rows": rows, "columns": columns}
+    if (rows, columns) == (split_of(shape[0]), split_of(shape[1])):
+        options = {}
+    given = {"decompose_both": "lokr_w1_a" in parts, "full": "lokr_w2" in parts, "tucker": "lokr_t2" in parts}
+    options |= {name: True for name, value in given.items() if value}
+    if options.get("full") and "lokr_w2" in LoKr.shapes(shape, rank, **{**options, "full": False}):
+        del options["full"]
+    inner = shape[0] // rows, shape[1] // columns
+    wanted = LoKr.shapes(shape, max(rank, 1), **options)
+    for name, sides, kernel in (("lokr_w1", (rows, columns), ()), ("lokr_w2", inner, shape[2:])):
+        if name in wanted and name not in parts:
+            parts = Parts({**parts, name: _multiplied(parts, name, sides, kernel, rank)})
+            for used in (f"{name}_a", f"{name}_b", "lokr_t2" if name == "lokr_w2" else ""):
+                parts.pop(used, None)
+    return Taken("lokr", rank, found.scaling(rank), parts, options)
+
+
+def _multiplied(parts: Parts, name: str, sides: tuple[int, int], kernel: tuple[int, ...], rank: int) -> Tensor:
+    """W₁ or W₂ of its factors, whose shapes are compared before."""
+    A, B, core = parts[f"{name}_a"], parts[f"{name}_b"], parts.get("lokr_t2") if name == "lokr_w2" else None
+    (c, d), size = sides, math.prod(kernel)
+    wanted = [(c, rank), (rank, d * size)] if core is None else [(rank, c), (rank, d), (rank, rank, *kernel)]
+    given = [tuple(t.shape) for t in (A, B, core) if t is not None]
+    if given != wanted:
+        raise TargetError(f"{name}'s factors have the shapes {given}; for its weight they would have {wanted}")
+    wide = torch.promote_types(A.dtype, torch.float32)
+    A, B = A.to(wide), B.to(wide)
+    product = A @ B if core is None else torch.einsum("pq...,pc,qd->cd...", core.to(wide), A, B)
+    return product.view(c, d, *kernel)
+
+
+def read_peft_lokr(found: Stored) -> Taken:
+    """As peft computes it, which is no Kronecker product where a one-dimensional kernel's W₂ is kept in full."""
+    if isinstance(found.layer, nn.Conv1d) and "lokr_w2" in found.parts:
+        raise TargetError("peft multiplies a Conv1d's lokr_w2 along other dimensions than its lokr_w1")
+    return read_lokr(found)
+
+
+def read_hira(found: Stored) -> Taken:
+    """HiRA."""
+    return Taken("hira", found.parts.size("hira_A", 0), 1.0, found.parts)
+
+
+# ---- what its configuration says of ours
+
+
+def _lora_fields(plan: Plan) -> dict[str, Any]:
+    shapes = {p.name: p.stored_shapes for p in plan.layers}
+    stored = {name: each["lora_A.weight"][0] for name, each in shapes.items() if "lora_A.weight" in each}
+    alphas = {p.name: alpha_of(p.scaling, stored[p.name], plan.use_rslora) for p in plan.layers if p.name in stored}
+    # An anchored change has twice the rank that its factors have.
+    rank = plan.rank * max(
+        (stored[p.name] // p.rank for p in plan.layers if p.name in stored and p.change.has_rank), default=1
+    )
+    alpha = alpha_of(scaling_of(plan.alpha, plan.rank, plan.use_rslora), rank, plan.use_rslora)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": plan.dropout,
+        "use_rslora": plan.use_rslora,
+        "use_dora": plan.use_dora,
+        "bias": "none",
+        "rank_pattern": _unlike(stored, rank),
+        "alpha_pattern": _unlike(alphas, alpha),
+    }
+
+
+def _loha_fields(plan: Plan) -> dict[str, Any]:
+    has_cores = any("hada_t1" in p.stored_shapes for p in plan.layers)
+    return {**_scaled(plan, {p.name: p.rank for p in plan.layers}), "use_effective_conv2d": has_cores}
+
+
+def _lokr_fields(plan: Plan) -> dict[str, Any]:
+    shapes = [(p, p.stored_shapes) for p in plan.layers]
+    blocks = {(p.weight_shape, LoKr.blocks_of(p.weight_shape, **cast(Any, p.options))) for p in plan.layers}
+    factors = [-1, *sorted({n for _, each in blocks for n in each[:2] if n > 1})]
+    factor = next((f for f in factors if all(each == LoKr.blocks_of(w, factor=f) for w, each in blocks)), -1)
+    ranks = {p.name: max(p.rank, *(-(-n // 2) for n in each.get("lokr_w2", (0, 0))[:2])) for p, each in shapes}
+    return {
+        **_scaled(plan, ranks),
+        "decompose_factor": factor,
+        "decompose_both": any("lokr_w1_a" in each for _, each in shapes),
+        "use_effective_conv2d": any("lokr_t2" in each for _, each in shapes),
+    }
+
+
+def _hira_fields(plan: Plan) -> dict[str, Any]:
+    ranks = {p.name: p.rank for p in plan.layers}
+    return {"r": plan.rank, "hira_dropout": plan.dropout, "rank_pattern": _unlike(ranks, plan.rank)}
+
+
+def _scaled(plan: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Ranks, and alphas that give each layer its scaling at its rank."""
+    alphas = {p.name: alpha_of(p.scaling, ranks[p.name], False) for p in plan.layers}
+    rank, alpha = next(iter(ranks.values()), plan.rank), next(iter(alphas.values()), plan.alpha)
+    return {
+        **{"r": rank, "alpha": alpha},
+        **{"rank_pattern": _unlike(ranks, rank), "alpha_pattern": _unlike(alphas, alpha)},
+    }
+
+
+def _unlike(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """Those of layers that differ, as patterns: with both ends, for peft matches the ends of names."""
+    return {f"^{re.escape(name)}$": value for name, value in values.items() if value != usual}
+
+
+# ---- what peft would build otherwise
+
+
+def _lora_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any]) -> str:
+    kind = original_class(layer)
+    if not is_faithful(kind):
+        return f"a {planned.kind}; peft's branch would be another one"
+    return f"DoRA in a {planned.kind}, whose own forward peft's leaves out" * (
+        planned.use_dora and not is_torchs_own(kind)
+    )
+
+
+def _loha_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any]) -> str:
+    shape, has_core = planned.weight_shape, "hada_t1" in planned.stored_shapes
+    is_other = math.prod(shape[2:]) > 1 and has_core is not fields["use_effective_conv2d"]
+    return "without a core, where peft would give it one as others have" * is_other
+
+
+def _lokr_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any]) -> str:
+    shape, stored = planned.weight_shape, planned.stored_shapes
+    rank = fields["rank_pattern"].get(f"^{re.escape(planned.name)}$", fields["r"])
+    asked: dict[str, Any] = {"factor": fields["decompose_factor"], "decompose_both": fields["decompose_both"]}
+    blocks = LoKr.blocks_of(shape, **asked)
+    first_is_factored = fields["decompose_both"] and 2 * rank < max(blocks[:2])
+    in_peft = LoKr.shapes(shape, rank, **asked, tucker=fields["use_effective_conv2d"])
+    if in_peft != stored or first_is_factored is not ("lokr_w1_a" in stored):
+        return "its blocks and factors are not those that peft gives it with the others' options"
+    if len(shape) == 3 and "lokr_w2" in stored:
+        return "peft multiplies a Conv1d's lokr_w2 along other dimensions than its lokr_w1"
+    if "lokr_t2" in stored and (len(shape) == 3 or shape[-1] == 1):
+        return "with a core for a kernel of which peft's forward ends in an error"
+    return ""
+
+
+def _hira_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any]) -> str:
+    return f"scaling {planned.scaling:g}, and peft's HiRA has none" * (planned.scaling != 1)
+
+
+def _differs(layers: tuple[type[nn.Module], ...], *, grouped: bool = True) -> Callable[[nn.Module], str]:
+    """What of a layer is not computed as here by a method that peft has for these classes, as a branch."""
+
+    def unlike(layer: nn.Module) -> str:
+        if not isinstance(layer, layers):
+            return f"a {original_class(layer).__name__}, for which peft does not have it"
+        if not grouped and getattr(layer, "groups", 1) > 1:
+            return f"groups {layer.groups}, for which peft does not have it"
+        return unlike_branch(layer)
+
+    return unlike
+
+
+# ---- the table
+
+
+@dataclass(frozen=True)
+class PeftMethod:
+    """A method as peft has it.
+
+    Attributes:
+        methods: ours that a file of this type holds.
+        tensors: what follows a layer's name in a file.
+        read: what a layer's tensors say; raises TargetError where that is nothing that is computed here.
+        differs: what of a layer makes peft predict another thing; empty where nothing does.
+        fields: what its configuration says of a plan.
+        fault: what of a planned layer peft would not build so from these fields; empty where it would.
+        known: the configuration's fields that are read; ``beside`` those that predict nothing.
+        alpha, dropout: which of the fields these are.
+        needs_rank: whether the rank is nowhere but in the configuration, for some layers.
+    """
+
+    methods: tuple[str, ...]
+    tensors: tuple[str, ...]
+    read: Callable[[Stored], Taken]
+    differs: Callable[[nn.Module], str]
+    fields: Callable[[Plan], dict[str, Any]]
+    fault: Callable[[LayerPlan, nn.Module, Mapping[str, Any]], str]
+    known: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    alpha: str = ""
+    dropout: str = ""
+    needs_rank: bool = False
+
+
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+_SCALED = ("r", "alpha", "rank_pattern", "alpha_pattern", "use_effective_conv2d")
+_DROPPED = ("init_weights", "rank_dropout", "module_dropout", "rank_dropout_scale")
+
+PEFT_METHODS: dict[str, PeftMethod] = {
+    STOCK: PeftMethod(
+        methods=("lora", "anchored", "dense"),
+        tensors=("lora_A.weight", "lora_B.weight", MAGNITUDE),
+        read=read_lora,
+        differs=unlike_layer,
+        fields=_lora_fields,
+        fault=_lora_fault,
+        known=("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias"),
+        beside=(
+            *("init_lora_weights", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+            *("qalora_group_size", "runtime_config", "ensure_weight_tying"),
+        ),
+        alpha="lora_alpha",
+        dropout="lora_dropout",
+    ),
+    "LOHA": PeftMethod(
+        methods=("loha",),
+        tensors=("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+        read=read_loha,
+        differs=_differs(_LAYERS),
+        fields=_loha_fields,
+        fault=_loha_fault,
+        known=_SCALED,
+        beside=_DROPPED,
+        alpha="alpha",
+    ),
+    "LOKR": PeftMethod(
+        methods=("lokr",),
+        tensors=("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+        read=read_peft_lokr,
+        differs=_differs(_LAYERS),
+        fields=_lokr_fields,
+        fault=_lokr_fault,
+        known=(*_SCALED, "decompose_both", "decompose_factor"),
+        beside=_DROPPED,
+        alpha="alpha",
+        needs_rank=True,
+    ),
+    "HIRA": PeftMethod(
+        methods=("hira",),
+        tensors=("hira_A", "hira_B"),
+        read=read_hira,
+        differs=_differs((*_LAYERS, nn.Conv3d), grouped=False),
+        fields=_hira_fields,
+        fault=_hira_fault,
+        known=("r", "hira_dropout", "rank_pattern"),
+        beside=("init_weights",),
+        dropout="hira_dropout",
+    ),
+}
+"""By ``peft_type``."""
+
+
+def type_of(plan: Plan) -> str:
+    """The type under which peft could have all changes of a plan; empty where there is none."""
+    methods = {layer.method for layer in plan.layers}
+    return next((name for name, each in PEFT_METHODS.items() if methods <= {*each.methods}), "")
