@@ -25,7 +25,7 @@ from benchmarks.overhead.bench import Bench
 from benchmarks.overhead.runs import Settings, environment
 from benchmarks.overhead.tables import Row, as_markdown, machine, megabytes, wrapped
 
-ARMS = (FULL, "convlora", "convlora-masks", "convlora-freeze-A", "convlora-lean")
+ARMS = (FULL, "convlora", "convlora-masks", "convlora-freeze-A", "convlora-lean", "convlora-lean-bits")
 """Of ``benchmarks.overhead``, in the order of the table."""
 
 
@@ -59,7 +59,8 @@ def of_a_step(settings: Settings, arm: str) -> tuple[int, int, int]:
 def largest_batch(needed: Callable[[int], int], budget: float, first: int) -> int:
     """The largest batch for which no more is needed than the budget, 0 where there is none.
 
-    What is needed grows about linearly: a line through two batches that were tried gives the next.
+    What is needed grows about linearly: a line through two batches that were tried gives the next, and never more than
+    twice the largest that was tried, since small batches need little of what grows.
 
     Args:
         needed: bytes, for a batch.
@@ -74,7 +75,7 @@ def largest_batch(needed: Callable[[int], int], budget: float, first: int) -> in
             return fits
         (low, at_low), (high, at_high) = sorted(tried.items(), key=lambda item: abs(item[1] - budget))[:2]
         guess = low + int((budget - at_low) * (high - low) / (at_high - at_low or 1))
-        guess = min(max(guess, fits + 1), too_large - 1)
+        guess = min(max(guess, fits + 1), too_large - 1, 2 * max(tried))
         tried[guess] = needed(guess)
 
 

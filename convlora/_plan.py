@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ._layer.change import Change, Option, Shapes
 from ._layer.functional import scaling_of
+from ._layer.masked import Masks
 from ._layer.paths import Path
 from ._methods.registry import METHODS
 
@@ -114,7 +115,7 @@ class Plan:
         modules_to_save: names of the modules trained in full, such as the head, and ``head_found_by`` how.
         norms: names of the norm layers that the policy ``norm`` concerns.
         path: which way the layers take in training.
-        mask_activations: whether activations keep a mask, and max pooling the places of its maxima, in training.
+        mask_activations: whether activations keep a mask, and pooling no input, in training.
         init: how the factors began.
         freeze_A: whether every lora_A stays as it began, and lora_B alone is trained.
         biases: names of modules, adapted or not, whose bias alone is trained and belongs to the adapter.
@@ -141,7 +142,7 @@ class Plan:
     saved_parameters: int
     others: tuple[Part, ...] = ()
     path: Path = "auto"
-    mask_activations: bool = False
+    mask_activations: Masks = False
     init: Init = "kaiming"
     freeze_A: bool = False
     biases: tuple[str, ...] = ()

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 import convlora
 from convlora import StateError
-from convlora._layer.masked import Masked, mixin_for, pack, set_masked, unpack
+from convlora._layer.masked import Masked, Masks, mixin_for, pack, set_masked, unpack
 
 SPECIAL = (-0.0, 0.0, float("nan"), float("inf"), -float("inf"), 6.0, 1.0, -1.0, 1e-45, -1e-45, 3.0)
 """Bounds of the activations and what else a comparison could take wrongly."""
 AS_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-SHAPES = {"a byte a number": (3, 5, 7, 9), "a bit a number": (4, 17, 23, 25)}
+SHAPES = {"small": (3, 5, 7, 9), "large": (4, 17, 23, 25)}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -57,8 +57,8 @@ POOLS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def masked(module: nn.Module) -> nn.Module:
-    set_masked(module, True)
+def masked(module: nn.Module, masks: Masks = True) -> nn.Module:
+    set_masked(module, masks)
     assert isinstance(module, Masked)
     return module
 
@@ -115,10 +115,12 @@ def test_activation_has_the_bits_of_torchs_forward_and_gradient_and_keeps_a_mask
     for shape in SHAPES.values():
         for memory_format in FORMATS:
             x = numbers(shape, dtype, memory_format)
-            mine = run(masked(build(inplace)), x)
-            assert mine == run(build(inplace), x), (shape, memory_format)
-            packed = 8 * (-(-x.numel() // 64))
-            assert mine.bytes_kept == (x.numel() if shape == SHAPES["a byte a number"] else packed)
+            expected = run(build(inplace), x)
+            for masks in (True, "bits"):
+                mine = run(masked(build(inplace), masks), x)
+                assert mine == expected, (shape, memory_format, masks)
+                packs = masks == "bits" and shape == SHAPES["large"]
+                assert mine.bytes_kept == (8 * -(-x.numel() // 64) if packs else x.numel())
 
 
 OTHER_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -136,7 +138,8 @@ def test_gradient_of_another_form_has_the_bits_and_form_that_torch_gives_it(kind
         if kind == "ReLU6":
             x = x.nan_to_num(2)  # torch's own Hardtanh takes NaN as inside or outside, by the gradient's strides
         like = OTHER_FORMS[form]
-        assert run(masked(ACTIVATIONS[kind](False)), x, like) == run(ACTIVATIONS[kind](False), x, like)
+        expected = run(ACTIVATIONS[kind](False), x, like)
+        assert all(run(masked(ACTIVATIONS[kind](False), masks), x, like) == expected for masks in (True, "bits"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -288,10 +291,10 @@ def same(first: tuple[Tensor, dict[str, Tensor]], second: tuple[Tensor, dict[str
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_has_the_same_bits_with_masks(pictures, dtype, norm):
     model, x = network().to(dtype), pictures.to(dtype)
-    assert same(trained(model, x, norm=norm), trained(model, x, norm=norm, mask_activations=True))
-    x = x.contiguous(memory_format=torch.channels_last)
-    model.to(memory_format=torch.channels_last)
-    assert same(trained(model, x, norm=norm), trained(model, x, norm=norm, mask_activations=True))
+    for memory_format in FORMATS:
+        model, x = model.to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
+        expected = trained(model, x, norm=norm)
+        assert all(same(expected, trained(model, x, norm=norm, mask_activations=masks)) for masks in (True, "bits"))
 
 
 def test_training_has_the_same_bits_under_autocast(pictures):
@@ -309,9 +312,9 @@ def test_training_of_a_real_network_has_the_same_bits_and_keeps_fewer_bytes(name
     assert same(trained(model, photos), trained(model, photos, mask_activations=True))
     counts = [
         convlora.saved_bytes(convlora.inject(copy.deepcopy(model), 2, mask_activations=masks), photos).total
-        for masks in (False, True)
+        for masks in (False, True, "bits")
     ]
-    assert counts[1] < counts[0]
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[1]
 
 
 def test_merge_and_remove_give_the_plain_classes_back_and_unmerge_the_masks(pictures):
@@ -335,9 +338,17 @@ def test_merge_and_remove_give_the_plain_classes_back_and_unmerge_the_masks(pict
 
 
 def test_adapters_that_differ_in_it_bring_their_own(pictures, tmp_path):
-    model = convlora.inject(network(), 2, mask_activations=True, adapter_name="lean")
+    model = convlora.inject(network(), 2, mask_activations="bits", adapter_name="lean")
     convlora.add_adapter(model, "plain", 2)
+    convlora.add_adapter(model, "bytes", 2, mask_activations=True)
     assert lean(model) == 4
+    names = []
+    for name in ("bytes", "lean"):
+        convlora.set_adapter(model, name)
+        names.append([type(module).__name__ for module in model.modules() if isinstance(module, Masked)])
+    pool = "MaskedMaxPool2d"
+    assert names[0] == ["MaskedReLU", pool, "MaskedReLU6", "MaskedLeakyReLU"]
+    assert names[1] == ["PackedReLU", pool, "PackedReLU6", "PackedLeakyReLU"]
     convlora.set_adapter(model, "plain")
     assert lean(model) == 0
     convlora.unmerge(convlora.merge(model))
@@ -353,7 +364,7 @@ def test_adapters_that_differ_in_it_bring_their_own(pictures, tmp_path):
     randomise(model)
     convlora.save_adapter(model, tmp_path)
     loaded = convlora.load_adapter(network(), tmp_path)
-    assert lean(loaded) == 4 and convlora.summary(loaded).mask_activations
+    assert lean(loaded) == 4 and convlora.summary(loaded).mask_activations == "bits"
     assert torch.equal(loaded.eval()(pictures), model(pictures))
     convlora.remove(model)
     assert lean(model) == 0
@@ -361,7 +372,7 @@ def test_adapters_that_differ_in_it_bring_their_own(pictures, tmp_path):
 
 @pytest.mark.parametrize("taken", [copy.deepcopy, through_torch_save])
 def test_copies_keep_masks_and_can_be_taken_back(taken, pictures):
-    model = convlora.inject(network(), 2, mask_activations=True)
+    model = convlora.inject(network(), 2, mask_activations="bits")
     copied = taken(model)
     assert lean(copied) == 4 and classes(copied) == classes(model)
     assert same(*((m.train()(pictures).detach(), {}) for m in (model, copied)))

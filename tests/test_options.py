@@ -81,7 +81,7 @@ VALUES = {
     "budget": 100,
     "importance": {"0": 2.0, "1": 1.0},
     "path": "branch",
-    "mask_activations": True,
+    "mask_activations": "bits",
     "adapter_name": "other",
 }
 """A value of each option that is not its default."""
@@ -102,7 +102,9 @@ def test_option_does_the_same_whoever_takes_it(option):
     assert {**vars(added), "state": "planned", "adapter_name": plan.adapter_name} == vars(plan)
 
 
-@pytest.mark.parametrize("wrong", [{"use_rslora": 1}, {"use_dora": "no"}, {"norm": "melt"}, {"budget": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"use_rslora": 1}, {"mask_activations": "bit"}, {"use_dora": "no"}, {"norm": "melt"}, {"budget": -1}]
+)
 def test_wrong_value_is_refused_by_all_in_the_same_words(wrong):
     said = []
     plain, injected = network(), convlora.inject(network())

@@ -27,6 +27,11 @@ _TRAINING = (
         "convlora, freeze_A=True, mask_activations=True",
         subjects.adapted(freeze_A=True, mask_activations=True),
     ),
+    Arm(
+        "convlora-lean-bits",
+        'convlora, freeze_A=True, mask_activations="bits"',
+        subjects.adapted(freeze_A=True, mask_activations="bits"),
+    ),
     Arm("floor", "torch's own gradients to every layer and for none, norm statistics constant", subjects.floor()),
     Arm("floor-track", "the same, norm statistics moving", subjects.floor("track")),
     Arm("peft", "peft LoRA, as it is", peers.peft, "moving"),

@@ -9,7 +9,7 @@ Forward and gradient have the bits that torch's have: the output is torch's own,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,11 @@ from .swap import Swapped, check_restorable, original_class, restore, turn
 
 aten = torch.ops.aten
 
-PACKED_FROM = 2**15
-"""Numbers in a tensor from which on a mask takes one bit of each and not a byte: below, packing is calls and no bytes.
+Masks = bool | Literal["bits"]
+"""Whether masks are kept: a byte a number, or a bit, which a step pays for with a few passes over bytes."""
 
-On a CPU alone, where packing was measured: beside a byte it costs what is lost in the noise of a step. On accelerators
-it is not measured, and a mask is a byte.
-"""
+PACKED_FROM = 2**15
+"""Numbers in a tensor from which on they are packed into bits: below, packing is calls and no bytes."""
 
 
 class _Kind(NamedTuple):
@@ -73,9 +72,10 @@ class Masked(Swapped):
 
 
 class MaskedActivation(Masked):
-    """An activation that keeps a mask."""
+    """An activation that keeps a mask, a byte a number."""
 
     _convlora_prefix: ClassVar[str] = "Masked"
+    _convlora_packs: ClassVar[bool] = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The activation's own forward; where a gradient passes through, with a mask kept and no output."""
@@ -85,6 +85,13 @@ class MaskedActivation(Masked):
             if not in_place or not (x.is_leaf or x._is_view()):  # which torch refuses, or tracks in its own way
                 return _Activation.apply(x, self, super().forward, kind, in_place)  # type: ignore[misc]
         return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class PackedActivation(MaskedActivation):
+    """An activation that keeps a mask, a bit a number."""
+
+    _convlora_prefix: ClassVar[str] = "Packed"
+    _convlora_packs: ClassVar[bool] = True
 
 
 class MaskedPool(Masked):
@@ -103,19 +110,21 @@ class MaskedPool(Masked):
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-def mixin_for(module: nn.Module) -> type[Masked] | None:
-    """What a module would become; None where nothing less could be kept."""
+def mixin_for(module: nn.Module, masks: Masks = True) -> type[Masked] | None:
+    """What a module would become; None where nothing less could be kept, or is to be kept."""
     forward: Any = original_class(module).forward
-    return MaskedActivation if forward in KINDS else MaskedPool if forward in POOLS else None
+    if masks and forward in KINDS:
+        return PackedActivation if masks == "bits" else MaskedActivation
+    return MaskedPool if masks and forward in POOLS else None
 
 
-def set_masked(module: nn.Module, masked: bool) -> None:
+def set_masked(module: nn.Module, masks: Masks) -> None:
     """Let the module keep a mask, or give it its own class back; may be run again.
 
     Raises:
         StateError: another library has put its own class on top of ours.
     """
-    mixin = mixin_for(module) if masked else None
+    mixin = mixin_for(module, masks)
     if mixin is not None:
         turn(module, mixin)
     elif isinstance(module, Masked):
@@ -147,7 +156,7 @@ class _Activation(torch.autograd.Function):
             ctx.mark_dirty(x)
         mask = kind.mask(module, y)
         ctx.packed = None
-        if mask.device.type == "cpu" and mask.numel() >= PACKED_FROM:
+        if module._convlora_packs and mask.numel() >= PACKED_FROM:
             ctx.packed = mask.shape, mask.stride()
             ctx.save_for_backward(pack(mask))
         else:
@@ -194,7 +203,8 @@ def unpack(packed: Tensor, shape: Ints, stride: Ints) -> Tensor:
 
     Each bit in turn is made the highest of its byte; what is below it there is of others.
     """
-    words = torch.bitwise_left_shift(packed.view(torch.int64), _SHIFTS)
+    shifts = _SHIFTS if packed.is_cpu else torch.arange(7, -1, -1, device=packed.device).unsqueeze(1)
+    words = torch.bitwise_left_shift(packed.view(torch.int64), shifts)
     return words.view(torch.int8).as_strided(shape, stride)
 
 

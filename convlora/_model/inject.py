@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._layer.adapted import Adapters, attach, base_weight
 from .._layer.change import Change, Option
 from .._layer.dora import channel_norms
-from .._layer.masked import mixin_for
+from .._layer.masked import Masks, mixin_for
 from .._layer.masters import keep_in_fp32
 from .._layer.paths import Path
 from .._layer.places import BASE, SWAPPING, Place
@@ -54,7 +54,7 @@ def inject(
     budget: Budget | None = None,
     importance: Mapping[str, float] | None = None,
     path: Path = "auto",
-    mask_activations: bool = False,
+    mask_activations: Masks = False,
     adapter_name: str = "default",
 ) -> M:
     """Put a LoRA adapter into a model, in place: the base is frozen, the factors and the head are trainable.
@@ -108,8 +108,8 @@ def inject(
         path: how a plain convolution computes in training: ``"auto"`` chooses from each layer's shapes among
             ``"fused"``, ``"weight"`` and ``"branch"``. They differ in time, memory and rounding only.
         mask_activations: let ReLU, ReLU6, LeakyReLU and Hardtanh keep a mask for the backward in place of their output,
-            max pooling the places of its maxima, average pooling nothing; no bit of forward or gradient changes. See
-            ``docs/lean.md``.
+            a byte a number or, with ``"bits"``, a bit; max pooling the places of its maxima, average pooling nothing.
+            No bit of forward or gradient changes. See ``docs/lean.md``.
         adapter_name: names the adapter in the state dict; no dots.
 
     Returns:
@@ -162,7 +162,7 @@ def _apply(plan: Plan, model: M, given: Mapping[str, Factors]) -> M:
         modules={name: model.get_submodule(name) for name in _names(plan)},
         layers=[model.get_submodule(layer.name) for layer in plan.layers],
         norms=_norm_policies(plan, model),
-        activations=[m for m in model.modules() if plan.mask_activations and mixin_for(m)],
+        activations=[m for m in model.modules() if mixin_for(m, plan.mask_activations)],
     )
     first = not injection.adapters
     try:

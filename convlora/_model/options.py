@@ -16,6 +16,7 @@ import torch
 
 from .._layer.adapted import Adapters
 from .._layer.change import Option
+from .._layer.masked import Masks
 from .._layer.paths import PATHS, Path
 from .._methods.lora import LoRA
 from .._methods.registry import METHODS, check_options, method_for
@@ -52,7 +53,7 @@ class Options(TypedDict, total=False):
     budget: Budget | None
     importance: Mapping[str, float] | None
     path: Path
-    mask_activations: bool
+    mask_activations: Masks
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Request:
     budget: Budget | None = None
     importance: Mapping[str, float] | None = None
     path: Path = "auto"
-    mask_activations: bool = False
+    mask_activations: Masks = False
     adapter_name: str = "default"
 
     @classmethod
@@ -117,9 +118,11 @@ class Request:
         check_among(tuple(METHODS), self.method, "method")
         method_for(self.method, self.beginning)
         check_options(self.method, self.method_options or {})
-        for name in ("use_rslora", "use_dora", "freeze_A", "mask_activations"):
+        for name in ("use_rslora", "use_dora", "freeze_A"):
             if not isinstance(getattr(self, name), bool):
                 raise TargetError(f"{name}={getattr(self, name)!r}; it must be true or false.")
+        if not isinstance(self.mask_activations, bool) and self.mask_activations != "bits":
+            raise TargetError(f"mask_activations={self.mask_activations!r}; it must be true, false or 'bits'.")
         if self.freeze_A and not issubclass(METHODS[self.method], LoRA):
             raise TargetError(f"freeze_A=True; method={self.method!r} has no lora_A. Nothing was changed.")
         if self.budget is not None:

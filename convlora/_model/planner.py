@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .._layer.change import Option
-from .._layer.masked import mixin_for
+from .._layer.masked import Masks, mixin_for
 from .._layer.paths import Path
 from .._layer.swap import check_swappable, original_class
 from .._plan import Init, LayerPlan, NormPolicy, Part, Plan
@@ -45,7 +45,7 @@ def plan(
     budget: Budget | None = None,
     importance: Mapping[str, float] | None = None,
     path: Path = "auto",
-    mask_activations: bool = False,
+    mask_activations: Masks = False,
     adapter_name: str = "default",
 ) -> Plan:
     """What :func:`convlora.inject` would do with the same arguments, without touching the model.
@@ -81,8 +81,8 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     norms = [n for n in named if keeps_statistics(n.module) and n.module not in inside_saved]
     for n in norms:
         check_swappable(n.name, n.module, POLICIES[request.norm])
-    for n in named if request.mask_activations else ():
-        mixin = mixin_for(n.module)
+    for n in named:
+        mixin = mixin_for(n.module, request.mask_activations)
         if mixin is not None:
             check_swappable(n.name, n.module, mixin)
     modules = {n.name: n.module for n in choice.listed}

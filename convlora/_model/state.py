@@ -115,9 +115,10 @@ class Injection:
 
     def mask(self) -> None:
         """Let the active adapter's activations keep masks, while it is not merged, and no others; may be run again."""
-        active = set() if self.merged else set(self.adapters[self.active].activations)
+        adapter = self.adapters[self.active]
+        active = set() if self.merged else set(adapter.activations)
         for module in self.activations:
-            set_masked(module, module in active)
+            set_masked(module, adapter.plan.mask_activations if module in active else False)
 
     def __getstate__(self) -> dict[str, object]:
         return vars(self) | {"blocks": set(), "routed": set()}

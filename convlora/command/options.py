@@ -131,8 +131,8 @@ class Adapting(Targeting):
     init: Annotated[Init | None, typer.Option(help="How the factors begin; default kaiming.")] = Request.init
     path: Annotated[Way, typer.Option(help="How a convolution computes in training.")] = Request.path
     mask_activations: Annotated[
-        bool, typer.Option("--mask-activations", help="Activations keep a mask in training.")
-    ] = Request.mask_activations
+        Literal["bytes", "bits"] | None, typer.Option(help="Activations keep a mask in training, so much a number.")
+    ] = None
 
     def arguments(self) -> dict[str, Any]:
         """The library's arguments."""
@@ -143,6 +143,7 @@ class Adapting(Targeting):
             "method_pattern": _by_pattern(self.method_pattern, "--method-pattern"),
             "method_options": _options(self.method_options),
             "budget": _budget(self.budget),
+            "mask_activations": {None: False, "bytes": True, "bits": "bits"}[self.mask_activations],
         }
 
 
