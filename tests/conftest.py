@@ -242,6 +242,11 @@ def dense_delta(layer: nn.Module, adapter_name: str = "default") -> Tensor:
     return lora.scaling * torch.einsum("or,riyx->oiyx", lora.lora_B, lora.lora_A)
 
 
+def bits(tensor: Tensor) -> bytes:
+    """A tensor's numbers as bytes, in any dtype."""
+    return tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def snapshot(model: nn.Module) -> dict[str, object]:
     """Everything that injection could change and `remove` must give back, comparable by ==."""
     return {
@@ -251,7 +256,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
         "modes": [(name, module.training) for name, module in model.named_modules()],
         "keys": list(model.state_dict()),
         "tensors": [(k, id(t)) for k, t in model.state_dict(keep_vars=True).items()],
-        "bits": [(k, t.dtype, t.detach().clone().numpy().tobytes()) for k, t in model.state_dict().items()],
+        "bits": [(k, t.dtype, bits(t)) for k, t in model.state_dict().items()],
         "flags": [(k, p.requires_grad) for k, p in model.named_parameters()],
         "hooks": [(name, list(module._forward_hooks)) for name, module in model.named_modules()],
     }
