@@ -250,7 +250,7 @@ def _forward_in_training(layer: nn.Module, cls: type[nn.Module], change: Change,
     if change.dropout and layer.training:
         return _forward_with_dropout(layer, own_weight(layer), change, x)
     base = layer._parameters.get("weight")
-    if base is None or not torch.is_grad_enabled():
+    if base is None or not torch.is_grad_enabled() or is_tracing():
         return None  # a computed weight is computed once a forward, by the property: spectral_norm moves each time
     forward = convolution if is_plain(layer, cls) else linear if cls.forward is nn.Linear.forward else None
     if forward is None:

@@ -80,7 +80,7 @@ class IA3(Change):
         if self.groups:  # of a transposed convolution, whose rows are its input channels
             return scaled_weight(weight, scale, 0)
         each = scale.view(-1, 1, weight.shape[1], *[1] * (weight.ndim - 2))  # of every group
-        return (weight.reshape(len(each), -1, *weight.shape[1:]) * each).view(weight.shape)
+        return (weight.reshape(each.shape[0], -1, *weight.shape[1:]) * each).view(weight.shape)
 
     def output(self, x: Tensor, bias: Tensor | None, compute: Callable[[Tensor], Tensor]) -> Tensor | None:
         """The base's output times l beside its bias, or what the base makes of the input times l."""
@@ -90,7 +90,7 @@ class IA3(Change):
             return None
         scale = scale.view(-1, *[1] * len(self.weight_shape[2:]))
         if self.options.get("on_input"):
-            fits = x.ndim >= scale.ndim and x.shape[-scale.ndim] == len(scale)  # else the layer refuses x
+            fits = x.ndim >= scale.ndim and x.shape[-scale.ndim] == scale.shape[0]  # else the layer refuses x
             return compute((x * scale).to(x.dtype)) if fits else None
         y = compute(x)
         if bias is None:

@@ -161,12 +161,12 @@ class BOFT(OFT):
     def changed(self, weight: Tensor) -> Tensor:
         """W turned by one factor after another, then scaled."""
         rows, half = self._rows(weight), self.rank // 2
-        for i, triangles in enumerate(self.boft_R):
+        for i, triangles in enumerate(self.boft_R.unbind()):
             turn = self._turn(triangles)
             if not i:
                 rows = rows + _turned(rows, turn)
                 continue
-            near = rows.reshape(len(rows), -1, 2, 2**i, half).transpose(2, 3)
+            near = rows.reshape(rows.shape[0], -1, 2, 2**i, half).transpose(2, 3)
             rows = rows + _turned(near.flatten(1), turn).view(near.shape).transpose(2, 3).reshape(rows.shape)
         return scaled_weight(self._weight(rows, weight), self.boft_s.flatten(), self.groups)
 
@@ -213,5 +213,5 @@ def _skew(triangles: Tensor, size: int) -> Tensor:
 
 def _turned(rows: Tensor, turn: Tensor) -> Tensor:
     """Each row's blocks times these matrices: ``(rows, blocks · size)``."""
-    blocks = rows.reshape(len(rows), len(turn), -1)
+    blocks = rows.reshape(rows.shape[0], turn.shape[0], -1)
     return torch.einsum("mkb,kcb->mkc", blocks, turn).flatten(1)
