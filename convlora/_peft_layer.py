@@ -1,7 +1,9 @@
 """convlora's convolution as a layer of Hugging Face peft; only :mod:`convlora.peft` imports this, and with it peft.
 
 It keeps peft's contract (``lora_A`` and ``lora_B`` by adapter name, merge, unmerge, per-sample adapters) and computes
-as an injected layer does: the base layer's own forward with W + ΔW, gradients through tensors of rank r.
+as an injected layer does: the base layer's own forward with W + ΔW, gradients through tensors of rank r. With DoRA the
+weight is c ⊙ (W + ΔW), c = m / ‖W + ΔW‖ per output channel; with ``lora_bias``, scaling · lora_B.bias joins the bias.
+Of several active adapters each works on what those before it made, as in peft: V ← c ⊙ (V + ΔW), c from the base's W.
 """
 
 from __future__ import annotations
@@ -19,24 +21,39 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ._checkpoint.likeness import is_faithful, unlike_geometry
+from ._checkpoint.likeness import is_faithful, is_torchs_own, unlike_geometry
 from ._layer.computed import has_parameter
+from ._layer.dora import channel_norms, channel_scale, scaled_output, scaled_weight
 from ._layer.fast import convolution, is_plain
-from ._layer.functional import delta_weight, effective_weight, is_tracing, scaling_of
+from ._layer.functional import delta_weight, effective_weight, is_tracing, no_autocast, scaling_of
 from ._layer.kept import Kept
 from .errors import UnsupportedLayerError
 
+try:
+    from peft.utils.warning import PeftWarning
+except ImportError:  # before 0.17
+    PeftWarning = UserWarning
+
 
 class Factor(nn.Module):
-    """A factor where peft expects a layer: a module with a ``weight``, filled as torch fills a convolution's."""
+    """A factor where peft expects a layer: a module with a ``weight`` and, where there is one, a ``bias``."""
 
     handed_out = 0
     """How often other code asked for the ``weight``: it may write through .data, as peft's hotswap_adapter does."""
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*shape))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.weight = nn.Parameter(weight)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+    @staticmethod
+    def drawn(shape: Sequence[int], biases: int = 0) -> Factor:
+        """One that is filled as torch fills a convolution."""
+        factor = Factor(torch.empty(*shape), torch.empty(biases) if biases else None)
+        nn.init.kaiming_uniform_(factor.tensor(), a=math.sqrt(5))
+        if biases:
+            nn.init.uniform_(cast(Tensor, factor.bias), -1 / math.sqrt(shape[1]), 1 / math.sqrt(shape[1]))
+        return factor
 
     def tensor(self) -> Tensor:
         """The ``weight``, for convlora, which does not write to it."""
@@ -53,16 +70,39 @@ class Factor(nn.Module):
         return str(tuple(self.tensor().shape))
 
 
-def differs_from_stock(layer: nn.Module) -> bool:
+class Magnitudes(Factor):
+    """DoRA's, in the dtype of the other factors.
+
+    peft makes adapters of a half-precision base half first and casts them to fp32 then. Magnitudes that nobody has
+    written to since become the norms themselves at the first forward: the scale of a fresh adapter is exactly 1.
+    """
+
+    def __init__(self, norms: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(norms.to(dtype))
+        self._norms = None if dtype == norms.dtype or norms.is_meta else norms
+
+    def tensor(self) -> Tensor:
+        weight, norms = super().tensor(), self._norms
+        if norms is not None and not torch.compiler.is_compiling():
+            self._norms = None
+            halves = (torch.float16, torch.bfloat16) if weight.dtype == norms.dtype else ()
+            if any(torch.equal(weight.cpu(), norms.to(half).to(norms.dtype).cpu()) for half in halves):
+                weight.data.copy_(norms)
+        return weight
+
+
+def differs_from_stock(layer: nn.Module, use_dora: bool = False) -> bool:
     """Whether stock peft's layer for this convolution would predict another thing than convlora's."""
-    return not is_faithful(type(layer)) or bool(unlike_geometry(layer))
+    is_same = is_torchs_own if use_dora else is_faithful
+    return not is_same(type(layer)) or bool(unlike_geometry(layer))
 
 
 class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
     """A convolution of any dimension, geometry and subclass with peft adapters.
 
     ``lora_A.<name>.weight`` is ``(rank, C_in / groups, kH, kW)`` and ``lora_B.<name>.weight`` ``(C_out, rank, 1, 1)``:
-    what peft has, too, where the convolution is not grouped.
+    what peft has, too, where the convolution is not grouped. ``lora_magnitude_vector.<name>.weight``, with DoRA, is
+    ``(1, C_out, 1, 1)``, ``lora_B.<name>.bias`` ``(C_out,)``.
     """
 
     # peft's, whose types mypy does not see
@@ -76,6 +116,8 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
     lora_A: Any
     lora_B: Any
     lora_dropout: Any
+    lora_magnitude_vector: Any
+    adapter_layer_names: tuple[str, ...]
     lora_bias: dict[str, bool]
     use_dora: dict[str, bool]
     use_rslora: dict[str, bool]
@@ -96,7 +138,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         self.in_features, self.out_features = layer.in_channels, layer.out_channels
         self._active_adapter = adapter_name
         self._kept = Kept()
-        self._own: Tensor | None = None
+        self._own: dict[str, Tensor] = {}
         if not has_parameter(layer):
             raise UnsupportedLayerError(
                 f"{kwargs.get('target_name') or type(layer).__name__}: its weight is computed from others "
@@ -113,9 +155,14 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
         layer = self.get_base_layer()
-        for name in ("use_dora", "lora_bias"):
-            if option(name, False):
-                raise UnsupportedLayerError(f"{name}=True is not served by convlora's layers in peft.")
+        use_dora, lora_bias = option("use_dora", False), option("lora_bias", False)
+        if lora_bias and layer.bias is None:
+            warnings.warn(
+                f"`lora_bias=True` was passed but the targeted layer of type {type(layer).__name__} has no bias. "
+                "lora_B's is added to its output, and cannot be merged.",
+                PeftWarning,
+                stacklevel=2,
+            )
         if config is not None and hasattr(self, "resolve_lora_variant"):
             self.resolve_lora_variant(config=config)  # peft's own error for a variant of LoRA that is not served
         dropout, use_rslora = option("lora_dropout", 0.0), option("use_rslora", False)
@@ -126,52 +173,110 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
             )
         if hasattr(config, "built"):
             config.built(layer)
-        elif config is not None and differs_from_stock(layer):
+        elif config is not None and differs_from_stock(layer, use_dora):
             raise UnsupportedLayerError(
                 f"Adapter {adapter_name!r}: this model has convlora's layers, and what peft would save of them "
                 "predicts another thing in stock peft. Pass its LoraConfig through convlora.peft.register first."
             )
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = scaling_of(lora_alpha, r, use_rslora)
-        self.lora_bias[adapter_name] = self.use_dora[adapter_name] = False
+        self.lora_bias[adapter_name], self.use_dora[adapter_name] = lora_bias, use_dora
         if hasattr(self, "use_rslora"):
             self.use_rslora[adapter_name] = use_rslora
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         shape = layer.weight.shape
-        self.lora_A[adapter_name] = Factor((r, *shape[1:]))
-        self.lora_B[adapter_name] = Factor((shape[0], r, *[1] * len(shape[2:])))
+        self.lora_A[adapter_name] = Factor.drawn((r, *shape[1:]))
+        biases = layer.out_channels if lora_bias else 0
+        self.lora_B[adapter_name] = Factor.drawn((shape[0], r, *[1] * len(shape[2:])), biases)
         if option("init_lora_weights", True):
             self.reset_lora_parameters(adapter_name, option("init_lora_weights", True))
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if use_dora:
+            self._give_magnitudes(adapter_name)
         inference = {"inference_mode": True} if option("inference_mode", False) else {}
         self.set_adapter(self.active_adapters, **inference)
 
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], None]:
+        """What of peft's variants of LoRA is served: DoRA, and by no class of peft's."""
+        return {(): None, ("use_dora",): None}
+
+    @torch.no_grad()
+    def _give_magnitudes(self, name: str) -> None:
+        if "lora_magnitude_vector" not in self.adapter_layer_names:  # older peft's has it only with DoRA
+            self.adapter_layer_names = (*self.adapter_layer_names, "lora_magnitude_vector")
+        weight, (A, B, scaling) = self._base_weight(), self._factors([name])
+        wide = weight.to(A.device, torch.promote_types(weight.dtype, torch.float32))
+        norms = channel_norms(effective_weight(wide, A.to(wide.dtype), B.to(wide.dtype), scaling), self._groups)
+        self.lora_magnitude_vector[name] = Magnitudes(norms.view(1, -1, *[1] * len(weight.shape[2:])), A.dtype)
+
+    def _base_weight(self) -> Tensor:
+        """W, also while merged."""
+        return self._own["weight"] if self._own else cast(Tensor, self.get_base_layer()._parameters["weight"])
+
+    @property
+    def _groups(self) -> int:
+        """Of a transposed convolution, whose output channels are in groups; 0 for every other, as DoRA's norms ask."""
+        layer = self.get_base_layer()
+        return cast(int, layer.groups) if layer.transposed else 0
+
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of an adapter, shaped like the base layer's weight."""
+        """ΔW of an adapter, shaped like the base layer's weight; with DoRA, before the magnitudes."""
         A, B, scaling = self._factors([adapter])
         return delta_weight(A, B.flatten(1), scaling)
 
+    def pad(self, rank: int) -> None:
+        """Zeros behind every adapter's factors, up to this rank, so that compiled code serves adapters of other ranks.
+
+        Raises:
+            ValueError: an adapter has a higher rank.
+        """
+        if (largest := max(factor.tensor().shape[0] for factor in self.lora_A.values())) > rank:
+            raise ValueError(
+                f"An adapter has rank {largest}, which cannot be padded to {rank}. Use target_rank={largest}."
+            )
+        for store, dim in ((self.lora_A, 0), (self.lora_B, 1)):
+            for factor in store.values():
+                weight = factor.tensor()
+                zeros = weight.new_zeros([*weight.shape[:dim], rank - weight.shape[dim], *weight.shape[dim + 1 :]])
+                padded = torch.cat([weight.detach(), zeros], dim)
+                factor.weight = nn.Parameter(padded, requires_grad=weight.requires_grad)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W + ΔW in the weight's place, the same as the unmerged layer computes with; W is kept aside."""
+        """Put the weight (and bias) in place that the unmerged layer computes with; the base's are kept aside."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
         if not names:
             return
-        weight = self.get_base_layer().weight
-        own = weight.data if self._own is None else self._own
+        layer = self.get_base_layer()
+        if layer.bias is None and any(self.lora_bias[name] for name in names):
+            raise RuntimeError(  # as peft does
+                "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias. Leave it "
+                "unmerged, or train without lora_bias."
+            )
+        own = self._own or {"weight": layer.weight.data}
+        every = [*self.merged_adapters, *names]
         with torch.no_grad():
-            merged = effective_weight(own, *self._factors([*self.merged_adapters, *names]))
-        if safe_merge and not torch.isfinite(merged).all():
+            merged = {"weight": self._changed(own["weight"], every)}
+            if (extra := self._extra_bias(own["weight"], every)) is not None:
+                own = {"bias": layer.bias.data} | own
+                merged["bias"] = _sum(own["bias"], extra)
+        if safe_merge and not all(torch.isfinite(tensor).all() for tensor in merged.values()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
-        self._own, weight.data = own, merged
+        self._own = own
+        for key, tensor in merged.items():
+            getattr(layer, key).data = tensor
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put W back, bit for bit."""
-        if self._own is None:
+        """Put W and the bias back, bit for bit."""
+        if not self._own:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
-        weight.data, self._own = self._own.to(weight.device, weight.dtype), None
+        layer = self.get_base_layer()
+        for key, tensor in self._own.items():
+            now = getattr(layer, key)
+            now.data = tensor.to(now.device, now.dtype)
+        self._own = {}
         self.merged_adapters.clear()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -201,27 +306,87 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
             args or kwargs or layer._forward_hooks or layer._forward_pre_hooks
         )
         if self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in names):
-            return self._forward_with_dropout(names, x)
+            return self._forward_with_dropout(names, x, layer._parameters["weight"])
         weight = layer._parameters["weight"]
+        extra = self._extra_bias(weight, names)
         if torch.is_grad_enabled():
-            A, B, scaling = self._factors(names)
-            if A.requires_grad or B.requires_grad or weight.requires_grad:
-                self._kept.train()
-            y = convolution(layer, x, weight, A, B.flatten(1), scaling, "auto") if is_direct else None
+            y = self._forward_in_training(names, x, weight, is_direct)
             if y is not None:
-                return y
-        changed = self._weight(weight, names)
+                return self._plus(y, extra)
+        changed, bias = self._weight(weight, names), layer.bias
+        if extra is not None and bias is not None:  # summed as merging does
+            bias, extra = _sum(bias, extra), None
         if is_direct:
-            return cast(Tensor, layer._conv_forward(x, changed, layer.bias))
-        return cast(Tensor, functional_call(layer, {"weight": changed}, (x, *args), kwargs))
+            y = layer._conv_forward(x, changed, bias)
+        else:
+            swapped = {"weight": changed} if bias is layer.bias else {"weight": changed, "bias": bias}
+            y = functional_call(layer, swapped, (x, *args), kwargs)
+        return self._plus(y, extra)
 
-    def _forward_with_dropout(self, names: Sequence[str], x: Tensor) -> Tensor:
-        layer = self.get_base_layer()
+    def _forward_in_training(self, names: Sequence[str], x: Tensor, weight: Tensor, is_direct: bool) -> Tensor | None:
+        """The forward with the own autograd, without lora_B's bias; None where it does not serve."""
+        A, B, scaling = self._factors(names)
+        magnitudes = [self.lora_magnitude_vector[name].tensor() for name in names if name in self.lora_magnitude_vector]
+        if any(tensor.requires_grad for tensor in (A, B, weight, *magnitudes)):
+            self._kept.train()
+        if not is_direct or (magnitudes and len(names) > 1):
+            return None
+        y = convolution(self.get_base_layer(), x, weight, A, B.flatten(1), scaling, "auto")
+        return self._scaled(y, self._scale(weight, names[0])) if magnitudes and y is not None else y
+
+    def _forward_with_dropout(self, names: Sequence[str], x: Tensor, weight: Tensor) -> Tensor:
         y = self.base_layer(x)
         for name in names:
-            dropped = F.dropout(x, cast(float, getattr(self.lora_dropout[name], "p", 0.0)))
-            y = y + layer._conv_forward(dropped, self.get_delta_weight(name).to(x.dtype), None)
+            delta, extra = self.get_delta_weight(name), self._extra_bias(weight, [name])
+            p, scale = cast(float, getattr(self.lora_dropout[name], "p", 0.0)), self._scale(weight, name)
+            if scale is not None and p:  # what DoRA changes of the base's own output is dropped, too, as in peft
+                wide = weight.to(delta.dtype)
+                delta = scaled_weight(wide + delta, scale, self._groups) - wide
+            branch = self.get_base_layer()._conv_forward(F.dropout(x, p), delta.to(x.dtype), None)
+            y = self._plus(y + branch, extra)
+            if scale is not None and not p:
+                y = self._scaled(y, scale)
         return cast(Tensor, y)
+
+    def _scaled(self, y: Tensor, scale: Tensor | None) -> Tensor:
+        layer = self.get_base_layer()
+        return scaled_output(y, cast(Tensor, scale), layer.bias, -1 - len(layer.kernel_size))
+
+    def _plus(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """An output with a number more in each channel."""
+        return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(self.get_base_layer().kernel_size))
+
+    def _scale(self, base: Tensor, name: str) -> Tensor | None:
+        """With DoRA, c of an adapter: ``(C_out,)``; else None."""
+        if name not in self.lora_magnitude_vector:
+            return None
+        A, B, scaling = self._factors([name])
+        with no_autocast(base.device.type):
+            with torch.no_grad():
+                changed = effective_weight(base.to(torch.promote_types(base.dtype, A.dtype)), A, B, scaling)
+            return channel_scale(self.lora_magnitude_vector[name].tensor().flatten(), changed, self._groups)
+
+    def _changed(self, base: Tensor, names: Sequence[str]) -> Tensor:
+        """What adapters make of W, in its dtype, rounded once."""
+        if not any(name in self.lora_magnitude_vector for name in names):
+            return effective_weight(base, *self._factors(names))
+        with no_autocast(base.device.type):
+            now = base.to(torch.promote_types(base.dtype, self.lora_A[names[0]].tensor().dtype))
+            for name in names:
+                now, scale = effective_weight(now, *self._factors([name])), self._scale(base, name)
+                if scale is not None:
+                    now = scaled_weight(now, scale, self._groups)
+            return now.to(base.dtype)
+
+    def _extra_bias(self, base: Tensor, names: Sequence[str]) -> Tensor | None:
+        """What lora_B's biases add to each output channel; None where no adapter has one."""
+        extra: Tensor | None = None
+        for name in names:
+            if (bias := self.lora_B[name].bias) is not None:
+                extra = self.scaling[name] * bias + (0 if extra is None else extra)
+            if extra is not None and (scale := self._scale(base, name)) is not None:
+                extra = extra * scale
+        return extra
 
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
         """lora_A, lora_B and scaling of one adapter; of several, those of their sum."""
@@ -231,18 +396,18 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         return A, torch.cat([self.scaling[name] * self.lora_B[name].tensor() for name in names], dim=1), 1.0
 
     def _weight(self, weight: Tensor, names: Sequence[str]) -> Tensor:
-        def compute(base: Tensor) -> Tensor:
-            return effective_weight(base, *self._factors(names))
-
         if torch.compiler.is_compiling() or is_tracing():
-            return compute(weight)
-        factors = [factor[name] for name in names for factor in (self.lora_A, self.lora_B)]
+            return self._changed(weight, names)
+        stores = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
+        factors = [store[name] for name in names for store in stores if name in store]
         # Tensors where peft's hotswap_adapter is to write them in place.
         scalings: list[Any] = [self.scaling[name] for name in names]
         written = [scaling for scaling in scalings if isinstance(scaling, Tensor)]
         numbers = tuple(scaling for scaling in scalings if not isinstance(scaling, Tensor))
         told = (*numbers, *(factor.handed_out for factor in factors))
-        return self._kept.weight(weight, (*(factor.tensor() for factor in factors), *written), told, compute)
+        return self._kept.weight(
+            weight, (*(factor.tensor() for factor in factors), *written), told, lambda base: self._changed(base, names)
+        )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._kept.clear()
@@ -250,3 +415,8 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return "convlora." + super().__repr__()
+
+
+def _sum(bias: Tensor, extra: Tensor) -> Tensor:
+    """The sum of two biases in the first's dtype, rounded once."""
+    return (bias + extra).to(bias.dtype)

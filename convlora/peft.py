@@ -6,12 +6,14 @@ This and ``_peft_layer.py`` are the only files that import peft: ``pip install "
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -47,8 +49,9 @@ try:
         get_peft_model_state_dict,
     )
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.lora import LoraModel
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
+    from peft.utils import ModulesToSaveWrapper, hotswap, set_peft_model_state_dict
 
     from ._peft_layer import ConvLoraLayer, differs_from_stock
 except ImportError as cause:
@@ -81,7 +84,7 @@ class ConvLoraConfig(LoraConfig):  # type: ignore[misc]
 
     def built(self, layer: nn.Module) -> None:
         """A layer carries an adapter of this configuration."""
-        self._differs = bool(self._differs) or differs_from_stock(layer)
+        self._differs = bool(self._differs) or differs_from_stock(layer, self.use_dora)
 
     def to_dict(self) -> dict[str, Any]:
         """As peft writes it; with a type that stock peft refuses unless it would predict the same."""
@@ -97,7 +100,8 @@ def register(lora_config: C | None = None) -> C | None:
     >>> model = peft.get_peft_model(base, config)
 
     They serve depthwise, grouped, dilated, transposed and padded convolutions and subclasses with a forward of their
-    own, merge exactly, unmerge bit for bit, and have the autograd of injected ones. Linear layers stay peft's. What
+    own, with DoRA and ``lora_bias``, merge exactly, unmerge bit for bit, and have the autograd of injected ones. Linear
+    layers stay peft's. ``add_weighted_adapter`` and ``prepare_model_for_compiled_hotswap`` serve them, too. What
     ``save_pretrained`` writes is read by stock peft where that predicts the same, and refused by it where it would not;
     after any call of ``register`` in a process, ``PeftModel.from_pretrained`` reads such files too.
 
@@ -117,6 +121,7 @@ def register(lora_config: C | None = None) -> C | None:
             f"convlora.peft.register was tested with peft {SUPPORTED}; from_peft and to_peft need no hook."
         )
     PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(REGISTERED, ConvLoraConfig)
+    _teach_peft()
     if lora_config is None or isinstance(lora_config, ConvLoraConfig):
         return lora_config
     if type(lora_config) is not LoraConfig:
@@ -125,6 +130,74 @@ def register(lora_config: C | None = None) -> C | None:
     taught.__class__ = ConvLoraConfig
     taught._teach()
     return lora_config
+
+
+def _teach_peft() -> None:
+    """Wrap, once, what in peft knows layers by peft's own classes: it then serves convlora's, or refuses in words.
+
+    What it does with peft's own layers stays as it is.
+    """
+    for owner, name, wrap in (
+        (LoraModel, "add_weighted_adapter", _combining),
+        (LoraModel, "_svd_generalized_task_arithmetic_weighted_adapter", _decomposing),
+        (hotswap, "_pad_lora_weights", _padding),
+    ):
+        function = getattr(owner, name, None)
+        if function is not None and not hasattr(function, "of_convlora"):
+            wrapped: Any = functools.wraps(function)(wrap(function))
+            wrapped.of_convlora = True
+            setattr(owner, name, wrapped)
+
+
+def _combining(combine: Any) -> Any:
+    def refuses(model: nn.Module, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        for name, layer in model.named_modules():
+            for adapter in adapters if isinstance(layer, ConvLoraLayer) else ():
+                if layer.use_dora.get(adapter) or layer.lora_bias.get(adapter):
+                    raise UnsupportedLayerError(
+                        f"{name}: adapter {adapter!r} has DoRA's magnitudes or a bias of lora_B, which are in no "
+                        "combination of factors. Nothing was changed."
+                    )
+        return combine(model, adapters, *args, **kwargs)
+
+    return refuses
+
+
+class _AsMatrix:
+    """What peft's decomposition reads of a layer, its weight as a matrix."""
+
+    lora_embedding_A: Mapping[str, Tensor] = {}
+
+    def __init__(self, layer: ConvLoraLayer) -> None:
+        self.lora_A, self._layer = layer.lora_A, layer
+        self.scaling = dict.fromkeys(layer.scaling, 1.0)  # older peft's multiplies by it once more
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        return self._layer.get_delta_weight(adapter).flatten(1)
+
+
+def _decomposing(decompose: Any) -> Any:
+    def of_matrices(model: nn.Module, kind: str, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        adapters, weights, rank, layer, A, B, *rest = args
+        if not isinstance(layer, ConvLoraLayer):
+            return cast("tuple[Tensor, Tensor]", decompose(model, kind, *args, **kwargs))
+        kept = min(rank, B.shape[0], A[0].numel())  # a matrix has no more singular values; the rest stays zero
+        found = decompose(model, kind, adapters, weights, kept, _AsMatrix(layer), A, B, *rest, **kwargs)
+        down, up = torch.zeros_like(A), torch.zeros_like(B)
+        down[:kept], up[:, :kept] = found[0].view_as(down[:kept]), found[1].view_as(up[:, :kept])
+        return down, up
+
+    return of_matrices
+
+
+def _padding(pad: Any) -> Any:
+    def and_ours(model: nn.Module, target_rank: int) -> bool:
+        layers = [module for module in model.modules() if isinstance(module, ConvLoraLayer)]
+        for layer in layers:
+            layer.pad(target_rank)
+        return bool(pad(model, target_rank=target_rank)) or bool(layers)
+
+    return and_ours
 
 
 def from_peft(peft_model: PeftModel) -> nn.Module:

@@ -404,7 +404,11 @@ def test_dora_that_peft_would_compute_otherwise_is_refused_both_ways(tmp_path):
     with torch.no_grad():
         same[0].convlora["default"].lora_B.fill_(0.1)
     convlora.save_adapter(same, tmp_path / "ours")
-    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["peft_type"] == "CONVLORA_ALONE"
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["peft_type"] == "CONVLORA"
+    linear = nn.Sequential(timm.layers.Linear(3, 4))
+    convlora.inject(linear, 1, target_modules=nn.Linear, use_dora=True, modules_to_save=None)
+    convlora.save_adapter(linear, tmp_path / "linear")
+    assert json.loads((tmp_path / "linear" / "adapter_config.json").read_text())["peft_type"] == "CONVLORA_ALONE"
 
 
 def test_a_combination_counts_and_lists_the_biases_that_it_trains_once(tmp_path):

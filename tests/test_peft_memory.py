@@ -233,6 +233,229 @@ def test_several_adapters_per_sample_together_and_combined(odd, small):
     assert near(predict(pickle.loads(pickle.dumps(model)), small), alone["two"])
 
 
+ONE_LAYER = {
+    "strided": (lambda: nn.Conv2d(4, 6, 3, 2, 1), (2, 4, 8, 8)),
+    "without bias": (lambda: nn.Conv2d(4, 6, 1, bias=False), (2, 4, 5, 5)),
+    "1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 8)),
+    "3d": (lambda: nn.Conv3d(2, 3, (1, 1, 3)), (2, 2, 3, 3, 5)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, padding=4, dilation=2, groups=4, padding_mode="circular"), (2, 4, 6, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, groups=2), (2, 4, 5, 5)),
+    "standardised": (lambda: timm.layers.StdConv2d(4, 6, 3, bias=True), (2, 4, 6, 6)),
+}
+IN_STOCK = ["strided", "without bias", "1d", "3d"]
+NAMES = ["first", "second", "third"]
+DORA, BIAS = {"use_dora": True}, {"lora_bias": True}
+ADAPTERS = {"DoRA": [DORA], "bias": [BIAS], "DoRA twice": [DORA, DORA], "bias, DoRA and plain": [BIAS, DORA, {}]}
+
+
+IS_NEW = "config" in inspect.signature(peft.tuners.lora.LoraLayer.update_layer).parameters
+
+
+def check_stock_has(name, adapters, dropout=0):
+    """Skip what older peft has not: DoRA on a 1-D convolution; several with dropout, of which each sees the last's."""
+    if name == "1d" and DORA in ADAPTERS[adapters] and not hasattr(peft.tuners.lora.dora, "DoraConv1dLayer"):
+        pytest.skip("this peft has no DoRA on 1-D convolutions")
+    if dropout and DORA in ADAPTERS[adapters][1:] and not IS_NEW:
+        pytest.skip("older peft drops anew what the adapter before has dropped")
+
+
+def with_adapters(layer, adapters, taught=True, **options):
+    """A layer in peft with an adapter of each of these options, all of them active."""
+    teach = convlora.peft.register if taught else lambda config: config
+    options = {"r": 2, "lora_alpha": 3, "target_modules": ["0"]} | options
+    names, configs = NAMES[: len(adapters)], [teach(peft.LoraConfig(**options, **own)) for own in adapters]
+    model = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), configs[0], adapter_name=names[0])
+    for name, each in zip(names[1:], configs[1:], strict=True):
+        model.add_adapter(name, each)
+    model.base_model.set_adapter(names)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in key)
+    return model.eval()
+
+
+def changed_by(layer, theirs, names):
+    """The weight that adapters make, one after another, and what they add to each output channel; written out."""
+    W, transposed = layer.weight.detach(), layer.transposed
+    groups = layer.groups if transposed else 1
+
+    def by_output_channel(weight):
+        return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1) if transposed else weight
+
+    def back(weight):
+        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1) if transposed else weight
+
+    made, extra = W, torch.zeros(layer.out_channels, dtype=W.dtype)
+    for name in names:
+        A, B = theirs.lora_A[name].weight, theirs.lora_B[name]
+        delta = 1.5 * torch.einsum("or,r...->o...", B.weight.flatten(1), A)  # lora_alpha 3, r 2
+        made = made + delta
+        extra = extra if B.bias is None else extra + 1.5 * B.bias
+        if name in theirs.lora_magnitude_vector:
+            norms = by_output_channel(W + delta).flatten(1).norm(dim=1).detach()
+            scale = theirs.lora_magnitude_vector[name].weight.flatten() / norms
+            made = back(by_output_channel(made) * scale.view(-1, *[1] * (W.ndim - 1)))
+            extra = extra * scale
+    return made, extra.view(-1, *[1] * (W.ndim - 2))
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("name", ONE_LAYER)
+def test_dora_and_lora_bias_compute_train_merge_and_are_saved(tmp_path, name, adapters):
+    check_stock_has(name, adapters)
+    torch.manual_seed(0)
+    layer, x = ONE_LAYER[name][0]().double(), torch.randn(ONE_LAYER[name][1], dtype=torch.float64)
+    model, names = with_adapters(layer, ADAPTERS[adapters]), NAMES[: len(ADAPTERS[adapters])]
+    for training in (True, False):
+        assert torch.equal(model.train(training)(x), layer(x))
+    assert torch.equal(predict(model, x), layer(x))
+    randomise_peft(model)
+    registered = model.base_model.model[0]
+    weight, extra = changed_by(layer, registered, names)
+    expected = torch.func.functional_call(layer, {"weight": weight}, (x,)) + extra
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+    tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    upstream = torch.randn_like(expected)
+    found = torch.autograd.grad(model(x), tensors, upstream)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, tensors, upstream), rtol=1e-8, atol=1e-8)
+
+    alone = predict(model, x)
+    if layer.bias is None and BIAS in ADAPTERS[adapters]:
+        with pytest.raises(RuntimeError, match="because the base layer has no bias"):
+            model.merge_adapter()
+        assert not registered.merged
+    else:
+        registered.merge(safe_merge=True)
+        assert torch.equal(predict(model, x), alone)
+        model.unmerge_adapter()
+    left = registered.base_layer.state_dict()
+    assert all(torch.equal(left[key], tensor) for key, tensor in layer.state_dict().items())
+    with model.disable_adapter():
+        assert torch.equal(predict(model, x), layer(x))
+
+    model.save_pretrained(tmp_path)
+    for own, options in zip(names, ADAPTERS[adapters], strict=True):
+        model.set_adapter(own)
+        again, by_own = nn.Sequential(copy.deepcopy(layer)), predict(model, x)
+        loaded = peft.PeftModel.from_pretrained(again, tmp_path / own, low_cpu_mem_usage=True)
+        if own == NAMES[0]:  # older peft does not tell a layer of later configurations
+            assert (type(again[0]).__name__ == "ConvLoraLayer") is (name not in IN_STOCK)
+        torch.testing.assert_close(predict(loaded, x), by_own, rtol=1e-6, atol=1e-6)  # in stock peft, of fp32 factors
+        base = nn.Sequential(copy.deepcopy(layer))
+        if options is BIAS:
+            with pytest.raises(CheckpointError, match="a bias inside the branch has no place in an adapter here"):
+                convlora.load_adapter(base, tmp_path / own)
+        elif BIAS not in ADAPTERS[adapters] or IS_NEW:  # older peft writes other adapters' biases into this file
+            torch.testing.assert_close(predict(convlora.load_adapter(base, tmp_path / own), x), by_own)
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("name", IN_STOCK)
+@pytest.mark.parametrize("dropout", [0, 0.5])
+def test_dora_and_lora_bias_are_stock_peft_s_where_it_has_them(name, adapters, dropout):
+    check_stock_has(name, adapters, dropout)
+    torch.manual_seed(0)
+    layer, x = ONE_LAYER[name][0](), torch.randn(ONE_LAYER[name][1])
+    ours, theirs = (with_adapters(layer, ADAPTERS[adapters], taught, lora_dropout=dropout) for taught in (True, False))
+    randomise_peft(ours)
+    theirs.load_state_dict(ours.state_dict())
+    found = []
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        y = model.train()(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [p for p in model.parameters() if p.requires_grad])))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)  # sums of fp32 in another order
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_fresh_dora_of_a_half_precision_base_is_the_base(dtype):
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(4, 6, 3).to(dtype), torch.randn(2, 4, 6, 6, dtype=dtype)
+    model = with_adapters(layer, [DORA])
+    assert torch.equal(predict(model, x), layer(x)) and torch.equal(model.train()(x), layer(x))
+    randomise_peft(model)
+    expected = predict(model, x)
+    assert torch.equal(predict(copy.deepcopy(model), x), expected) and not torch.equal(expected, layer(x))
+    written = with_adapters(layer, [DORA])
+    randomise_peft(written)
+    assert torch.equal(predict(written, x), expected)
+
+
+def test_from_peft_takes_the_dora_of_registered_layers_and_peft_reads_ours(odd, small, tmp_path):
+    model = peft.get_peft_model(copy.deepcopy(odd), registered(odd, use_dora=True))
+    randomise_peft(model)
+    expected = predict(model, small)
+    ours = convlora.peft.from_peft(model)
+    assert near(predict(ours, small), expected)
+    convlora.save_adapter(ours, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "CONVLORA"
+    assert near(predict(peft.PeftModel.from_pretrained(odd, tmp_path), small), expected)
+
+
+@pytest.mark.parametrize("name", ONE_LAYER)
+def test_adapters_are_combined_by_singular_values_on_every_convolution(name):
+    torch.manual_seed(0)
+    layer, x = ONE_LAYER[name][0](), torch.randn(ONE_LAYER[name][1])
+    model = with_adapters(layer, [{}, {}])
+    randomise_peft(model)
+    both = predict(model, x)
+    for kind in ("svd", "magnitude_prune_svd"):
+        density = None if kind == "svd" else 1.0
+        model.add_weighted_adapter(NAMES[:2], [1.0, 1.0], kind, kind, svd_rank=16, density=density)
+        model.set_adapter(kind)
+        torch.testing.assert_close(predict(model, x), both, rtol=1e-4, atol=1e-4)
+    model.add_weighted_adapter(NAMES[:2], [1.0, 1.0], "small", "svd", svd_rank=1)
+    delta = [model.base_model.model[0].get_delta_weight(each).detach().flatten(1) for each in (*NAMES[:2], "small")]
+    nearest = torch.linalg.svdvals(delta[0] + delta[1])[1:].norm()
+    torch.testing.assert_close((delta[0] + delta[1] - delta[2]).norm(), nearest, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [DORA, BIAS])
+def test_what_no_combination_of_factors_holds_is_refused_and_peft_s_own_layers_combine_as_before(options):
+    layer = nn.Conv2d(4, 6, 3)
+    model = with_adapters(layer, [options, options])
+    before = snapshot(model)
+    with pytest.raises(
+        UnsupportedLayerError, match=r"model\.0: adapter 'first' has DoRA's magnitudes or a bias of lora_B"
+    ):
+        model.add_weighted_adapter(NAMES[:2], [1.0, 1.0], "sum", combination_type="cat")
+    assert snapshot(model) == before
+    stock = with_adapters(layer, [{}, {}], taught=False, lora_alpha=2)
+    randomise_peft(stock)
+    x = torch.randn(2, 4, 6, 6)
+    both = predict(stock, x)
+    stock.add_weighted_adapter(NAMES[:2], [1.0, 1.0], "sum", combination_type="svd", svd_rank=4)
+    stock.set_adapter("sum")
+    torch.testing.assert_close(predict(stock, x), both, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, DORA, BIAS], ids=["plain", "DoRA", "bias"])
+@pytest.mark.parametrize("name", ONE_LAYER)
+def test_a_model_prepared_for_hot_swapping_takes_adapters_of_other_ranks(name, options):
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+
+    torch.manual_seed(0)
+    layer, x = ONE_LAYER[name][0](), torch.randn(ONE_LAYER[name][1])
+    model = with_adapters(layer, [options])
+    randomise_peft(model)
+    before = predict(model, x)
+    prepare_model_for_compiled_hotswap(model, target_rank=4, config=model.peft_config)
+    assert model.base_model.model[0].lora_A["first"].weight.shape[0] == 4
+    torch.testing.assert_close(predict(model, x), before, rtol=1e-4, atol=1e-4)
+    for rank in (1, 4):
+        config = convlora.peft.register(peft.LoraConfig(r=rank, lora_alpha=5, target_modules=["0"], **options))
+        other = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), config, adapter_name="first").eval()
+        randomise_peft(other)
+        tensors = {key: tensor for key, tensor in other.state_dict().items() if "lora_" in key}
+        try:
+            hotswap_adapter_from_state_dict(model, tensors, "first", config)
+        except NotImplementedError as refusal:
+            assert rank < 4 and layer.weight.ndim != 4 and "only Conv2d and Linear are supported" in str(refusal)
+        else:
+            torch.testing.assert_close(predict(model, x), predict(other, x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="has rank 4, which cannot be padded to 3"):
+        prepare_model_for_compiled_hotswap(model, target_rank=3)
+
+
 def test_dropout_drops_on_the_branch_in_training_alone():
     base = nn.Sequential(nn.Conv2d(3, 8, 3, dilation=2))
     options = {"target_modules": ["0"], "lora_dropout": 0.5}
@@ -268,8 +491,7 @@ def test_inference_keeps_the_weight_and_sees_what_is_written(odd, small):
 @pytest.mark.parametrize(
     "options, error",
     [
-        ({"use_dora": True}, (UnsupportedLayerError, ValueError)),
-        ({"lora_bias": True, "init_lora_weights": False}, (UnsupportedLayerError, ValueError)),
+        ({"use_dora": True, "lora_dropout": 0.1}, UnsupportedLayerError),
         ({"lora_dropout": 0.1}, UnsupportedLayerError),  # of a transposed convolution
         ({"init_lora_weights": "loftq"}, (UnsupportedLayerError, ValueError, ImportError)),
     ],
@@ -286,7 +508,7 @@ def test_computed_weights_are_refused_by_name():
 
 
 def test_an_unregistered_second_adapter_is_refused_where_its_file_would_mispredict(odd):
-    if "config" not in inspect.signature(peft.tuners.lora.LoraLayer.update_layer).parameters:
+    if not IS_NEW:
         pytest.skip("older peft does not tell a layer of the configuration")
     model = peft.get_peft_model(odd, registered(odd))
     with pytest.raises(UnsupportedLayerError, match=r"'two'.*through convlora\.peft\.register first"):

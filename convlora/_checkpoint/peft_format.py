@@ -14,7 +14,7 @@ from .._layer.swap import original_class
 from .._model.state import Adapter
 from .._model.targets import modules_of
 from .._plan import LayerPlan
-from .likeness import is_faithful
+from .likeness import is_faithful, is_torchs_own
 from .peft_methods import ALONE, MAGNITUDE, PEFT_METHODS, REGISTERED, STOCK, type_of
 
 PREFIX = "base_model.model."
@@ -66,7 +66,7 @@ def peft_type(model: nn.Module, adapter: Adapter) -> str:
     kind = type_of(adapter.plan)
     if not any(faults_for_stock_peft(adapter)):
         return kind
-    return ALONE if adapter.plan.use_dora or kind != STOCK else REGISTERED  # whose layers know LoRA alone
+    return REGISTERED if kind == STOCK else ALONE
 
 
 def faults_for_any_peft(model: nn.Module, adapter: Adapter) -> Iterator[str]:
@@ -98,6 +98,8 @@ def faults_for_any_peft(model: nn.Module, adapter: Adapter) -> Iterator[str]:
             yield f"{layer_plan.name}: a {layer_plan.kind}, which peft does not know"
         elif not has_parameter(layer):
             yield f"{layer_plan.name}: its weight is computed from others"
+        elif layer_plan.use_dora and issubclass(kind, nn.Linear) and not is_torchs_own(kind):
+            yield f"{layer_plan.name}: DoRA in a {layer_plan.kind}, whose own forward peft's leaves out"
 
 
 def with_end(names: Iterable[str], ends: Collection[str]) -> Iterator[tuple[str, str]]:

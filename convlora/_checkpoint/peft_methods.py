@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .._layer.change import Option
 from .._layer.functional import alpha_of, scaling_of
@@ -101,7 +102,8 @@ def read_lora(found: Stored) -> Taken:
     if use_dora is not (magnitudes is not None):
         raise TargetError(f"use_dora={use_dora}, and {'no ' if use_dora else ''}magnitudes")
     kind = original_class(found.layer)
-    if use_dora and not is_torchs_own(kind):
+    is_ours = found.fields.get("peft_type") == REGISTERED and issubclass(kind, _ConvNd)
+    if use_dora and not is_torchs_own(kind) and not is_ours:
         raise TargetError(f"DoRA in a {kind.__name__}, whose own forward peft's leaves out")
     rank = found.parts.size("lora_A.weight", 0)
     return Taken("lora", rank, found.scaling(rank), parts, magnitudes=magnitudes)
