@@ -124,7 +124,7 @@ def read_lokr(found: Stored) -> Taken:
     parts, shape = found.parts, found.shape
     rows, columns = (parts.size("lokr_w1" if "lokr_w1" in parts else f"lokr_w1_{s}", i) for i, s in enumerate("ab"))
     if not rows or not columns or shape[0] % rows or shape[1] % columns:
-        raise TargetError(f"lokr_w1 makes {rows} × {columns} blocks, which do not divide {tuple(shape[:2])} channels")
+        raise TargetError(f"lokr_w1 makes {rows} by {columns} blocks, which do not divide {tuple(shape[:2])} channels")
     factored = [name for name in ("lokr_w2_b", "lokr_w1_b") if name in parts]
     rank = parts.size(factored[0], 0) if factored else found.rank or 1
     options: dict[str, Any] = {"rows": rows, "columns": columns}

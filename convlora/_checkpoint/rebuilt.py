@@ -94,10 +94,10 @@ def _with_biases(found: Found, state: State) -> Found:
     own, faults = dict(found.own), []
     for name, bias in added.items():
         key = dotted(name, "bias")
-        if key in state and state[key].shape == bias.shape and not bias.is_complex():
+        if key in state and form_of(state[key]) == form_of(bias):
             own[key] = state[key].detach().to(bias.device) + bias
         else:
-            faults.append(f"{name}: {tuple(bias.shape)} is added to a bias that the layer does not have")
+            faults.append(f"{name}: {form_of(bias)} is added to a bias that the layer does not have")
     refuse(found.origin, faults)
     return replace(found, own=own, biases=(*found.biases, *added))
 
