@@ -40,6 +40,7 @@ ELSEWHERE = {
     "adopt": "a new head in the place of an only adapter's",
     "push_to_hub": "save_adapter, and an upload",
     "register": "touches no model",
+    "register_method": "touches no model",
 }
 """Public functions that are not timed, and why."""
 

@@ -23,7 +23,9 @@ paths = pytest.mark.parametrize("path", PATHS)
 
 
 def adapt(layer, path="auto", rank=2):
-    convlora.inject(layer, rank, modules_to_save=None, path=path, target_modules=type(layer))
+    convlora.inject(
+        layer, rank, modules_to_save=None, path=path, target_modules=type(layer), method_pattern={"*": "lora"}
+    )
     randomise(layer)
     return layer
 

@@ -29,7 +29,8 @@ def seeded():
 
 
 def adapt(layer, rank=2, **options):
-    return convlora.inject(layer, rank, modules_to_save=None, target_modules=type(layer), **options)
+    factored = {"method_pattern": {"*": "lora"}}  # also where the layer is so small that it would be taken whole
+    return convlora.inject(layer, rank, modules_to_save=None, target_modules=type(layer), **factored, **options)
 
 
 # ---- which directions

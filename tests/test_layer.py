@@ -20,7 +20,7 @@ def adapted(geometry: Geometry, dtype: torch.dtype, rank: int = 2) -> tuple[nn.C
     columns = conv.weight[0].numel()
     assume(conv.out_channels * columns >= conv.out_channels + columns)
     twin = copy.deepcopy(conv)
-    convlora.inject(twin, rank, modules_to_save=None)
+    convlora.inject(twin, rank, modules_to_save=None, method_pattern={"*": "lora"})
     return conv, twin, x
 
 

@@ -153,8 +153,11 @@ def build(kind: str) -> tuple[Net, Tensor]:
 def adapt(net: nn.Module, asked: Options, rank: int = 2, **more: Any) -> nn.Module:
     """The network, its layer adapted; a layer that a method does not take is passed over, in the method's words."""
     before = snapshot(net)
+    named = {"target_modules": "layer", "modules_to_save": None}
+    if "method" in asked:  # by name, so that one too small for it is not taken whole
+        named["method_pattern"] = {"layer": asked["method"]}
     try:
-        return convlora.inject(net, rank, **{"target_modules": "layer", "modules_to_save": None, **asked, **more})
+        return convlora.inject(net, rank, **{**named, **asked, **more})
     except (TargetError, UnsupportedLayerError) as refusal:
         assert "layer" in str(refusal) and snapshot(net) == before
         pytest.skip(f"refused: {refusal}")

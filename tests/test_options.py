@@ -20,7 +20,7 @@ IN_PYTHON_ALONE = {"init_data": "batches", "importance": "scores", "adapter_name
 
 
 def network():
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 16, 3))
 
 
 @pytest.mark.parametrize("function", [convlora.inject, convlora.plan])

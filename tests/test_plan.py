@@ -19,8 +19,12 @@ from convlora import Plan
 def test_no_adapter_is_larger_than_its_layer(geometry, rank):
     conv, _ = geometry.build()
     model = nn.Sequential(conv, nn.Conv2d(32, 32, 3))
-    plan = convlora.plan(model, rank, modules_to_save=None)
+    taken = convlora.plan(model, rank, modules_to_save=None)
+    assert not taken.skipped and all(layer.adapter_parameters <= layer.base_parameters for layer in taken.layers)
+    plan = convlora.plan(model, rank, modules_to_save=None, method_pattern={"*": "lora"})
     assert len(plan.layers) + len(plan.skipped) == 2
+    whole = {layer.name for layer in taken.layers if layer.method == "dense"}
+    assert whole == {layer.name for layer in (*plan.layers, *plan.skipped) if layer.rank < rank}
     for layer in plan.layers:
         assert 1 <= layer.rank <= rank and layer.adapter_parameters <= layer.base_parameters
         columns = math.prod(layer.weight_shape[1:])
@@ -54,18 +58,40 @@ def test_table_says_layer_rank_sizes_reasons_and_totals(net):
     convlora.inject(net, exclude_modules="stem")
     assert str(convlora.summary(net)).splitlines() == [
         "SmallNet: adapter 'default', rank 8, alpha 16 (injected)",
-        "layer    kind    weight     rank  base  adapter",
-        "block.0  Conv2d  16×1×3×3      5   144      125  rank 8 would outweigh the layer",
-        "block.3  Conv2d  16×16×1×1     8   256      256",
-        "stem     Conv2d  16×3×3×3      -   432        0  excluded",
+        "layer    kind    weight      rank  base  adapter",
+        "block.0  Conv2d  16×1×3×3   dense   144      144  rank 8 would outweigh the layer",
+        "block.3  Conv2d  16×16×1×1      8   256      256",
+        "stem     Conv2d  16×3×3×3       -   432        0  excluded",
         "adapted layers: 2, left alone: 1",
         "trained in full: fc (attribute 'fc'), 39 parameters",
         "norm layers with statistics: 2, frozen in eval behaviour",
         "frozen besides: 2 BatchNorm2d (64), 1 Linear (204)",
-        "trainable: 420 of 1,552 parameters (27.06%), 381 of them in factors",
+        "trainable: 439 of 1,571 parameters (27.94%), 400 of them in factors",
     ]
     convlora.merge(net)
     assert "(merged)" in str(convlora.summary(net)).splitlines()[0]
+
+
+def test_a_layer_too_small_to_factor_is_taken_whole_and_a_frozen_one_stays_a_constant():
+    """As a detector's fixed integral and a network's new head of one channel, which would stay random."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 1, 1, bias=False), nn.Conv2d(1, 1, 1, bias=False))
+    model[2].requires_grad_(False)
+    for options, methods in (
+        ({}, {"0": "lora", "1": "dense"}),
+        ({"method_pattern": {"1": "lora"}}, {"0": "lora"}),
+        ({"budget": 300}, {"0": "lora"}),
+        ({"use_dora": True}, {"0": "lora", "1": "dense"}),
+    ):
+        plan = convlora.plan(model, 2, modules_to_save=None, **options)
+        assert {layer.name: layer.method for layer in plan.layers} == methods
+        assert {layer.name for layer in plan.layers if layer.use_dora} <= {"0"}
+        assert "even rank 1 would outweigh the layer" in {layer.note for layer in plan.skipped}
+    convlora.inject(model, 2, modules_to_save=None)
+    x = torch.randn(2, 3, 6, 6)
+    model(x).square().sum().backward()
+    assert model[1].convlora["default"].diff.grad.any() and model[2].weight.grad is None
+    convlora.add_adapter(model, "second", rank=2, modules_to_save=None)  # the base is frozen by now, and not a constant
+    assert [layer.method for layer in convlora.summary(model, "second").layers] == ["lora", "dense"]
 
 
 def test_weight_that_something_else_computes_is_left_alone_and_said():

@@ -67,7 +67,7 @@ def test_load_state_dict_sets_the_base_weight(net, assign):
 def test_functional_call_passes_base_weight_and_factors(net, images):
     convlora.inject(net.eval())
     randomise(net)
-    zeros = {name: torch.zeros_like(p) for name, p in net.named_parameters() if "lora_B" in name}
+    zeros = {name: torch.zeros_like(p) for name, p in net.named_parameters() if name.endswith(("lora_B", "diff"))}
     base = copy.deepcopy(net)
     convlora.remove(base)
     with torch.no_grad():

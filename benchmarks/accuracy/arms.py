@@ -109,6 +109,13 @@ _ALL = (
     _adapter("lora-2", "inject(model, rank=2)", ALL_IMAGES, rank=2),
     _adapter("lora-4", "inject(model, rank=4)", ALL_IMAGES, rank=4),
     _adapter("lora-8", "inject(model, rank=8)", rank=8),
+    _adapter(
+        "lora-16-capped",
+        "rank 16, and no layer its whole difference",
+        FIRST_ALONE,
+        rank=16,
+        method_pattern={"*": "lora"},
+    ),
     _adapter("lora-16", "inject(model, rank=16)", FIRST_ALONE, rank=16),
     _adapter("lora-32", "inject(model, rank=32)", ALL_IMAGES, rank=32),
     _adapter("lora-8-track", 'rank 8, norm="track"', ALL_IMAGES, tracks=True, rank=8, norm="track"),

@@ -66,8 +66,8 @@ class Convlora:
     name = "convlora"
 
     def inject(self, model: nn.Module, case: Case) -> nn.Module:
-        """In place."""
-        return convlora.inject(model, RANK, alpha=ALPHA, target_modules=case.targets)
+        """In place; factors in every layer that has room for some, as the others have, and none taken whole."""
+        return convlora.inject(model, RANK, alpha=ALPHA, target_modules=case.targets, method_pattern={"*": "lora"})
 
     def factors(self, adapted: nn.Module) -> dict[str, Factors]:
         """From the children of the adapted layers."""

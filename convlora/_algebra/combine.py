@@ -83,7 +83,9 @@ def combine_adapters(
     parts = {layer.name: _parts(root.get_submodule(layer.name), adapters, shares) for layer in plan.layers}
     with torch.inference_mode(False), torch.no_grad():
         combined = METHODS[method](parts, rank, density, seed)
-        layers = [replace(p, rank=len(A), scaling=1.0, note="") for p, (A, _) in _with(plan, combined)]
+        layers = [
+            replace(p, rank=len(A), scaling=1.0, note="", method=LoRA.method) for p, (A, _) in _with(plan, combined)
+        ]
         top = max((layer.rank for layer in layers), default=1)
         plan = replace(plan, layers=tuple(layers), rank=top, alpha=float(top))
         means = {place.module: place for place in injection.places if place.name == "running_mean"}

@@ -81,6 +81,7 @@ def extract(
     def planned(saved: Targets) -> Plan:
         request = Request(
             rank=goal.rank or MORE_THAN_ANY,
+            method_pattern={"*": LoRA.method},
             target_modules=target_modules,
             exclude_modules=exclude_modules,
             modules_to_save=saved,

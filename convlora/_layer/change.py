@@ -191,7 +191,7 @@ class Change(nn.Module):
 
     def _wide(self, base: Tensor) -> Tensor:
         self.run_hooks()
-        return _shaped(in_dtype(base, torch.promote_types(base.dtype, self.dtype)), self.weight_shape)
+        return _shaped(in_dtype(base, torch.promote_types(base.dtype, self.own_dtype())), self.weight_shape)
 
     def scaled_output(self, layer: nn.Module, y: Tensor, base: Tensor) -> Tensor:
         """With DoRA, the output of a layer that computed y before the magnitudes."""
@@ -221,8 +221,9 @@ class Change(nn.Module):
 
     def run_hooks(self) -> None:
         """Let torch's older hooks, pruning's among them, compute their tensor; nothing calls this module's forward."""
-        for hook in self._writing_hooks():
-            hook(self, ())
+        if self._forward_pre_hooks:
+            for hook in self._writing_hooks():
+                hook(self, ())
 
     def _writing_hooks(self) -> Iterator[Any]:
         """Those of torch's hooks that write a tensor's attribute anew; others are a user's."""
@@ -233,10 +234,9 @@ class Change(nn.Module):
         """All that it holds."""
         return cast("tuple[Tensor, ...]", (*self._parameters.values(), *self._buffers.values()))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the change is computed."""
-        return self.tensors()[0].dtype
+    def own_dtype(self) -> torch.dtype:
+        """In which the change is computed. No property, whose AttributeError would name it and not what is missing."""
+        return cast(Tensor, getattr(self, self.names[0])).dtype
 
     def extra_repr(self) -> str:
         """The line that ``print(model)`` shows."""

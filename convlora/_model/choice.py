@@ -13,11 +13,13 @@ from .._layer.change import Change, Option
 from .._layer.computed import weight_shape
 from .._layer.functional import scaling_of
 from .._layer.swap import check_swappable, original_class
+from .._methods.dense import Dense
 from .._methods.registry import METHODS, method_for
 from .._plan import LayerPlan
 from ..errors import TargetError
 from .checks import check_adaptable, check_any_conv, check_variant
 from .options import Request, check_alpha, check_among, checked_rank
+from .state import injections
 from .targets import ByPattern, Named, Targets, is_adaptable, is_conv2d, is_convolution, is_packed, select
 
 
@@ -39,6 +41,8 @@ class Choice:
         self.ranks, self.alphas = ByPattern(request.rank_pattern or {}), ByPattern(request.alpha_pattern or {})
         self.excluded = matched(request.exclude_modules, "exclude_modules")
         self.methods = ByPattern(request.method_pattern or {})
+        self.trainable = {n.module for n in adaptable if any(p.requires_grad for p in n.module.parameters())}
+        self.trainable |= {module for _, _, each in injections(model) for module, _ in each.frozen}
         matched(self.ranks.patterns, "rank_pattern")
         matched(self.alphas.patterns, "alpha_pattern")
         matched(self.methods.patterns, "method_pattern")
@@ -74,19 +78,33 @@ class Choice:
         rank = rank if change.has_rank else 1
         largest = _largest_rank(planned, rank)
         fitting = change.rank_at(planned.weight_shape, largest, **options)
-        if fitting:
-            check_swappable(n.name, n.module, AdaptedLayer)
-            check_adaptable(n, asked.dropout)
-            check_variant(n, change, asked.beginning, asked.use_dora)
         if fitting < largest == rank:
             note = f"rank {rank}: {change.ranks}"
         elif fitting < rank:
-            # It keeps the scaling that was asked for: the cap is ours, not a wish for a larger step.
             least = "even rank 1" if change.has_rank else f"method {change.method!r}"
             note = f"{f'rank {rank}' if fitting else least} would outweigh the layer"
+            if self._is_taken_whole(n, fitting):
+                # The difference itself holds no more, and can be any.
+                planned = replace(planned, method=Dense.method, options={}, scaling=1.0, use_dora=False)
+                change, fitting = Dense, 1
+        if fitting:
+            check_swappable(n.name, n.module, AdaptedLayer)
+            check_adaptable(n, asked.dropout)
+            check_variant(n, change, asked.beginning, planned.use_dora)
         if fitting and change.trains_bias and not has_bias(n.module):
             note = "it has no bias to train"
+        # A capped layer keeps the scaling that was asked for: the cap is ours, not a wish for a larger step.
         return replace(planned, rank=fitting, note=note)
+
+    def _is_taken_whole(self, n: Named, fitting: int) -> bool:
+        """Whether a layer with no room for the change that was asked for is given its whole difference.
+
+        Not where a method was named for it, or ranks keep to a budget. A frozen layer that has room for nothing else
+        may be a constant, as a detector's integral is, and stays one.
+        """
+        if self.request.budget is not None or self.methods.of(n, ""):
+            return False
+        return fitting > 0 or n.module in self.trainable
 
     def _method(self, n: Named) -> tuple[type[Change], dict[str, Option]]:
         asked = self.request

@@ -66,8 +66,8 @@ def inject(
 
     A layer's weight becomes W + scaling · B A (Hu et al. 2021, arXiv:2106.09685), with A of shape
     ``(r, C_in / groups, kH, kW)`` and B of ``(C_out, r)`` for a 2-D convolution, ``(r, in_features)`` and
-    ``(out_features, r)`` for a linear layer. A fresh adapter changes no output. A rank is lowered where the factors
-    would outweigh their layer, and a layer that even rank 1 would outweigh is left alone; the summary says which. Make
+    ``(out_features, r)`` for a linear layer. A fresh adapter changes no output. Where the factors
+    would outweigh their layer, it is given its whole difference instead, at its own size; the summary says which. Make
     the optimizer after this call, and wrap in DDP or torch.compile after it.
 
     Args:
@@ -221,7 +221,7 @@ def _new_change(layer: nn.Module, planned: LayerPlan, plan: Plan, given: Mapping
     if planned.name in given:
         cast(LoRA, change).set_factors(*given[planned.name])
     if planned.use_dora:
-        base = base_weight(layer).detach().to(change.dtype).view(planned.weight_shape)
+        base = base_weight(layer).detach().to(change.own_dtype()).view(planned.weight_shape)
         change.give_magnitudes(channel_norms(base, planned.transposed_groups))
     return change
 

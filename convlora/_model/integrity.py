@@ -177,7 +177,7 @@ def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[
         if layer in names and not any(factor.requires_grad for factor in change.parameters()):
             yield Finding(names[layer], "its factors are frozen and do not train", thaw, "warned")
         weight = base_weight(layer) if has_parameter(layer) else None
-        if weight is not None and weight.device != (own := change.tensors()[0]).device:
+        if weight is not None and weight.device != (own := next(change.parameters())).device:
             what = f"its factors are on {own.device}, its weight on {weight.device}"
             yield Finding(names.get(layer, "a layer"), what, "Move the whole model", "warned")
     saved = {root.get_submodule(name) for name in adapter.plan.modules_to_save if name in names.values()}
