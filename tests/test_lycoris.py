@@ -1,4 +1,4 @@
-"""Files of LyCORIS, as LyCORIS itself writes them and as kohya's scripts name them: each method, and what is refused."""
+"""Files of LyCORIS, as LyCORIS itself writes them and as kohya's scripts name them: each method and each refusal."""
 
 import copy
 
@@ -308,7 +308,7 @@ ALL_REASONS = {
         lambda b: named(
             "conv", lokr_w1=torch.ones(2, 2), lokr_w2_a=torch.ones(10**5, 1), lokr_w2_b=torch.ones(1, 10**5)
         ),
-        r"conv: lokr_w2's factors have the shapes \[\(100000, 1\), \(1, 100000\)\]; .* would have \[\(2, 1\), \(1, 18\)\]",
+        r"conv: lokr_w2's factors have the shapes \[\(100000, 1\), \(1, 100000\)\]; for its weight they would",
     ),
     "full, of another layer": (
         lambda b: named("conv", diff=torch.ones(4, 4)),
@@ -317,6 +317,13 @@ ALL_REASONS = {
     "full, a bias that is not there": (
         lambda b: named("conv", diff=torch.ones(4, 4, 3, 3), diff_b=torch.ones(3)),
         r"conv: \(3,\) is added to a bias that the layer does not have",
+    ),
+    "core in float8": (
+        lambda b: (
+            named("conv", lora_up__weight=torch.ones(4, 2, 1, 1), lora_down__weight=torch.ones(2, 4, 1, 1))
+            | named("conv", lora_mid__weight=torch.ones(2, 2, 3, 3).to(torch.float8_e4m3fn))
+        ),
+        r"conv: lora_mid\.weight is of torch\.float8_e4m3fn, in which torch computes nothing",
     ),
     "alpha": (
         lambda b: loha("conv", b.conv) | named("conv", alpha=torch.tensor(float("inf"))),

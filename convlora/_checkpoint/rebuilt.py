@@ -175,6 +175,9 @@ def layer_fault(name: str, named: Mapping[str, Named], differs: Callable[[nn.Mod
 
 def take(n: Named, read: Callable[[Stored], Taken], stored: Stored, taken: dict[str, Taken]) -> str:
     """Put what a layer has among what is taken; else why it cannot be had."""
+    for part, tensor in stored.parts.items():
+        if form_of(tensor).kind == "float8":
+            return f"{n.name}: {part} is of {tensor.dtype}, in which torch computes nothing"
     try:
         its = read(stored)
         planned = _layer(n, its)
