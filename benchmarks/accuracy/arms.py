@@ -141,6 +141,11 @@ _ALL = (
     _adapter("olora-8", 'rank 8, init="olora"', FIRST_ALONE, rank=8, init="olora"),
     _adapter("orthogonal-8", 'rank 8, init="orthogonal"', FIRST_ALONE, rank=8, init="orthogonal"),
     _adapter("gaussian-8", 'rank 8, init="gaussian"', FIRST_ALONE, rank=8, init="gaussian"),
+    *(
+        _adapter(f"{method}-8", f'rank 8, method="{method}"', ALL_IMAGES, rank=8, method=method)
+        for method in ("loha", "lokr", "hira", "oft", "boft", "hra")
+    ),
+    *(_adapter(method, f'method="{method}"', ALL_IMAGES, method=method) for method in ("ia3", "ssf", "dense")),
     _adapter("eva-8", "rank 8, init_data: A from the first batches of the training", rank=8, init="eva"),
     _adapter("lean-8", "rank 8, init_data, freeze_A, mask_activations", rank=8, init="eva", **LEAN),
     _adapter("lean-16", "the same with rank 16", rank=16, init="eva", **LEAN),
