@@ -328,6 +328,18 @@ def test_the_same_change_in_other_factors_does_not_differ(folder, tmp_path):
     assert max(layer["difference"] for layer in found["layers"]) < 1e-12  # double precision
 
 
+def test_adapters_of_a_method_without_factors_differ_by_their_numbers(folder, tmp_path):
+    for name, seed in (("one", 1), ("other", 2)):
+        model = convlora.inject(network(folder), 2, method="loha", method_pattern={"*": "loha"})
+        randomise(model, seed=seed)
+        convlora.save_adapter(model, tmp_path / name)
+    assert as_json("diff", tmp_path / "one", tmp_path / "one")["same"]
+    found = as_json("diff", tmp_path / "one", tmp_path / "other")
+    assert all(0.5 < layer["difference"] < 2.5 for layer in found["layers"]) and found["settings"] == {}
+    found = as_json("diff", folder / "a", tmp_path / "one")
+    assert found["settings"]["method"] == ["lora", "loha"] and all(layer["difference"] for layer in found["layers"])
+
+
 def test_settings_and_other_bases_are_differences(folder, tmp_path):
     torch.manual_seed(7)
     model = convlora.inject(network(), 4, norm="track")

@@ -17,7 +17,7 @@ from .._checkpoint.contents import adapter_tensors
 from .._checkpoint.digests import digest, fingerprint
 from .._checkpoint.files import is_finite
 from .._checkpoint.loading import load_adapter
-from .._checkpoint.peft_format import factor_shapes
+from .._checkpoint.peft_format import dotted, factor_shapes
 from .._layer.lowrank import Spectrum
 from .._model.state import the_adapter, the_injection
 from .._plan import LayerPlan, Plan
@@ -26,7 +26,10 @@ from .files import is_foreign, located, read_saved
 from .models import build
 from .options import Building
 
-SETTINGS = ("model", "rank", "alpha", "use_rslora", "dropout", "norm", "init", "modules_to_save", "norms", "biases")
+SETTINGS = (
+    *("model", "method", "rank", "alpha", "use_rslora", "dropout", "norm", "init", "modules_to_save", "norms"),
+    "biases",
+)
 """What a plan says of the adapter as a whole; its name and what is left alone are no difference between adapters."""
 
 
@@ -111,6 +114,8 @@ def _compared(first: Side, second: Side, exit_code: bool) -> Answer:
 def _layer(first: Side, second: Side, ours: LayerPlan, theirs: LayerPlan) -> dict[str, Any]:
     """One layer's ranks, and ‖ΔW₁ − ΔW₂‖ over the larger of ‖ΔW₁‖ and ‖ΔW₂‖: 0 the same, 1 unlike, 2 opposite.
 
+    Where a change is no product of factors, the same of the trained numbers themselves.
+
     None where numbers are not finite, and the factors are not the same bytes.
     """
     if ours.weight_shape != theirs.weight_shape:
@@ -118,9 +123,13 @@ def _layer(first: Side, second: Side, ours: LayerPlan, theirs: LayerPlan) -> dic
             f"{ours.name}: {ours.weight_shape} in the first, {theirs.weight_shape} in the second: they are of "
             "different models. Nothing was changed."
         )
+    found = {"name": ours.name, "rank": [ours.rank, theirs.rank], "difference": 0.0}
+    if not all(
+        "lora_A.weight" in layer.stored_shapes for layer in (ours, theirs)
+    ):  # what such tensors make of a base is not known without it
+        return found | {"difference": _apart(_numbers(first, ours), _numbers(second, theirs))}
     changes = [_change(first, ours), _change(second, theirs)]
     (A, B, scaling), (A2, B2, scaling2) = changes
-    found = {"name": ours.name, "rank": [ours.rank, theirs.rank], "difference": 0.0}
     if _same(A, A2) and _same(B, B2) and scaling == scaling2:
         return found
     if not all(is_finite(factor) for factor in (A, B, A2, B2)):
@@ -134,6 +143,12 @@ def _change(side: Side, layer: LayerPlan) -> tuple[Tensor, Tensor, float]:
     """lora_A, lora_B as a matrix, and the scaling."""
     A, B = (side.tensors[key] for key in list(factor_shapes(layer))[:2])
     return A, B.flatten(1), layer.scaling
+
+
+def _numbers(side: Side, layer: LayerPlan) -> Tensor:
+    """All numbers of a layer's change, one after another."""
+    tensors = [side.tensors[dotted(layer.name, name)].double().flatten() for name in layer.stored_shapes]
+    return torch.cat([*tensors, torch.tensor([layer.scaling], dtype=torch.float64)])
 
 
 def _apart(one: Tensor, other: Tensor) -> float | None:
