@@ -338,12 +338,19 @@ def to_peft(model: nn.Module) -> PeftModel:
     training = root.training
     remove(root)
     try:
-        return _in_peft(root, configs, {name: tensors for name, (_, tensors, _) in every.items()}, active, training)
+        own = {name: _without_biases(plan, tensors) for name, (plan, tensors, _) in every.items()}
+        return _in_peft(root, configs, own, active, training)
     except BaseException:
         with _taken_off(root):
             vars(root).pop("peft_config", None)
             _install(root, every, active)
         raise
+
+
+def _without_biases(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that peft has: a bias that had no place there was refused, and this one it scales itself."""
+    biases = {dotted(name, "bias") for name in plan.biases}
+    return {key: tensor for key, tensor in tensors.items() if key not in biases}
 
 
 def _in_peft(

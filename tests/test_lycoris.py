@@ -316,7 +316,7 @@ ALL_REASONS = {
     ),
     "full, a bias that is not there": (
         lambda b: named("conv", diff=torch.ones(4, 4, 3, 3), diff_b=torch.ones(3)),
-        r"conv: \(3,\) is added to a bias that the layer does not have",
+        r"conv: \(3,\) is for a bias that the layer does not have",
     ),
     "core in float8": (
         lambda b: (

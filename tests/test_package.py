@@ -65,6 +65,8 @@ STOREYS: dict[str, list[str]] = {
         "atomic",
         "files",
         "likeness",
+        "stored",
+        "multiplied",
         "peft_methods",
         "peft_format",
         "manifest",

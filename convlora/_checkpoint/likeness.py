@@ -31,7 +31,7 @@ def is_torchs_own(kind: type[nn.Module]) -> bool:
 def unlike_branch(layer: nn.Module) -> str:
     """What differs with a branch that is torch's own function with ΔW; empty where nothing does."""
     kind = original_class(layer)
-    if fault := _unlike_class(layer, is_plain(layer, kind)):
+    if fault := unlike_class(layer, is_plain(layer, kind)):
         return fault
     return "" if isinstance(layer, nn.Linear) else _unlike_padding(layer)
 
@@ -39,7 +39,7 @@ def unlike_branch(layer: nn.Module) -> str:
 def unlike_layer(layer: nn.Module) -> str:
     """What differs with a branch of two layers of the same class, the first of which has few output channels."""
     kind = original_class(layer)
-    return _unlike_class(layer, is_faithful(kind) or is_plain(layer, kind)) or unlike_geometry(layer)
+    return unlike_class(layer, is_faithful(kind) or is_plain(layer, kind)) or unlike_geometry(layer)
 
 
 def unlike_geometry(layer: nn.Module) -> str:
@@ -54,7 +54,8 @@ def unlike_geometry(layer: nn.Module) -> str:
     return _unlike_padding(layer)
 
 
-def _unlike_class(layer: nn.Module, is_known: bool) -> str:
+def unlike_class(layer: nn.Module, is_known: bool) -> str:
+    """What differs by the layer's class, which is known or not; empty where nothing does."""
     kind = original_class(layer)
     if not has_parameter(layer):
         return "its weight is computed from others, beside which a branch knows nothing"

@@ -20,8 +20,10 @@ from .._model.targets import Named, is_adaptable, modules_of
 from ..errors import TargetError
 from .fitting import highest_rank
 from .likeness import unlike_branch, unlike_geometry
-from .peft_methods import PEFT_METHODS, Parts, Stored, Taken, read_loha, read_lokr
+from .multiplied import read_lycoris_ia3, read_lycoris_oft
+from .peft_methods import PEFT_METHODS, read_loha, read_lokr
 from .rebuilt import Found, by_any_name, layer_fault, refuse, take
+from .stored import Parts, Stored, Taken
 
 PREFIXES = ("lycoris_", "lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lora_")
 _MAGNITUDES = "dora_scale"
@@ -59,7 +61,14 @@ def _read_full(found: Stored) -> Taken:
     difference = found.parts["diff"]
     if difference.shape != found.shape:
         raise TargetError(f"diff {tuple(difference.shape)} in the file, the weight is {tuple(found.shape)}")
-    return Taken("dense", 1, 1.0, Dense.stored_as(difference), bias=found.parts.get("diff_b"))
+    its = Taken("dense", 1, 1.0, Dense.stored_as(difference))
+    of_bias = found.parts.get("diff_b")
+    return its if of_bias is None else replace(its, bias=partial(_plus, of_bias))
+
+
+def _plus(difference: Tensor, bias: Tensor) -> Tensor:
+    """Their sum; of another shape than the bias where they do not go together."""
+    return bias.to(difference.device) + difference if bias.shape == difference.shape else difference
 
 
 # ---- the table
@@ -87,6 +96,8 @@ LYCORIS_METHODS = (
     LycorisMethod("LoHa", PEFT_METHODS["LOHA"].tensors, (_MAGNITUDES,), read_loha),
     LycorisMethod("LoKr", PEFT_METHODS["LOKR"].tensors, (_MAGNITUDES,), _read_lokr),
     LycorisMethod("full", ("diff",), ("diff_b",), _read_full),
+    LycorisMethod("(IA)³", ("on_input",), ("weight",), read_lycoris_ia3),
+    LycorisMethod("Diag-OFT or BOFT", ("oft_blocks",), ("rescale",), read_lycoris_oft),
     LycorisMethod("norm", ("w_norm", "b_norm"), reason="differences of a norm layer are not read"),
     LycorisMethod(
         "GLoRA",

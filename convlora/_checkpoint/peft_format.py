@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .._layer.computed import has_parameter
+from .._layer.places import BASE
 from .._layer.swap import original_class
-from .._model.state import Adapter
+from .._model.state import RECORD, Adapter
 from .._model.targets import modules_of
 from .._plan import LayerPlan
 from .likeness import is_faithful, is_torchs_own
+from .multiplied import scaled_bias
 from .peft_methods import ALONE, MAGNITUDE, PEFT_METHODS, REGISTERED, STOCK, type_of
 
 PREFIX = "base_model.model."
@@ -77,8 +80,7 @@ def faults_for_any_peft(model: nn.Module, adapter: Adapter) -> Iterator[str]:
     wanted = set(trained)
     if not adapter.layers:
         yield "no layer is adapted, and peft needs one"
-    for name in plan.biases:
-        yield f"{name}: its bias is trained by itself"
+    yield from _bias_faults(model, adapter)
     for name in (*(p.name for p in plan.layers), *trained):
         others = set(names[adapter.modules[name]]) - {name}
         if others:
@@ -100,6 +102,23 @@ def faults_for_any_peft(model: nn.Module, adapter: Adapter) -> Iterator[str]:
             yield f"{layer_plan.name}: its weight is computed from others"
         elif layer_plan.use_dora and issubclass(kind, nn.Linear) and not is_torchs_own(kind):
             yield f"{layer_plan.name}: DoRA in a {layer_plan.kind}, whose own forward peft's leaves out"
+
+
+def _bias_faults(model: nn.Module, adapter: Adapter) -> Iterator[str]:
+    """Biases that are neither the base's nor, where peft scales them together with the weight, that times the scale."""
+    layers = zip(adapter.plan.layers, adapter.changes, strict=True)
+    scales = {p.name: c.ia3_l for p, c in layers if p.method == "ia3" and not p.options.get("on_input")}
+    places = {place.module: place for place in vars(model)[RECORD].places if place.name == "bias"}
+    for name in dict.fromkeys((*adapter.plan.biases, *scales)):
+        module = adapter.modules[name]
+        own = base = module._parameters.get("bias")
+        if module in places:
+            own, base = places[module].of(adapter.plan.adapter_name), places[module].of(BASE)
+        if name in scales and base is not None:
+            if own is None or not torch.equal(own, scaled_bias(base, cast(Tensor, scales[name]))):
+                yield f"{name}: its bias is not scaled as its weight is, and peft scales both"
+        elif name not in scales:
+            yield f"{name}: its bias is trained by itself"
 
 
 def with_end(names: Iterable[str], ends: Collection[str]) -> Iterator[tuple[str, str]]:

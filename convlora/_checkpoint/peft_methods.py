@@ -10,22 +10,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .._layer.change import Option
 from .._layer.functional import alpha_of, scaling_of
 from .._layer.swap import original_class
 from .._methods.lokr import LoKr
 from .._methods.lokr import split as split_of
-from .._model.options import check_alpha
 from .._plan import LayerPlan, Plan
 from ..errors import TargetError
 from .likeness import is_faithful, is_torchs_own, unlike_branch, unlike_layer
+from .multiplied import MULTIPLYING
+from .stored import Parts, PeftMethod, Stored, Taken
 
 STOCK, REGISTERED, ALONE = "LORA", "CONVLORA", "CONVLORA_ALONE"
 """Types of file: LoRA that stock peft reads, one that it reads with convlora's layers registered, and one that convlora
@@ -33,63 +32,6 @@ alone reads. Other methods that stock peft reads have peft's type for them."""
 
 MAGNITUDE = "lora_magnitude_vector"
 """What DoRA's magnitudes are called after the layer's name."""
-
-
-class Parts(dict[str, Tensor]):
-    """A layer's tensors in a file, by what follows its name."""
-
-    def __missing__(self, name: str) -> Tensor:
-        raise TargetError(f"{name} is missing")
-
-    def size(self, name: str, dimension: int) -> int:
-        """That of one of them, 0 where it has no such dimension."""
-        shape = self[name].shape
-        return shape[dimension] if dimension < len(shape) else 0
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a file has of one layer.
-
-    Attributes:
-        parts: its tensors.
-        shape: of the weight that they change.
-        layer: the layer of the model.
-        alpha, rank: what file or configuration says; None and 0 where neither does.
-        fields: peft's configuration.
-    """
-
-    parts: Parts
-    shape: tuple[int, ...]
-    layer: nn.Module
-    alpha: float | None = None
-    rank: int = 0
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-    def scaling(self, rank: int) -> float:
-        """alpha / rank, with rsLoRA alpha / √rank; 1 without an alpha."""
-        alpha = max(rank, 1) if self.alpha is None else self.alpha
-        check_alpha(alpha, "alpha")
-        return scaling_of(alpha, max(rank, 1), bool(self.fields.get("use_rslora")))
-
-
-@dataclass(frozen=True)
-class Taken:
-    """One layer's change in convlora's words.
-
-    Attributes:
-        tensors: by the names that :meth:`convlora.Change.stored_shapes` has for the method, rank and options.
-        magnitudes: DoRA's.
-        bias: what is added to the layer's bias.
-    """
-
-    method: str
-    rank: int
-    scaling: float
-    tensors: Mapping[str, Tensor]
-    options: Mapping[str, Option] = field(default_factory=dict)
-    magnitudes: Tensor | None = None
-    bias: Tensor | None = None
 
 
 # ---- what a file's tensors say
@@ -287,35 +229,6 @@ def _differs(layers: tuple[type[nn.Module], ...], *, grouped: bool = True) -> Ca
 # ---- the table
 
 
-@dataclass(frozen=True)
-class PeftMethod:
-    """A method as peft has it.
-
-    Attributes:
-        methods: ours that a file of this type holds.
-        tensors: what follows a layer's name in a file.
-        read: what a layer's tensors say; raises TargetError where that is nothing that is computed here.
-        differs: what of a layer makes peft predict another thing; empty where nothing does.
-        fields: what its configuration says of a plan.
-        fault: what of a planned layer peft would not build so from these fields; empty where it would.
-        known: the configuration's fields that are read; ``beside`` those that predict nothing.
-        alpha, dropout: which of the fields these are.
-        needs_rank: whether the rank is nowhere but in the configuration, for some layers.
-    """
-
-    methods: tuple[str, ...]
-    tensors: tuple[str, ...]
-    read: Callable[[Stored], Taken]
-    differs: Callable[[nn.Module], str]
-    fields: Callable[[Plan], dict[str, Any]]
-    fault: Callable[[LayerPlan, nn.Module, Mapping[str, Any]], str]
-    known: tuple[str, ...]
-    beside: tuple[str, ...] = ()
-    alpha: str = ""
-    dropout: str = ""
-    needs_rank: bool = False
-
-
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _SCALED = ("r", "alpha", "rank_pattern", "alpha_pattern", "use_effective_conv2d")
 _DROPPED = ("init_weights", "rank_dropout", "module_dropout", "rank_dropout_scale")
@@ -370,6 +283,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         beside=("init_weights",),
         dropout="hira_dropout",
     ),
+    **MULTIPLYING,
 }
 """By ``peft_type``."""
 

@@ -22,8 +22,9 @@ from ..errors import CheckpointError
 from .files import read_json
 from .likeness import unlike_layer
 from .peft_format import PREFIX, dotted, with_end
-from .peft_methods import PEFT_METHODS, REGISTERED, STOCK, Parts, PeftMethod, Stored, Taken
+from .peft_methods import PEFT_METHODS, REGISTERED, STOCK
 from .rebuilt import Found, by_any_name, layer_fault, refuse, take
+from .stored import Parts, PeftMethod, Stored, Taken
 
 BESIDE = {
     *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
@@ -99,7 +100,7 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
             its_alpha = alphas.of(name, alpha) if alphas else None
             its_rank = int(ranks.of(name, rank)) if ranks else 0
             module = named[name].module
-            stored = Stored(parts, weight_shape(module), module, its_alpha, its_rank, config)
+            stored = Stored(parts, weight_shape(module), module, its_alpha, its_rank, config, name)
             fault = take(named[name], method.read, stored, taken)
         faults.append(fault)
     faults += [_shared(name, named) for name in (*saved, *biases)]
@@ -115,7 +116,7 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     return Found(
         origin=origin,
         layers=taken,
-        rank=rank,
+        rank=rank if "r" in method.known else max((its.rank for its in taken.values()), default=1),
         alpha=alpha,
         own=own,
         modules_to_save=tuple(saved),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .._layer.computed import weight_shape
 from .._layer.places import BASE
 from .._layer.swap import original_class
+from .._methods.dense import Dense
 from .._model.checks import check_adaptable, check_plan
 from .._model.choice import geometry
 from .._model.options import Request
@@ -29,7 +30,8 @@ from .fitting import check_fits
 from .keys import base_keys, own_keys, tensors_as
 from .manifest import Manifest, form_of
 from .peft_format import dotted
-from .peft_methods import MAGNITUDE, Stored, Taken
+from .peft_methods import MAGNITUDE
+from .stored import Stored, Taken
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,18 @@ def rebuild(found: Found, root: nn.Module, adapter_name: str) -> tuple[Manifest,
 
 
 def _with_biases(found: Found, state: State) -> Found:
-    """With the base's biases and what is added to them as tensors of the adapter's own."""
-    added = {name: its.bias for name, its in found.layers.items() if its.bias is not None}
+    """With the layers' own biases, made of the base's, as tensors of the adapter's own."""
+    makers = {name: its.bias for name, its in found.layers.items() if its.bias is not None}
     own, faults = dict(found.own), []
-    for name, bias in added.items():
-        key = dotted(name, "bias")
-        if key in state and form_of(state[key]) == form_of(bias):
-            own[key] = state[key].detach().to(bias.device) + bias
+    for name, make in makers.items():
+        base = state.get(dotted(name, "bias"))
+        made = make(torch.empty(0) if base is None else base.detach())
+        if base is None or form_of(made) != form_of(base):
+            faults.append(f"{name}: {form_of(made)} is for a bias that the layer does not have")
         else:
-            faults.append(f"{name}: {form_of(bias)} is added to a bias that the layer does not have")
+            own[dotted(name, "bias")] = made
     refuse(found.origin, faults)
-    return replace(found, own=own, biases=(*found.biases, *added))
+    return replace(found, own=own, biases=(*found.biases, *makers))
 
 
 def _plan(found: Found, root: nn.Module, adapter_name: str) -> Plan:
@@ -117,7 +120,7 @@ def _plan(found: Found, root: nn.Module, adapter_name: str) -> Plan:
             modules_to_save=(lambda name, _: name in saved) if saved else None,
             dropout=found.dropout,
             use_rslora=found.use_rslora,
-            method=found.method,
+            method=Dense.method,  # which every layer can have, whatever ranks another allows it
             adapter_name=adapter_name,
         ),
     )
@@ -131,6 +134,7 @@ def _plan(found: Found, root: nn.Module, adapter_name: str) -> Plan:
     biases = tuple(name for name in found.biases if named[name].module not in inside)
     return replace(
         plan,
+        method=found.method,
         layers=tuple(layers),
         skipped=tuple(skipped),
         head_found_by="named in the file" if saved else "none in the file",
