@@ -17,6 +17,7 @@ from torch import nn
 import convlora
 import convlora.command
 from convlora._checkpoint.digests import fingerprint
+from convlora._methods.registry import METHODS
 
 need("typer")
 timm, torchvision = need("timm"), need("torchvision")
@@ -121,6 +122,57 @@ def test_every_option_of_plan_reaches_the_library():
         path="branch",
     )
     assert {key: found[key] for key in expected.to_json()} == json.loads(json.dumps(expected.to_json()))
+
+
+METHOD_OPTIONS = {"loha": {"tucker": True}, "lokr": {"factor": 4}, "oft": {"neumann": 5}, "boft": {"factors": 3}}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "anchored"])
+def test_every_method_is_planned_with_its_options_and_another_one_for_some_layers(method):
+    options = METHOD_OPTIONS.get(method, {})
+    other = "ia3" if method == "lora" else "lora"
+    given = [each for name, value in options.items() for each in ("--method-option", f"{name}={json.dumps(value)}")]
+    found = as_json(
+        "plan", NETWORK, *CLASSES, "-r", 4, "--method", method, *given, "--method-pattern", f"*.conv2={other}"
+    )
+    expected = convlora.plan(network(), 4, method=method, method_options=options, method_pattern={"*.conv2": other})
+    assert {key: found[key] for key in expected.to_json()} == json.loads(json.dumps(expected.to_json()))
+    methods = {layer["name"]: layer["method"] for layer in found["layers"]}
+    assert set(methods.values()) == {method, other}
+    assert {name for name, each in methods.items() if each == other} == {
+        name for name in methods if name.endswith("conv2")
+    }
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--method", "nope"], "method='nope'; it must be one of 'lora'"),
+        (["--method-pattern", "*.conv2=nope"], "method_pattern for layer1.0.conv2='nope'"),
+        (["--method-pattern", "layer9=dense"], "method_pattern"),
+        (
+            ["--method", "lokr", "--method-option", "factor=much"],
+            "factor='much' of method='lokr'; it must be of type int",
+        ),
+        (["--method-option", "factor=2"], "method_options names 'factor'; method='lora' has none"),
+        (["--method", "loha", "--init", "pissa"], "init='pissa' is no way in which method='loha' begins"),
+    ],
+)
+def test_a_method_that_is_none_or_has_no_such_option_is_refused(options, message):
+    assert message in as_json("plan", NETWORK, *CLASSES, *options, code=1)["message"]
+
+
+@pytest.mark.parametrize("method", ["loha", "ssf", "boft"])
+def test_an_adapter_of_any_method_is_inspected_and_merged(folder, tmp_path, with_weights, method):
+    model = convlora.inject(network(folder), 4, method=method)
+    randomise(model)
+    convlora.save_adapter(model, tmp_path / "adapter")
+    shown = run("inspect", tmp_path / "adapter").stdout
+    assert method in shown and str(convlora.summary(model).adapter_parameters) in shown.replace(",", "")
+    run("merge", NETWORK, tmp_path / "adapter", tmp_path / "merged.safetensors", *with_weights)
+    plain = network()
+    plain.load_state_dict(load_file(tmp_path / "merged.safetensors"))
+    assert torch.equal(predictions(plain), predictions(convlora.merge(model)))
 
 
 @pytest.mark.parametrize(("given", "meant"), [("2%", "2%"), ("0.02", 0.02), ("20000", 20000), ("2e4", 20000)])

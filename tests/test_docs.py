@@ -31,6 +31,7 @@ from hub_stand_in import WRITE, serving
 from test_hub import point_to
 
 import convlora
+from convlora._methods.registry import METHODS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -108,6 +109,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(timm, "create_model", create_model)
     monkeypatch.chdir(tmp_path)
+    methods = dict(METHODS)  # a page may register one of its own
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for very small images, where a second thread waits more than it works
     torch.manual_seed(0)
@@ -116,6 +118,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("HF_TOKEN", WRITE)
         yield
     torch.set_num_threads(threads)
+    METHODS.clear()
+    METHODS.update(methods)
 
 
 WITH_PYTHON = [name for name, page in zip(NAMES, PAGES, strict=True) if blocks(page, "python")]

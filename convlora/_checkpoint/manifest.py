@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._methods.registry import METHODS
 from .._model.checks import check_plan
 from .._plan import Plan
 from ..errors import CheckpointError, TargetError
@@ -75,6 +76,16 @@ def read_manifest(file: TensorFile) -> Manifest:
     return _parse(file.path, file.metadata, forms)
 
 
+def _check_methods(file: Path, plan: Plan) -> None:
+    """Raise where a layer's method is none that is known here: one that the user has registered where it was saved."""
+    unknown = sorted({layer.method for layer in plan.layers} - METHODS.keys())
+    if unknown:
+        raise CheckpointError(
+            f"{file} needs method {plain(repr(unknown[0]))}, which is not known here. Import the code that "
+            "registers it (convlora.register_method), or update convlora."
+        )
+
+
 def _parse(file: Path, metadata: Mapping[str, str], forms: Mapping[str, Form]) -> Manifest:
     try:
         data = strict_json(metadata["convlora"])
@@ -83,6 +94,7 @@ def _parse(file: Path, metadata: Mapping[str, str], forms: Mapping[str, Form]) -
             if version > 1 and DIGEST not in metadata:  # where there is one, it was compared
                 raise ValueError("its header has no digest")
             plan = Plan.from_json(data["plan"])
+            _check_methods(file, plan)
             check_plan(plan)
             base, adapter, sketches = (
                 {str(key): str(value) for key, value in texts.items()}
@@ -90,6 +102,8 @@ def _parse(file: Path, metadata: Mapping[str, str], forms: Mapping[str, Form]) -
             )
             metrics = {str(name): float(value) for name, value in data.get("metrics", {}).items()}
             return Manifest(file, plan, base, adapter, frozenset(map(str, data["buffers"])), forms, metrics, sketches)
+    except CheckpointError:
+        raise
     except TargetError as cause:
         raise CheckpointError(f"{file}: its manifest is damaged: {plain(str(cause))}") from cause
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as cause:
