@@ -109,8 +109,8 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     has_none = not biases and any(_has_bias(named[name].module) for name in layers)
     if config.get("bias") == "lora_only" and has_none and not is_outline:
         warnings.warn(
-            f"{origin}: bias='lora_only', and no bias in it: peft 0.15 trains them and does not write them. The base's "
-            "own are used, as peft would.",
+            f"{origin}: bias='lora_only', and no bias in it: peft before 0.21 trains them and does not write them. The "
+            "base's own are used, as peft would.",
             stacklevel=2,
         )
     return Found(
