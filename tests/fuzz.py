@@ -168,11 +168,15 @@ class Target:
 def seeds() -> list[bytes]:
     """A small whole file of each kind."""
     import convlora
+    from convlora._checkpoint.peft_methods import type_of
+    from convlora._methods.registry import METHODS
 
     found = []
     options: Json
-    for options in ({"norm": "track"}, {"init": "pissa"}, {"use_dora": True}, {"use_rslora": True}):
-        model = convlora.inject(make_net(), 1, **options)
+    usual: list[Json] = [{"norm": "track"}, {"init": "pissa"}, {"use_dora": True}, {"use_rslora": True}]
+    methods = [{"method": name, "method_pattern": {"*": name}} for name in METHODS if name not in ("lora", "anchored")]
+    for options in [*usual, *methods]:
+        model = convlora.inject(make_net(), 2 if "method" in options else 1, **options)
         with torch.no_grad():
             for parameter in convlora.trainable_parameters(model):
                 parameter.add_(0.01)
@@ -181,11 +185,14 @@ def seeds() -> list[bytes]:
             convlora.save_adapter(model, folder)
             found.append(bytes([OWN]) + Path(folder, TENSORS).read_bytes())
             config = json.loads(Path(folder, CONFIG).read_text())
-            config |= {"peft_type": "CONVLORA", "alpha_pattern": {"mid": 3}}
             tensors = load_file(Path(folder, TENSORS))
-        text = json.dumps(config).encode()
-        found.append(bytes([PEFT]) + len(text).to_bytes(4, "little") + text + save(tensors))
-        config |= {"peft_type": "LORA", "modules_to_save": ["fc"], "bias": "all"}
+            is_lora = type_of(convlora.summary(model)) == "LORA"
+        if is_lora:
+            config |= {"peft_type": "CONVLORA", "alpha_pattern": {"mid": 3}}
+            text = json.dumps(config).encode()
+            found.append(bytes([PEFT]) + len(text).to_bytes(4, "little") + text + save(tensors))
+        config |= {"peft_type": type_of(convlora.summary(model)), "modules_to_save": ["fc"]}
+        config |= {"bias": "all"} if is_lora else {}
         stock = {key: tensor for key, tensor in tensors.items() if ".mid." not in key and ".bn." not in key}
         text = json.dumps(config).encode()
         found.append(bytes([PEFT]) + len(text).to_bytes(4, "little") + text + save(stock))
@@ -200,7 +207,14 @@ def seeds() -> list[bytes]:
         "lycoris_stem.lora_up.weight": torch.ones(4, 2, 1, 1),
         "lycoris_stem.alpha": one,
     }
-    found += [bytes([LOCON]) + save(tensors) for tensors in (plain, tucker)]
+    mixed = {
+        **{f"lycoris_stem.hada_w{i}_a": torch.ones(4, 2) for i in (1, 2)},
+        **{f"lycoris_stem.hada_w{i}_b": torch.ones(2, 27) for i in (1, 2)},
+        **{"lycoris_mid.diff": torch.ones(4, 2, 3, 3), "lycoris_mid.diff_b": torch.ones(4)},
+        **{"lycoris_fc.lokr_w1": torch.ones(1, 2), "lycoris_fc.lokr_w2_a": torch.ones(2, 1)},
+        **{"lycoris_fc.lokr_w2_b": torch.ones(1, 2), "lycoris_fc.dora_scale": torch.ones(2, 1)},
+    }
+    found += [bytes([LOCON]) + save(tensors) for tensors in (plain, tucker, mixed)]
     found += [bytes([CHALLENGE]) + hdf5(_challenge), bytes([PCAM]) + hdf5(_pcam)]
     found.append(
         bytes([WILDS])
