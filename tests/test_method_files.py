@@ -13,8 +13,8 @@ import json
 
 import pytest
 import torch
-from conftest import need
-from safetensors.torch import save_file
+from conftest import need, snapshot
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import convlora
@@ -361,3 +361,116 @@ def test_tensors_of_lycoris_that_fit_no_method_are_refused(tmp_path, parts, mess
     save_file(tensors, tmp_path / "file.safetensors")
     with pytest.raises(CheckpointError, match=message):
         convlora.load_adapter(base, tmp_path / "file.safetensors")
+
+
+# ---- what a product would not be exactly
+
+
+ODD = {
+    "reflect": (lambda: nn.Conv2d(8, 12, 3, padding=1, padding_mode="reflect"), r"0: padding_mode 'reflect'"),
+    "standardised": (lambda: need("timm.layers").StdConv2d(8, 12, 3), r"0: a StdConv2d with a forward of its own"),
+    "same by itself": (lambda: need("timm.layers").Conv2dSame(8, 12, 3), r"0: a Conv2dSame with a forward of its own"),
+}
+
+
+@pytest.mark.parametrize("layer", ODD)
+@pytest.mark.parametrize("name", ["loha", "lokr", "hira"])
+def test_layers_that_pefts_branch_leaves_something_out_of_are_refused_both_ways(tmp_path, name, layer):
+    make, reason = ODD[layer]
+    base = nn.Sequential(make())
+    in_peft(name, base).save_pretrained(tmp_path / "theirs")
+    before = snapshot(base)
+    with pytest.raises(CheckpointError, match=f"(?s){reason}.*Nothing was changed"):
+        convlora.load_adapter(base, tmp_path / "theirs")
+    assert snapshot(base) == before
+    ours = convlora.inject(base, 2, method=name, modules_to_save=None)
+    convlora.save_adapter(randomised(ours, WORDS), tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["peft_type"] == "CONVLORA_ALONE"
+    with pytest.raises(convlora.UnsupportedLayerError, match=reason):
+        importlib.import_module("convlora.peft").to_peft(ours)
+
+
+TENSORS = {
+    "one missing": ("loha", lambda t: t.pop("0.hada_w1_a"), r"0: hada_w1_a is missing"),
+    "half a core": ("loha", lambda t: t.update({"0.hada_t2": torch.ones(3, 3, 3, 3)}), r"0: hada_t1 is missing"),
+    "of another layer": (
+        "hira",
+        lambda t: t.update({"0.hira_A": torch.ones(3, 8, 5, 5)}),
+        r"0\.hira_A: \(3, 8, 5, 5\) in the file, \(3, 8, 3, 3\) in the model",
+    ),
+    "blocks": (
+        "lokr full",
+        lambda t: t.update({"0.lokr_w1": torch.ones(5, 2)}),
+        r"0: lokr_w1 makes 5 by 2 blocks, which do not divide \(12, 8\) channels",
+    ),
+    "of another method": (
+        "loha",
+        lambda t: t.update({"0.hira_A": torch.ones(3, 8, 3, 3)}),
+        r"0\.hira_A: neither a layer's change nor",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TENSORS)
+def test_tensors_that_are_no_change_of_the_layer_are_named(tmp_path, what):
+    name, change, reason = TENSORS[what]
+    base, _ = case("3x3")
+    in_peft(name, base).save_pretrained(tmp_path)
+    file, prefix = tmp_path / "adapter_model.safetensors", "base_model.model."
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in load_file(file).items()}
+    change(tensors)
+    save_file({prefix + key: tensor for key, tensor in tensors.items()}, file)
+    with pytest.raises(CheckpointError, match=reason):
+        convlora.load_adapter(base, tmp_path)
+
+
+CONFIGURATIONS = {
+    "no alpha": ("loha", {"alpha": 0}, r"alpha=0: it must be a finite number above 0"),
+    "no rank": ("lokr", {"r": "8"}, r"r='8': it must be a finite number above 0"),
+    "a search": ("lokr full", {"rank_pattern": {"(a+)+$": 2}}, r"rank_pattern: '\(a\+\)\+\$' is neither a name nor"),
+    "a later field": ("hira", {"alpha": 3}, r"alpha=3: it changes what peft computes, or is not known here"),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGURATIONS)
+def test_configurations_of_a_method_that_mean_more_are_refused(tmp_path, what):
+    name, lie, reason = CONFIGURATIONS[what]
+    base, _ = case("3x3")
+    in_peft(name, base).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | lie))
+    with pytest.raises(CheckpointError, match=reason):
+        convlora.load_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "methods, options, message",
+    [
+        (("loha", "hira"), None, r"changed by hira, loha: peft has no such method, or not these in one adapter"),
+        (("lokr", "lokr"), {"rows": 3, "columns": 2}, r"1: its blocks and factors are not those that peft gives it"),
+        (("lokr", "lokr"), {"tucker": True, "decompose_both": True, "full": True}, None),
+        (("lokr", "lokr"), {"factor": 2}, None),
+        (("loha", "loha"), {"tucker": True}, None),
+    ],
+)
+def test_what_one_configuration_can_say_is_written_for_stock_peft(tmp_path, methods, options, message):
+    peft = need("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(8, 12, 3), nn.Conv2d(12, 30, 1), nn.Flatten())
+    net = convlora.inject(
+        copy.deepcopy(base),
+        3,
+        alpha_pattern={"1": 5},
+        rank_pattern={"1": 2},
+        method=methods[0],
+        method_options=options,
+        method_pattern=None if methods[0] == methods[1] else {"1": methods[1]},
+        modules_to_save=None,
+    )
+    convlora.save_adapter(randomised(net, WORDS), tmp_path)
+    if message is None:
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+        assert same(net, theirs.eval(), torch.randn(2, 8, 5, 5))
+        return
+    with pytest.raises(convlora.UnsupportedLayerError, match=message):
+        importlib.import_module("convlora.peft").to_peft(net)
