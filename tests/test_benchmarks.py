@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import need
+from conftest import need, thorough
 from torch import nn
 
 need("timm")
@@ -18,7 +18,8 @@ from benchmarks import memory, paths, routing
 from benchmarks.overhead import __main__ as overhead
 from benchmarks.overhead import measuring
 from benchmarks.overhead.apart import Apart
-from benchmarks.overhead.arms import INFERENCE, TRAINING
+from benchmarks.overhead.arms import ALL_TRAINING, INFERENCE, TRAINING
+from benchmarks.overhead.arms import METHODS as METHOD_ARMS
 from benchmarks.overhead.bench import Bench
 from benchmarks.overhead.report import markdown
 from benchmarks.overhead.rounds import run
@@ -42,7 +43,7 @@ def measured(tmp_path_factory):
 
 
 def bench_of(name, *, train=True, **settings):
-    arm = (TRAINING if train else INFERENCE)[name]
+    arm = (ALL_TRAINING if train else INFERENCE)[name]
     try:
         return Bench.of(Settings(**{**vars(TINY), **settings}), arm, train=train)
     except NotAvailable as reason:
@@ -159,6 +160,15 @@ def test_every_arm_trains_what_it_should_and_nothing_else(name):
     assert set(found.moved) == trained_names(name, bench.subject.model)
     statistics = any("running_mean" in key for key in found.buffers)
     assert statistics == (name in ("full", "norms", "convlora-track", "floor-track", "peft", "loralib", "lycoris"))
+
+
+@pytest.mark.parametrize("name", [name if name.startswith("convlora") else thorough(name) for name in METHOD_ARMS])
+def test_an_arm_of_a_method_trains_that_and_nothing_else(name):
+    bench = bench_of(name)
+    found = measuring.movement(bench.subject.model, bench.two_steps)
+    assert found.strayed == () and not any("running_mean" in key for key in found.buffers)
+    head = head_names(make_base(NETWORK))
+    assert len([key for key in found.moved if not any(each in key for each in head)]) >= bench.subject.adapted > 0
 
 
 def test_an_arm_that_trains_what_it_should_not_is_refused():

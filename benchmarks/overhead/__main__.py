@@ -2,6 +2,7 @@
 
     python -m benchmarks.overhead --model resnet50 --batch 16 --size 224 --json resnet50.json --plot resnet50.png
     python -m benchmarks.overhead --model resnet50 --sweep rank 1 4 8 16 32 64 --json ranks.json
+    python -m benchmarks.overhead --methods --model resnet18 --batch 8 --size 64 --threads 1 --json methods.json
     python -m benchmarks.overhead --report resnet50.json ranks.json --plot docs/performance.png > docs/performance.md
 
 Ratios come first, each of two times of the same round. Peers that are not installed are named, not measured.
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .arms import INFERENCE, SWEPT, TRAINING
+from .arms import ALL_TRAINING, FULL_CONSTANT, INFERENCE, METHODS, SWEPT, TRAINING
 from .report import markdown
 from .rounds import run
 from .runs import Run, Settings
@@ -43,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--channels-last", action="store_true")
     found.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     found.add_argument("--apart", action="store_true", help="each arm in a process of its own, as one trains")
-    found.add_argument("--arms", nargs="+", choices=[*TRAINING, *INFERENCE], metavar="ARM", help="default: all")
+    found.add_argument("--arms", nargs="+", choices=[*ALL_TRAINING, *INFERENCE], metavar="ARM", help="default: all")
+    found.add_argument("--methods", action="store_true", help="instead: each method beside the peers' layers of it")
     found.add_argument("--sweep", nargs="+", metavar=("WHAT", "VALUE"), help="rank, batch or size, and its values")
     found.add_argument("--json", type=Path, help="write everything there")
     found.add_argument("--plot", type=Path, help="write a picture there (not of a sweep); with --report, of the first")
@@ -105,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     settings, arms = settings_of(options), options.arms or [*TRAINING, *INFERENCE]
-    training, inference = ([name for name in arms if name in kind] for kind in (TRAINING, INFERENCE))
+    if options.methods:
+        arms = [FULL_CONSTANT, *METHODS]
+    training, inference = ([name for name in arms if name in kind] for kind in (ALL_TRAINING, INFERENCE))
     if options.plot and (options.sweep or not training):
         found.error("--plot draws training arms, and no sweep")
     if options.sweep:

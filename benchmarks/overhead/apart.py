@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 
-from .arms import INFERENCE, TRAINING
+from .arms import ALL_TRAINING, INFERENCE
 from .bench import Bench
 from .runs import Result, Settings
 
@@ -68,7 +68,7 @@ _benches: list[Bench] = []
 
 
 def _build(settings: Settings, name: str) -> None:
-    _benches.append(Bench.of(settings, (TRAINING | INFERENCE)[name], train=name in TRAINING))
+    _benches.append(Bench.of(settings, (ALL_TRAINING | INFERENCE)[name], train=name in ALL_TRAINING))
 
 
 def _sizes() -> Result:

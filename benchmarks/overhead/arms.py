@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 from . import peers, subjects
 from .subjects import Arm
 
@@ -9,6 +12,19 @@ FULL, BASE = "full", "base"
 """What the ratios of training and of inference refer to."""
 FULL_CONSTANT = "full-freeze"
 """The fair reference of the arms that hold norm statistics constant."""
+
+CHOSEN = ("dense", "loha", "lokr", "hira", "ia3", "ssf", "oft", "boft", "hra")
+"""The methods besides LoRA."""
+
+
+def _of_method(method: str) -> Iterator[Arm]:
+    what = f"{method}, norm statistics constant"
+    yield Arm(f"convlora-of-{method}", f"convlora {what}", subjects.adapted(method=method))
+    if method in peers.PEFT_CONFIGS:
+        yield Arm(f"peft-of-{method}", f"peft {what}", partial(peers.peft, method=method), "constant")
+    if method in peers.LYCORIS_MODULES:
+        yield Arm(f"lycoris-of-{method}", f"LyCORIS {what}", partial(peers.lycoris, method=method), "constant")
+
 
 _TRAINING = (
     Arm(FULL, "full fine-tuning", subjects.full, "moving"),
@@ -51,6 +67,9 @@ _INFERENCE = (
     Arm("peft-unmerged", "peft, unmerged", peers.peft_unmerged),
 )
 TRAINING = {arm.name: arm for arm in _TRAINING}
+METHODS = {arm.name: arm for name in ("lora", *CHOSEN) for arm in _of_method(name)}
+"""Each method, beside peft's and LyCORIS' own layers of it; only where they are asked for."""
+ALL_TRAINING = TRAINING | METHODS
 INFERENCE = {arm.name: arm for arm in _INFERENCE}
 SWEPT = (FULL, FULL_CONSTANT, "convlora", "peft", "peft-freeze")
 """The arms of a sweep."""

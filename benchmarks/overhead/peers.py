@@ -53,28 +53,45 @@ def works(layer: Callable[[torch.Tensor], Any], conv: nn.Conv2d) -> bool:
         return False
 
 
-def peft(model: nn.Module, rank: int) -> Subject:
-    """Hugging Face peft's LoRA on the convolutions that it accepts."""
+PEFT_CONFIGS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "lora": ("LoraConfig", lambda rank: {"r": rank, "lora_alpha": 2 * rank}),
+    "loha": ("LoHaConfig", lambda rank: {"r": rank, "alpha": 2 * rank}),
+    "lokr": ("LoKrConfig", lambda rank: {"r": rank, "alpha": 2 * rank}),
+    "hira": ("HiraConfig", lambda rank: {"r": rank}),
+    "ia3": ("IA3Config", lambda rank: {"feedforward_modules": []}),
+    "oft": ("OFTConfig", lambda rank: {"r": 0, "oft_block_size": rank}),
+    "boft": ("BOFTConfig", lambda rank: {"boft_block_size": rank, "boft_n_butterfly_factor": 2}),
+    "hra": ("HRAConfig", lambda rank: {"r": rank}),
+}
+"""peft's configuration of each method: its name, and what is asked of it at a rank."""
+
+
+def peft(model: nn.Module, rank: int, method: str = "lora") -> Subject:
+    """Hugging Face peft's layers of a method on the convolutions that it accepts."""
     lib, found = library("peft", "peft"), convolutions(model)
     with their_warnings_aside():
-        names = [name for name, conv in found.items() if _peft_takes(lib, conv, rank)]
+        names = [name for name, conv in found.items() if _peft_takes(lib, conv, rank, method)]
         _refuse_none(names, found)
-        config = lib.LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules="|".join(map(re.escape, names)),
-            modules_to_save=list(head_names(model)),
-        )
-        wrapped = lib.get_peft_model(model, config)
+        targets, saved = "|".join(map(re.escape, names)), list(head_names(model))
+        wrapped = lib.get_peft_model(model, _peft_config(lib, rank, method, targets, modules_to_save=saved))
     return Subject(wrapped, len(found), len(names), write=wrapped.save_pretrained)
 
 
-def _peft_takes(lib: Any, conv: nn.Conv2d, rank: int) -> bool:
-    """By trying: peft refuses a rank that the groups do not divide."""
-    config = lib.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["0"])
+def _peft_config(lib: Any, rank: int, method: str, targets: str | list[str], **more: Any) -> Any:
+    name, options = PEFT_CONFIGS[method]
+    if not hasattr(lib, name):
+        raise NotAvailable(f"has no {name}")
+    return getattr(lib, name)(target_modules=targets, **options(rank), **more)
+
+
+def _peft_takes(lib: Any, conv: nn.Conv2d, rank: int, method: str) -> bool:
+    """By trying: peft refuses a rank that the groups do not divide, say."""
+    if method == "oft" and max(conv.kernel_size) > 1:  # there it sums overlapping patches: another network when fresh
+        return False
+    config = _peft_config(lib, rank, method, ["0"])
     try:
         return works(lib.get_peft_model(nn.Sequential(copy.deepcopy(conv)), config), conv)
-    except ValueError:
+    except (ValueError, NotImplementedError):
         return False
 
 
@@ -141,12 +158,25 @@ def _loralib_layer(lib: Any, conv: nn.Conv2d, rank: int) -> nn.Module | None:
     return adapted
 
 
-def lycoris(model: nn.Module, rank: int) -> Subject:
-    """LyCORIS's LoCon on every convolution that it accepts, in its default form."""
-    lib, found = library("lycoris.modules.locon", "lycoris-lora"), convolutions(model)
+LYCORIS_MODULES = {
+    "lora": "locon.LoConModule",
+    "dense": "full.FullModule",
+    "loha": "loha.LohaModule",
+    "lokr": "lokr.LokrModule",
+    "ia3": "ia3.IA3Module",
+    "oft": "diag_oft.DiagOFTModule",
+    "boft": "boft.ButterflyOFTModule",
+}
+"""LyCORIS' class of each method, below ``lycoris.modules``."""
+
+
+def lycoris(model: nn.Module, rank: int, method: str = "lora") -> Subject:
+    """LyCORIS's modules of a method on every convolution that they accept, in their default form."""
+    file, name = LYCORIS_MODULES[method].split(".")
+    make, found = getattr(library(f"lycoris.modules.{file}", "lycoris-lora"), name), convolutions(model)
     train_only(model, *heads(model))
-    accepted = {name: conv for name, conv in found.items() if _lycoris_takes(lib, conv, rank)}
-    modules = [lib.LoConModule(name.replace(".", "_"), conv, 1.0, rank, 2 * rank) for name, conv in accepted.items()]
+    accepted = {name: conv for name, conv in found.items() if _lycoris_takes(make, conv, rank)}
+    modules = [make(name.replace(".", "_"), conv, 1.0, rank, *_alpha(method, rank)) for name, conv in accepted.items()]
     _refuse_none(modules, found)
     for module in modules:
         module.apply_to()
@@ -154,10 +184,18 @@ def lycoris(model: nn.Module, rank: int) -> Subject:
     return Subject(model, len(found), len(modules))
 
 
-def _lycoris_takes(lib: Any, conv: nn.Conv2d, rank: int) -> bool:
+def _alpha(method: str, rank: int) -> tuple[int, ...]:
+    """What follows the rank: of rotations it is a bound on them, and there is none by default."""
+    return () if method in ("oft", "boft") else (2 * rank,)
+
+
+def _lycoris_takes(make: Any, conv: nn.Conv2d, rank: int) -> bool:
     if type(conv) is not nn.Conv2d:
         return False
-    trial = lib.LoConModule("trial", copy.deepcopy(conv), 1.0, rank, 2 * rank)
+    try:
+        trial = make("trial", copy.deepcopy(conv), 1.0, rank)
+    except ValueError:  # no blocks of such a size
+        return False
     trial.apply_to()
     return works(trial.org_module[0], conv)
 

@@ -10,7 +10,7 @@ import torch
 
 from . import measuring
 from .apart import Apart
-from .arms import BASE, FULL, FULL_CONSTANT, INFERENCE, TRAINING
+from .arms import ALL_TRAINING, BASE, FULL, FULL_CONSTANT, INFERENCE
 from .bench import Bench
 from .runs import Result, Run, Say, Settings, environment, with_reference
 from .subjects import Arm, NotAvailable
@@ -40,7 +40,7 @@ def _measure(settings: Settings, arms: Sequence[Arm], say: Say, reference: str, 
 def _bench(settings: Settings, arm: Arm, processes: ExitStack) -> Bench | Apart:
     if settings.apart:
         return processes.enter_context(Apart(settings, arm.name))
-    return Bench.of(settings, arm, train=arm.name in TRAINING)
+    return Bench.of(settings, arm, train=arm.name in ALL_TRAINING)
 
 
 def _with_times(
@@ -67,7 +67,7 @@ def run(
     training, inference = with_reference(training, FULL), with_reference(inference, BASE)
     return Run(
         settings=settings,
-        training=_measure(settings, [TRAINING[name] for name in training], say, FULL, (FULL_CONSTANT,)),
+        training=_measure(settings, [ALL_TRAINING[name] for name in training], say, FULL, (FULL_CONSTANT,)),
         inference=_measure(settings, [INFERENCE[name] for name in inference], say, BASE, ()),
         environment=environment(torch.device(settings.device)),
         sweep=sweep,
