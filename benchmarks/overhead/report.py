@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from .arms import FULL_CONSTANT
+from .arms import FULL_CONSTANT, METHODS
 from .runs import Run, Settings
 from .tables import (
     INFERENCE_HEAD,
@@ -82,7 +82,8 @@ def _section(run: Run) -> list[str]:
     if run.inference:
         parts += ["A forward without gradients:", as_markdown([INFERENCE_HEAD, *inference_rows(run.inference)])]
         parts += [_bullets(legend(run.inference))]
-    return [*parts, _again(command(run.settings, run.environment["threads"]))]
+    flag = " --methods" if any(result.arm in METHODS for result in run.training) else ""
+    return [*parts, _again(command(run.settings, run.environment["threads"]) + flag)]
 
 
 def _sweep(runs: Sequence[Run]) -> list[str]:
