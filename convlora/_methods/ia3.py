@@ -106,7 +106,8 @@ class SSF(IA3):
     """W[o] · γ[o], and the layer's bias is trained, too: scale and shift.
 
     The paper's output is γ · (W x + b) + β; the bias that is trained here is γ · b + β. A layer without a bias has the
-    scale alone, and the plan says so. On a half-precision base the bias is trained in the base's dtype, the scale in fp32.
+    scale alone, and the plan says so. On a half-precision base the bias is trained in the base's dtype, the scale in
+    fp32.
 
     Attributes:
         ssf_scale: γ, ``(1, C_out, 1, 1)``, or ``(out_features, 1)`` for a linear layer. One at the start.
