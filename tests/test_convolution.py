@@ -10,10 +10,11 @@ from conftest import SmallNet, convolutions, dense_delta, randomise
 from laws import assume, given, st
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convlora
 from convlora._layer import adapted, convolution, depthwise
-from convlora._layer.convolution import convolve
+from convlora._layer.convolution import convolve, convolve_plainly
 from convlora._layer.functional import Geometry
 from convlora._layer.paths import Shapes, choose
 from convlora._methods import lora as lora_method
@@ -101,6 +102,26 @@ def test_first_and_second_derivatives_in_double_precision(path, groups, kernel, 
     assert gradgradcheck(run, (x, A, B, bias), fast_mode=True)
 
 
+@pytest.mark.parametrize("freeze_A", [False, True])
+@pytest.mark.parametrize("path, groups, kernel, stride", [("branch", 1, 3, 2), ("weight", 1, 1, 2), ("auto", 2, 3, 1)])
+def test_first_and_second_derivatives_in_few_calls(path, groups, kernel, stride, freeze_A):
+    torch.manual_seed(0)
+    geometry = Geometry((stride, stride), (kernel // 2,) * 2, (1, 1), groups)
+    weight = torch.randn(4, 4 // groups, kernel, kernel, dtype=torch.float64)
+    x, A, B, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in [(2, 4, 4, 3), (2, *weight.shape[1:]), (4, 2), (4,)]
+    )
+    A.requires_grad_(not freeze_A)
+
+    def run(x, A, B, bias):
+        return convolve_plainly(x, weight, A, B, bias, 0.7, geometry, path)
+
+    torch.testing.assert_close(run(x, A, B, bias), convolve(x, weight, A, B, bias, 0.7, geometry, "fused"))
+    assert gradcheck(run, (x, A, B, bias), fast_mode=True)
+    assert gradgradcheck(run, (x, A, B, bias), fast_mode=True)
+
+
 @pytest.mark.pairwise
 @pytest.mark.parametrize("path", PATHS[1:])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 3)])
@@ -157,9 +178,12 @@ def test_a_depthwise_weight_gradient_by_bands_is_autograds(data):
     torch.testing.assert_close(depthwise.weight_grad(g, x, kernel, geometry), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kernel, size, wins", [(3, 8, False), (3, 2, True), (5, 8, True), (7, 112, False)])
-def test_bands_take_the_place_of_torchs_own_where_that_is_slow(kernel, size, wins, monkeypatch):
-    layer, x = nn.Conv2d(8, 8, kernel, padding=kernel // 2, groups=8), torch.randn(2, 8, size, size)
+@pytest.mark.parametrize(
+    "kernel, images, size, wins",
+    [(3, 2, 8, False), (3, 16, 2, True), (5, 2, 8, True), (5, 2, 4, False), (7, 2, 112, False)],
+)
+def test_bands_take_the_place_of_torchs_own_where_that_is_slow(kernel, images, size, wins, monkeypatch):
+    layer, x = nn.Conv2d(8, 8, kernel, padding=kernel // 2, groups=8), torch.randn(images, 8, size, size)
     adapt(layer)
     asked = []
     own = depthwise.weight_grad
@@ -175,18 +199,18 @@ def test_bands_take_the_place_of_torchs_own_where_that_is_slow(kernel, size, win
     assert not asked
 
 
-def saved_bytes(run):
-    """Bytes that autograd keeps for the backward, parameters not counted, a storage once."""
+def saved_bytes(layer, x):
+    """Bytes that autograd keeps for the layer's backward, the layer's own tensors not counted, a storage once."""
     storages = {}
 
     def pack(tensor):
-        if not isinstance(tensor, nn.Parameter):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storages.values())
+        layer(x)
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    return sum(size for address, size in storages.items() if address not in own)
 
 
 @pytest.mark.parametrize("path, kept", [("fused", 0), ("weight", 0), ("branch", 2 * 8 * 6 * 6 * 4)])
@@ -194,7 +218,7 @@ def test_nothing_is_saved_but_the_input(path, kept):
     """The merged weight is computed again; a branch keeps its few channels."""
     layer, x = nn.Conv2d(64, 64, 3, padding=1, bias=False), torch.randn(2, 64, 6, 6)
     adapt(layer, path, rank=8)
-    assert saved_bytes(lambda: layer(x)) == x.numel() * 4 + kept
+    assert saved_bytes(layer, x) == x.numel() * 4 + kept
 
 
 def output_and_whether_kept(x, layer):
@@ -225,9 +249,9 @@ def test_with_a_constant_A_a_layer_keeps_r_channels_and_not_its_input(path, name
     torch.nn.init.normal_(lora.lora_B, std=0.1)
     x = torch.randn(shape).requires_grad_(True)
     if by_hand:
-        assert saved_bytes(lambda: layer(x)) >= x.numel() * 4
+        assert saved_bytes(layer, x) >= x.numel() * 4
         lora.lora_A.requires_grad_(False)
-    assert saved_bytes(lambda: layer(x)) == 2 * 4 * positions * 4
+    assert saved_bytes(layer, x) == 2 * 4 * positions * 4
     layer(x).square().sum().backward()
     mine, plain = x.grad.clone(), with_dense_weight(layer)
     theirs = x.detach().requires_grad_(True)
@@ -264,7 +288,7 @@ def test_the_gradient_to_an_input_that_is_not_kept_is_torchs_to_the_bit(dtype, c
 def test_where_h_would_be_the_larger_of_the_two_the_input_is_kept():
     layer, x = nn.Conv2d(3, 64, 7), torch.randn(2, 3, 12, 12, requires_grad=True)
     convlora.inject(layer, 8, modules_to_save=None, freeze_A=True, path="fused")
-    assert saved_bytes(lambda: layer(x)) == x.numel() * 4
+    assert saved_bytes(layer, x) == x.numel() * 4
 
 
 def test_with_a_constant_A_a_linear_layer_does_not_keep_its_input():
@@ -283,7 +307,7 @@ def test_where_neither_factor_is_trained_nothing_is_kept():
     layer, x = adapt(nn.Conv2d(16, 16, 3)), torch.randn(2, 16, 9, 9, requires_grad=True)
     expected = torch.autograd.grad(layer(x).square().sum(), x)
     layer.requires_grad_(False)
-    assert saved_bytes(lambda: layer(x)) == 0
+    assert saved_bytes(layer, x) == 0
     assert torch.equal(torch.autograd.grad(layer(x).square().sum(), x)[0], expected[0])
 
 
@@ -422,6 +446,46 @@ def test_with_a_constant_A_the_choice_is_between_the_paths_that_keep_no_input():
 
 
 # ---- what is kept between forwards without gradients
+
+
+def calls_of(run):
+    """How many operators torch dispatches."""
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        run()
+    return len(calls)
+
+
+SMALL = {
+    "3x3": (nn.Conv2d(16, 32, 3, padding=1), (2, 16, 4, 4), 20),
+    "1x1 with a stride": (nn.Conv2d(32, 16, 1, 2, bias=False), (2, 32, 4, 4), 20),
+    "depthwise": (nn.Conv2d(32, 32, 3, groups=32), (2, 32, 5, 5), 22),
+    "grouped": (nn.Conv2d(32, 32, 3, groups=4), (2, 32, 5, 5), 22),
+}
+
+
+@pytest.mark.parametrize("freeze_A", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_layer_is_few_calls(name, freeze_A):
+    """The bound is on growth: a tenth more than were found."""
+    layer, shape, bound = copy.deepcopy(SMALL[name][0]), *SMALL[name][1:]
+    convlora.inject(layer, 4, modules_to_save=None, freeze_A=freeze_A)
+    torch.nn.init.normal_(layer.convlora["default"].lora_B, std=0.1)
+    x = torch.randn(shape, requires_grad=True)
+    plain = with_dense_weight(layer)
+    assert calls_of(lambda: layer(x).sum().backward()) <= bound
+    mine, x.grad = x.grad, None
+    plain(x).sum().backward()
+    torch.testing.assert_close(mine, x.grad, rtol=1e-4, atol=1e-4)
+    lora, (grad_A, grad_B) = layer.convlora["default"], dense_gradients(layer, plain)
+    torch.testing.assert_close(lora.lora_B.grad, grad_B, rtol=1e-4, atol=1e-4)
+    assert freeze_A or torch.allclose(lora.lora_A.grad, grad_A, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture

@@ -61,6 +61,56 @@ def convolve(
     return cast(Tensor, y[0] if keeps_hidden else y)
 
 
+def convolve_plainly(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    geometry: Geometry,
+    path: str,
+) -> Tensor:
+    """As :func:`convolve`, through torch's own autograd in few calls: where launching decides, not arithmetic.
+
+    All in one dtype. With groups, or on path ``"weight"``, one convolution with W + ΔW, which is kept for the backward;
+    else a branch.
+    """
+    if geometry.groups > 1 or path == "weight":
+        return conv(x, plus_delta(weight, lora_A, lora_B, scaling), bias, geometry)
+    if lora_A.requires_grad:
+        y, hidden = conv(x, weight, bias, geometry), conv(x, lora_A, None, geometry)
+    else:
+        y, hidden = _Constant.apply(x, weight, lora_A, bias, geometry)
+    ones, zeros = (1,) * (x.ndim - 2), (0,) * (x.ndim - 2)
+    B = lora_B.view(*lora_B.shape, *ones)
+    return y.add_(torch.convolution(hidden, B, None, ones, zeros, ones, False, zeros, 1), alpha=scaling)
+
+
+class _Constant(torch.autograd.Function):
+    """Two convolutions of x with constant kernels, which keep nothing of x but its form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, bias: Tensor | None, geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight, lora_A)
+        ctx.form, ctx.geometry = (x.shape, x.stride()), geometry
+        ctx.set_materialize_grads(False)
+        return conv(x, weight, bias, geometry), conv(x, lora_A, None, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found, form = None, _Form(*ctx.form)
+        for g, kernel in zip(grads, ctx.saved_tensors, strict=True):
+            if g is not None and ctx.needs_input_grad[0]:
+                through = _convolution_backward(g, _stand_in(form, g), kernel, ctx.geometry, 0)
+                found = through if found is None else found + through
+        g = grads[0]
+        for_bias = None if g is None or not ctx.needs_input_grad[3] else g.sum((0, *range(2, g.ndim)))
+        return found, None, None, for_bias, None
+
+
 class _Form(NamedTuple):
     """What the gradient to x has to know of x where its numbers are not kept."""
 
@@ -281,7 +331,7 @@ def _through_dense(
 ) -> tuple[Tensor | None, Tensor]:
     """The factors' gradients from the dense weight's, where that is small."""
     kernel = lora_A.shape[2:]
-    if depthwise.wins(g, x, kernel, geometry):
+    if depthwise.wins(x, kernel, geometry, g.shape[1]):
         dense = depthwise.weight_grad(g, x, kernel, geometry)
     else:
         dense = _convolution_backward(g, x, x.new_empty(()).expand(lora_B.shape[0], *lora_A.shape[1:]), geometry, 1)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from . import paths
-from .convolution import convolve
+from . import depthwise, paths
+from .convolution import convolve, convolve_plainly
 from .functional import Geometry, Ints, autocasts, is_transformed
 from .paths import Path, Shapes
 
@@ -57,8 +57,12 @@ def convolution(
     x, geometry = prepared
     if path == "auto":
         choice = choose if torch.compiler.is_compiling() else choose_once  # compilers warn of what remembers
-        trains_A = lora_A.requires_grad
-        path = choice(x.shape, weight.shape, geometry, lora_A.shape[0], x.requires_grad, x.element_size(), trains_A)
+        sizes = x.shape, weight.shape, geometry, lora_A.shape[0]
+        path, is_small = choice(*sizes, x.requires_grad, x.element_size(), lora_A.requires_grad, x.device.type)
+        if geometry.groups > 1:
+            is_small = not depthwise.wins(x, weight.shape[2:], geometry, weight.shape[0])
+        if is_small and lora_B.requires_grad and dtype == weight.dtype == lora_A.dtype:
+            return convolve_plainly(x, weight, lora_A, lora_B, layer.bias, scaling, geometry, path)
     return convolve(x, weight, lora_A, lora_B, layer.bias, scaling, geometry, path)
 
 
@@ -125,9 +129,12 @@ def _shapes(
     )
 
 
-def choose(x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bool, width: int, trains_A: bool) -> Path:
-    """The path for an input and a weight of these sizes; see ``paths.py``."""
-    return paths.choose(_shapes(x, weight, geometry, rank, input_grad, width, trains_A))
+def choose(
+    x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bool, width: int, trains_A: bool, device: str
+) -> tuple[Path, bool]:
+    """The path for an input and a weight of these sizes, and whether calls count most; see ``paths.py``."""
+    shapes = _shapes(x, weight, geometry, rank, input_grad, width, trains_A)
+    return paths.choose(shapes), paths.launching_decides(shapes, device)
 
 
 choose_once = lru_cache(maxsize=4096)(choose)
