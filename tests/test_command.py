@@ -520,6 +520,22 @@ def test_locon_files_are_converted(folder, tmp_path, with_weights):
     torch.testing.assert_close(layer.weight, convlora.base_weight(layer) + change)
 
 
+def test_files_of_other_methods_are_inspected_and_converted(folder, tmp_path, with_weights):
+    A, B = torch.randn(96, 2), torch.randn(2, 96 * 9)
+    keys = {"hada_w1_a": A, "hada_w1_b": B, "hada_w2_a": A.clone(), "hada_w2_b": B.clone(), "alpha": torch.tensor(2.0)}
+    save_file({f"lycoris_layer4_0_conv2.{key}": tensor for key, tensor in keys.items()}, tmp_path / "style.safetensors")
+    layer = as_json("inspect", tmp_path / "style.safetensors")["layers"][0]
+    assert (layer["method"], layer["rank"]) == ("LoHa", 2) and len(layer["tensors"]) == 5
+    run("convert", NETWORK, tmp_path / "style.safetensors", tmp_path / "ours", *with_weights)
+    assert as_json("inspect", tmp_path / "ours")["plan"]["layers"][0]["method"] == "loha"
+    model = convlora.load_adapter(network(folder), tmp_path / "ours").get_submodule("layer4.0.conv2")
+    torch.testing.assert_close(model.weight, convlora.base_weight(model) + ((A @ B) ** 2).view_as(model.weight))
+    need("peft")
+    run("convert", NETWORK, tmp_path / "ours", tmp_path / "theirs", *with_weights, "--to", "peft")
+    found = as_json("inspect", tmp_path / "theirs")
+    assert found["config"]["peft_type"] == "LOHA" and found["layers"][0]["rank"] == 2 and not found["others"]
+
+
 def test_conversion_onto_random_weights_is_refused(folder, tmp_path, with_weights):
     need("peft")
     run("convert", NETWORK, folder / "a", tmp_path / "theirs", *with_weights, "--to", "peft")
