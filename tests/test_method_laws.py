@@ -578,6 +578,20 @@ def test_law(method: str, kind: str, law: Callable[[str, Options, Path], None], 
     law(kind, ASKED[method], tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["3x3", "linear"])
+@pytest.mark.parametrize("name", NAMES)
+def test_training_has_the_scaling_that_was_written_by_hand(name, kind):
+    for use_dora in (False, True):
+        for dropout in (0.0, 1e-30):  # which takes the branch and drops nothing
+            net, x = build(kind)
+            adapt(net.double(), ASKED[name], use_dora=use_dora, dropout=dropout)
+            nudge(net)
+            change_of(net).scaling = 0.3
+            with torch.no_grad():
+                expected = net.eval()(x.double())
+            torch.testing.assert_close(net.train()(x.double()), expected)
+
+
 @pytest.mark.parametrize("kind", ORDINARY)
 def test_every_method_takes_ordinary_layers(kind):
     for name in NAMES:

@@ -175,10 +175,7 @@ class Change(nn.Module):
     def effective_weight(self, base: Tensor) -> Tensor:
         """What the layer computes with in the place of its base weight, in its dtype, shape and memory format."""
         with no_autocast(base.device.type):
-            weight = self._wide(base)
-            changed = self.changed(weight)
-            if not self.has_alpha and self.scaling != 1:
-                changed = torch.lerp(weight, changed, self.scaling)
+            changed = self._strengthened(self._wide(base))
             if self.use_dora:
                 scale = channel_scale(self.lora_magnitude, changed, self.groups)
                 changed = scaled_weight(changed, scale, self.groups)
@@ -187,7 +184,12 @@ class Change(nn.Module):
     def delta(self, base: Tensor) -> Tensor:
         """ΔW of this base weight; with DoRA, before the magnitudes."""
         weight = self._wide(base)
-        return _shaped(self.changed(weight) - weight, base.shape)
+        return _shaped(self._strengthened(weight) - weight, base.shape)
+
+    def _strengthened(self, weight: Tensor) -> Tensor:
+        """The new weight of a wide one; with a scaling that is the user's own, that part of the way to it."""
+        changed = self.changed(weight)
+        return changed if self.has_alpha or self.scaling == 1 else torch.lerp(weight, changed, self.scaling)
 
     def _wide(self, base: Tensor) -> Tensor:
         self.run_hooks()
@@ -197,7 +199,7 @@ class Change(nn.Module):
         """With DoRA, the output of a layer that computed y before the magnitudes."""
         with no_autocast(base.device.type):
             with torch.no_grad():
-                changed = self.changed(self._wide(base))
+                changed = self._strengthened(self._wide(base))
             scale = channel_scale(self.lora_magnitude, changed, 0)
         return scaled_output(y, scale, cast("Tensor | None", layer.bias), -1 if isinstance(layer, nn.Linear) else 1)
 
