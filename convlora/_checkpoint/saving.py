@@ -135,7 +135,8 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[
 
 
 def _warn_if_untrained(adapter: Adapter) -> None:
-    if adapter.changes and all(change.is_fresh() for change in adapter.changes):
+    moved = adapter.plan.biases  # which may be all that was trained
+    if adapter.changes and not moved and all(change.is_fresh() for change in adapter.changes):
         what = {planned.change.fresh for planned in adapter.plan.layers}
         warnings.warn(
             f"every {' and every '.join(sorted(what))}: nothing was trained. Was the optimizer made before "
