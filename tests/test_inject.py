@@ -264,6 +264,16 @@ REFUSALS = [
     ({"rank_pattern": {"stme": 4}}, TargetError, r"rank_pattern='stme' matches no layer.*stem"),
     ({"rank_pattern": {"stem": 0}}, TargetError, r"rank_pattern for stem=0; a rank is a whole number of at least 1"),
     ({"alpha_pattern": {"stem": float("nan")}}, TargetError, r"alpha_pattern for stem=nan; it must be a finite"),
+    *(
+        ({name: value}, TargetError, f"{name}={re.escape(repr(value))}; it must be a dict")
+        for name in ("rank_pattern", "alpha_pattern", "method_pattern", "method_options", "importance")
+        for value in ("stem", ["stem"], 3, False)
+    ),
+    ({"method_pattern": {"stem": "anchored"}}, TargetError, r"for stem='anchored'; it must be one of 'lora', 'dense'"),
+    ({"method": "anchored", "init": "pissa"}, TargetError, r"method='anchored'; it must be one of 'lora', 'dense'"),
+    ({"method": "hira", "freeze_A": True}, TargetError, r"method='hira' has no lora_A. Use method='lora', or leave"),
+    ({"method": "oft", "init": "olora"}, TargetError, r"method='oft' begins; it has kaiming. Leave it out, or use"),
+    ({"method": "hra", "init_data": torch.ones(1)}, TargetError, r"init='eva'.* init_data mean init='eva'. Leave it"),
     ({"modules_to_save": "head"}, TargetError, r"modules_to_save='head' matches no module with parameters"),
     ({"rank": 0}, TargetError, r"rank=0; a rank is a whole number of at least 1"),
     ({"rank": -3}, TargetError, r"rank=-3"),

@@ -103,7 +103,7 @@ def check_products(adapter_name: str, plan: Plan) -> None:
         if layer.change.factors is Change.factors:
             raise StateError(
                 f"{layer.name}: method {layer.method!r} of adapter {adapter_name!r} makes a change that is no product "
-                "of factors. Nothing was changed."
+                "of factors. Shrink and combine adapters of method 'lora' or 'dense'. Nothing was changed."
             )
 
 

@@ -22,6 +22,11 @@ _OURS = (LoRA, AnchoredLoRA, Dense, LoHa, LoKr, HiRA, IA3, SSF, OFT, BOFT, HRA)
 METHODS: dict[str, type[Change]] = {cls.method: cls for cls in _OURS}
 
 
+def named_methods() -> tuple[str, ...]:
+    """Those that a user may name: all but the one that ``init`` chooses."""
+    return tuple(name for name in METHODS if name != AnchoredLoRA.method)
+
+
 def register_method(cls: M) -> M:
     """Make a method of your own known by its name, to ``inject(method=...)`` and to files that have it.
 
@@ -60,7 +65,11 @@ def method_for(method: str, init: str) -> type[Change]:
     for cls in (named, *METHODS.values()):
         if issubclass(cls, named) and init in cls.inits:
             return cls
-    raise TargetError(f"init={init!r} is no way in which method={method!r} begins; it has {', '.join(named.inits)}.")
+    data = " init_data mean init='eva'." if init == "eva" else ""
+    raise TargetError(
+        f"init={init!r} is no way in which method={method!r} begins; it has {', '.join(named.inits)}.{data} "
+        "Leave it out, or use another method. Nothing was changed."
+    )
 
 
 def check_options(method: str, options: Mapping[str, Option]) -> None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .._layer.adapted import CHILD, AdaptedLayer, supports_dropout
 from .._layer.change import Change
 from .._layer.computed import has_parameter
+from .._layer.swap import original_class
 from .._methods.registry import METHODS, check_options
 from .._plan import LayerPlan, Plan
 from ..errors import TargetError, UnsupportedLayerError
@@ -34,7 +35,7 @@ def check_variant(n: Named, change: type[Change], init: str, use_dora: bool) -> 
     ):
         raise UnsupportedLayerError(
             f"{n.name}: init='eva' needs to know what the kernels meet, as in nn.Linear and torch's convolutions that "
-            f"are not transposed; this is a {type(n.module).__name__}. Use another init or exclude_modules. "
+            f"are not transposed; this is a {original_class(n.module).__name__}. Use another init or exclude_modules. "
             "Nothing was changed."
         )
 
@@ -52,8 +53,9 @@ def check_any_left(layers: list[LayerPlan], targets: set[nn.Module], saved: list
     """Targets of which none can be adapted are a mistake, and so is an adapter that trains nothing."""
     if targets and not any(layer.rank for layer in layers):
         name = type(model).__name__
+        remedy = "Name other layers, a rank or a method that they have; target_modules=() trains the head alone."
         reasons = "; ".join(f"{p.name or name}: {p.note}" for p in layers if p.note != "not a target")
-        raise TargetError(f"No layer of {name} would be adapted ({reasons}). Nothing was changed.")
+        raise TargetError(f"No layer of {name} would be adapted ({reasons}). {remedy} Nothing was changed.")
     if not targets and not saved:
         raise TargetError("Without targets and without modules_to_save nothing would train. Nothing was changed.")
 
@@ -141,7 +143,7 @@ def check_adaptable(n: Named, dropout: float) -> None:
     if dropout and not supports_dropout(n.module):
         raise UnsupportedLayerError(
             f"{n.name}: dropout needs the plain forward of a torch convolution or nn.Linear, and this is a "
-            f"{type(n.module).__name__}. Use dropout=0 or exclude_modules. Nothing was changed."
+            f"{original_class(n.module).__name__}. Use dropout=0 or exclude_modules. Nothing was changed."
         )
 
 

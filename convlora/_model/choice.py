@@ -14,7 +14,7 @@ from .._layer.computed import weight_shape
 from .._layer.functional import scaling_of
 from .._layer.swap import check_swappable, original_class
 from .._methods.dense import Dense
-from .._methods.registry import METHODS, method_for
+from .._methods.registry import METHODS, method_for, named_methods
 from .._plan import LayerPlan
 from ..errors import TargetError
 from .checks import check_adaptable, check_any_conv, check_variant
@@ -109,7 +109,7 @@ class Choice:
     def _method(self, n: Named) -> tuple[type[Change], dict[str, Option]]:
         asked = self.request
         method = self.methods.of(n, asked.method)
-        check_among(tuple(METHODS), method, f"method_pattern for {n.name}")
+        check_among(named_methods(), method, f"method_pattern for {n.name}")
         if method != asked.method:
             return METHODS[method], {}
         # With A constant, (B − B0) A is B A from a B of zeros: nothing is to be taken away.

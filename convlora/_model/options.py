@@ -19,7 +19,7 @@ from .._layer.change import Option
 from .._layer.masked import Masks
 from .._layer.paths import PATHS, Path
 from .._methods.lora import LoRA
-from .._methods.registry import METHODS, check_options, method_for
+from .._methods.registry import METHODS, check_options, method_for, named_methods
 from .._plan import INITS, NORM_POLICIES, Init, NormPolicy
 from ..errors import TargetError
 from .targets import Targets
@@ -101,6 +101,10 @@ class Request:
         return cls(**options)
 
     def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern", "method_pattern", "method_options", "importance"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                raise TargetError(f"{name}={value!r}; it must be a dict. Nothing was changed.")
         if self.rank is not None:
             checked_rank(self.rank, "rank")
         if self.alpha is not None:
@@ -115,7 +119,7 @@ class Request:
             raise TargetError(
                 f"init_data={self.init_data!r}; it must be batches: a DataLoader or a list, say. Nothing was changed."
             )
-        check_among(tuple(METHODS), self.method, "method")
+        check_among(named_methods(), self.method, "method")
         method_for(self.method, self.beginning)
         check_options(self.method, self.method_options or {})
         for name in ("use_rslora", "use_dora", "freeze_A"):
@@ -124,7 +128,10 @@ class Request:
         if not isinstance(self.mask_activations, bool) and self.mask_activations != "bits":
             raise TargetError(f"mask_activations={self.mask_activations!r}; it must be true, false or 'bits'.")
         if self.freeze_A and not issubclass(METHODS[self.method], LoRA):
-            raise TargetError(f"freeze_A=True; method={self.method!r} has no lora_A. Nothing was changed.")
+            raise TargetError(
+                f"freeze_A=True; method={self.method!r} has no lora_A. Use method='lora', or leave it out. "
+                "Nothing was changed."
+            )
         if self.budget is not None:
             numbers_in(self.budget, 1)
         elif self.importance is not None:
