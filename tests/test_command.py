@@ -138,7 +138,7 @@ def test_every_method_is_planned_with_its_options_and_another_one_for_some_layer
     expected = convlora.plan(network(), 4, method=method, method_options=options, method_pattern={"*.conv2": other})
     assert {key: found[key] for key in expected.to_json()} == json.loads(json.dumps(expected.to_json()))
     methods = {layer["name"]: layer["method"] for layer in found["layers"]}
-    assert set(methods.values()) == {method, other}
+    assert set(methods.values()) - {"dense"} == {method, other} - {"dense"}  # which layers too small for it are given
     assert {name for name, each in methods.items() if each == other} == {
         name for name in methods if name.endswith("conv2")
     }
