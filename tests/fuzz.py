@@ -186,12 +186,15 @@ def seeds() -> list[bytes]:
             found.append(bytes([OWN]) + Path(folder, TENSORS).read_bytes())
             config = json.loads(Path(folder, CONFIG).read_text())
             tensors = load_file(Path(folder, TENSORS))
-            is_lora = type_of(convlora.summary(model)) == "LORA"
+            kind = type_of(convlora.summary(model))
+        is_lora = kind == "LORA"
+        if not kind:
+            continue  # a method that peft has not
         if is_lora:
             config |= {"peft_type": "CONVLORA", "alpha_pattern": {"mid": 3}}
             text = json.dumps(config).encode()
             found.append(bytes([PEFT]) + len(text).to_bytes(4, "little") + text + save(tensors))
-        config |= {"peft_type": type_of(convlora.summary(model)), "modules_to_save": ["fc"]}
+        config |= {"peft_type": kind, "modules_to_save": ["fc"]}
         config |= {"bias": "all"} if is_lora else {}
         stock = {key: tensor for key, tensor in tensors.items() if ".mid." not in key and ".bn." not in key}
         text = json.dumps(config).encode()

@@ -1643,7 +1643,8 @@ def _() -> None:
         extractor, before = extract(whole), predicts(whole)
 
         def features(extractor: Any = extractor) -> Any:
-            out = extractor(IMAGES)
+            with torch.no_grad():
+                out = extractor(IMAGES)
             return out if isinstance(out, Tensor) else out["fc"]
 
         refused(extractor, lambda extractor=extractor: convlora.merge(extractor), "a feature extractor, say")
