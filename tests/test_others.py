@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import SmallNet, dense_delta, need, randomise, snapshot
+from conftest import SmallNet, dense_delta, need, randomise, snapshot, through_torch_save
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -828,6 +828,15 @@ def _() -> None:
             convlora.set_adapter(net, name)
             assert torch.equal(net.eval()(x), base(x))
             net(x).float().sum().backward()
+        convlora.add_adapter(net, "c", 2, **adapted)  # planned on what the two have made of it
+        convlora.set_adapter(net, "c")
+        randomise(net)
+        with tempfile.TemporaryDirectory() as directory:
+            convlora.save_adapter(net, directory)
+            loaded = convlora.load_adapter(copy.deepcopy(base), directory)
+        for twin in (loaded, through_torch_save(net)):
+            assert torch.equal(twin.eval()(x), net(x)) and not torch.equal(net(x), base(x))
+            assert convlora.summary(twin).layers[-1].kind == "Linear"
         convlora.remove(net)
         assert type(net.fc) is nn.Linear and torch.equal(net.fc.weight, base.fc.weight)
 

@@ -26,7 +26,7 @@ from .kept import Kept
 from .masters import as_read
 from .routed import layer_forward
 from .routing import route_of
-from .swap import Swapped, original_class, restore, swap
+from .swap import Swapped, class_below, original_class, restore, swap
 
 CHILD = "convlora"
 """The child of an adapted layer that holds its adapters by name, hence the key ``conv1.convlora.default.lora_A``."""
@@ -305,7 +305,7 @@ def detach(layer: nn.Module, adapter_name: str) -> None:
 def fold(layer: nn.Module, merged: nn.Parameter) -> None:
     """Put the merged weight in the base's place and give the layer its plain class back; may be run twice."""
     adapters = held(layer)
-    aside = aside_of(layer) or Aside.of(layer, original_class(layer), adapters, merged.dtype)
+    aside = aside_of(layer) or Aside.of(layer, class_below(layer), adapters, merged.dtype)
     vars(layer)[ASIDE] = aside
     adapters.kept.clear()
     layer._modules.pop(CHILD, None)

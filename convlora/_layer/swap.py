@@ -6,6 +6,7 @@ generated subclass ``(mixin, original class)``. ``docs/design.md`` says why this
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 from weakref import WeakValueDictionary
 
@@ -26,12 +27,15 @@ class Swapped:
     def __reduce_ex__(self, protocol: Any) -> Any:
         create, arguments, *state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         if is_swapped(self):  # else another library subclassed our class: how to rebuild that is its affair
-            create, arguments = _rebuild, (self._convlora_mixin, self._convlora_base)
+            first, *outer = reversed([cls._convlora_mixin for cls in _swaps(type(self))])
+            create, arguments = _rebuild, (first, original_class(cast(nn.Module, self)), *outer)
         return (create, arguments, *state)
 
 
-def _rebuild(mixin: type[Swapped], base: type[nn.Module]) -> object:
+def _rebuild(mixin: type[Swapped], base: type[nn.Module], *outer: type[Swapped]) -> object:
     cls = swapped_class(mixin, base)
+    for each in outer:
+        cls = swapped_class(each, cls)
     return cls.__new__(cls)
 
 
@@ -57,8 +61,20 @@ def is_swapped(module: object) -> bool:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class, or the one that it had before :func:`swap`."""
+    """The module's class, or the one that it had before any :func:`swap`."""
+    return ([type(module), *(cls._convlora_base for cls in _swaps(type(module)))])[-1]
+
+
+def class_below(module: nn.Module) -> type[nn.Module]:
+    """The module's class, or the one that it had before the last :func:`swap`."""
     return cast(Swapped, module)._convlora_base if is_swapped(module) else type(module)
+
+
+def _swaps(cls: type[Any]) -> Iterator[type[Swapped]]:
+    """The generated classes, the last first: a head in fp32 that another adapter adapts is swapped twice."""
+    while "_convlora_mixin" in vars(cls):
+        yield cls
+        cls = cls._convlora_base
 
 
 def check_swappable(name: str, module: nn.Module, mixin: type[Swapped]) -> None:
@@ -83,7 +99,7 @@ def turn(module: nn.Module, mixin: type[Swapped]) -> None:
         StateError: another library has put its own class on top of ours.
     """
     check_restorable(module)
-    cls = swapped_class(mixin, original_class(module))
+    cls = swapped_class(mixin, class_below(module))
     if type(module) is not cls:
         module.__class__ = cls
 
@@ -95,7 +111,7 @@ def restore(module: nn.Module) -> None:
         StateError: another library has put its own class on top of ours (FSDP2 does); undo that first.
     """
     check_restorable(module)
-    module.__class__ = original_class(module)
+    module.__class__ = class_below(module)
 
 
 def check_restorable(module: nn.Module) -> None:
