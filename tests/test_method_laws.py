@@ -1039,8 +1039,13 @@ def test_a_file_of_a_method_that_is_not_registered_says_so(registry, tmp_path):
         convlora.save_adapter(net, tmp_path / kind)
         assert predicts(convlora.load_adapter(base, tmp_path / kind), x, net(x).detach())
         convlora.remove(base)
+    net, _ = build(kind)
+    adapt(net, {"method": "sign", "method_pattern": {"layer": "lora"}})  # named, and no layer's
+    nudge(net)
+    convlora.save_adapter(net, tmp_path / "named alone")
     del registry["sign"]
     before = snapshot(base)
-    with pytest.raises(CheckpointError, match=r"needs method 'sign', which is not known here\. Import the code"):
-        convlora.load_adapter(base, tmp_path / kind)
+    for file in (kind, "named alone"):
+        with pytest.raises(CheckpointError, match=r"needs method 'sign', which is not known here\. Import the code"):
+            convlora.load_adapter(base, tmp_path / file)
     assert snapshot(base) == before

@@ -77,8 +77,8 @@ def read_manifest(file: TensorFile) -> Manifest:
 
 
 def _check_methods(file: Path, plan: Plan) -> None:
-    """Raise where a layer's method is none that is known here: one that the user has registered where it was saved."""
-    unknown = sorted({layer.method for layer in plan.layers} - METHODS.keys())
+    """Raise where a method is none that is known here: one that the user has registered where it was saved."""
+    unknown = sorted({plan.method, *(each.method for each in (*plan.layers, *plan.skipped))} - METHODS.keys())
     if unknown:
         raise CheckpointError(
             f"{file} needs method {plain(repr(unknown[0]))}, which is not known here. Import the code that "
