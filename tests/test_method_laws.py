@@ -394,7 +394,7 @@ def dropout_thins_the_change_alone_and_in_training_alone(kind: str, asked: Optio
     coarse = {"rtol": 2e-2, "atol": 5e-2}  # the change was rounded to half precision here
     wide = x.dtype in (torch.float32, torch.float64)
     thinned = plain(x) + delta(torch.dropout(x, 0.5, True))
-    torch.testing.assert_close(y, thinned, **({"rtol": 1e-4, "atol": 1e-5} if wide else coarse))
+    torch.testing.assert_close(y, thinned, **({"rtol": 1e-4, "atol": 5e-5} if wide else coarse))
     assert not torch.equal(net(x), y)
     net.eval()
     with torch.no_grad():
@@ -435,16 +435,18 @@ def it_trains_and_nothing_else_moves(kind: str, asked: Options, path: Path) -> N
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer = torch.optim.SGD(convlora.trainable_parameters(net), lr=0.1)
     losses = []
+    target = torch.randn_like(net(x).detach().float())  # not their size alone, which no rotation changes
     for _ in range(4):
         optimizer.zero_grad()
-        loss = net(x).float().square().mean()
+        loss = (net(x).float() - target).square().mean()
         losses.append(loss.item())
         (loss / losses[0]).backward()  # some weights are standardised to outputs far from 1
         optimizer.step()
-    assert losses[-1] < losses[0]
+    assert min(losses[1:]) < losses[0]
     moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
     assert moved == numbers.keys()
-    assert all(p.dtype == torch.promote_types(x.dtype, torch.float32) for p in numbers.values())
+    own = (p for name, p in numbers.items() if ".convlora." in name)  # a bias keeps the base's dtype
+    assert all(p.dtype == torch.promote_types(x.dtype, torch.float32) for p in own)
     net.eval()
     with torch.no_grad():
         expected = net(x)
