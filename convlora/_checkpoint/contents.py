@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
-from .._layer.places import BASE
 from .._model.state import Adapter, Injection
 from .keys import own_keys, tensors_as
 from .peft_format import dotted, factor_shapes
@@ -28,11 +26,10 @@ def moved_buffers(root: nn.Module, injection: Injection, adapter: Adapter) -> se
     names = {module: name for name, module in root.named_modules()}
     moved = set()
     for place in injection.places:
-        now, base = place.of(adapter.plan.adapter_name), place.of(BASE)
         is_there = place.name in place.home and place.module in names
-        if now is None or place.is_parameter or not place.is_saved or not is_there:
+        if place.is_parameter or not place.is_saved or not is_there:
             continue
-        if base is None or not torch.equal(now, base.to(now.device, now.dtype)):
+        if place.has_moved(adapter.plan.adapter_name):
             moved.add(dotted(names[place.module], place.name))
     return moved
 

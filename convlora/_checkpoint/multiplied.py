@@ -82,8 +82,8 @@ def _ia3_fields(plan: Plan) -> dict[str, Any]:
 def _unlike_ia3(layer: nn.Module) -> str:
     """What of a layer is not exact where peft scales its inputs or outputs: nearly nothing."""
     kind = original_class(layer)
-    fault = _unlike_kind(layer, (nn.Conv2d, nn.Conv3d, nn.Linear))
-    return fault or unlike_class(layer, is_faithful(kind) or is_plain(layer, kind))
+    is_known = is_faithful(kind) or is_plain(layer, kind)
+    return _unlike_kind(layer, (nn.Conv2d, nn.Conv3d, nn.Linear)) or unlike_class(layer, is_known)
 
 
 # ---- OFT
@@ -141,8 +141,8 @@ def _oft_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any]) 
 
 def _unlike_oft(layer: nn.Module) -> str:
     """peft turns the inputs of each position; of larger kernels it adds up what overlaps."""
-    fault = _unlike_kind(layer, (nn.Conv2d, nn.Linear))
-    if fault := fault or unlike_class(layer, is_faithful(original_class(layer))):
+    is_known = is_faithful(original_class(layer))
+    if fault := _unlike_kind(layer, (nn.Conv2d, nn.Linear)) or unlike_class(layer, is_known):
         return fault
     if isinstance(layer, nn.Conv2d):
         if layer.kernel_size != (1, 1):
@@ -242,8 +242,8 @@ def _unlike_kind(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str:
 
 def _unlike_square(layer: nn.Module) -> str:
     """What peft's BOFT and HRA leave out of a convolution, in whose place they compute one of their own."""
-    fault = _unlike_kind(layer, (nn.Conv2d, nn.Linear))
-    if fault := fault or unlike_class(layer, is_torchs_own(original_class(layer))):
+    is_known = is_torchs_own(original_class(layer))
+    if fault := _unlike_kind(layer, (nn.Conv2d, nn.Linear)) or unlike_class(layer, is_known):
         return fault
     if isinstance(layer, nn.Linear):
         return ""

@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -138,7 +137,7 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[
 def _warn_if_untrained(injection: Injection, adapter: Adapter) -> None:
     biases = {adapter.modules[name] for name in adapter.plan.biases}  # which may be all that was trained
     places = (place for place in injection.places if place.module in biases and place.name == "bias")
-    moved = any(_differ(place.of(adapter.plan.adapter_name), place.of(BASE)) for place in places)
+    moved = any(place.has_moved(adapter.plan.adapter_name) for place in places)
     if adapter.changes and not moved and all(change.is_fresh() for change in adapter.changes):
         what = {planned.change.fresh for planned in adapter.plan.layers}
         warnings.warn(
@@ -146,10 +145,6 @@ def _warn_if_untrained(injection: Injection, adapter: Adapter) -> None:
             "convlora.inject? Make it after, from convlora.trainable_parameters(model).",
             stacklevel=4,
         )
-
-
-def _differ(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and not torch.equal(one, other.to(one.device, one.dtype))
 
 
 def _warn_if_not_finite(tensors: State, base: State) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .dora import channel_scale, scaled_output, scaled_weight
-from .functional import in_dtype, no_autocast
+from .functional import has_channels_last, in_dtype, no_autocast
 from .paths import Path
 
 Shape = tuple[int, ...]
@@ -260,6 +260,6 @@ def _shaped(weight: Tensor, shape: Shape) -> Tensor:
 
 def _like(weight: Tensor, base: Tensor) -> Tensor:
     """The weight in the base's memory format."""
-    if base.ndim > 2 and not base.is_contiguous() and base.movedim(1, -1).is_contiguous():
+    if has_channels_last(base):
         return weight.movedim(1, -1).contiguous().movedim(-1, 1)
     return weight

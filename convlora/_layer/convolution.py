@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import depthwise
-from .functional import Geometry, Ints, in_dtype, is_float_on_cpu, no_autocast, plus_delta
+from .functional import Form, Geometry, Ints, in_dtype, is_float_on_cpu, no_autocast, plus_delta
 
 LARGE = 256
 """Positions in an image, times what a layer multiplies channels by, from which on a product over channels is faster on
@@ -95,30 +95,20 @@ class _Constant(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, bias: Tensor | None, geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(weight, lora_A)
-        ctx.form, ctx.geometry = (x.shape, x.stride()), geometry
+        ctx.form, ctx.geometry = Form.of(x), geometry
         ctx.set_materialize_grads(False)
         return conv(x, weight, bias, geometry), conv(x, lora_A, None, geometry)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found, form = None, _Form(*ctx.form)
+        found = None
         for g, kernel in zip(grads, ctx.saved_tensors, strict=True):
             if g is not None and ctx.needs_input_grad[0]:
-                through = _convolution_backward(g, _stand_in(form, g), kernel, ctx.geometry, 0)
+                through = _convolution_backward(g, ctx.form.empty(g), kernel, ctx.geometry, 0)
                 found = through if found is None else found + through
         g = grads[0]
         for_bias = None if g is None or not ctx.needs_input_grad[3] else g.sum((0, *range(2, g.ndim)))
         return found, None, None, for_bias, None
-
-
-class _Form(NamedTuple):
-    """What the gradient to x has to know of x where its numbers are not kept."""
-
-    shape: Ints
-    strides: Ints
-
-    def stride(self, dim: int) -> int:
-        return self.strides[dim]
 
 
 class _Convolution(torch.autograd.Function):
@@ -151,7 +141,7 @@ class _Convolution(torch.autograd.Function):
         _, _, for_A, for_B, *_ = ctx.needs_input_grad
         is_read = for_A or (for_B and not keeps_hidden)
         ctx.save_for_backward(x if is_read else None, weight, lora_A, lora_B, bias, hidden)
-        ctx.form, ctx.sizes = (x.shape, x.stride()), y.shape[2:]
+        ctx.form, ctx.sizes = Form.of(x), y.shape[2:]
         ctx.scaling, ctx.geometry, ctx.path = scaling, geometry, path
         if not keeps_hidden:
             return y
@@ -164,7 +154,7 @@ class _Convolution(torch.autograd.Function):
         g, *of_hidden = grads
         saved = ctx.saved_tensors  # once: checkpointing hands each out one time
         kept, weight, lora_A, *_ = saved
-        x: Tensor | _Form = _Form(*ctx.form) if kept is None else kept
+        x: Tensor | Form = ctx.form if kept is None else kept
         with no_autocast(weight.device.type):
             grad_x, grad_A, grad_B, grad_bias = (None,) * 4 if g is None else _gradients(ctx, saved, g, x)
             if ctx.needs_input_grad[0] and of_hidden and of_hidden[0] is not None:
@@ -174,7 +164,7 @@ class _Convolution(torch.autograd.Function):
         return grad_x, None, grad_A, grad_B, grad_bias, None, None, None, None
 
 
-def _gradients(ctx: Any, saved: tuple[Any, ...], g: Tensor, x: Tensor | _Form) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, saved: tuple[Any, ...], g: Tensor, x: Tensor | Form) -> tuple[Tensor | None, ...]:
     """To x, A, B and the bias, each where it is needed."""
     kept, weight, lora_A, lora_B, bias, hidden = saved
     for_x, _, for_A, for_B, for_bias, *_ = ctx.needs_input_grad
@@ -249,7 +239,7 @@ def _weight_grad(t: Tensor, g: Tensor, read: Tensor, lora_A: Tensor, geometry: G
     return _convolution_backward(_shaped(t, g), read, lora_A, geometry, 1)
 
 
-def _input_grad(g: Tensor, x: Tensor | _Form, weight: Tensor, geometry: Geometry) -> Tensor:
+def _input_grad(g: Tensor, x: Tensor | Form, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient that reaches x through a convolution with ``weight``; of x, only the form counts."""
     if _as_product(g, weight, geometry):
         return _spread(_shaped(_mix(_rows(weight).T, _flat(g)), g), x, geometry)
@@ -261,9 +251,9 @@ def _input_grad(g: Tensor, x: Tensor | _Form, weight: Tensor, geometry: Geometry
     return _convolution_backward(g, _stand_in(x, g), weight, geometry, 0)
 
 
-def _stand_in(x: Tensor | _Form, g: Tensor) -> Tensor:
-    """A tensor of x's form, whatever its numbers: on a CPU, memory that is never touched."""
-    return torch.empty_strided(*x, dtype=g.dtype, device=g.device) if isinstance(x, _Form) else x
+def _stand_in(x: Tensor | Form, g: Tensor) -> Tensor:
+    """A tensor of x's form, whatever its numbers."""
+    return x.empty(g) if isinstance(x, Form) else x
 
 
 def _as_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -287,7 +277,7 @@ def _as_one_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def _both(
-    flat: Tensor, g: Tensor, x: Tensor | _Form, weight: Tensor, B: Tensor, geometry: Geometry
+    flat: Tensor, g: Tensor, x: Tensor | Form, weight: Tensor, B: Tensor, geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
     """The gradient to x, and t, by one product, whose larger operand g is read once."""
     columns = weight.shape[1]
@@ -295,7 +285,7 @@ def _both(
     return _spread(_shaped(both[:, :columns], g), x, geometry), both[:, columns:]
 
 
-def _spread(grad: Tensor, x: Tensor | _Form, geometry: Geometry) -> Tensor:
+def _spread(grad: Tensor, x: Tensor | Form, geometry: Geometry) -> Tensor:
     """A gradient at the positions that a 1×1 kernel reads, as one at all positions of x."""
     if not _skips(geometry.stride):
         return grad
@@ -307,7 +297,7 @@ def _spread(grad: Tensor, x: Tensor | _Form, geometry: Geometry) -> Tensor:
 
 
 def _add_input_grad(
-    grad: Tensor, t: Tensor, g: Tensor, x: Tensor | _Form, lora_A: Tensor, scaling: float, geometry: Geometry
+    grad: Tensor, t: Tensor, g: Tensor, x: Tensor | Form, lora_A: Tensor, scaling: float, geometry: Geometry
 ) -> None:
     """Add to ``grad``, in place, the gradient that reaches x through A; of g and x, only the form counts."""
     if is_pointwise(lora_A.shape[2:], geometry):
@@ -339,7 +329,7 @@ def _through_dense(
     return (lora_B.T @ dense).view(lora_A.shape) if for_A else None, dense @ _rows(lora_A).T
 
 
-def _channels_last(x: Tensor | _Form) -> bool:
+def _channels_last(x: Tensor | Form) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1
 
 

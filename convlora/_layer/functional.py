@@ -30,6 +30,26 @@ class Geometry(NamedTuple):
     groups: int
 
 
+class Form(NamedTuple):
+    """All that a gradient needs to know of a tensor whose numbers are not kept."""
+
+    shape: Ints
+    strides: Ints
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Form:
+        """A tensor's."""
+        return cls(tensor.shape, tensor.stride())
+
+    def stride(self, dim: int) -> int:
+        """As the tensor's."""
+        return self.strides[dim]
+
+    def empty(self, like: Tensor) -> Tensor:
+        """A tensor of this form, its numbers not written: memory that is there for a moment."""
+        return torch.empty_strided(self.shape, self.strides, dtype=like.dtype, device=like.device)
+
+
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """The change ΔW that an adapter makes to a layer's weight.
 
@@ -95,7 +115,7 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
 
 def plus_delta(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """:func:`effective_weight` for a caller that has turned autocast off."""
-    last = weight.ndim > 2 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
+    last = has_channels_last(weight)
     rows, A = (weight.movedim(1, -1), lora_A.movedim(1, -1)) if last else (weight, lora_A)
     base, A, B = rows.reshape(lora_B.shape[0], -1), A.flatten(1), lora_B.flatten(1)
     if weight.dtype != lora_A.dtype:
@@ -103,6 +123,11 @@ def plus_delta(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
         base, A, B = base.to(wide), A.to(wide), B.to(wide)
     merged = in_dtype(torch.addmm(base, B, A, alpha=scaling), weight.dtype).view(rows.shape)
     return merged.movedim(-1, 1) if last else merged
+
+
+def has_channels_last(weight: Tensor) -> bool:
+    """Whether a kernel's input channels lie side by side in memory, as in torch's channels_last formats."""
+    return weight.ndim > 2 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .functional import Ints, is_transformed
+from .functional import Form, Ints, is_transformed
 from .swap import Swapped, check_restorable, original_class, restore, turn
 
 aten = torch.ops.aten
@@ -212,21 +212,10 @@ def _pair(size: int | Ints) -> Ints:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-class _Form(NamedTuple):
-    """All that a gradient needs to know of a pooling's input."""
-
-    shape: Ints
-    stride: Ints
-
-    def empty(self, like: Tensor) -> Tensor:
-        """A tensor of this form, its numbers not written: memory that is there for a moment."""
-        return torch.empty_strided(self.shape, self.stride, dtype=like.dtype, device=like.device)
-
-
 class _AveragePool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pool: Any, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.form = _Form(x.shape, x.stride())
+        ctx.form = Form.of(x)
         kernel, rest = _pair(pool.kernel_size), (pool.ceil_mode, pool.count_include_pad, pool.divisor_override)
         ctx.arguments = kernel, _pair(pool.stride or kernel), _pair(pool.padding), *rest
         return forward(x)
@@ -257,7 +246,7 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: _Window) -> Tensor:
         y, indices = aten.max_pool2d_with_indices(x, *window)
-        ctx.form, ctx.window = _Form(x.shape, x.stride()), window
+        ctx.form, ctx.window = Form.of(x), window
         ctx.save_for_backward((indices - _corners(ctx, indices)).to(_smallest(ctx)))
         return cast(Tensor, y)
 

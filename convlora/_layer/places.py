@@ -69,6 +69,11 @@ class Place:
         """The owner's own tensor; None where it has the base's."""
         return self.of(owner) if owner in self.kept or owner == self.owner else None
 
+    def has_moved(self, owner: str) -> bool:
+        """Whether the owner's tensor holds other numbers than the base's, or the base has none."""
+        now, base = self.of(owner), self.of(BASE)
+        return now is not None and (base is None or not torch.equal(now, base.to(now.device, now.dtype)))
+
     def put(self, owner: str) -> None:
         """Put the owner's tensor, or the base's where it has none, into the module; bit for bit, the same object.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._layer.change import Change, Shape, Shapes
-from .lora import LoRA
+from .lora import LoRA, stored_factors
 
 
 class Dense(Change):
@@ -66,8 +66,7 @@ class Dense(Change):
     @staticmethod
     def stored_as(diff: Tensor) -> dict[str, Tensor]:
         """What a file holds of this D."""
-        A, B = _factors(diff)
-        return {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *[1] * (diff.ndim - 2))}
+        return stored_factors(*_factors(diff))
 
     def restore(self, stored: Mapping[str, Tensor]) -> None:
         """D, from whichever factor holds it."""

@@ -71,8 +71,7 @@ class LoRA(Change):
 
     def stored(self) -> Mapping[str, Tensor]:
         """A and B."""
-        A, B = self.factors()
-        return {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *[1] * len(self.weight_shape[2:]))}
+        return stored_factors(*self.factors())
 
     def restore(self, stored: Mapping[str, Tensor]) -> None:
         """A and B."""
@@ -91,6 +90,11 @@ class LoRA(Change):
             if now is not new:
                 setattr(self, name, nn.Parameter(new.to(now.dtype), requires_grad=now.requires_grad))
         self.rank = len(lora_A)
+
+
+def stored_factors(lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+    """A ``(rank, ...)`` and B ``(C_out, rank)`` as a file holds them."""
+    return {"lora_A.weight": lora_A, "lora_B.weight": lora_B.view(*lora_B.shape, *[1] * (lora_A.ndim - 2))}
 
 
 class AnchoredLoRA(LoRA):
@@ -138,8 +142,7 @@ class AnchoredLoRA(LoRA):
     def stored(self) -> Mapping[str, Tensor]:
         """[A; A0] and [B, −B0], which hold all bits of the four."""
         A, B = super().factors()
-        both = torch.cat([A, self.lora_A0]), torch.cat([B, -self.lora_B0], dim=1)
-        return dict(zip(self.stored_shapes(self.weight_shape, self.rank), both, strict=True))
+        return stored_factors(torch.cat([A, self.lora_A0]), torch.cat([B, -self.lora_B0], dim=1))
 
     def restore(self, stored: Mapping[str, Tensor]) -> None:
         """All four."""

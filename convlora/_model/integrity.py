@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from .._layer.adapted import AdaptedLayer, Adapters, base_weight
@@ -206,8 +205,7 @@ def _moved(injection: Injection) -> Iterator[Finding]:
         for place in injection.places:
             if adapter.norms.get(place.module) != "freeze" or not place.name.startswith("running_"):
                 continue
-            now, base = place.of(owner), place.of(BASE)
-            if now is not None and base is not None and not torch.equal(now, base.to(now.device, now.dtype)):
+            if place.of(BASE) is not None and place.has_moved(owner):
                 name = f"{names[place.module]}.{place.name}"
                 what = f"the norm is frozen, and its statistics in adapter {owner!r} are not the base's"
                 yield Finding(name, what, 'They are saved with it; norm="track" lets data move them', "noted")
