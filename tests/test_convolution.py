@@ -82,10 +82,8 @@ def test_output_and_gradients_are_those_of_the_dense_weight(path, channels_last,
         torch.testing.assert_close(layer.bias.grad, plain.bias.grad, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("path", PATHS[1:])
-@pytest.mark.parametrize("groups, kernel, stride", [(1, 3, 2), (1, 1, 1), (1, 1, 2), (2, 3, 1), (4, 5, 1)])
-@pytest.mark.parametrize("freeze_A", [False, True])
-def test_first_and_second_derivatives_in_double_precision(path, groups, kernel, stride, freeze_A):
+def drawn(groups, kernel, stride, freeze_A):
+    """A geometry, a frozen weight, and x, A, B and bias of which derivatives are taken."""
     torch.manual_seed(0)
     geometry = Geometry((stride, stride), (kernel // 2,) * 2, (1, 1), groups)
     weight = torch.randn(4, 4 // groups, kernel, kernel, dtype=torch.float64)
@@ -93,33 +91,34 @@ def test_first_and_second_derivatives_in_double_precision(path, groups, kernel, 
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
         for shape in [(2, 4, 4, 3), (2, *weight.shape[1:]), (4, 2), (4,)]
     )
-    A.requires_grad_(not freeze_A)
+    return geometry, weight, (x, A.requires_grad_(not freeze_A), B, bias)
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("groups, kernel, stride", [(1, 3, 2), (1, 1, 1), (1, 1, 2), (2, 3, 1), (4, 5, 1)])
+@pytest.mark.parametrize("freeze_A", [False, True])
+def test_first_and_second_derivatives_in_double_precision(path, groups, kernel, stride, freeze_A):
+    geometry, weight, leaves = drawn(groups, kernel, stride, freeze_A)
 
     def run(x, A, B, bias):
         return convolve(x, weight, A, B, bias, 0.7, geometry, path)
 
-    assert gradcheck(run, (x, A, B, bias), fast_mode=True)
-    assert gradgradcheck(run, (x, A, B, bias), fast_mode=True)
+    assert gradcheck(run, leaves, fast_mode=True)
+    assert gradgradcheck(run, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("freeze_A", [False, True])
 @pytest.mark.parametrize("path, groups, kernel, stride", [("branch", 1, 3, 2), ("weight", 1, 1, 2), ("auto", 2, 3, 1)])
 def test_first_and_second_derivatives_in_few_calls(path, groups, kernel, stride, freeze_A):
-    torch.manual_seed(0)
-    geometry = Geometry((stride, stride), (kernel // 2,) * 2, (1, 1), groups)
-    weight = torch.randn(4, 4 // groups, kernel, kernel, dtype=torch.float64)
-    x, A, B, bias = (
-        torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        for shape in [(2, 4, 4, 3), (2, *weight.shape[1:]), (4, 2), (4,)]
-    )
-    A.requires_grad_(not freeze_A)
+    geometry, weight, leaves = drawn(groups, kernel, stride, freeze_A)
+    x, A, B, bias = leaves
 
     def run(x, A, B, bias):
         return convolve_plainly(x, weight, A, B, bias, 0.7, geometry, path)
 
     torch.testing.assert_close(run(x, A, B, bias), convolve(x, weight, A, B, bias, 0.7, geometry, "fused"))
-    assert gradcheck(run, (x, A, B, bias), fast_mode=True)
-    assert gradgradcheck(run, (x, A, B, bias), fast_mode=True)
+    assert gradcheck(run, leaves, fast_mode=True)
+    assert gradgradcheck(run, leaves, fast_mode=True)
 
 
 @pytest.mark.pairwise

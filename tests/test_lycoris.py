@@ -30,6 +30,15 @@ def file_of_lycoris(base, path, **options):
     return expected
 
 
+def refused(base, tensors, reason, folder):
+    """The file that ``tensors`` makes for this base is refused with the reason, and the base is as it was."""
+    save_file(tensors(base), folder / "x.safetensors")
+    before = snapshot(base)
+    with pytest.raises(CheckpointError, match=f"(?s){reason}.*Nothing was changed"):
+        convlora.load_adapter(base, folder / "x.safetensors")
+    assert snapshot(base) == before
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [thorough("resnet18"), "mobilenetv3_small_050"])
 @pytest.mark.parametrize("use_tucker", [False, True])
@@ -123,12 +132,7 @@ def tucker_of_wrong_shape(base):
     ],
 )
 def test_what_is_not_exact_or_does_not_fit_is_refused(tmp_path, tensors, reason):
-    base = Net()
-    save_file(tensors(base), tmp_path / "x.safetensors")
-    before = snapshot(base)
-    with pytest.raises(CheckpointError, match=f"(?s){reason}.*Nothing was changed"):
-        convlora.load_adapter(base, tmp_path / "x.safetensors")
-    assert snapshot(base) == before
+    refused(Net(), tensors, reason, tmp_path)
 
 
 def test_names_that_fall_together_are_refused(tmp_path):
@@ -335,12 +339,7 @@ ALL_REASONS = {
 @pytest.mark.parametrize("what", ALL_REASONS)
 def test_what_a_method_of_lycoris_is_not_exact_in_is_refused_with_its_reason(tmp_path, what):
     tensors, reason = ALL_REASONS[what]
-    base = Square()
-    save_file(tensors(base), tmp_path / "x.safetensors")
-    before = snapshot(base)
-    with pytest.raises(CheckpointError, match=f"(?s){reason}.*Nothing was changed"):
-        convlora.load_adapter(base, tmp_path / "x.safetensors")
-    assert snapshot(base) == before
+    refused(Square(), tensors, reason, tmp_path)
 
 
 def test_several_methods_in_one_file(tmp_path):
