@@ -249,6 +249,7 @@ CASES: dict[str, Case] = {
     "summary": Case(lambda s: str(convlora.summary(s.model))),
     "adapter_parameters": Case(lambda s: list(convlora.adapter_parameters(s.model))),
     "trainable_parameters": Case(lambda s: list(convlora.trainable_parameters(s.model))),
+    "parameter_groups": Case(lambda s: convlora.parameter_groups(s.model, lr=1e-3)),
     "base_weight": Case(lambda s: [convlora.base_weight(s.model.get_submodule(name)) for name in each_layer(s)]),
     "save_adapter": Case(lambda s: convlora.save_adapter(s.model, s.folder / "saved")),
     "save_adapter, tracked norms": Case(

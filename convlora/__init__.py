@@ -18,7 +18,7 @@ from ._model.memory import KeptBytes, SavedBytes, saved_bytes
 from ._model.merge import merge, unmerge
 from ._model.planner import plan
 from ._model.remove import remove
-from ._model.summary import adapter_parameters, summary, trainable_parameters
+from ._model.summary import adapter_parameters, parameter_groups, summary, trainable_parameters
 from ._model.use import use_adapters
 from ._plan import LayerPlan, Plan
 from ._version import __version__ as __version__
@@ -49,6 +49,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "parameter_groups",
     "plan",
     "push_to_hub",
     "register_method",

@@ -65,6 +65,18 @@ def test_every_learning_rate_sees_the_same_batches(splits):
     assert not torch.equal(one[0][0], next(training.batches(few, RECIPE, seed=5))[0])
 
 
+def test_an_arm_with_a_ratio_moves_B_so_many_times_as_far_as_the_head(splits):
+    torch.manual_seed(0)
+    model = convlora.inject(timm.create_model("test_resnet", num_classes=10), 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    few = data.few(splits.train, 1, seed=0)
+    training.fit(model, few, training.Recipe(1e-3, 1, 10, 1), 0, 0.5, 0.5, ratio=16)
+    moved = {name: (p.detach() - before[name]).abs().max() for name, p in model.named_parameters() if name in before}
+    for end, ratio in (("lora_A", 0), ("lora_B", 16), ("fc.weight", 1), ("fc.bias", 1)):
+        furthest = float(max(distance for name, distance in moved.items() if name.endswith(end)))
+        assert furthest == pytest.approx(ratio * 1e-3, rel=0.01, abs=1e-7), end  # Adam's first step is its rate
+
+
 def test_augmentation_keeps_shape_and_range_and_varies_within_a_batch(splits):
     x = splits.train.x[:1].expand(4, -1, -1, -1)
     y = data.varied(x, torch.Generator().manual_seed(0))

@@ -40,6 +40,8 @@ class Arm:
     is_adapter: bool = False
     """Whether convlora's merge, save and load can be asked of it."""
     where: int = EVERYWHERE
+    ratio: float = 1.0
+    """How many times the learning rate of all else B has: LoRA+."""
 
 
 def _full(model: nn.Module, _: Batches) -> nn.Module:
@@ -97,8 +99,10 @@ def _peft(model: nn.Module, _: Batches, rank: int) -> nn.Module:
     return peers.peft(model, rank).model
 
 
-def _adapter(name: str, what: str, where: int = EVERYWHERE, tracks: bool = False, **options: Any) -> Arm:
-    return Arm(name, what, partial(_lora, **options), tracks, is_adapter=True, where=where)
+def _adapter(
+    name: str, what: str, where: int = EVERYWHERE, tracks: bool = False, ratio: float = 1.0, **options: Any
+) -> Arm:
+    return Arm(name, what, partial(_lora, **options), tracks, is_adapter=True, where=where, ratio=ratio)
 
 
 _ALL = (
@@ -116,6 +120,17 @@ _ALL = (
         rank=16,
         method_pattern={"*": "lora"},
     ),
+    *(
+        _adapter(
+            f"lora-8-plus-{ratio}",
+            f"rank 8, parameter_groups: {ratio} times the rate for B",
+            ALL_IMAGES,
+            ratio=ratio,
+            rank=8,
+        )
+        for ratio in (4, 16)
+    ),
+    _adapter("hira-8-plus-16", 'the same with method="hira"', ALL_IMAGES, ratio=16, rank=8, method="hira"),
     _adapter("lora-16", "inject(model, rank=16)", FIRST_ALONE, rank=16),
     _adapter("lora-32", "inject(model, rank=32)", ALL_IMAGES, rank=32),
     _adapter("lora-8-track", 'rank 8, norm="track"', ALL_IMAGES, tracks=True, rank=8, norm="track"),

@@ -128,7 +128,7 @@ class Work:
         if arm.name == "probe":
             seconds = self._fit_head(model, task, images, recipe, seed, mean, std)
         else:
-            seconds = fit(model, images, recipe, seed, mean, std)
+            seconds = fit(model, images, recipe, seed, mean, std, ratio=arm.ratio)
         test, validation = self.splits.test, self.splits.validation
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return Outcome(

@@ -6,11 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+
+import convlora
 
 from .data import Images, varied
 
@@ -50,14 +53,17 @@ def fit(
     mean: float,
     std: float,
     ready: Iterable[tuple[Tensor, Tensor]] | None = None,
+    ratio: float = 1.0,
 ) -> float:
     """Train what requires a gradient, in place; the modes are the caller's.
 
     Returns seconds of processor time, without data's.
 
-    ``ready`` takes the place of the batches that the seed would draw.
+    ``ready`` takes the place of the batches that the seed would draw; ``ratio`` is B's learning rate by all others'.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if ratio != 1:
+        parameters = convlora.parameter_groups(model, lr=recipe.lr, lr_B=ratio * recipe.lr)
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     total = epochs_of(images, recipe) * math.ceil(len(images) / recipe.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(total))

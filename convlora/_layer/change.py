@@ -59,6 +59,9 @@ class Change(nn.Module):
     """Whether :meth:`shapes` is told besides how channels lie in the weight: ``groups`` and ``transposed``."""
     trains_bias: ClassVar[bool] = False
     """Whether the layer's own bias, where it has one, is trained and belongs to the adapter."""
+    fast: ClassVar[tuple[str, ...]] = ()
+    """Tensors that may learn at a higher rate, see :func:`convlora.parameter_groups`. As LoRA's B, they begin at zero,
+    the others' gradient is zero until they move, and they read what the others make of the layer's input."""
     ranks: ClassVar[str] = ""
     """Why :meth:`rank_at` may be lower than the rank that is asked for."""
     use_dora: bool = False

@@ -6,7 +6,7 @@ Huang et al., "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class HiRA(Change):
     method = "hira"
     formula = "W ⊙ (1 + B A)"
     fresh = "hira_B is zero"
+    fast: ClassVar[tuple[str, ...]] = ("hira_B",)
     has_alpha = False
     hira_A: Tensor
     hira_B: Tensor

@@ -30,6 +30,7 @@ class LoRA(Change):
     inits: ClassVar[tuple[str, ...]] = ("kaiming", "gaussian", "orthogonal", "eva")
     formula = "W + scaling · B A"
     fresh = "lora_B is zero"
+    fast: ClassVar[tuple[str, ...]] = ("lora_B",)
     anchored = False
     lora_A: Tensor
     lora_B: Tensor
@@ -111,6 +112,7 @@ class AnchoredLoRA(LoRA):
     inits: ClassVar[tuple[str, ...]] = ("pissa", "olora")
     formula = "W + scaling · (B A − B₀ A₀), A₀ and B₀ as they began"
     fresh = "factor is as it began"
+    fast: ClassVar[tuple[str, ...]] = ()  # neither factor is zero, and a gradient reaches both at once
     anchored = True
     lora_A0: Tensor
     lora_B0: Tensor

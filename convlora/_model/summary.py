@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from numbers import Real
+from typing import Any
 
 from torch import nn
 
+from .._layer.change import Change
 from .._methods.lora import LoRA
 from .._plan import Plan
+from ..errors import TargetError
 from .integrity import check_trainable
 from .state import injected, the_adapter, the_injection
+
+PLUS = 16.0
+"""How many times A's learning rate B gets where nothing else is asked for: the LoRA+ paper's ratio."""
 
 
 def summary(model: nn.Module, adapter_name: str | None = None) -> Plan:
@@ -64,3 +72,69 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """
     check_trainable(model, stacklevel=2)
     return (p for p in model.parameters() if p.requires_grad)
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, lr_B: float | None = None, weight_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """All that an optimizer should have, in groups: B learns faster than A, and no factor decays.
+
+    >>> groups = convlora.parameter_groups(model, lr=5e-4, weight_decay=0.01)
+    >>> optimizer = torch.optim.AdamW(groups)
+    >>> [(group["name"], group["lr"]) for group in groups]
+    [('A', 0.0005), ('B', 0.008), ('head', 0.0005), ('biases', 0.0005)]
+
+    Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024 (arXiv:2402.12354). What
+    :func:`trainable_parameters` gives is there once, each in one group:
+
+    - ``"B"``: ``lora_B`` and ``hira_B``. They begin at zero, A has no gradient before they move, and they read the
+      ``rank`` numbers that A makes of the layer's input; :attr:`convlora.Change.fast` says it of a method.
+    - ``"A"``: all else of an adapter's layers. LoHa's and LoKr's factors that begin at zero read the layer's input
+      themselves, as A does. In ``dense``, ``ia3``, ``ssf``, ``oft``, ``boft``, ``hra``, and in LoRA that begins by
+      PiSSA or OLoRA, all tensors have a gradient from the first step on.
+    - ``"head"``: matrices and kernels of modules that are trained in full;
+    - ``"biases"``: their biases, and scale and shift of norm layers, which do not decay either.
+
+    A group without parameters is left out. A scheduler that multiplies each group's rate (``LambdaLR``, a cosine down
+    to zero) keeps the ratio; ``OneCycleLR`` wants ``max_lr=[group["lr"] for group in groups]``.
+
+    Args:
+        model: an injected model.
+        lr: the learning rate of all groups but ``"B"``.
+        lr_B: that of ``"B"``; default 16 times ``lr``, so that ``lr`` wants to be lower than for one rate alone.
+            ``lr_B=lr`` is one rate.
+        weight_decay: of ``"head"``; default the optimizer's own. The other groups have 0.
+
+    Returns:
+        ``params``, ``name``, ``lr`` and, where it is said here, ``weight_decay`` of each group.
+
+    Raises:
+        TargetError: a rate or the decay is no finite number of at least 0.
+        StateError: as :func:`trainable_parameters`.
+
+    Warns:
+        UserWarning: as :func:`trainable_parameters`.
+    """
+    for argument, value in (("lr", lr), ("lr_B", lr_B), ("weight_decay", weight_decay)):
+        if value is not None and not (isinstance(value, Real) and 0 <= value < math.inf):
+            raise TargetError(f"{argument}={value!r}; it must be a finite number of at least 0.")
+    check_trainable(model, stacklevel=2)
+    constant = {"weight_decay": 0.0}
+    groups: dict[str, dict[str, Any]] = {
+        "A": {"lr": lr, **constant},
+        "B": {"lr": PLUS * lr if lr_B is None else lr_B, **constant},
+        "head": {"lr": lr} if weight_decay is None else {"lr": lr, "weight_decay": weight_decay},
+        "biases": {"lr": lr, **constant},
+    }
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
+    owners = {p: (module, name) for module in model.modules() for name, p in module.named_parameters(recurse=False)}
+    for parameter, (module, name) in owners.items():
+        if parameter.requires_grad:
+            members[_group(module, name, parameter)].append(parameter)
+    return [{"params": members[name], "name": name, **group} for name, group in groups.items() if members[name]]
+
+
+def _group(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    if isinstance(module, Change):
+        return "B" if name in module.fast else "A"
+    return "biases" if parameter.ndim < 2 or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else "head"
