@@ -440,6 +440,15 @@ def test_merge_onto_random_weights_is_refused_unless_asked_for(folder, tmp_path)
     assert out.is_file()
 
 
+def test_merged_weights_that_are_not_finite_are_not_written(folder, tmp_path, with_weights):
+    model = convlora.inject(network(folder), 4)
+    randomise(model, 1e30)  # the factors are finite, and their product is not
+    convlora.save_adapter(model, tmp_path / "a")
+    answer = run("merge", NETWORK, tmp_path / "a", tmp_path / "m.safetensors", *with_weights, code=1)
+    assert "conv1.0.weight" in answer.stderr and "NaN or Inf with adapter 'default'" in answer.stderr
+    assert not (tmp_path / "m.safetensors").exists()
+
+
 @pytest.mark.parametrize("any_base", [[], ["--any-base"]])
 def test_merge_of_another_librarys_file_onto_random_weights_is_refused(tmp_path, any_base):
     keys = {"lora_down.weight": torch.randn(2, 96, 3, 3), "lora_up.weight": torch.randn(96, 2, 1, 1)}

@@ -1762,7 +1762,7 @@ def _() -> None:
         net = injected()
         with torch.no_grad():
             next(convlora.adapter_parameters(net))[0] = value
-        refused(net, lambda net=net: convlora.merge(net), "stem: the merged weight holds NaN or Inf")
+        refused(net, lambda net=net: convlora.merge(net), r"stem\.weight: NaN or Inf with adapter")
 
 
 @situation("merge of a base that holds NaN itself", "merged")

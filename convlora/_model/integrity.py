@@ -100,6 +100,11 @@ def check_trainable(model: nn.Module, stacklevel: int) -> None:
             warnings.warn(text, stacklevel=stacklevel + 1)
 
 
+def shortened(names: list[str]) -> str:
+    """As many names as an error lists, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
 def _listed(findings: list[Finding]) -> str:
     more = [f"and {len(findings) - SHOWN} more; convlora.check(model) lists all"] if len(findings) > SHOWN else []
     return "\n  ".join([*map(str, findings[:SHOWN]), *more])
@@ -217,11 +222,10 @@ def check_nothing_outside(model: nn.Module, root: nn.Module) -> None:
     outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
     if outside:
         part = next(name for name, module in model.named_modules() if module is root)
-        shown = ", ".join(outside[:SHOWN]) + (f" and {len(outside) - SHOWN} more" if len(outside) > SHOWN else "")
         raise StateError(
-            f"{shown}: trained outside the injected part {part!r} of {type(model).__name__}, and would not be saved. "
-            f"Inject into the whole, with target_modules={part + '.*'!r} and these modules in modules_to_save; or give "
-            f"model.{part} to have its adapter alone and keep the others yourself. Nothing was written."
+            f"{shortened(outside)}: trained outside the injected part {part!r} of {type(model).__name__}, and would "
+            f"not be saved. Inject into the whole, with target_modules={part + '.*'!r} and these modules in "
+            f"modules_to_save; or give model.{part} to have its adapter alone and keep the others yourself. Nothing was written."
         )
 
 

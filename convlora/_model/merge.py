@@ -7,20 +7,20 @@ from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._layer.adapted import CHILD, fold, unfold
 from .._layer.computed import compute
-from .._layer.places import SWAPPING
+from .._layer.places import BASE, SWAPPING
 from .._layer.swap import check_restorable
 from ..errors import StateError
-from .integrity import refuse_changed
+from .integrity import refuse_changed, shortened
 from .state import Injection, Part, check_enabled, check_intact, check_unrouted, checked, injected, to_the_end
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def merge(model: M) -> M:
+def merge(model: M, check: bool = True) -> M:
     """Fold the adapter into the weights: every layer is of its plain class again and costs nothing extra.
 
     >>> convlora.merge(model)        # predicts as before
@@ -30,9 +30,14 @@ def merge(model: M) -> M:
     ``convlora.remove(model)`` then drops adapter and base and leaves the merged plain model.
     A merged model is for inference and export, and its state dict has the base's keys alone. To train on, unmerge.
 
+    Args:
+        model: an injected model.
+        check: whether a result that is not finite is refused: a weight, or a number of the adapter's head, biases and
+            buffers, that is NaN or Inf where the base's tensor is not.
+
     Raises:
         StateError: no adapter; merged already; a module was replaced, or its class changed, since injection;
-            or a merged weight would hold NaN or Inf where the base's does not.
+            or the result is not finite.
 
     Whatever is raised, the model is as it was.
     """
@@ -46,21 +51,35 @@ def merge(model: M) -> M:
         weights = [
             [nn.Parameter(compute(layer), requires_grad=False) for layer in injection.layers] for _, injection in parts
         ]
-        for (_, injection), merged in zip(parts, weights, strict=True):
-            _check_finite(injection, merged)
+        for part, merged in zip(parts, weights, strict=True):
+            if check:
+                _check_finite(*part, merged)
         _fold(parts, weights)
     return model
 
 
-def _check_finite(injection: Injection, weights: list[nn.Parameter]) -> None:
-    """Raise StateError where factors would make a weight NaN or Inf that is not so in the base."""
-    names = {module: name for each in injection.adapters.values() for name, module in each.modules.items()}
-    for layer, weight in zip(injection.layers, weights, strict=True):
-        if not weight.isfinite().all() and all(p.isfinite().all() for p in _own(layer)):
-            raise StateError(
-                f"{names[layer]}: the merged weight holds NaN or Inf, and the base's does not: the training has "
-                "diverged. Load an adapter that is whole, and merge again. Nothing was changed."
-            )
+def _check_finite(root: nn.Module, injection: Injection, weights: list[nn.Parameter]) -> None:
+    """Raise StateError where the adapter makes a tensor NaN or Inf that is not so in the base."""
+    names = {module: f"{name}." if name else "" for name, module in root.named_modules()}
+    merged = zip(injection.layers, weights, strict=True)
+    spoilt = [f"{names[layer]}weight" for layer, weight in merged if _is_spoilt(weight, *_own(layer))]
+    there = (place for place in injection.places if place.module in names)
+    spoilt += [f"{names[place.module]}{place.name}" for place in there if _is_spoilt(place.now, place.of(BASE))]
+    if spoilt:
+        raise StateError(
+            f"{shortened(spoilt)}: NaN or Inf with adapter {injection.active!r}, and finite in the base. The training "
+            "has diverged, or the scaling is too large for the dtype. Load an adapter that is whole, and merge again; "
+            "convlora.merge(model, check=False) merges it as it is. Nothing was changed."
+        )
+
+
+def _is_spoilt(tensor: Tensor | None, *base: Tensor | None) -> bool:
+    return not _is_finite(tensor) and all(map(_is_finite, base))
+
+
+def _is_finite(tensor: Tensor | None) -> bool:
+    # float8, which torch cannot ask, is a constant buffer of the base's
+    return tensor is None or tensor.dtype.itemsize == 1 or bool(tensor.isfinite().all())
 
 
 def _own(layer: nn.Module) -> Iterator[nn.Parameter]:
