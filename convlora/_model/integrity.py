@@ -225,7 +225,8 @@ def check_nothing_outside(model: nn.Module, root: nn.Module) -> None:
         raise StateError(
             f"{shortened(outside)}: trained outside the injected part {part!r} of {type(model).__name__}, and would "
             f"not be saved. Inject into the whole, with target_modules={part + '.*'!r} and these modules in "
-            f"modules_to_save; or give model.{part} to have its adapter alone and keep the others yourself. Nothing was written."
+            f"modules_to_save; or give model.{part} to have its adapter alone and keep the others yourself. "
+            "Nothing was written."
         )
 
 
