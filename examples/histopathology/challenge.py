@@ -7,15 +7,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from . import indexing
 from .errors import ExampleError
-from .layout import SHAPE, SPLITS, open_file, read_image, read_row, read_source, sorted_keys
+from .layout import SHAPE, SPLITS, open_file, read_image, read_plain, read_row, read_source, sorted_keys
 from .rows import Handle, Rows, choose
 
 SUFFIXES = (".h5", ".hdf5")
 
 
 class ChallengeRows(Rows):
-    """One file, one group per image. Raises as `layout.sorted_keys` and `layout.read_row` do."""
+    """One file, one group per image. Raises as `layout.sorted_keys` and `layout.read_row` do.
+
+    What `indexing` keeps of the file is taken where there is such an entry; a whole file leaves one.
+    """
 
     layout = "challenge HDF5"
 
@@ -23,24 +27,48 @@ class ChallengeRows(Rows):
         super().__init__(path)
         self._handle = Handle(path)
         self.shape = SHAPE
-        with open_file(path) as file:
-            self.source = read_source(file)
-            keys, ids = sorted_keys(file, path)
-            self.notes = _notes_on_keys([name.encode() for name in file], keys.tolist(), ids)
-            chosen = choose(len(ids), limit, path)
-            self._keys, self.ids = keys[chosen], ids[chosen]
-            rows = [read_row(file.id, key, path) for key in self._keys]
-        self.labels = [row.label for row in rows]
-        self.centres = np.array([row.centre for row in rows], np.int64)
-        self.dtypes.update(row.dtype for row in rows)
+        columns = indexing.read(path) if path.is_file() else None
+        columns = _look(path, limit) if columns is None else columns.chosen(choose(len(columns.ids), limit, path))
+        self._keys, self._offsets, self._dtypes = columns.keys, columns.offsets, columns.dtypes
+        self.ids, self.centres = columns.ids, columns.centres
+        self.labels = [None if label == indexing.NO_LABEL else label for label in columns.labels.tolist()]
+        self.dtypes.update(columns.dtypes.tolist())
+        self.source, self.notes = columns.source, columns.notes
 
     def read(self, index: int, out: npt.NDArray[np.float32]) -> None:
         """Read one image into `out`."""
-        read_image(self._handle(), self._keys[index], out, self.path)
+        key, offset = self._keys[index], int(self._offsets[index])
+        if offset < 0:
+            read_image(self._handle(), key, out, self.path)
+        else:
+            read_plain(self._handle.descriptor(), offset, str(self._dtypes[index]), out, self.path, key)
 
     def name(self, index: int) -> str:
         """The image by its key."""
         return f"img of key {self.ids[index]}"
+
+
+def _look(path: Path, limit: int | None) -> indexing.Columns:
+    """Look at each image of the file, or at those that a limit keeps."""
+    with open_file(path) as file:
+        before = indexing.stamp(path)
+        keys, ids = sorted_keys(file, path)
+        notes = _notes_on_keys([name.encode() for name in file], keys.tolist(), ids)
+        chosen = choose(len(ids), limit, path)
+        rows = [read_row(file.id, key, path) for key in keys[chosen]]
+        columns = indexing.Columns(
+            keys=keys[chosen],
+            ids=ids[chosen],
+            labels=np.array([indexing.NO_LABEL if row.label is None else row.label for row in rows], np.int8),
+            centres=np.array([row.centre for row in rows], np.int64),
+            dtypes=np.array([row.dtype for row in rows]),
+            offsets=np.array([row.offset for row in rows], np.int64),
+            source=read_source(file),
+            notes=notes,
+        )
+    if len(chosen) == len(ids):
+        indexing.write(path, columns, before)
+    return columns
 
 
 def find(files: list[Path]) -> dict[str, Path]:

@@ -76,6 +76,10 @@ class Handle:
             self._pid = os.getpid()
         return self._file.id
 
+    def descriptor(self) -> int:
+        """The system's own descriptor of the open file, to be read by position alone."""
+        return int(self().get_vfd_handle())
+
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_file": None, "_pid": -1}
 
