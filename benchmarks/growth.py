@@ -145,6 +145,12 @@ def in_turn(subject: Subject) -> None:
         subject.model(subject.images)
 
 
+def scaled(subject: Subject) -> None:
+    """An open and a left block at half strength."""
+    with convlora.scaled(subject.model, 0.5):
+        pass
+
+
 def opened(subject: Subject) -> None:
     """A block without a forward in it."""
     with convlora.use_adapters(subject.model, subject.names):
@@ -233,6 +239,11 @@ CASES: dict[str, Case] = {
         after=lambda s: convlora.set_adapter(s.model, s.names[0]),
         options={"norm": "track"},
     ),
+    "set_adapter, all at once": Case(
+        lambda s: convlora.set_adapter(s.model, s.names), after=lambda s: convlora.set_adapter(s.model, s.names[0])
+    ),
+    "scaled": Case(scaled),
+    "set_scale": Case(lambda s: convlora.set_scale(s.model, s.names[0], 1)),
     "disable_adapter": Case(disabled),
     "use_adapters": Case(opened),
     "use_adapters, forward": Case(routed),

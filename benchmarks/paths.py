@@ -32,6 +32,7 @@ from benchmarks.overhead.subjects import make_base
 from benchmarks.overhead.tables import Row, as_text, figure, machine, wrapped
 from convlora._layer import paths as chooser
 from convlora._layer.adapted import AdaptedLayer, active_adapter
+from convlora._layer.change import Change
 from convlora._layer.convolution import convolve
 from convlora._layer.fast import _padding, is_plain, shapes_of
 from convlora._layer.functional import Geometry
@@ -117,8 +118,8 @@ def find_cases(name: str, rank: int, images: Tensor) -> tuple[Counter[Case], int
 
 def _case(layer: Any, x: Tensor) -> Case | None:
     """The layer's shape with this input, padded as it will be; None where it does not take the paths."""
-    padding, lora = _padding(layer), active_adapter(layer)
-    if padding is None or lora is None or not is_plain(layer, original_class(layer)):
+    padding, change = _padding(layer), active_adapter(layer)
+    if padding is None or not isinstance(change, Change) or not is_plain(layer, original_class(layer)):
         return None
     size = tuple(x.shape)
     if layer.padding_mode != "zeros":
@@ -126,7 +127,7 @@ def _case(layer: Any, x: Tensor) -> Case | None:
         size, padding = (*size[:2], size[2] + top + bottom, size[3] + left + right), (0, 0)
     geometry = Geometry(layer.stride, padding, layer.dilation, layer.groups)
     seen = torch.empty(1, dtype=x.dtype).expand(size).requires_grad_(x.requires_grad)
-    shapes = shapes_of(layer, seen, geometry, lora.rank)
+    shapes = shapes_of(layer, seen, geometry, change.rank)
     weight = (layer.out_channels, layer.in_channels, *layer.kernel_size)
     return Case(weight, geometry, size, shapes)
 

@@ -10,7 +10,7 @@ from ._checkpoint.saving import save_adapter
 from ._layer.adapted import base_weight
 from ._layer.change import Change
 from ._methods.registry import register_method
-from ._model.adapters import add_adapter, delete_adapter, disable_adapter, set_adapter
+from ._model.adapters import add_adapter, delete_adapter, disable_adapter, scaled, set_adapter, set_scale
 from ._model.budget import sensitivity
 from ._model.inject import inject
 from ._model.integrity import Finding, adopt, check
@@ -56,8 +56,10 @@ __all__ = [
     "remove",
     "save_adapter",
     "saved_bytes",
+    "scaled",
     "sensitivity",
     "set_adapter",
+    "set_scale",
     "shrink",
     "summary",
     "trainable_parameters",

@@ -29,8 +29,8 @@ class LayerPlan:
 
     ``weight_shape`` is ``(C_out, C_in / groups, kH, kW)`` or ``(out_features, in_features)``; ``geometry`` holds a
     convolution's stride, padding, dilation, groups and padding_mode. ``method`` and ``options`` say what change it is,
-    and ``scaling`` how strong; a method without a rank has rank 1. ``use_dora``: the weight's size per output channel
-    is trained apart.
+    and ``scaling`` how strong; ``strength`` is how much of that change counts, 1 for all of it. A method without a rank
+    has rank 1. ``use_dora``: the weight's size per output channel is trained apart.
     """
 
     name: str
@@ -43,6 +43,12 @@ class LayerPlan:
     use_dora: bool = False
     method: str = "lora"
     options: dict[str, Option] = field(default_factory=dict)
+    strength: float = 1.0
+
+    @property
+    def whole_scaling(self) -> float:
+        """The scaling that makes the same change at full strength; there is none with DoRA."""
+        return self.scaling * self.strength
 
     @property
     def base_parameters(self) -> int:
@@ -196,11 +202,12 @@ class Plan:
         return "\n".join([self._title(), *self._table(), *self._footer()])
 
     def _title(self) -> str:
-        change = METHODS[self.method]
+        change, strengths = METHODS[self.method], sorted({layer.strength for layer in self.layers})
         said = [
             (self.method, self.method != "lora"),
             (f"rank {self.rank}", change.has_rank),
             (f"alpha {self.alpha:g}", change.has_alpha),
+            ("scaled by " + ", ".join(f"{s:g}" for s in strengths), strengths not in ([], [1.0])),
             ("rsLoRA", self.use_rslora),
             ("DoRA", self.use_dora),
             ("A constant", self.freeze_A),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .._layer.adapted import change_of
-from .._layer.places import BASE, Place
 from .._methods.lora import LoRA
 from .._model.inject import applied
+from .._model.mixing import mixed
 from .._model.options import Request, check_among, checked_rank
 from .._model.planner import make_plan
 from .._model.state import Adapter, check_enabled, check_new, check_unmerged, check_unrouted, ready_alone, the_adapter
@@ -90,9 +90,9 @@ def combine_adapters(
         plan = replace(plan, layers=tuple(layers), rank=top, alpha=float(top))
         means = {place.module: place for place in injection.places if place.name == "running_mean"}
         others = {
-            id(place): mixed
+            id(place): tensor
             for place in injection.places
-            if (mixed := _mixed(place, means.get(place.module), shares)) is not None
+            if (tensor := mixed(place, means.get(place.module), shares)) is not None
         }
         with applied(plan, root):
             for layer, (A, B) in _with(plan, combined):
@@ -181,40 +181,4 @@ def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str
 
 def _parts(layer: nn.Module, adapters: Mapping[str, Adapter], shares: Mapping[str, float]) -> Parts:
     there = ((name, change_of(layer, name)) for name in adapters)
-    return {name: (cast(LoRA, change), shares[name]) for name, change in there if change is not None}
-
-
-def _mixed(place: Place, mean: Place | None, weights: Mapping[str, float]) -> Tensor | None:
-    """What the combination has in this place; None where one of the adapters, or the base, has nothing there.
-
-    Args:
-        place: in a module.
-        mean: the place of the same module's running mean, if it has one.
-        weights: by the adapters' names.
-    """
-    base = place.of(BASE)
-    tensors = [place.of(name) for name in weights]
-    theirs = [t.to(base.device) for t in tensors if t is not None and base is not None]
-    if base is None or len(theirs) < len(weights):
-        return None
-    by_weight = torch.tensor(list(weights.values()), dtype=torch.float64, device=base.device)
-    if place.is_parameter:
-        return base.double() + _sum(by_weight, [t.double() - base.double() for t in theirs])
-    leading, shares = theirs[int(by_weight.abs().argmax())], by_weight.abs() / by_weight.abs().sum()
-    means = _tensors_in(mean, weights) if mean is not None and place.name == "running_var" else []
-    middle = _sum(shares, means) if means else base  # once, not for each of them
-    spread = [(mean - middle).square() for mean in means]
-    same = all(torch.equal(t, leading) for t in theirs) and not any(each.any() for each in spread)
-    if same or not base.is_floating_point():
-        return leading
-    return _sum(shares, [t.double() for t in theirs]) + (_sum(shares, spread) if spread else 0.0)
-
-
-def _sum(weights: Tensor, tensors: list[Tensor]) -> Tensor:
-    return torch.stack([weight * tensor for weight, tensor in zip(weights, tensors, strict=True)]).sum(0)
-
-
-def _tensors_in(mean: Place, names: Collection[str]) -> list[Tensor]:
-    """The adapters' running means; none where one has none."""
-    means = [tensor.double() for name in names if (tensor := mean.of(name)) is not None]
-    return means if len(means) == len(names) else []
+    return {name: (cast(LoRA, change), shares[name] * change.strength) for name, change in there if change is not None}

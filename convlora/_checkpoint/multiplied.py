@@ -225,7 +225,7 @@ def _usual(plan: Plan) -> int:
 
 
 def _turn_fault(planned: LayerPlan, rank: int) -> str:
-    if planned.scaling != 1:
+    if planned.whole_scaling != 1:
         return _unscaled(planned, None, {})
     if planned.options.get("on_output"):
         return "turned on its outputs, and peft turns inputs"
@@ -233,7 +233,7 @@ def _turn_fault(planned: LayerPlan, rank: int) -> str:
 
 
 def _unscaled(planned: LayerPlan, layer: nn.Module | None, fields: Mapping[str, Any]) -> str:
-    return f"scaling {planned.scaling:g}, and peft has none for it" * (planned.scaling != 1)
+    return f"scaling {planned.whole_scaling:g}, and peft has none for it" * (planned.whole_scaling != 1)
 
 
 def _unlike_kind(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str:

@@ -141,5 +141,7 @@ def faults_for_stock_peft(adapter: Adapter) -> Iterator[str]:
     for plan, layer in zip(adapter.plan.layers, adapter.layers, strict=True):
         if kind and (fault := peft.fault(plan, layer, fields) or peft.differs(layer)):
             yield f"{plan.name}: {fault}"
+        if plan.use_dora and plan.strength != 1:
+            yield f"{plan.name}: DoRA with strength {plan.strength:g}, and peft would scale what its norm divides"
         if plan.use_dora and kind != STOCK:
             yield f"{plan.name}: DoRA with method {plan.method!r}, which peft has not"

@@ -118,7 +118,9 @@ def read_hira(found: Stored) -> Taken:
 def _lora_fields(plan: Plan) -> dict[str, Any]:
     shapes = {p.name: p.stored_shapes for p in plan.layers}
     stored = {name: each["lora_A.weight"][0] for name, each in shapes.items() if "lora_A.weight" in each}
-    alphas = {p.name: alpha_of(p.scaling, stored[p.name], plan.use_rslora) for p in plan.layers if p.name in stored}
+    alphas = {
+        p.name: alpha_of(p.whole_scaling, stored[p.name], plan.use_rslora) for p in plan.layers if p.name in stored
+    }
     # An anchored change has twice the rank that its factors have.
     rank = plan.rank * max(
         (stored[p.name] // p.rank for p in plan.layers if p.name in stored and p.change.has_rank), default=1
@@ -162,7 +164,7 @@ def _hira_fields(plan: Plan) -> dict[str, Any]:
 
 def _scaled(plan: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Ranks, and alphas that give each layer its scaling at its rank."""
-    alphas = {p.name: alpha_of(p.scaling, ranks[p.name], False) for p in plan.layers}
+    alphas = {p.name: alpha_of(p.whole_scaling, ranks[p.name], False) for p in plan.layers}
     rank, alpha = next(iter(ranks.values()), plan.rank), next(iter(alphas.values()), plan.alpha)
     return {
         **{"r": rank, "alpha": alpha},
@@ -210,7 +212,7 @@ def _lokr_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any])
 
 
 def _hira_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any]) -> str:
-    return f"scaling {planned.scaling:g}, and peft's HiRA has none" * (planned.scaling != 1)
+    return f"scaling {planned.whole_scaling:g}, and peft's HiRA has none" * (planned.whole_scaling != 1)
 
 
 def _differs(layers: tuple[type[nn.Module], ...], *, grouped: bool = True) -> Callable[[nn.Module], str]:

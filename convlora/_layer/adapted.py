@@ -7,7 +7,7 @@ in ``_parameters["weight"]``, so the layer keeps its forward, geometry, hooks an
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from threading import get_ident
 from typing import Any, ClassVar, cast
@@ -24,8 +24,9 @@ from .fast import convolution, is_plain, linear
 from .functional import is_tracing
 from .kept import Kept
 from .masters import as_read
+from .mix import Mix, Weighted
 from .routed import layer_forward
-from .routing import route_of
+from .routing import Owner, route_of
 from .swap import Swapped, class_below, original_class, restore, swap
 
 CHILD = "convlora"
@@ -57,16 +58,34 @@ DAMAGED = "The adapter of this layer is damaged ({}); inject or load it again."
 class Adapters(nn.ModuleDict):
     """A layer's adapters by name, and which of them is active."""
 
-    active: str | None = None
+    active: Owner | None = None
     """None where the layer computes with the base's weight alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kept = Kept()
 
-    def current(self) -> Change | None:
-        """What the layer computes with outside of blocks; None for the base alone."""
-        return None if self.active is None else cast("Change | None", self._modules.get(self.active))
+    def current(self) -> Change | Mix | None:
+        """What the layer computes with outside of ``use_adapters`` blocks; None for the base alone."""
+        return None if self.active is None else self.of(self.active)
+
+    def of(self, owner: Owner) -> Change | Mix | None:
+        """What the layer computes with for an owner; None where it has nothing of it."""
+        if isinstance(owner, str):
+            change = cast("Change | None", self._modules.get(owner))
+            return change if change is None or change.strength == 1 else Mix(((change, change.strength),))
+        parts = self.parts(owner)
+        return Mix(parts) if parts else None
+
+    def parts(self, owner: Owner) -> Weighted:
+        """The changes of an owner in this layer, each with the weight that it has in all."""
+        named = ((owner, 1.0),) if isinstance(owner, str) else owner
+        there = ((cast("Change | None", self._modules.get(name)), weight) for name, weight in named)
+        return tuple((change, weight * change.strength) for change, weight in there if change is not None)
+
+    def told(self, owner: Owner) -> Hashable:
+        """What tells an owner's change of this layer from others'."""
+        return tuple((id(change), weight) for change, weight in self.parts(owner))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.kept.clear()  # of another dtype or on another device
@@ -125,12 +144,12 @@ class AdaptedLayer(Swapped):
             return type(layer).forward(layer, *args, **kwargs)
         route, adapters = route_of(layer), held(layer)
         if route is not None:
-            return layer_forward(layer, self._convlora_base, adapters._modules, route, args, kwargs)
+            return layer_forward(layer, self._convlora_base, adapters, route, args, kwargs)
         change = adapters.current()
         if change is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         is_eager = not torch.compiler.is_compiling() and not is_tracing()
-        if is_eager and OFFLOADED in vars(change) and change.tensors()[0].is_meta:
+        if is_eager and (OFFLOADED in vars(change) or isinstance(change, Mix)) and _is_offloaded(change):
             return _forward_offloaded(self, change, args, kwargs)
         is_single = len(args) == 1 and not kwargs
         if layer.training or torch.is_grad_enabled():
@@ -145,7 +164,7 @@ class AdaptedLayer(Swapped):
         base = layer._parameters.get("weight")
         if base is not None and is_single and is_plain(layer, self._convlora_base):  # as its forward, and shorter
             try:
-                weight = adapters.kept.weight(base, change.sources(), change.scaling, change.effective_weight)
+                weight = adapters.kept.weight(base, change.sources(), change.numbers, change.effective_weight)
             except AttributeError as cause:
                 raise StateError(DAMAGED.format(cause)) from cause
             convolve = cast("Callable[..., Tensor]", layer._conv_forward)
@@ -186,25 +205,31 @@ def own_weight(layer: nn.Module) -> Tensor:
     return super(AdaptedLayer, layer).weight if weight is None else weight  # type: ignore[misc]
 
 
-def _forward_offloaded(layer: AdaptedLayer, change: Change, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _is_offloaded(change: Change | Mix) -> bool:
+    return any(OFFLOADED in vars(each) and each.tensors()[0].is_meta for each, _ in change.parts)
+
+
+def _forward_offloaded(layer: AdaptedLayer, change: Change | Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward with the factors brought by accelerate's hook on them, which comes before their own forward only."""
-    hook = vars(change)[OFFLOADED]
-    hook.pre_forward(change)
+    hooked = [(vars(each)[OFFLOADED], each) for each, _ in change.parts if OFFLOADED in vars(each)]
+    for hook, each in hooked:
+        hook.pre_forward(each)
     try:
         return AdaptedLayer.forward(layer, *args, **kwargs)
     finally:
-        hook.post_forward(change, None)
+        for hook, each in hooked:
+            hook.post_forward(each, None)
         held(cast(nn.Module, layer)).kept.clear()  # it would hold what was offloaded
 
 
-def _is_trained(layer: nn.Module, change: Change) -> bool:
+def _is_trained(layer: nn.Module, change: Change | Mix) -> bool:
     base = layer._parameters.get("weight")
     if base is not None and base.requires_grad:
         return True
     for tensor in change.tensors():
         if tensor.requires_grad:
             return True
-    return bool(change._modules)  # parametrized: what it is computed from may be
+    return any(each._modules for each, _ in change.parts)  # parametrized: what it is computed from may be
 
 
 def _traced_weight(layer: nn.Module) -> Tensor | None:
@@ -242,10 +267,10 @@ def layer_weight(layer: nn.Module) -> Tensor:
         return cast(Tensor, as_read(layer, "weight", base))
     if torch.compiler.is_compiling() or is_tracing() or held(layer).kept.serves != get_ident():
         return change.effective_weight(base)
-    return held(layer).kept.weight(base, change.sources(), change.scaling, change.effective_weight)
+    return held(layer).kept.weight(base, change.sources(), change.numbers, change.effective_weight)
 
 
-def _forward_in_training(layer: nn.Module, cls: type[nn.Module], change: Change, x: Tensor) -> Tensor | None:
+def _forward_in_training(layer: nn.Module, cls: type[nn.Module], change: Change | Mix, x: Tensor) -> Tensor | None:
     """What a layer with a plain forward computes where gradients are asked for; None where the base's forward does."""
     if change.dropout and layer.training:
         return _forward_with_dropout(layer, own_weight(layer), change, x)
@@ -260,13 +285,19 @@ def _forward_in_training(layer: nn.Module, cls: type[nn.Module], change: Change,
         bias = cast("Tensor | None", layer.bias)
         return change.output(x, bias, partial(_plain_output, layer, base, bias))
     y = forward(layer, x, base, *factors, change.scaling, change.path)
-    return change.scaled_output(layer, y, base) if change.use_dora and y is not None else y
+    is_scaled = isinstance(change, Change) and change.use_dora
+    return cast(Change, change).scaled_output(layer, y, base) if is_scaled and y is not None else y
 
 
-def _forward_with_dropout(layer: nn.Module, base: Tensor, change: Change, x: Tensor) -> Tensor:
-    delta, dropped = change.delta(base).to(base.dtype), F.dropout(x, change.dropout)
-    y = _plain_output(layer, base, cast("Tensor | None", layer.bias), x) + _plain_output(layer, delta, None, dropped)
-    return change.scaled_output(layer, y, base) if change.use_dora else y
+def _forward_with_dropout(layer: nn.Module, base: Tensor, change: Change | Mix, x: Tensor) -> Tensor:
+    start = _plain_output(layer, base, cast("Tensor | None", layer.bias), x)
+    total = start
+    for each, weight in change.parts:
+        delta, dropped = each.delta(base).to(base.dtype), F.dropout(x, each.dropout)
+        y = start + _plain_output(layer, delta, None, dropped)
+        y = each.scaled_output(layer, y, base) if each.use_dora else y
+        total = y if each is change else total + weight * (y - start)
+    return total
 
 
 def _plain_output(layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -344,14 +375,12 @@ def change_of(layer: nn.Module, adapter_name: str) -> Change | None:
     return change if change is not None and change.is_whole() else None
 
 
-def active_adapter(layer: nn.Module) -> Change | None:
+def active_adapter(layer: nn.Module) -> Change | Mix | None:
     """What the layer computes with; None for the base alone."""
     adapters, route = held(layer), route_of(layer)
     if route is not None:
-        owner = route.the_owner(
-            layer, "weight", lambda owner: (id(adapters._modules.get(owner)), *route.own(layer, owner))
-        )
-        return cast("Change | None", adapters._modules.get(owner))
+        owner = route.the_owner(layer, "weight", lambda owner: (adapters.told(owner), *route.own(layer, owner)))
+        return adapters.of(owner)
     return adapters.current()
 
 

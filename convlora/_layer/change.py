@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .dora import channel_scale, scaled_output, scaled_weight
 from .functional import has_channels_last, in_dtype, no_autocast
+from .kept import Scaling
 from .paths import Path
 
 Shape = tuple[int, ...]
@@ -37,6 +38,7 @@ class Change(nn.Module):
         weight_shape: ``(C_out, C_in / groups, kH, kW)`` or ``(out_features, in_features)``; the base's weight has as
             many numbers.
         scaling: how strong the change is; alpha / rank, or alpha / √rank with rsLoRA, in methods that have an alpha.
+        strength: how much of the whole change counts, W + strength · (W' − W); see :func:`convlora.set_scale`.
         dropout: probability with which the inputs of the change are zeroed in training.
         path: which way a convolution with factors takes in training; see ``paths.py``.
         groups: of a transposed convolution, which keeps ``(C_in, C_out / groups, kH, kW)``; 0 for every other layer.
@@ -86,6 +88,7 @@ class Change(nn.Module):
         self.rank = rank
         self.options = {**self.defaults, **options}
         self.scaling = scaling
+        self.strength = 1.0
         self.dropout = dropout
         self.path: Path = path
         self.groups = groups if transposed else 0
@@ -211,6 +214,16 @@ class Change(nn.Module):
         self.use_dora = True
         self.lora_magnitude = nn.Parameter(norms)
 
+    @property
+    def numbers(self) -> Scaling:
+        """All that the effective weight depends on besides tensors."""
+        return self.scaling
+
+    @property
+    def parts(self) -> tuple[tuple[Change, float], ...]:
+        """Itself, in full; see ``mix.py``."""
+        return ((self, 1.0),)
+
     def sources(self) -> tuple[Tensor, ...] | None:
         """All tensors that the effective weight is computed from besides the base's.
 
@@ -248,7 +261,8 @@ class Change(nn.Module):
         dropout = f", dropout={self.dropout:g}" if self.dropout else ""
         options = "".join(f", {name}={value}" for name, value in self.options.items())
         rank = f"rank={self.rank}, " if self.has_rank else ""
-        return f"{rank}scaling={self.scaling:g}{options}{dropout}{', DoRA' if self.use_dora else ''}"
+        strength = f", strength={self.strength:g}" if self.strength != 1 else ""
+        return f"{rank}scaling={self.scaling:g}{strength}{options}{dropout}{', DoRA' if self.use_dora else ''}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint of the base holds no adapter at all: it loads, strictly too, and leaves it as it is.

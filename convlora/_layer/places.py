@@ -20,6 +20,8 @@ BASE = ""
 """The base as an owner; no adapter can have this name."""
 COPY = "."
 """A passing copy of a base buffer, in place while adapters are disabled, so that no forward moves the base."""
+MIXTURE = ".."
+"""Several adapters' tensors by weight, in place while they compute together."""
 
 SWAPPING = RLock()
 """Held by who changes classes or tensors of modules, from the check to the change: a ``use_adapters`` block that

@@ -11,7 +11,7 @@ Batched low-rank branches for many adapters: Wen and Chaudhuri, "Batched Low-Ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -26,37 +26,36 @@ from .compiler import uncompiled
 from .convolution import conv, is_pointwise, sampled
 from .fast import is_batch, is_plain, prepare, shapes_of
 from .functional import Geometry, autocasts, is_transformed, no_autocast
+from .mix import Mix
 from .paths import branch_wins
-from .routing import Kind, Route
+from .routing import Kind, Owner, Route
 
 Pair = tuple[Tensor, Tensor]
 """Factors A ``(rank, …)`` and scaling · B ``(C_out, rank)``."""
 
 
 @uncompiled
-def layer_forward(
-    layer: nn.Module, base: type[nn.Module], changes: Mapping[str, Any], route: Route, args: Any, kwargs: Any
-) -> Any:
+def layer_forward(layer: nn.Module, base: type[nn.Module], adapters: Any, route: Route, args: Any, kwargs: Any) -> Any:
     """An adapted layer's forward, each sample with its own adapter's factors.
 
     Args:
         layer: the layer, of the base class ``base``.
-        changes: its own by adapter; samples of others go through the base alone.
+        adapters: what it holds of them (``adapted.Adapters``); samples of others go through the base alone.
         route: of this layer.
         args, kwargs: what the layer was called with.
     """
     route.check(layer)
-    kinds = route.kinds(lambda owner: (id(changes.get(owner)), *route.own(layer, owner)))
+    kinds = route.kinds(lambda owner: (adapters.told(owner), *route.own(layer, owner)))
     if len(kinds) > 1 and len(args) == 1 and not kwargs and not route.block.places[layer]:
         way = _fast_way(layer, base, args[0])
         if way is not None:
             route.check(layer, args[0].shape[0])
             route.doubt(layer, args[0])
-            y = way(layer, args[0], Mixture([changes.get(kind.owner) for kind in kinds], kinds))
+            y = way(layer, args[0], Mixture([adapters.of(kind.owner) for kind in kinds], kinds))
             if y is not None:
                 return y
 
-    def alone(owner: str, *args: Any, **kwargs: Any) -> Any:
+    def alone(owner: Owner, *args: Any, **kwargs: Any) -> Any:
         return route.run_with(layer, owner, base.forward, *args, **kwargs)
 
     return route.split(layer, alone, kinds, args, kwargs)
@@ -66,7 +65,7 @@ def layer_forward(
 class Mixture:
     """What a batch needs of a layer's adapters: the change of each kind of samples, None for the base alone."""
 
-    changes: list[Change | None]
+    changes: list[Change | Mix | None]
     kinds: list[Kind]
 
     @cached_property
@@ -77,7 +76,7 @@ class Mixture:
             pair = None if change is None or change.use_dora else change.factors()
             if change is not None and pair is None:
                 return None
-            there.append(pair and (pair[0], cast(Change, change).scaling * pair[1]))
+            there.append(pair and (pair[0], cast("Change | Mix", change).scaling * pair[1]))
         one_A, one_B = next(pair for pair in there if pair is not None)
         none = torch.zeros_like(one_A[:0]), torch.zeros_like(one_B[:, :0])
         return [pair or none for pair in there]

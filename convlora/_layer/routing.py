@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -24,7 +24,10 @@ from ..errors import StateError
 from .compiler import uncompiled
 from .functional import hashed
 from .masters import base_dtype
-from .places import Place
+from .places import BASE, Place
+
+Owner = str | tuple[tuple[str, float], ...]
+"""An adapter's name, BASE, or several adapters' names with weights."""
 
 _open: dict[object, None] = {}
 """Blocks that are open anywhere: a glance whether there are any is all that a forward outside of them pays."""
@@ -50,6 +53,14 @@ class Block:
     root: nn.Module
     places: dict[nn.Module, dict[str, Place]]
     """Every module that computes otherwise from adapter to adapter, with the places of its own."""
+    mixed: dict[tuple[int, Owner], Tensor | None] = field(default_factory=dict)
+    """Tensors of owners who have none of their own, mixed from several adapters', by the identity of their place."""
+
+    def tensor(self, place: Place, owner: Owner) -> Tensor | None:
+        """The owner's tensor in a place; where it has none, the base's."""
+        if (found := self.mixed.get((id(place), owner), place)) is not place:
+            return cast("Tensor | None", found)
+        return place.of(owner if isinstance(owner, str) else BASE)
 
     def name(self, module: nn.Module) -> str:
         """What to call a module in an error."""
@@ -60,8 +71,8 @@ class Block:
 class Kind:
     """Samples that go the same way through a module."""
 
-    owner: str
-    """One of their adapters; the others' tensors are the same here."""
+    owner: Owner
+    """One of their owners; the others' tensors are the same here."""
     rows: tuple[int, ...]
     """Where they are in the batch."""
 
@@ -79,39 +90,39 @@ class Kind:
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """The owner of each sample: an adapter's name, or BASE for the base alone."""
+    """The owner of each sample: an adapter's name, several with weights, or BASE for the base alone."""
 
     block: Block
-    owners: tuple[str, ...]
+    owners: tuple[Owner, ...]
     doubted: set[nn.Module] | None = None
     """Modules of which it is not sure that their inputs' first dimension is the samples': another one is as long. None
     where no forward of the whole model is under way, which could be asked."""
 
-    def kinds(self, key: Callable[[str], Hashable]) -> list[Kind]:
+    def kinds(self, key: Callable[[Owner], Hashable]) -> list[Kind]:
         """The samples by what their owners have, as ``key`` tells it; in the order of their first."""
-        found: dict[Hashable, tuple[str, list[int]]] = {}
+        found: dict[Hashable, tuple[Owner, list[int]]] = {}
         keys = {owner: key(owner) for owner in dict.fromkeys(self.owners)}
         for row, owner in enumerate(self.owners):
             found.setdefault(keys[owner], (owner, []))[1].append(row)
         return [Kind(owner, tuple(rows)) for owner, rows in found.values()]
 
-    def tensor(self, module: nn.Module, name: str, owner: str) -> Tensor | None:
+    def tensor(self, module: nn.Module, name: str, owner: Owner) -> Tensor | None:
         """The owner's tensor in this place, where and as the model is by now; where it has none, the module's."""
         place = self.block.places.get(module, {}).get(name)
         if place is None:
             return cast("Tensor | None", module._parameters.get(name, module._buffers.get(name)))
-        theirs, now = place.of(owner), place.now
+        theirs, now = self.block.tensor(place, owner), place.now
         if theirs is None or now is None:
             return theirs
         return theirs.to(now.device, base_dtype(module, name) or now.dtype)
 
-    def own(self, module: nn.Module, owner: str) -> tuple[Hashable, ...]:
+    def own(self, module: nn.Module, owner: Owner) -> tuple[Hashable, ...]:
         """What tells the owner's tensors of a module from others': parameters by identity, buffers by their numbers."""
         return tuple(self.told(place, owner) for place in self.block.places.get(module, {}).values())
 
-    def told(self, place: Place, owner: str) -> Hashable:
+    def told(self, place: Place, owner: Owner) -> Hashable:
         """What tells the owner's tensor in one place from others'."""
-        mine = place.of(owner)
+        mine = self.block.tensor(place, owner)
         if place.is_parameter or mine is None or is_traceable_wrapper_subclass(mine):
             return id(mine)
         # Not compared with each other owner's, which would take their number squared.
@@ -223,7 +234,7 @@ class Route:
         with _entered(self.block.places, part):
             yield
 
-    def run_with(self, module: nn.Module, owner: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run_with(self, module: nn.Module, owner: Owner, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``run(module, …)`` with the owner's tensors, on a passing copy of the module that shares all else."""
         places = self.block.places[module]
         if not places:
@@ -237,7 +248,7 @@ class Route:
         with _entered({twin}, cast(Route, _find(module))):
             return run(twin, *args, **kwargs)
 
-    def the_owner(self, module: nn.Module, what: str, key: Callable[[str], Hashable]) -> str:
+    def the_owner(self, module: nn.Module, what: str, key: Callable[[Owner], Hashable]) -> Owner:
         """The owner whose tensor an attribute is, where all samples have the same.
 
         Raises:

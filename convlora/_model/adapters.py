@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 from .._layer.places import SWAPPING
-from ..errors import StateError
+from ..errors import StateError, TargetError
 from .checks import check_model, check_not_ddp, warn_of_ddp
 from .inject import begin
-from .options import Options, Request
+from .options import Options, Request, check_number
 from .remove import drop
 from .state import (
     RECORD,
+    Blend,
+    Injection,
+    Scale,
     activate,
     check_addable,
     check_enabled,
@@ -28,6 +31,7 @@ from .state import (
     the_injection,
     to_the_end,
 )
+from .targets import Named, Targets, select
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,40 +67,212 @@ def add_adapter(model: M, adapter_name: str, rank: int | None = None, **options:
     return model
 
 
-def set_adapter(model: M, adapter_name: str) -> M:
-    """Let the model compute with this adapter: its factors, its head, its norm statistics and norm policy.
+def set_adapter(
+    model: M,
+    adapter_name: str | Mapping[str, float] | Iterable[str],
+    *,
+    owner: str | None = None,
+    trained: Iterable[str] | None = None,
+) -> M:
+    """Let the model compute with an adapter, or with several: factors, head, norm statistics and norm policy.
 
     >>> convlora.set_adapter(model, "lymph node")
+    >>> convlora.set_adapter(model, {"stain": 1.0, "tumour": 0.5}, owner="tumour")
 
-    Only the active adapter is trainable; training it leaves every other bit for bit as it was. Each has parameters of
-    its own: make an optimizer from ``trainable_parameters(model)`` after the switch. Switch between steps: a backward
-    after a switch gives the adapter that computed the forward no gradient.
+    Of several, each adapted layer computes with W + Σ weight · (W' − W), where W' is the weight that each adapter alone
+    would give it. The order of the names moves no bit. Weight 1 for one name is that adapter itself.
+
+    Head, norm statistics and other modules that are trained in full cannot be in place twice. With ``owner`` they are
+    that adapter's, and go on training with it. Without, they are a mixture by weight, made now and not trained: of
+    parameters, base + Σ weight · (each − base); of statistics, those of all the data, as in
+    :func:`convlora.combine_adapters`, and the base's among them where the weights sum to less than 1. Norm layers of a
+    mixture are frozen. A bias that is trained as a part of an adapted layer's change is always mixed by weight.
+
+    Only what is active is trainable; training it leaves every other adapter bit for bit as it was. Each has parameters
+    of its own: make an optimizer from ``trainable_parameters(model)`` after the switch. Switch between steps: a
+    backward after a switch gives the adapter that computed the forward no gradient.
+
+    Args:
+        model: an injected model.
+        adapter_name: a name; several names, each with weight 1; or a weight for each name, any finite number.
+        owner: of several, the one whose head and statistics are in place.
+        trained: of several, those whose factors are trained; default all.
 
     Raises:
-        StateError: no adapter of this name; the model is merged, or inside a ``disable_adapter`` block.
+        StateError: no adapter of a name; the model is merged, or inside a ``disable_adapter`` block; or one adapter
+            trains in full what another one of them changes.
+        TargetError: a weight is no finite number, no name is given, or ``owner`` or ``trained`` are not among them.
         UnsupportedLayerError: a DistributedDataParallel was given, which averages the gradients of those parameters
             alone that were trainable when it was made. The model inside is switched, with a warning: wrap it again.
     """
     check_not_ddp(model)
     parts = ready(model, check_unmerged, check_outside_blocks)
-    for _, injection in parts:
-        the_adapter(injection, adapter_name)
-    before = [(injection.active, injection.disabled) for _, injection in parts]
+    wanted = [_wanted(injection, adapter_name, owner, trained) for _, injection in parts]
+    before = [(injection.now, injection.trained, injection.disabled) for _, injection in parts]
 
     def switch() -> None:
-        for root, injection in parts:
-            activate(root, injection, adapter_name)
+        for (root, injection), each in zip(parts, wanted, strict=True):
+            activate(root, injection, each)
 
     try:
         to_the_end(switch)
     except Exception:
-        for (root, injection), state in zip(parts, before, strict=True):
-            activate(root, injection, *state)
+        for (root, injection), (now, _, disabled) in zip(parts, before, strict=True):
+            activate(root, injection, now, disabled)
         raise
-    for (root, _), (active, _) in zip(parts, before, strict=True):
-        if active != adapter_name:
+    for (root, injection), (_, was, _) in zip(parts, before, strict=True):
+        if was != injection.trained:
             warn_of_ddp(root, stacklevel=2)
     return model
+
+
+def _wanted(
+    injection: Injection,
+    adapter_name: str | Mapping[str, float] | Iterable[str],
+    owner: str | None,
+    trained: Iterable[str] | None,
+) -> str | Blend:
+    """What :func:`set_adapter` is to activate."""
+    weights = checked_weights(injection, adapter_name)
+    for argument, names in (("owner", () if owner is None else (owner,)), ("trained", trained or ())):
+        if strange := [name for name in names if name not in weights]:
+            raise TargetError(
+                f"{argument}={strange[0]!r} is none of the adapters that are to be active: {', '.join(weights)}. "
+                "Nothing was changed."
+            )
+    if list(weights.values()) == [1.0]:
+        return next(iter(weights))
+    if len(weights) == 1 and owner is None:
+        owner = next(iter(weights))
+    return Blend(weights, owner, tuple(weights) if trained is None else tuple(trained))
+
+
+def checked_weights(injection: Injection, asked: str | Mapping[str, float] | Iterable[str]) -> dict[str, float]:
+    """The weights of adapters that go together, in the order in which the model has these.
+
+    Raises:
+        StateError: there is none of a name, or one trains in full what another one changes.
+        TargetError: a weight is no finite number, or no name is given.
+    """
+    names = (asked,) if isinstance(asked, str) else asked
+    weights = dict(asked) if isinstance(asked, Mapping) else dict.fromkeys(names, 1.0)
+    for name, weight in weights.items():
+        the_adapter(injection, str(name))
+        check_number(weight, f"weight of {name}")
+    if not weights:
+        raise TargetError("adapter_name names no adapter. Nothing was changed.")
+    adapters = {name: each for name, each in injection.adapters.items() if name in weights}
+    changed = {layer: name for name, each in adapters.items() for layer in each.layers}
+    for name, each in adapters.items():
+        for saved in each.plan.modules_to_save:
+            for module in each.modules[saved].modules():
+                if module in changed:
+                    raise StateError(
+                        f"{saved} is trained in full in {name!r} and changed in {changed[module]!r}; such adapters do "
+                        "not go together. Nothing was changed."
+                    )
+    return {name: float(weights[name]) for name in adapters}
+
+
+@contextmanager
+def scaled(
+    model: nn.Module,
+    factor: float,
+    adapter_name: str | None = None,
+    *,
+    target_modules: Targets = None,
+    interpolate: bool = False,
+) -> Iterator[None]:
+    """Adapters at another strength inside the block: W + factor · (W' − W), in inference and in training.
+
+    >>> with convlora.scaled(model, 0.5), torch.no_grad():
+    ...     cautious = model(images)
+
+    Factor 0 is the base's weights and 1 the adapter, both to the bit. Head and norm statistics stay those of the active
+    adapter; with ``interpolate`` they move with the weights, as a mixture with the base's that is not trained (see
+    :func:`set_adapter`), so that factor 0 is the base as a whole. It holds for every thread. Of blocks that are open at
+    once the factors multiply, and when all are left every bit is as before.
+
+    Args:
+        model: an injected model.
+        factor: any finite number.
+        adapter_name: of several that are active, the one concerned; default all.
+        target_modules: the layers concerned, as for :func:`convlora.inject`; default all.
+        interpolate: whether head and statistics move, too; for all layers alone.
+
+    Raises:
+        StateError: no adapter of this name; the model is merged, or its adapters are disabled.
+        TargetError: the factor is no finite number; a pattern names no adapted layer; or ``interpolate`` comes with
+            ``target_modules``.
+    """
+    check_number(factor, "factor")
+    if interpolate and target_modules is not None:
+        raise TargetError("interpolate=True is for all layers, not for target_modules. Nothing was changed.")
+    parts = ready(model, check_unmerged, check_enabled)
+    layers = [_concerned(*part, adapter_name, target_modules) for part in parts]
+    scales = [Scale(float(factor), adapter_name, each, interpolate) for each in layers]
+    block = object()
+
+    def switch(is_open: bool) -> None:
+        with SWAPPING:
+            for (root, injection), scale in zip(parts, scales, strict=True):
+                injection.scales.update({block: scale}) if is_open else injection.scales.pop(block, None)
+                if vars(root).get(RECORD) is injection and not injection.merged:
+                    activate(root, injection, injection.now, injection.disabled)
+
+    try:
+        switch(is_open=True)
+        yield
+        switch(is_open=False)
+    except BaseException:  # an interrupt on the line above as well
+        to_the_end(lambda: switch(is_open=False))
+        raise
+
+
+def set_scale(model: M, adapter_name: str, scale: float, *, target_modules: Targets = None) -> M:
+    """Let an adapter count with this strength from now on: W + scale · (W' − W). It is saved with the adapter.
+
+    >>> convlora.set_scale(model, "tumour", 0.7)
+
+    1 is the adapter as it was trained, to the bit, whatever was set before. Head and norm statistics stay as they are.
+
+    Args:
+        model: an injected model.
+        adapter_name: the adapter, active or not.
+        scale: any finite number.
+        target_modules: the layers concerned, as for :func:`convlora.inject`; default all that it has.
+
+    Raises:
+        StateError: no adapter of this name; the model is merged, or a ``use_adapters`` block is open.
+        TargetError: the scale is no finite number, or a pattern names no layer of the adapter.
+    """
+    check_number(scale, "scale")
+    root, injection = ready_alone(model, check_unmerged, check_unrouted)
+    adapter = the_adapter(injection, adapter_name)
+    layers = _concerned(root, injection, adapter_name, target_modules)
+
+    def write() -> None:
+        for layer, change in zip(adapter.layers, adapter.changes, strict=True):
+            if layers is None or layer in layers:
+                change.strength = float(scale)
+        adapter.follow()
+        activate(root, injection, injection.now, injection.disabled)
+
+    with SWAPPING:
+        to_the_end(write)
+    return model
+
+
+def _concerned(
+    root: nn.Module, injection: Injection, adapter_name: str | None, targets: Targets
+) -> frozenset[nn.Module] | None:
+    """The layers of an adapter, or of all, that these targets name; None for all."""
+    adapters = [the_adapter(injection, adapter_name)] if adapter_name else list(injection.adapters.values())
+    if targets is None:
+        return None
+    named = {layer: plan.name for each in adapters for plan, layer in zip(each.plan.layers, each.layers, strict=True)}
+    candidates = [Named((name,), layer) for layer, name in named.items()]
+    return frozenset(each.module for each in select(candidates, targets, "target_modules", root))
 
 
 def delete_adapter(model: M, adapter_name: str) -> M:
@@ -107,9 +283,9 @@ def delete_adapter(model: M, adapter_name: str) -> M:
     """
     _, injection = ready_alone(model, check_unmerged, check_enabled)
     the_adapter(injection, adapter_name)
-    if adapter_name == injection.active:
+    if adapter_name in (*(injection.blend.weights if injection.blend else ()), injection.active):
         raise StateError(
-            f"{adapter_name!r} is the active adapter; set_adapter another first, or convlora.remove(model) for the "
+            f"{adapter_name!r} is active; set_adapter another first, or convlora.remove(model) for the "
             "base. Nothing was changed."
         )
     with SWAPPING:
@@ -143,7 +319,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             for root, injection in parts:
                 (injection.blocks.add if is_open else injection.blocks.discard)(block)
                 if vars(root).get(RECORD) is injection:  # else removed inside the block
-                    activate(root, injection, injection.active, disabled=bool(injection.blocks))
+                    activate(root, injection, injection.now, disabled=bool(injection.blocks))
 
     try:
         switch(is_open=True)

@@ -17,7 +17,7 @@ from .._layer.swap import original_class
 from .._methods.registry import METHODS, check_options
 from .._plan import LayerPlan, Plan
 from ..errors import TargetError, UnsupportedLayerError
-from .options import MORE_THAN_ANY, Request, check_alpha, check_among, checked_rank
+from .options import MORE_THAN_ANY, Request, check_alpha, check_among, check_number, checked_rank
 from .targets import Named, is_conv2d
 
 
@@ -163,6 +163,7 @@ def check_plan(plan: Plan) -> None:
     for layer in plan.layers:
         checked_rank(layer.rank, f"rank of {layer.name}")
         check_alpha(layer.scaling, f"scaling of {layer.name}")
+        check_number(layer.strength, f"strength of {layer.name}")
         check_among(tuple(METHODS), layer.method, f"method of {layer.name}")
         check_options(layer.method, layer.options)
         if not isinstance(layer.use_dora, bool):

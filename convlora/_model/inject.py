@@ -176,7 +176,7 @@ def _apply(plan: Plan, model: M, given: Mapping[str, Factors]) -> M:
                 attach(layer, plan.adapter_name, change)
             vars(model)[RECORD] = injection
             hook_state_dicts(model)
-            activate(model, injection, plan.adapter_name if first else injection.active, injection.disabled)
+            activate(model, injection, plan.adapter_name if first else injection.now, injection.disabled)
     except BaseException:
         if first:
             undo(injection, model)
@@ -216,6 +216,7 @@ def _new_change(layer: nn.Module, planned: LayerPlan, plan: Plan, given: Mapping
         plan.path,
         **(planned.channels | planned.options),
     )
+    change.strength = planned.strength
     if plan.freeze_A and isinstance(change, LoRA):
         change.lora_A.requires_grad_(False)
     if planned.name in given:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from .._layer.adapted import AdaptedLayer, Adapters, base_weight
 from .._layer.change import Change
 from .._layer.computed import has_parameter, weight_shape
-from .._layer.places import BASE, SWAPPING, Place
+from .._layer.places import BASE, MIXTURE, SWAPPING, Place
 from .._plan import LayerPlan
 from ..errors import StateError
 from .choice import geometry
 from .norms import POLICIES, keeps_statistics
 from .state import (
     Adapter,
+    Blend,
     Injection,
     activate,
     check_enabled,
@@ -141,9 +142,9 @@ def _classes(injection: Injection, adapter: Adapter, names: dict[nn.Module, str]
     for layer in () if injection.merged else injection.layers:
         if layer in names and not isinstance(layer, AdaptedLayer):
             yield Finding(names[layer], f"its class is {type(layer).__name__}: no adapter is asked", again, "refused")
-    for norm, policy in adapter.norms.items():
-        expected = POLICIES["freeze" if injection.disabled else policy]
-        if norm in names and not isinstance(norm, expected):
+    for norm in adapter.norms:
+        policy = injection.policy(norm, Blend.of(injection.now), injection.disabled)
+        if norm in names and policy and not isinstance(norm, POLICIES[policy]):
             what = f"its class is {type(norm).__name__}: the policy norm={policy!r} does not hold"
             yield Finding(names[norm], what, again, "refused")
     for place in injection.places:
@@ -177,7 +178,8 @@ def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[
     if injection.merged or injection.disabled:
         return
     thaw = "Its requires_grad is False: set it to True where it should train"
-    for layer, change in zip(adapter.layers, adapter.changes, strict=True):
+    trained_now = [injection.adapters[name] for name in injection.trained]
+    for layer, change in ((*pair,) for each in trained_now for pair in zip(each.layers, each.changes, strict=True)):
         if layer in names and not any(factor.requires_grad for factor in change.parameters()):
             yield Finding(names[layer], "its factors are frozen and do not train", thaw, "warned")
         weight = base_weight(layer) if has_parameter(layer) else None
@@ -188,7 +190,8 @@ def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[
     trained = {module for each in saved for module in each.modules()}
     for place in injection.places:
         now = place.now
-        if place.is_parameter and place.module in trained and now is not None and not now.requires_grad:
+        is_own = place.is_parameter and place.module in trained and place.owner != MIXTURE
+        if is_own and now is not None and not now.requires_grad:
             name = f"{names[place.module]}.{place.name}"
             yield Finding(name, "it is to be trained in full and is frozen", thaw, "warned")
 
@@ -292,7 +295,7 @@ def _adopt(root: nn.Module, injection: Injection, adapter: Adapter, new: dict[st
         base_parameters=_count([root]) - sum(factor.numel() for factor in adapter.factors()),
         skipped=tuple(_listed_anew(root, adapter, new)),
     )
-    activate(root, injection, injection.active)
+    activate(root, injection, injection.now)
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from .._layer.places import BASE, SWAPPING
 from .._layer.swap import check_restorable
 from ..errors import StateError
 from .integrity import refuse_changed, shortened
-from .state import Injection, Part, check_enabled, check_intact, check_unrouted, checked, injected, to_the_end
+from .state import Injection, Part, activate, check_enabled, check_intact, check_unrouted, checked, injected, to_the_end
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -117,7 +117,13 @@ def unmerge(model: M) -> M:
                         f"{name}: its merged weight is no plain parameter any more (pruned or parametrized since?). "
                         "Undo that, or call convlora.remove(model) to keep the merged model. Nothing was changed."
                     )
-        to_the_end(lambda: _unfold(parts))
+
+        def back() -> None:
+            _unfold(parts)
+            for root, injection in parts:  # a ``scaled`` block may have been left since
+                activate(root, injection, injection.now, injection.disabled)
+
+        to_the_end(back)
     return model
 
 

@@ -19,8 +19,8 @@ def base_alone(root: nn.Module) -> Iterator[None]:
     injection = vars(root).get(RECORD)
     with ExitStack() as undo:
         if isinstance(injection, Injection) and not injection.disabled:
-            undo.callback(activate, root, injection, injection.active)
-            activate(root, injection, injection.active, disabled=True)
+            undo.callback(activate, root, injection, injection.now)
+            activate(root, injection, injection.now, disabled=True)
         undo.enter_context(left_as_it_was(root))
         for module in root.modules():
             module.training = False  # not train(False), which a module may have made do more

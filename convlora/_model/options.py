@@ -178,6 +178,12 @@ def check_alpha(alpha: float, argument: str) -> None:
         raise TargetError(f"{argument}={alpha!r}; it must be a finite number above 0.")
 
 
+def check_number(number: float, argument: str) -> None:
+    """A finite number that the factors' dtype holds, too."""
+    if not isinstance(number, Real) or isinstance(number, bool) or not -LARGEST_ALPHA <= number <= LARGEST_ALPHA:
+        raise TargetError(f"{argument}={number!r}; it must be a finite number. Nothing was changed.")
+
+
 def check_name(adapter_name: str) -> None:
     """A name that the state dict and torch's ModuleDict can have, and that shows."""
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:

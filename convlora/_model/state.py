@@ -6,7 +6,8 @@ that it follows deepcopy and pickle, and can tell where the user has replaced a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -25,10 +26,12 @@ from .._layer.adapted import (
 )
 from .._layer.change import Change
 from .._layer.masked import Masked, set_masked
-from .._layer.places import BASE, COPY, SWAPPING, Place
+from .._layer.places import BASE, COPY, MIXTURE, SWAPPING, Place
+from .._layer.routing import Owner
 from .._plan import NormPolicy, Plan
 from ..errors import StateError
 from .checks import check_model
+from .mixing import Mixtures
 from .norms import FrozenNorm, TrackedNorm, set_policy
 
 RECORD = "_convlora"
@@ -67,16 +70,53 @@ class Adapter:
         return [planned.name for planned, layer in pairs if change_of(layer, name) is None]
 
     def follow(self) -> None:
-        """Take into the plan what was written into ``scaling`` by hand since: the layer's own is computed with."""
-        scalings = [float(change.scaling) for change in self.changes]
-        if scalings != [planned.scaling for planned in self.plan.layers]:
-            now = zip(self.plan.layers, scalings, strict=True)
-            self.plan = replace(self.plan, layers=tuple(replace(p, scaling=scaling) for p, scaling in now))
+        """Take the layers' scalings and strengths into the plan, also those written by hand: they are computed with."""
+        found = [(float(change.scaling), change.strength) for change in self.changes]
+        if found != [(planned.scaling, planned.strength) for planned in self.plan.layers]:
+            now = zip(self.plan.layers, found, strict=True)
+            layers = tuple(replace(p, scaling=scaling, strength=strength) for p, (scaling, strength) in now)
+            self.plan = replace(self.plan, layers=layers)
 
     def factors(self) -> Iterator[nn.Parameter]:
         """The trained tensors of every layer's change, with DoRA the magnitudes among them."""
         for change in self.changes:
             yield from change.parameters()
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Several adapters that a model computes with at once."""
+
+    weights: dict[str, float]
+    """By name, in the order in which the model has them, so that no bit depends on the order of the asking."""
+    owner: str | None
+    """Whose head, statistics and other modules are in place; None: a mixture by weight."""
+    trained: tuple[str, ...]
+    """Whose factors are trained."""
+
+    @classmethod
+    def of(cls, wanted: str | Blend) -> Blend:
+        """One adapter by itself as a blend."""
+        return cls({wanted: 1.0}, wanted, (wanted,)) if isinstance(wanted, str) else wanted
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """What one open ``scaled`` block asks for."""
+
+    factor: float
+    adapter_name: str | None
+    """None for all that are active."""
+    layers: frozenset[nn.Module] | None
+    """None for all."""
+    interpolate: bool
+    """Whether head and statistics move, too."""
+
+    def of(self, adapter_name: str, layer: nn.Module | None) -> float:
+        """The factor for one adapter in a layer; without a layer, for all else that it has."""
+        concerned = self.adapter_name in (None, adapter_name)
+        inside = self.interpolate if layer is None else self.layers is None or layer in self.layers
+        return self.factor if concerned and inside else 1.0
 
 
 @dataclass
@@ -85,7 +125,11 @@ class Injection:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: str = ""
-    """The adapter that the model computes with."""
+    """The adapter that the model computes with; of several at once, the first or the owner of head and statistics."""
+    blend: Blend | None = None
+    """Several at once."""
+    scales: dict[object, Scale] = field(default_factory=dict)
+    """``scaled`` blocks that are open."""
     disabled: bool = False
     """Whether the base computes alone for now."""
     blocks: set[object] = field(default_factory=set)
@@ -97,6 +141,35 @@ class Injection:
     places: list[Place] = field(default_factory=list)
     frozen: list[tuple[nn.Module, str]] = field(default_factory=list)
     """Base parameters that were trainable, as (module, name)."""
+
+    @property
+    def now(self) -> str | Blend:
+        """What the model computes with while adapters are not disabled."""
+        return self.blend or self.active
+
+    @property
+    def label(self) -> str | dict[str, float] | None:
+        """What ``set_adapter`` would be told to have it so; None while adapters are disabled."""
+        return None if self.disabled else dict(self.blend.weights) if self.blend else self.active
+
+    def owner_of(self, blend: Blend) -> str | None:
+        """Whose head and statistics are in place with a blend; None for a mixture."""
+        return None if any(scale.interpolate for scale in self.scales.values()) else blend.owner
+
+    def policy(self, norm: nn.Module, blend: Blend, disabled: bool) -> NormPolicy | None:
+        """What a norm layer does with a blend; with a mixture of statistics, and with the base's, it is frozen."""
+        owner = self.owner_of(blend)
+        asked = {self.adapters[name].norms.get(norm) for name in ((owner,) if owner else blend.weights)} - {None}
+        return "freeze" if asked and (disabled or owner is None) else next(iter(asked), None)
+
+    def scale(self, adapter_name: str, layer: nn.Module | None) -> float:
+        """The product of what open ``scaled`` blocks ask for; see :meth:`Scale.of`."""
+        return math.prod(scale.of(adapter_name, layer) for scale in self.scales.values())
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The adapters whose factors are trained."""
+        return self.blend.trained if self.blend else (self.active,)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -121,7 +194,7 @@ class Injection:
             set_masked(module, adapter.plan.mask_activations if module in active else False)
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"blocks": set(), "routed": set()}
+        return vars(self) | {"blocks": set(), "routed": set(), "scales": {}}
 
     @property
     def state(self) -> str:
@@ -129,42 +202,88 @@ class Injection:
         return "merged" if self.merged else "injected"
 
 
-def activate(root: nn.Module, injection: Injection, adapter_name: str, disabled: bool = False) -> None:
-    """Let the model compute with one adapter, or for now with the base alone; may be run again after an interrupt.
+def activate(root: nn.Module, injection: Injection, wanted: str | Blend, disabled: bool = False) -> None:
+    """Let the model compute with these adapters, or for now with the base alone; may be run again after an interrupt.
 
     What belongs to the adapter comes with it: the modules it trained in full, its norm statistics and policy.
     Factors of the others are not trainable meanwhile. The base alone is the base with its own statistics: its norm
     layers are frozen.
     """
     with SWAPPING:
-        _activate(root, injection, adapter_name, disabled)
+        _activate(root, injection, wanted, disabled)
 
 
-def _activate(root: nn.Module, injection: Injection, adapter_name: str, disabled: bool) -> None:
+def _activate(root: nn.Module, injection: Injection, wanted: str | Blend, disabled: bool) -> None:
+    blend = Blend.of(wanted)
+    owner = injection.owner_of(blend)
     copies: dict[int, Tensor] = {}
+    mixtures = Mixtures(injection.places)
     for place in injection.places:
+        weights = _weights_in(place, injection, blend, owner)
         if disabled:
             place.put_copy(copies)
+        elif list(weights.values()) == [1.0]:
+            place.put(*weights)
         else:
-            place.put(adapter_name)
-            place.forget(COPY)
+            place.kept[MIXTURE] = mixtures.of(place, weights)
+            place.put(MIXTURE)
+        for passing in (COPY, MIXTURE):
+            if place.owner != passing:
+                place.forget(passing)
     for layer in injection.layers:
-        held(layer).active = None if disabled else adapter_name
+        held(layer).active = None if disabled else _owner_in(layer, injection, blend)
     holders = holders_of(root)
     for norm in injection.norms:
-        policy = injection.adapters[adapter_name].norms.get(norm)
-        set_policy(norm, "freeze" if disabled and policy else policy, holders.get(norm))
+        set_policy(norm, injection.policy(norm, blend, disabled), holders.get(norm))
     for name, each in injection.adapters.items():
-        _wake(each) if name == adapter_name else _rest(each)
-    injection.active, injection.disabled = adapter_name, disabled
+        _wake(each) if name in blend.trained else _rest(each)
+    injection.active = blend.owner or next(iter(blend.weights))
+    injection.blend, injection.disabled = None if isinstance(wanted, str) else blend, disabled
     injection.mask()
+
+
+def _owner_in(layer: nn.Module, injection: Injection, blend: Blend) -> Owner:
+    """What a layer computes with, ``scaled`` blocks considered."""
+    weights = {name: weight * injection.scale(name, layer) for name, weight in blend.weights.items()}
+    return next(iter(weights)) if list(weights.values()) == [1.0] else tuple(weights.items())
+
+
+def _weights_in(place: Place, injection: Injection, blend: Blend, owner: str | None) -> dict[str, float]:
+    """Whose tensors a place has, and in which mixture: a bias that is a part of a layer's change goes with its weight.
+
+    Args:
+        place: in a module.
+        injection: of the model.
+        blend: what it is to compute with.
+        owner: of all else than biases; None for a mixture.
+    """
+    is_of_change = _is_of_change(place, blend.weights)
+    if owner is not None and not is_of_change:
+        return {owner: 1.0}
+    layer = place.module if is_of_change else None
+    return weights_of(place, tuple((name, w * injection.scale(name, layer)) for name, w in blend.weights.items()))
+
+
+def weights_of(place: Place, wanted: Owner) -> dict[str, float]:
+    """Whose tensors a place has for an owner, each with its weight; one with weight 1 where it is that one's own."""
+    weights = {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
+    if _is_of_change(place, weights):
+        changes = ((name, weight, change_of(place.module, name)) for name, weight in weights.items())
+        weights = {name: weight * change.strength for name, weight, change in changes if change}
+    return weights if any(place.own(name) is not None for name in weights) else {BASE: 1.0}
+
+
+def _is_of_change(place: Place, names: Iterable[str]) -> bool:
+    """Whether it is a bias that is trained as a part of how a layer changes."""
+    is_bias = place.is_parameter and place.name == "bias"
+    return is_bias and any(change_of(place.module, name) for name in names)
 
 
 def mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """A hook of ``state_dict``: say in its metadata which state of the model it is of."""
     injection = vars(root).get(RECORD)
     if isinstance(injection, Injection):
-        metadata[CHILD] = {"merged": injection.merged, "active": None if injection.disabled else injection.active}
+        metadata[CHILD] = {"merged": injection.merged, "active": injection.label}
 
 
 def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
@@ -186,7 +305,7 @@ def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: di
             "The state dict is of a merged model, and its weights hold the adapter already, which would be added to "
             "them again. Load it into a plain network, or convlora.merge(model) first. Nothing was loaded."
         )
-    active = None if injection.disabled else injection.active
+    active = injection.label
     if theirs and theirs["active"] != active:
         name = theirs["active"]
         remedy = f"convlora.set_adapter(model, {name!r})" if name else "convlora.disable_adapter(model)"
@@ -372,8 +491,13 @@ def the_adapter(injection: Injection, adapter_name: str | None) -> Adapter:
     """The adapter of this name; None for the active one.
 
     Raises:
-        StateError: there is none of this name.
+        StateError: there is none of this name; or several are active, and none was named.
     """
+    if adapter_name is None and injection.blend:
+        raise StateError(
+            f"Several adapters are active, {injection.blend.weights}: name one of them. convlora.combine_adapters "
+            "makes one adapter of several. Nothing was changed."
+        )
     found = injection.adapters.get(injection.active if adapter_name is None else adapter_name)
     if found is None:
         there = ", ".join(map(repr, injection.adapters))

@@ -44,7 +44,7 @@ def summary(model: nn.Module, adapter_name: str | None = None) -> Plan:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The active adapter's lora_A and lora_B, and DoRA's magnitudes, of every layer: an optimizer group of their own.
+    """The trained adapters' lora_A and lora_B, and DoRA's magnitudes, of every layer: an optimizer group of their own.
 
     With ``freeze_A``, without lora_A.
 
@@ -52,11 +52,10 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         StateError: there is no adapter.
     """
     for _, _, injection in injected(model):
-        adapter = injection.adapters[injection.active]
-        constant = (
-            {id(lora.lora_A) for lora in adapter.changes if isinstance(lora, LoRA)} if adapter.plan.freeze_A else set()
-        )
-        yield from (factor for factor in adapter.factors() if id(factor) not in constant)
+        for adapter in map(injection.adapters.__getitem__, injection.trained):
+            constant = [lora.lora_A for lora in adapter.changes if adapter.plan.freeze_A and isinstance(lora, LoRA)]
+            constants = set(map(id, constant))
+            yield from (factor for factor in adapter.factors() if id(factor) not in constants)
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -6,8 +6,9 @@ whatever else has tensors of its own in each adapter are not: while a block is o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -16,24 +17,29 @@ from torch.utils import _pytree as pytree
 from .._layer.adapted import AdaptedLayer
 from .._layer.compiler import uncompiled
 from .._layer.places import BASE, SWAPPING, Place
-from .._layer.routing import Block, Route, opened, route_of
+from .._layer.routing import Block, Owner, Route, opened, route_of
 from .._layer.swap import Swapped, check_swappable, restore, swap
 from ..errors import StateError
+from .adapters import checked_weights
 from .checks import check_model
+from .mixing import Mixtures
 from .norms import FrozenNorm, TrackedNorm
-from .state import Injection, Part, check_enabled, check_unmerged, ready, the_adapter, to_the_end
+from .state import Injection, Part, check_enabled, check_unmerged, ready, to_the_end, weights_of
+
+Asked = str | Mapping[str, float] | None
 
 
 @contextmanager
-def use_adapters(model: nn.Module, adapter_names: Iterable[str | None]) -> Iterator[None]:
+def use_adapters(model: nn.Module, adapter_names: Iterable[str | Mapping[str, float] | None]) -> Iterator[None]:
     """Inside the block each sample of a batch goes to the adapter of its own, all in one forward.
 
-    >>> with convlora.use_adapters(model, ["tumour", "stain", None]), torch.inference_mode():
+    >>> with convlora.use_adapters(model, ["tumour", {"tumour": 0.5, "stain": 0.5}, None]), torch.inference_mode():
     ...     predictions = model(three_images)
 
     The result is what each sample gives alone with its adapter active, its head and its norm statistics included, up to
-    rounding; None is the base alone. It holds for the forwards of this thread or asyncio task; others go on with the
-    active adapter. Of nested blocks on one model the inner one holds.
+    rounding; None is the base alone. A sample may have several adapters, each by its weight; head and statistics are
+    then a mixture, as in :func:`convlora.set_adapter` without an owner. It holds for the forwards of this thread or
+    asyncio task; others go on with the active adapter. Of nested blocks on one model the inner one holds.
 
     It is for inference: every module in eval mode. All samples of a batch must give outputs of one shape, and layers
     must keep samples in the first dimension: where another is as long (tokens first, say), two more forwards, one of
@@ -42,53 +48,56 @@ def use_adapters(model: nn.Module, adapter_names: Iterable[str | None]) -> Itera
 
     Args:
         model: an injected model.
-        adapter_names: one for each sample, None for the base.
+        adapter_names: one for each sample, or a weight for each of several names; None for the base.
 
     Raises:
         StateError: no adapter of a name; the model is merged, its adapters are disabled, or a module was replaced. From
             a forward inside: train mode, a batch of another size, or a layer that cannot be routed.
         UnsupportedLayerError: the model is wrapped (give the one inside), or a module cannot change its class.
     """
-    owners = _owners(adapter_names)
-    with _looking(model, owners) as routes, opened(routes):
+    asked = _checked(adapter_names)
+    with _looking(model, asked) as routes, opened(routes):
         yield
 
 
-def _owners(adapter_names: Iterable[str | None]) -> tuple[str, ...]:
+def _checked(adapter_names: Iterable[Asked]) -> tuple[Asked, ...]:
     if isinstance(adapter_names, str):
         raise StateError(f"adapter_names={adapter_names!r}; it must be a list with a name or None for each sample.")
     names = tuple(adapter_names)
-    wrong = [name for name in names if name is not None and (not isinstance(name, str) or name == BASE)]
+    wrong = [name for name in names if name == BASE or not isinstance(name, (str, Mapping, NoneType))]
     if wrong or not names:
         raise StateError(
             f"adapter_names={list(names)!r}; it must be a list with an adapter's name, or None for the base, for each "
             "sample."
         )
-    return tuple(BASE if name is None else name for name in names)
+    return names
 
 
-def _block(root: nn.Module, injection: Injection) -> Block:
+def _block(root: nn.Module, injection: Injection, owners: Iterable[Owner]) -> Block:
     """Every module of the part that has something of its own in each adapter, and the root, which sees the batch."""
     places: dict[nn.Module, dict[str, Place]] = {root: {}}
     places.update((module, {}) for module in (*injection.layers, *injection.norms))
     for place in injection.places:
         places.setdefault(place.module, {})[place.name] = place
-    return Block(root, places)
+    block, mixtures = Block(root, places), Mixtures(injection.places)
+    for owner in dict.fromkeys(owners):
+        for place in injection.places if owner != BASE else ():
+            weights = weights_of(place, owner)
+            if list(weights.values()) != [1.0]:
+                block.mixed[id(place), owner] = mixtures.of(place, weights)
+    return block
 
 
-def _parts(model: nn.Module, owners: tuple[str, ...]) -> list[Part]:
-    """The injected parts, each of which can be routed to all of these."""
-    check_model(model)
-    parts = ready(model, check_unmerged, check_enabled)
-    for _, injection in parts:
-        for owner in dict.fromkeys(owners):
-            if owner != BASE:
-                the_adapter(injection, owner)
-    return parts
+def _owner(injection: Injection, asked: Asked) -> Owner:
+    """Whom a sample goes to."""
+    if asked is None:
+        return BASE
+    weights = checked_weights(injection, asked)
+    return next(iter(weights)) if list(weights.values()) == [1.0] else tuple(weights.items())
 
 
 @contextmanager
-def _looking(model: nn.Module, owners: tuple[str, ...]) -> Iterator[list[Route]]:
+def _looking(model: nn.Module, asked: tuple[Asked, ...]) -> Iterator[list[Route]]:
     """Modules that would not look for a route by themselves do so meanwhile; in other threads to no effect."""
     parts: list[Part] = []
     modules: list[nn.Module] = []
@@ -105,8 +114,10 @@ def _looking(model: nn.Module, owners: tuple[str, ...]) -> Iterator[list[Route]]
 
     try:
         with SWAPPING:  # from the checks on: no other thread may merge or remove what was found fit
-            parts = _parts(model, owners)
-            blocks = [_block(root, injection) for root, injection in parts]
+            check_model(model)
+            parts = ready(model, check_unmerged, check_enabled)
+            owners = [tuple(_owner(injection, each) for each in asked) for _, injection in parts]
+            blocks = [_block(*part, each) for part, each in zip(parts, owners, strict=True)]
             own = (AdaptedLayer, FrozenNorm, TrackedNorm)
             modules = [module for each in blocks for module in each.places if not isinstance(module, own)]
             for module in modules:
@@ -117,7 +128,7 @@ def _looking(model: nn.Module, owners: tuple[str, ...]) -> Iterator[list[Route]]
             for module in modules:
                 if not isinstance(module, Routed):
                     swap(module, Routed)
-        yield [Route(each, owners) for each in blocks]
+        yield [Route(*each) for each in zip(blocks, owners, strict=True)]
         leave()
     except BaseException:  # an interrupt on the line above as well
         to_the_end(leave)

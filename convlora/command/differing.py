@@ -142,13 +142,13 @@ def _layer(first: Side, second: Side, ours: LayerPlan, theirs: LayerPlan) -> dic
 def _change(side: Side, layer: LayerPlan) -> tuple[Tensor, Tensor, float]:
     """lora_A, lora_B as a matrix, and the scaling."""
     A, B = (side.tensors[key] for key in list(factor_shapes(layer))[:2])
-    return A, B.flatten(1), layer.scaling
+    return A, B.flatten(1), layer.whole_scaling
 
 
 def _numbers(side: Side, layer: LayerPlan) -> Tensor:
     """All numbers of a layer's change, one after another."""
     tensors = [side.tensors[dotted(layer.name, name)].double().flatten() for name in layer.stored_shapes]
-    return torch.cat([*tensors, torch.tensor([layer.scaling], dtype=torch.float64)])
+    return torch.cat([*tensors, torch.tensor([layer.whole_scaling], dtype=torch.float64)])
 
 
 def _apart(one: Tensor, other: Tensor) -> float | None:

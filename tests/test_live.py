@@ -1,0 +1,424 @@
+"""Adapters at another strength, and several at once: each law against sums of dense weights."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from conftest import SmallNet, snapshot
+from torch import nn
+from torch.func import functional_call
+
+import convlora
+from convlora import StateError, TargetError
+
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+KINDS = {
+    "lora": {},
+    "lora, DoRA": {"use_dora": True},
+    "lora, PiSSA": {"init": "pissa"},
+    "loha": {"method": "loha"},
+    "lokr": {"method": "lokr"},
+    "hira": {"method": "hira"},
+    "ssf": {"method": "ssf"},
+    "oft": {"method": "oft"},
+    "hra": {"method": "hra"},
+    "dense": {"method": "dense"},
+}
+LAYERS = {"target_modules": nn.Conv2d, "modules_to_save": "fc"}
+
+
+def moved(model, seed, size=0.1):
+    """All that is trained, and the active adapter's statistics, away from where they began."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.add_(size * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_var"):
+                buffer.mul_(1 + torch.rand(buffer.shape, generator=generator))
+    return model
+
+
+def base_net():
+    torch.manual_seed(0)
+    return moved(SmallNet(), 9).eval()
+
+
+def two(first="lora", second="loha", net=None):
+    """A base, and it with adapters ``a`` and ``b``, each with numbers of its own in everything that it may train."""
+    base = base_net() if net is None else net
+    model = convlora.inject(copy.deepcopy(base), 2, adapter_name="a", norm="track", **LAYERS, **KINDS[first])
+    convlora.add_adapter(model, "b", 3, norm="track", **LAYERS, **KINDS[second])
+    for seed, name in enumerate("ab"):
+        moved(convlora.set_adapter(model, name), seed)
+    return base, convlora.set_adapter(model, "a").eval()
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(IMAGES)
+
+
+def plain(model):
+    """The state dict of the plain network that the model is with what is active now."""
+    return convlora.remove(convlora.merge(copy.deepcopy(model))).state_dict()
+
+
+def alone(model, name):
+    """As :func:`plain`, with one adapter at the strength that it has."""
+    return plain(convlora.set_adapter(copy.deepcopy(model), name))
+
+
+def dense(base, shares, of_rest):
+    """The plain network with base + Σ weight · (each − base) in the layers, and ``of_rest`` for all other tensors."""
+    start = base.state_dict()
+    layers = {f"{name}.weight" for name, m in base.named_modules() if isinstance(m, nn.Conv2d)}
+    layers |= {f"{name}.bias" for name, m in base.named_modules() if isinstance(m, nn.Conv2d) and m.bias is not None}
+    state = dict(of_rest)
+    for key in layers:
+        state[key] = start[key].double() + sum(w * (theirs[key].double() - start[key].double()) for w, theirs in shares)
+    net = copy.deepcopy(base).double()
+    net.load_state_dict(state)
+    with torch.no_grad():
+        return net(IMAGES.double()).float()
+
+
+def near(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- strength
+
+
+@pytest.mark.parametrize("factor", [0.5, -1.0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scaled_adapter_is_the_base_and_so_much_of_the_whole_change(kind, factor):
+    base, model = two(kind)
+    full = alone(model, "a")
+    with convlora.scaled(model, factor):
+        near(outputs(model), dense(base, [(factor, full)], full))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factor_1_is_the_adapter_and_factor_0_the_base_both_to_the_bit(kind):
+    base, model = two(kind)
+    expected = outputs(model)
+    with convlora.scaled(model, 1):
+        assert torch.equal(outputs(model), expected)
+    with convlora.scaled(model, 0, interpolate=True):
+        assert torch.equal(outputs(model), outputs(base))
+    with convlora.scaled(model, 0):
+        start, trained = base.state_dict(), alone(model, "a")
+        convs = tuple(f"{name}." for name, m in base.named_modules() if isinstance(m, nn.Conv2d))
+        base.load_state_dict({k: start[k] if k.startswith(convs) else trained[k] for k in start})
+        assert torch.equal(outputs(model), outputs(base))
+    assert torch.equal(outputs(model), expected)
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.5])
+def test_interpolated_head_and_statistics_are_between_the_base_s_and_the_adapter_s(factor):
+    base, model = two()
+    start, full = base.state_dict(), alone(model, "a")
+    rest = {key: start[key] + factor * (full[key] - start[key]) for key in start if key.startswith("fc.")}
+    of_base = max(0.0, 1 - factor)
+    for key in (key for key in start if key.endswith("running_mean")):
+        other = key.replace("mean", "var")
+        means, variances = [start[key], full[key]], [start[other], full[other]]
+        shares = [of_base / (of_base + factor), factor / (of_base + factor)]
+        rest[key] = sum(s * mean for s, mean in zip(shares, means, strict=True))
+        square = sum(s * (v + m**2) for s, v, m in zip(shares, variances, means, strict=True))  # E[x²] of all data
+        rest[other] = square - rest[key] ** 2
+    with convlora.scaled(model, factor, interpolate=True):
+        near(outputs(model), dense(base, [(factor, full)], {**full, **rest}))
+
+
+def test_a_pattern_scales_its_layers_alone_and_a_name_its_adapter_alone():
+    base, model = two()
+    convlora.set_adapter(model, {"a": 1.0, "b": 1.0}, owner="a")
+    a, b = alone(model, "a"), alone(model, "b")
+    with convlora.scaled(model, 0.5, "b"):
+        near(outputs(model), dense(base, [(1, a), (0.5, b)], a))
+    half = {key: a[key] if not key.startswith("block.") else (base.state_dict()[key] + a[key]) / 2 for key in a}
+    convlora.set_adapter(model, "a")
+    with convlora.scaled(model, 0.5, target_modules="block.*"):
+        near(outputs(model), dense(base, [(1, half)], a))
+
+
+def test_open_blocks_multiply_and_all_is_as_before_when_they_are_left():
+    _, model = two()
+    before, expected = snapshot(model), outputs(model)
+    with convlora.scaled(model, 0.2):
+        fifth = outputs(model)
+    with convlora.scaled(model, 0.4), convlora.scaled(model, 0.5):
+        near(outputs(model), fifth)
+    with pytest.raises(ZeroDivisionError), convlora.scaled(model, 0.4, interpolate=True):
+        outputs(model).div(1 // 0)
+    assert snapshot(model) == before and torch.equal(outputs(model), expected)
+
+
+def test_blocks_of_several_threads_end_in_any_order_in_the_same_bits():
+    _, model = two()
+    expected, opened, leave = outputs(model), threading.Barrier(3), [threading.Event(), threading.Event()]
+
+    def hold(number):
+        with convlora.scaled(model, 0.5, interpolate=bool(number)):
+            opened.wait()
+            leave[number].wait()
+
+    threads = [threading.Thread(target=hold, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    opened.wait()
+    with convlora.scaled(model, 4), torch.no_grad():  # 0.5 · 0.5 · 4
+        assert not torch.equal(model(IMAGES), expected)
+    for number, thread in enumerate(threads):
+        assert not torch.equal(outputs(model), expected)
+        leave[number].set()
+        thread.join()
+    assert torch.equal(outputs(model), expected)
+
+
+def test_a_scale_is_saved_with_the_adapter_and_1_is_what_was_trained(tmp_path):
+    base, model = two()
+    full, expected = alone(model, "a"), outputs(model)
+    convlora.set_scale(model, "a", 0.7)
+    scaled = outputs(model)
+    near(scaled, dense(base, [(0.7, full)], full))
+    convlora.save_adapter(model, tmp_path)
+    loaded = convlora.load_adapter(base, tmp_path).eval()
+    assert torch.equal(outputs(loaded), scaled)
+    assert "scaled by 0.7" in str(convlora.summary(loaded)) and "strength=0.7" in repr(loaded.stem)
+    assert torch.equal(outputs(convlora.set_scale(loaded, "a", 1)), expected)
+    assert torch.equal(outputs(convlora.set_scale(model, "a", 1)), expected)
+
+
+def test_a_scale_concerns_one_adapter_active_or_not_and_the_layers_of_a_pattern():
+    base, model = two()
+    expected = outputs(model)
+    convlora.set_scale(model, "b", 0.5, target_modules="stem")
+    assert torch.equal(outputs(model), expected)
+    full = alone(convlora.set_scale(copy.deepcopy(model), "b", 1), "b")
+    stem = {
+        key: value if not key.startswith("stem") else (value + base.state_dict()[key]) / 2
+        for key, value in full.items()
+    }
+    near(outputs(convlora.set_adapter(model, "b")), dense(base, [(1, stem)], full))
+
+
+def test_a_combination_counts_each_adapter_at_its_scale():
+    base, model = two("lora", "lora")
+    convlora.set_scale(model, "b", 0.5)
+    convlora.combine_adapters(model, {"a": 1.0, "b": 2.0}, "sum")
+    a, b = alone(model, "a"), alone(convlora.set_scale(copy.deepcopy(model), "b", 1), "b")
+    convlora.set_adapter(model, "sum")
+    near(outputs(model), dense(base, [(1, a), (1, b)], plain(model)))
+
+
+def test_merged_inside_a_block_the_network_keeps_the_strength_and_unmerged_later_it_has_its_own():
+    _, model = two()
+    expected = outputs(model)
+    with convlora.scaled(model, 0.3):
+        weaker = outputs(model)
+        convlora.merge(model)
+    assert torch.equal(outputs(model), weaker)
+    assert torch.equal(outputs(convlora.unmerge(model)), expected)
+
+
+# ---- several at once
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("lora", "lora"), ("lora", "oft"), ("lora, DoRA", "hra"), ("ssf", "lokr")]
+)
+def test_several_are_the_base_and_the_sum_of_their_weighted_changes(first, second):
+    base, model = two(first, second)
+    a, b = alone(model, "a"), alone(model, "b")
+    convlora.set_adapter(model, {"a": 1.0, "b": 0.5}, owner="b")
+    found = outputs(model)
+    near(found, dense(base, [(1, a), (0.5, b)], b))
+    assert torch.equal(outputs(convlora.merge(model)), found)
+    assert torch.equal(outputs(convlora.unmerge(model)), found)
+    for again in ({"b": 0.5, "a": 1.0}, {"a": 1, "b": 0.5}):
+        assert torch.equal(outputs(convlora.set_adapter(model, again, owner="b")), found)
+
+
+def test_a_weight_of_1_alone_is_that_adapter_and_a_list_means_1_for_each():
+    _, model = two()
+    before = snapshot(model)
+    assert snapshot(convlora.set_adapter(model, {"a": 1.0})) == before
+    assert snapshot(convlora.set_adapter(model, ["a"])) == before
+    found = outputs(convlora.set_adapter(model, ["b", "a"]))
+    assert torch.equal(found, outputs(convlora.set_adapter(model, {"a": 1.0, "b": 1.0})))
+    assert not torch.equal(found, outputs(convlora.set_adapter(model, "a")))
+    assert snapshot(model) == before
+
+
+def test_without_an_owner_the_rest_is_what_a_combination_has():
+    _, model = two("lora", "lora")
+    convlora.combine_adapters(model, {"a": 0.7, "b": 0.3}, "both")
+    near(outputs(convlora.set_adapter(model, {"a": 0.7, "b": 0.3})), outputs(convlora.set_adapter(model, "both")))
+
+
+@pytest.mark.parametrize("second", ["lora", "loha", "lora, DoRA"])
+def test_training_goes_to_those_named_and_its_gradients_are_autograd_s(second):
+    base, model = two("lora", second, base_net().double())
+    convlora.set_adapter(model.train(), {"a": 1.0, "b": 0.5}, owner="a", trained=["b"])
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.eval()
+    named = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert named and all(".convlora.b." in name for name in named if ".convlora." in name)
+    images = IMAGES.double()
+    loss = model(images).square().mean()
+    loss.backward()
+
+    weights = {name: {} for name in "ab"}
+    changes = {name: m.convlora for name, m in model.named_modules() if "convlora" in m._modules}
+    for layer, adapters in changes.items():
+        for name in "ab":
+            weights[name][layer] = adapters[name].effective_weight(base.get_submodule(layer).weight.detach())
+    state = {key: p.detach() for key, p in model.state_dict().items() if ".convlora." not in key}
+    for layer in changes:
+        start = base.get_submodule(layer).weight.detach()
+        both = (weights["a"][layer] - start) + 0.5 * (weights["b"][layer] - start)
+        state[f"{layer}.weight"] = start + both
+    expected = functional_call(base.eval(), state, images).square().mean()
+    torch.testing.assert_close(loss, expected)
+    factors = [p for name, p in model.named_parameters() if ".convlora.b." in name]
+    for factor, gradient in zip(factors, torch.autograd.grad(expected, factors), strict=True):
+        torch.testing.assert_close(factor.grad, gradient)
+
+
+def test_the_owner_s_head_is_trained_with_it_and_a_mixture_is_not():
+    _, model = two()
+    convlora.set_adapter(model, ["a", "b"], owner="b")
+    assert model.fc.weight.requires_grad
+    with torch.no_grad():
+        model.fc.weight.add_(1.0)
+    head = model.fc.weight.clone()
+    convlora.set_adapter(model, ["a", "b"])
+    assert not model.fc.weight.requires_grad
+    assert torch.equal(convlora.set_adapter(model, "b").fc.weight, head) and model.fc.weight.requires_grad
+    assert convlora.check(convlora.set_adapter(model, ["a", "b"])) == []
+
+
+def test_each_change_s_dropout_is_its_own(monkeypatch):
+    base = base_net()
+    model = convlora.inject(copy.deepcopy(base), 2, adapter_name="a", dropout=0.5, **LAYERS)
+    convlora.add_adapter(model, "b", 2, dropout=0.25, use_dora=True, **LAYERS)
+    for seed, name in enumerate("ab"):
+        moved(convlora.set_adapter(model, name), seed)
+    convlora.set_adapter(model.eval(), {"a": 2.0, "b": 0.5}, owner="a")
+    expected, rates = outputs(model), set()
+    monkeypatch.setattr("convlora._layer.adapted.F.dropout", lambda x, p: rates.add(p) or x)
+    near(model.train()(IMAGES).detach(), expected)
+    assert rates == {0.5, 0.25}
+
+
+def test_a_batch_whose_samples_have_weights_is_each_sample_alone():
+    _, model = two("lora", "ssf")
+    asked = ["a", {"a": 1.0, "b": 0.5}, None, {"b": 0.5, "a": 1.0}]
+    with convlora.use_adapters(model, asked):
+        together = outputs(model)
+    for row, each in enumerate(asked):
+        if each is None:
+            with convlora.disable_adapter(model):
+                expected = outputs(model)
+        else:
+            expected = outputs(convlora.set_adapter(model, each))
+        near(together[row], expected[row])
+
+
+def test_a_routed_batch_counts_each_adapter_at_its_scale():
+    _, model = two("ssf", "lora")
+    convlora.set_scale(model, "a", 0.5)
+    expected = outputs(model)
+    convlora.set_scale(model, "b", 2.0)
+    with convlora.use_adapters(model, ["a", "b", "a", "b"]):
+        together = outputs(model)
+    near(together[[0, 2]], expected[[0, 2]])
+    near(together[[1, 3]], outputs(convlora.set_adapter(model, "b"))[[1, 3]])
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_compute_what_the_model_does(way):
+    _, model = two()
+    convlora.set_scale(model, "b", 0.4)
+    convlora.set_adapter(model, {"a": 0.5, "b": 1.0})
+    assert torch.equal(outputs(way(model)), outputs(model))
+    before = snapshot(model)
+    with convlora.disable_adapter(model):
+        pass
+    assert snapshot(model).keys() == before.keys()
+    assert torch.equal(outputs(way(model)), outputs(model))
+
+
+def test_taken_out_the_base_is_as_it_was():
+    base = base_net()
+    model = copy.deepcopy(base)
+    before = snapshot(model)
+    convlora.inject(model, 2, adapter_name="a", norm="track", **LAYERS)
+    convlora.add_adapter(model, "b", 2, **LAYERS)
+    convlora.set_adapter(model, {"a": 0.5, "b": 2.0})
+    assert snapshot(convlora.remove(model)) == before
+
+
+def test_a_state_dict_says_which_weights_it_is_of():
+    _, model = two()
+    convlora.set_adapter(model, {"a": 0.5, "b": 1.0})
+    state = model.state_dict()
+    convlora.set_adapter(model, "a")
+    with pytest.raises(StateError, match=r"convlora.set_adapter\(model, \{'a': 0.5, 'b': 1.0\}\)"):
+        model.load_state_dict(state)
+
+
+# ---- errors
+
+WRONG = {
+    "no number": (lambda m: convlora.set_adapter(m, {"a": float("nan")}), TargetError, "weight of a=nan"),
+    "no name": (lambda m: convlora.set_adapter(m, []), TargetError, "names no adapter"),
+    "strange name": (lambda m: convlora.set_adapter(m, {"c": 1.0}), StateError, "There is no adapter 'c'"),
+    "strange owner": (lambda m: convlora.set_adapter(m, ["a"], owner="b"), TargetError, "owner='b' is none of"),
+    "strange trained": (lambda m: convlora.set_adapter(m, ["a"], trained=["b"]), TargetError, "trained='b' is none of"),
+    "factor": (lambda m: convlora.scaled(m, "half").__enter__(), TargetError, "factor='half'"),
+    "pattern": (lambda m: convlora.scaled(m, 1, target_modules="stom").__enter__(), TargetError, "Closest names: stem"),
+    "both": (
+        lambda m: convlora.scaled(m, 1, target_modules="stem", interpolate=True).__enter__(),
+        TargetError,
+        "interpolate=True is for all layers",
+    ),
+    "scaled name": (lambda m: convlora.scaled(m, 1, "c").__enter__(), StateError, "There is no adapter 'c'"),
+    "scale": (lambda m: convlora.set_scale(m, "a", float("inf")), TargetError, "scale=inf"),
+    "scale of none": (lambda m: convlora.set_scale(m, "c", 1.0), StateError, "There is no adapter 'c'"),
+    "merged": (lambda m: convlora.set_scale(convlora.merge(m), "a", 1.0), StateError, "convlora.unmerge"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_is_refused_and_nothing_is_changed(case):
+    wrong, error, words = WRONG[case]
+    _, model = two()
+    expected = outputs(model)
+    with pytest.raises(error, match=words):
+        wrong(model)
+    assert torch.equal(outputs(model), expected)
+
+
+def test_with_several_active_one_has_to_be_named():
+    _, model = two()
+    convlora.set_adapter(model, {"a": 1.0, "b": 0.5})
+    for call in (convlora.summary, lambda m: convlora.save_adapter(m, "nowhere"), lambda m: convlora.shrink(m, 1)):
+        with pytest.raises(StateError, match="name one of them"):
+            call(model)
+    with pytest.raises(StateError, match="'b' is active"):
+        convlora.delete_adapter(model, "b")
+
+
+def test_what_one_trains_in_full_and_another_changes_does_not_go_together():
+    model = convlora.inject(base_net(), 2, adapter_name="a", target_modules="fc", modules_to_save="hidden")
+    convlora.add_adapter(model, "b", 2, target_modules="stem", modules_to_save="fc")
+    with pytest.raises(StateError, match="fc is trained in full in 'b' and changed in 'a'"):
+        convlora.set_adapter(model, ["a", "b"])
