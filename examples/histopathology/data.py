@@ -37,7 +37,8 @@ class HistoDataset(Dataset[Sample]):
     (torch.Size([3, 96, 96]), tensor(1.), 0)
 
     Every id, shape, dtype, label and centre is checked here, once (0.5 ms an image, and none where
-    `indexing` keeps what was found); pixels when they are read. Files are opened again in each worker process and never pickled.
+    `indexing` keeps what was found); pixels when they are read. Files are opened again in each worker process
+    and never pickled.
 
     Args:
         path: an HDF5 file of the challenge or of PCam's images, a WILDS folder or its ``metadata.csv``, or a folder of
