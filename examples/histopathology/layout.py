@@ -158,7 +158,7 @@ def read_row(file: Any, key: bytes, path: Path) -> Row:
 def read_plain(descriptor: int, offset: int, dtype: str, out: npt.NDArray[np.float32], path: Path, key: bytes) -> None:
     """Read one image whose numbers lie at ``offset`` (see `Row`) of an open file, past HDF5, as `read_image` does."""
     stored: Array = out if dtype == "float32" else np.empty(SHAPE, dtype)
-    if os.preadv(descriptor, [stored], offset) != stored.nbytes:
+    if os.preadv(descriptor, [stored.data], offset) != stored.nbytes:
         raise ExampleError(f"{path}: key {key.decode()} cannot be read (the file ends in it). Get the file again.")
     if stored is not out:
         _as_floats(stored, out)
