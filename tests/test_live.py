@@ -228,6 +228,41 @@ def test_merged_inside_a_block_the_network_keeps_the_strength_and_unmerged_later
     assert torch.equal(outputs(convlora.unmerge(model)), expected)
 
 
+# ---- the situations of peft's own tests of rescale_adapter_scale that are not above
+
+
+def test_ranks_and_alphas_by_pattern_scale_alike():
+    base = base_net()
+    model = convlora.inject(
+        copy.deepcopy(base), 4, adapter_name="a", rank_pattern={"stem": 2}, alpha_pattern={"block.*": 5}, **LAYERS
+    )
+    full, expected = alone(moved(model, 1).eval(), "a"), outputs(model)
+    with convlora.scaled(model, 0.5):
+        near(outputs(model), dense(base, [(0.5, full)], full))
+    assert torch.equal(outputs(model), expected)
+
+
+def test_two_models_are_scaled_each_in_its_block():
+    (_, one), (_, other) = two(), two("dense")
+    expected = outputs(one), outputs(other)
+    with convlora.scaled(one, 0.5), convlora.scaled(other, 0.5):
+        assert not torch.equal(outputs(one), expected[0]) and not torch.equal(outputs(other), expected[1])
+    assert torch.equal(outputs(one), expected[0]) and torch.equal(outputs(other), expected[1])
+
+
+def test_a_model_without_adapters_cannot_be_scaled():
+    with pytest.raises(StateError, match="carries no adapter"), convlora.scaled(base_net(), 0.5):
+        pass
+
+
+def test_merged_and_taken_out_inside_a_block_the_plain_network_keeps_the_strength():
+    _, model = two()
+    with convlora.scaled(model, 0.5):
+        expected = outputs(model)
+        model = convlora.remove(convlora.merge(model))
+    assert torch.equal(outputs(model), expected) and type(model.stem) is nn.Conv2d
+
+
 # ---- several at once
 
 

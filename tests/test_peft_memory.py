@@ -1,5 +1,6 @@
 """convlora.peft: adapters handed over in memory, and convlora's layers inside peft. Run with the oldest peft, too."""
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -628,3 +629,46 @@ def test_to_peft_gives_the_adapters_back_where_peft_fails(monkeypatch):
     assert torch.equal(predict(model), expected)
     now = model.state_dict()
     assert now.keys() == state.keys() and all(torch.equal(now[key], tensor) for key, tensor in state.items())
+
+
+SCALERS = {
+    "rescale_adapter_scale": lambda model: importlib.import_module("peft.helpers").rescale_adapter_scale(model, 0.5),
+    "scale_layer": lambda model: scaled_layers(
+        model, lambda layer: layer.scale_layer(0.5), lambda layer: layer.unscale_layer(0.5)
+    ),
+    "unscale_layer to the beginning": lambda model: scaled_layers(
+        model, lambda layer: layer.scale_layer(0.5), lambda layer: layer.unscale_layer()
+    ),
+    "set_scale": lambda model: scaled_layers(
+        model, lambda layer: layer.set_scale("default", 0.5), lambda layer: layer.set_scale("default", 1.0)
+    ),
+}
+
+
+@contextlib.contextmanager
+def scaled_layers(model, begin, end):
+    layers = [m for m in model.modules() if isinstance(m, importlib.import_module("peft.tuners.lora").LoraLayer)]
+    for layer in layers:
+        begin(layer)
+    yield
+    for layer in layers:
+        end(layer)
+
+
+@pytest.mark.parametrize("way", SCALERS)
+def test_peft_s_ways_to_scale_an_adapter_reach_our_layers_inside_its_model(way):
+    """Half of each change by dense weights, merged in the block as unmerged, and the adapter again after it."""
+    base = Odd().eval()
+    model = peft.get_peft_model(
+        copy.deepcopy(base),
+        convlora.peft.register(peft.LoraConfig(r=2, target_modules=["a", "b"], alpha_pattern={"b": 5})),
+    )
+    randomise_peft(model)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    expected, half = predict(model, images), copy.deepcopy(base)
+    merged = copy.deepcopy(model).merge_and_unload().state_dict()
+    half.load_state_dict({key: (tensor + merged[key]) / 2 for key, tensor in base.state_dict().items()})
+    with SCALERS[way](model):
+        assert near(predict(model, images), predict(half, images))
+        assert near(predict(copy.deepcopy(model).merge_and_unload(), images), predict(half, images))
+    assert near(predict(model, images), expected)
