@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 import convlora
@@ -30,6 +30,7 @@ from .data import HistoDataset, find_splits, open_splits
 from .errors import ExampleError
 from .files import write_text
 from .method import MODIFIERS, Method, modified
+from .packing import pack
 from .processes import PRECISIONS, Job, is_first_process, make_accelerator
 from .rates import parse_rates
 from .tiles import find_tiles
@@ -78,7 +79,8 @@ class Options:
     """What the main job, ``train`` and ``compare`` share; None means the default of the chosen size of run."""
 
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the challenge's, WILDS's or PCam's files. Default: a stand-in.")
+        Path | None,
+        typer.Option(help="Folder of the challenge's, WILDS's, PCam's or packed files. Default: a stand-in."),
     ] = None
     slides: Annotated[Path | None, typer.Option(help="Folder of tissue pictures to cut and run on.")] = None
     backbone: Annotated[
@@ -312,6 +314,30 @@ def make_data(
     else:
         cut_slides(slides, out, dtype)
     console.print(f"wrote {out}", soft_wrap=True)
+
+
+@app.command("pack")
+@plain_errors
+def pack_data(
+    data: Annotated[Path, typer.Argument(help="Folder of splits (challenge, WILDS or PCam), or one HDF5 file.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the packed files, which --data takes.")],
+    rounded: Annotated[
+        bool, typer.Option("--round", help="Move numbers between those of 8 bits to the nearest, by 1/510 at most.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Pack this many images of each split only.")] = None,
+) -> None:
+    """Put each split's patches into one array of bytes, which reads several times as fast, bit for bit the same."""
+    check_minimums(limit=limit)
+    for name, split in inspection.open_all(data, limit).items():
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(f"packing {name}", total=len(split))
+
+            def packed(count: int, task: TaskID = task, progress: Progress = progress) -> None:
+                progress.update(task, completed=count)
+
+            done = pack(split, out / f"{name}.h5", rounded, packed)
+        moved = f"numbers moved by up to {done.largest:.2g}" if done.largest else "bit for bit"
+        console.print(f"wrote {done.path}: {done.images:,} images, {done.size / 1e6:,.0f} MB, {moved}", soft_wrap=True)
 
 
 @app.command("inspect")

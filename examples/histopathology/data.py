@@ -1,7 +1,7 @@
 """Reading a split: `HistoDataset` is one, whatever its layout; `open_splits` gives a folder's three.
 
-Three layouts are told apart by what is there: the challenge's HDF5 (`challenge`), the WILDS Camelyon17 folder
-(`wilds`) and PCam's HDF5 (`pcam`). `writing` makes files in the challenge's.
+Layouts are told apart by what is there: the challenge's HDF5 (`challenge`), the WILDS Camelyon17 folder (`wilds`),
+PCam's HDF5 (`pcam`) and what `packing` makes of any of them (`packed`). `writing` makes files in the challenge's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from . import challenge, pcam, tiles, wilds
+from . import challenge, packed, pcam, tiles, wilds
 from .errors import ExampleError
 from .layout import SHAPE, SPLITS
 from .rows import NO_CENTRE, Rows
@@ -41,8 +41,8 @@ class HistoDataset(Dataset[Sample]):
     and never pickled.
 
     Args:
-        path: an HDF5 file of the challenge or of PCam's images, a WILDS folder or its ``metadata.csv``, or a folder of
-            pictures, a tile each and without labels (`tiles`).
+        path: an HDF5 file of the challenge, of PCam's images or packed, a WILDS folder or its ``metadata.csv``, or a
+            folder of pictures, a tile each and without labels (`tiles`).
         transform: applied to each image, ``(3, 96, 96)`` float32 in [0, 1], after reading.
         require_labels: raise when a label is absent; otherwise one absent label makes `labels` None.
         limit: keep this many images, the same random choice each time, so that a file sorted by class
@@ -211,6 +211,8 @@ def _open_rows(path: Path, split: str | None, limit: int | None) -> Rows:
             return tiles.TileRows(path, limit)
         path = path / wilds.TABLE
     if path.name != wilds.TABLE:
+        if packed.is_packed(path):
+            return packed.PackedRows(path, limit)
         return pcam.PcamRows(path, limit) if pcam.is_pcam(path) else challenge.ChallengeRows(path, limit)
     if split not in SPLITS:
         raise ExampleError(f"{path} holds all splits; say which one is meant: {', '.join(SPLITS)}.")

@@ -70,6 +70,15 @@ def open_file(path: Path) -> h5py.File:
         ) from error
 
 
+def is_array(file: h5py.File, name: str) -> bool:
+    """Whether a file holds an array of that name, itself and not by a link."""
+    try:
+        is_inside = file.get(name, getclass=True, getlink=True) is h5py.HardLink
+        return is_inside and file.get(name, getclass=True) is h5py.Dataset
+    except FAULTS:
+        return False
+
+
 def brief(error: BaseException) -> str:
     """First line of what HDF5 has to say, to be quoted inside an error of ours."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from h5py import h5d, h5s
 
 from .errors import ExampleError
-from .layout import FAULTS, PATCH, brief, open_file, read_source, remedy
+from .layout import FAULTS, PATCH, brief, is_array, open_file, read_source, remedy
 from .rows import NO_CENTRE, Handle, Rows, choose
 from .stored import DEFLATE, check_chunks, open_array
 
@@ -82,15 +82,7 @@ class PcamRows(Rows):
 def is_pcam(path: Path) -> bool:
     """Whether an HDF5 file holds an array of all images or of all labels, rather than a group per image."""
     with open_file(path) as file:
-        return any(_is_array(file, name) for name in ("x", "y"))
-
-
-def _is_array(file: h5py.File, name: str) -> bool:
-    try:
-        is_inside = file.get(name, getclass=True, getlink=True) is h5py.HardLink
-        return is_inside and file.get(name, getclass=True) is h5py.Dataset
-    except FAULTS:
-        return False
+        return any(is_array(file, name) for name in ("x", "y"))
 
 
 def find(files: list[Path]) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from conftest import need_extra
 need_extra("histopathology")
 
 import pytest
+from layouts import write_challenge
 from toy_patches import SIZES, write_toy
 from typer.testing import CliRunner
 
@@ -295,3 +296,15 @@ def test_the_module_runs_and_fails_without_a_traceback(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
     assert done.stderr == "error: --rank 0: must be at least 1.\n"
+
+
+def test_packed_data_predict_as_the_data_do_to_the_bit(finished, toy, tmp_path):
+    _, out = finished
+    plain, packed = write_challenge(tmp_path / "plain", {"test": 20}, "float16"), tmp_path / "packed"
+    assert "20 images, 1 MB, bit for bit" in run("pack", plain, packed).stdout
+    adapter = next(path for path in (out / "adapters").iterdir() if path.name.startswith("lora-seed"))
+    for folder in (plain, packed):
+        run("predict", adapter, folder, "--out", folder / "submission.csv")
+    assert (plain / "submission-probabilities.csv").read_text() == (packed / "submission-probabilities.csv").read_text()
+    assert "packed HDF5" in run("inspect", packed, "--out", tmp_path / "inspect").stdout
+    assert "--round" in refused("pack", toy, tmp_path / "other")  # the toy's pixels are drawn in floats
