@@ -34,7 +34,7 @@ from ._checkpoint.rebuilt import rebuild
 from ._model.adapters import set_adapter
 from ._model.checks import check_model
 from ._model.remove import remove
-from ._model.state import check_enabled, check_plain, check_unmerged, injections, ready_alone
+from ._model.state import check_enabled, check_plain, check_single, check_unmerged, injections, ready_alone
 from ._plan import Plan
 from .errors import StateError, TargetError, UnsupportedLayerError
 
@@ -310,11 +310,11 @@ def to_peft(model: nn.Module) -> PeftModel:
 
     Raises:
         UnsupportedLayerError: stock peft would not predict the same; each layer is named with the reason.
-        StateError: no adapter; merged; inside a ``disable_adapter`` block.
+        StateError: no adapter; merged; several are active; inside a ``disable_adapter`` or ``scaled`` block.
 
     Whatever is raised, the model is as it was.
     """
-    root, injection = ready_alone(model, check_unmerged, check_enabled)
+    root, injection = ready_alone(model, check_unmerged, check_enabled, check_single)
     active = injection.active
     every, configs, faults, kinds = {}, {}, [], set()
     for name, adapter in injection.adapters.items():

@@ -391,6 +391,18 @@ def test_copies_compute_what_the_model_does(way):
     assert torch.equal(outputs(way(model)), outputs(model))
 
 
+@pytest.mark.parametrize("interpolate", [False, True])
+def test_a_copy_made_inside_a_block_keeps_its_strength_until_an_adapter_is_set(interpolate):
+    _, model = two()
+    expected = outputs(model)
+    with convlora.scaled(model, 0.5, interpolate=interpolate):
+        inside, copied = outputs(model), copy.deepcopy(model)
+        assert torch.equal(outputs(copied), inside)
+    assert torch.equal(outputs(copied), inside) and convlora.check(copied) == []
+    assert torch.equal(outputs(convlora.merge(copied)), inside)
+    assert torch.equal(outputs(convlora.set_adapter(convlora.unmerge(copied), "a")), expected)
+
+
 def test_taken_out_the_base_is_as_it_was():
     base = base_net()
     model = copy.deepcopy(base)
@@ -426,6 +438,7 @@ WRONG = {
         "interpolate=True is for all layers",
     ),
     "scaled name": (lambda m: convlora.scaled(m, 1, "c").__enter__(), StateError, "There is no adapter 'c'"),
+    "scaled at rest": (lambda m: convlora.scaled(m, 1, "b").__enter__(), StateError, "'b' is not active"),
     "scale": (lambda m: convlora.set_scale(m, "a", float("inf")), TargetError, "scale=inf"),
     "scale of none": (lambda m: convlora.set_scale(m, "c", 1.0), StateError, "There is no adapter 'c'"),
     "merged": (lambda m: convlora.set_scale(convlora.merge(m), "a", 1.0), StateError, "convlora.unmerge"),

@@ -672,3 +672,15 @@ def test_peft_s_ways_to_scale_an_adapter_reach_our_layers_inside_its_model(way):
         assert near(predict(model, images), predict(half, images))
         assert near(predict(copy.deepcopy(model).merge_and_unload(), images), predict(half, images))
     assert near(predict(model, images), expected)
+
+
+def test_several_active_adapters_do_not_go_to_peft_as_one():
+    net = convlora.add_adapter(convlora.inject(network(), 2, adapter_name="a"), "b", 2)
+    convlora.set_adapter(net, {"a": 1.0, "b": 0.5})
+    before = snapshot(net)
+    with pytest.raises(StateError, match="Several adapters are active"):
+        convlora.peft.to_peft(net)
+    convlora.set_adapter(net, "a")
+    with convlora.scaled(net, 0.5), pytest.raises(StateError, match="A scaled block is open"):
+        convlora.peft.to_peft(net)
+    assert snapshot(convlora.set_adapter(net, ["a", "b"])).keys() == before.keys()

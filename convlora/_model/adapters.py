@@ -112,6 +112,7 @@ def set_adapter(
 
     def switch() -> None:
         for (root, injection), each in zip(parts, wanted, strict=True):
+            injection.scales = {block: scale for block, scale in injection.scales.items() if not isinstance(block, int)}
             activate(root, injection, each)
 
     try:
@@ -191,7 +192,8 @@ def scaled(
     Factor 0 is the base's weights and 1 the adapter, both to the bit. Head and norm statistics stay those of the active
     adapter; with ``interpolate`` they move with the weights, as a mixture with the base's that is not trained (see
     :func:`set_adapter`), so that factor 0 is the base as a whole. It holds for every thread. Of blocks that are open at
-    once the factors multiply, and when all are left every bit is as before.
+    once the factors multiply, and when all are left every bit is as before. A copy that is made inside keeps the
+    strength until :func:`set_adapter` is called on it.
 
     Args:
         model: an injected model.
@@ -201,7 +203,7 @@ def scaled(
         interpolate: whether head and statistics move, too; for all layers alone.
 
     Raises:
-        StateError: no adapter of this name; the model is merged, or its adapters are disabled.
+        StateError: no adapter of this name is active; the model is merged, or its adapters are disabled.
         TargetError: the factor is no finite number; a pattern names no adapted layer; or ``interpolate`` comes with
             ``target_modules``.
     """
@@ -209,6 +211,12 @@ def scaled(
     if interpolate and target_modules is not None:
         raise TargetError("interpolate=True is for all layers, not for target_modules. Nothing was changed.")
     parts = ready(model, check_unmerged, check_enabled)
+    for _, injection in parts:
+        if adapter_name is not None and adapter_name not in Blend.of(injection.now).weights:
+            the_adapter(injection, adapter_name)
+            raise StateError(
+                f"Adapter {adapter_name!r} is not active, so there is nothing to scale. Nothing was changed."
+            )
     layers = [_concerned(*part, adapter_name, target_modules) for part in parts]
     scales = [Scale(float(factor), adapter_name, each, interpolate) for each in layers]
     block = object()

@@ -129,7 +129,7 @@ class Injection:
     blend: Blend | None = None
     """Several at once."""
     scales: dict[object, Scale] = field(default_factory=dict)
-    """``scaled`` blocks that are open."""
+    """``scaled`` blocks that are open. In a copy that was made inside some, theirs by number, until ``set_adapter``."""
     disabled: bool = False
     """Whether the base computes alone for now."""
     blocks: set[object] = field(default_factory=set)
@@ -194,7 +194,7 @@ class Injection:
             set_masked(module, adapter.plan.mask_activations if module in active else False)
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"blocks": set(), "routed": set(), "scales": {}}
+        return vars(self) | {"blocks": set(), "routed": set(), "scales": dict(enumerate(self.scales.values()))}
 
     @property
     def state(self) -> str:
@@ -580,6 +580,15 @@ def check_outside_blocks(injection: Injection) -> None:
     """Raise StateError inside a ``disable_adapter`` block."""
     if injection.blocks:
         raise StateError("Adapters are disabled; leave the disable_adapter block first. Nothing was changed.")
+
+
+def check_single(injection: Injection) -> None:
+    """Raise StateError where other than one adapter at its own strength is active."""
+    if injection.blend or injection.scales:
+        what = (
+            f"Several adapters are active, {injection.blend.weights}" if injection.blend else "A scaled block is open"
+        )
+        raise StateError(f"{what}; convlora.set_adapter one, outside of scaled blocks, first. Nothing was changed.")
 
 
 def check_enabled(injection: Injection) -> None:
