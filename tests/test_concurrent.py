@@ -140,10 +140,20 @@ CALLS = {
     "save_adapter": lambda m, d: convlora.save_adapter(m, d),
     "disable_adapter": lambda m, d: convlora.disable_adapter(m).__enter__(),
     "use_adapters": lambda m, d: convlora.use_adapters(m, ["a"]).__enter__(),
+    "scaled": lambda m, d: convlora.scaled(m, 0.5).__enter__(),
+    "set_scale": lambda m, d: convlora.set_scale(m, "a", 0.5),
 }
 ALLOWED = {
-    "disable_adapter": {"add_adapter", "load_adapter", "extract", "remove", "save_adapter", "disable_adapter"},
-    "use_adapters": {"set_adapter", "save_adapter", "use_adapters"},
+    "disable_adapter": {
+        "add_adapter",
+        "load_adapter",
+        "extract",
+        "remove",
+        "save_adapter",
+        "disable_adapter",
+        "set_scale",
+    },
+    "use_adapters": {"set_adapter", "save_adapter", "use_adapters", "scaled"},
 }
 
 

@@ -155,6 +155,31 @@ def test_interrupted_shrinking_is_done_or_not_begun(two, images):
         assert interrupted or ranks == {1}
 
 
+def scale(model):
+    with convlora.scaled(model, 0.5, interpolate=True):
+        pass
+
+
+LIVE = {
+    "set_adapter": lambda m: convlora.set_adapter(m, {"a": 0.5, "b": 2.0}),
+    "set_scale": lambda m: convlora.set_scale(m, "a", 0.5),
+    "scaled": scale,
+}
+
+
+@pytest.mark.parametrize("call", LIVE)
+def test_interrupted_a_change_of_weights_is_done_or_not_begun(two, images, call):
+    start, _ = two
+    before, done = start(images), copy.deepcopy(start)
+    LIVE[call](done)
+    after = done(images)
+    assert torch.equal(before, after) is (call == "scaled")
+    for subject, interrupted in interruptions(LIVE[call], lambda: copy.deepcopy(start), step=37):
+        now = subject(images)
+        assert torch.equal(now, after) or (interrupted and torch.equal(now, before))
+        assert torch.equal(convlora.set_scale(convlora.set_adapter(subject, "a"), "a", 1)(images), before)
+
+
 def test_interrupted_extraction_leaves_the_base(images):
     torch.manual_seed(0)
     base = SmallNet().eval()

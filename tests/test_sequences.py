@@ -128,6 +128,32 @@ class Adapters(RuleBasedStateMachine):
                     assert torch.equal(outputs(self.model), self.of_base)
             assert torch.equal(outputs(self.model), self.of_base)
 
+    @precondition(lambda self: not self.merged)
+    @rule(weights=st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=4, max_size=4), owned=st.booleans())
+    def several(self, weights, owned):
+        """Several for a while, merged as unmerged, the order of no matter."""
+        named = dict(zip(self.expected, weights, strict=False))
+        owner = self.active if owned else None
+        convlora.set_adapter(self.model, named, owner=owner)
+        now = outputs(self.model)
+        assert torch.equal(outputs(convlora.merge(self.model)), now)
+        convlora.set_adapter(convlora.unmerge(self.model), dict(reversed(named.items())), owner=owner)
+        assert torch.equal(outputs(self.model), now)
+        convlora.set_adapter(self.model, self.active)
+
+    @precondition(lambda self: not self.merged)
+    @rule(interpolate=st.booleans())
+    def scaled(self, interpolate):
+        with convlora.scaled(self.model, 1), convlora.scaled(self.model, 0, interpolate=interpolate):
+            assert not interpolate or torch.equal(outputs(self.model), self.of_base)
+
+    @precondition(lambda self: not self.merged)
+    @rule(index=st.integers(0, 3), scale=st.sampled_from([-0.5, 0.0, 2.0]))
+    def set_scale(self, index, scale):
+        name = self.chosen(index)
+        convlora.set_scale(self.model, name, scale)
+        convlora.set_scale(self.model, name, 1)
+
     @precondition(lambda self: not self.merged and len(self.expected) > 1)
     @rule(index=st.integers(0, 3))
     def delete(self, index):
