@@ -20,7 +20,7 @@ from rich.table import Table
 
 import convlora
 
-from . import comparison, exhibits, experiment, exporting, inspection, report, sheet, slides, standin
+from . import comparison, content, exhibits, experiment, exporting, inspection, leakage, report, sheet, slides, standin
 from .ablation import variants
 from .backbones import PATHOLOGY, check_backbone, native_size
 from .catalogue import find_methods, names
@@ -351,7 +351,8 @@ def inspect_data(
     """Say what a data set holds: layout, counts, labels, centres, colours; and draw it."""
     check_minimums(limit=limit, seed=seed)
     splits = inspection.open_all(data, limit)
-    facts = {name: inspection.find_facts(name, split) for name, split in splits.items()}
+    warnings = leakage.warnings(splits)
+    facts = {name: inspection.find_facts(name, split, warnings[name]) for name, split in splits.items()}
     for each in facts.values():
         for line in each.lines():
             console.print(line, soft_wrap=True, highlight=False)
@@ -393,6 +394,10 @@ def run(options: Options, methods: Sequence[Method], seeds: int, sweep: Sequence
         recipe = dataclasses.replace(recipe, batch_size=job.first_decides(lambda: fitting_batch(methods, recipe, job)))
     folder = job.first_decides(lambda: find_data(options))
     splits = open_splits(folder, options.limit)
+    content.look(splits, job)
+    warnings = [sentence for own in leakage.warnings(splits).values() for sentence in own]
+    for sentence in warnings:
+        console.print(f"warning: {sentence}", soft_wrap=True, highlight=False)
     remarks: list[str] = []
     try:
         if sweep:
@@ -410,7 +415,7 @@ def run(options: Options, methods: Sequence[Method], seeds: int, sweep: Sequence
         raise typer.Exit(130) from None
     if job.is_first:
         remarks += comparison.reported([method.name for method in methods], splits)
-        finish(options, splits, recipe, results, remarks)
+        finish(options, splits, recipe, results, remarks, warnings)
     job.wait()
 
 
@@ -431,13 +436,14 @@ def finish(
     recipe: Recipe,
     results: Sequence[experiment.Result],
     remarks: Sequence[str],
+    warnings: Sequence[str],
 ) -> None:
     """Write and show the outputs of a job."""
     facts = [report.describe_split(name, split) for name, split in splits.items()]
     test = splits["test"]
     given = arguments(options, recipe, results)
     whole = report.Report(results, facts, given, caveat(splits), test.labels, remarks, report.truths(splits))
-    whole = with_pictures(whole, splits)
+    whole = with_pictures(dataclasses.replace(whole, warnings=warnings), splits)
     report.write_report(whole, options.out, report.submission_csv(test.ids.tolist(), whole.best.test_logits))
     console.print(report.rich_table(whole))
     for note in whole.notes():

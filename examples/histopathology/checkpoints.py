@@ -95,7 +95,7 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] |
         differing.insert(0, f"format {version} there, {FORMAT} now")
     if differing:
         raise ExampleError(
-            f"{path} is of another training: {'; '.join(differing)}. Give the same options to go on, or leave "
+            f"{path} is of another training: {'; '.join(differing)}. Give the same options and data to go on, or leave "
             "--resume out to begin anew."
         )
     return dict(state)

@@ -6,7 +6,6 @@ and the method that the adapter was trained by.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import statistics
@@ -22,6 +21,7 @@ import convlora
 
 from .backbones import Normalisation, check_input, load_backbone
 from .catalogue import as_plain, method_from
+from .content import digest_of, digest_of_file
 from .data import HistoDataset, Transform
 from .errors import ExampleError
 from .features import Features, features_of, head_alone, linear_head
@@ -261,7 +261,8 @@ def _what_trains(
     for name in ("train", "val"):
         turns = range(VIEWS) if name == "train" and augment.policy == "dihedral" else range(1)
         views = [functools.partial(transforms.view, splits[name], turn=turn) for turn in turns]
-        key = f"{_digest(splits[name])} {splits[name].path.name} {recipe.image_size} {method.normalise} {len(turns)}"
+        seen = (recipe.image_size, method.normalise, transforms.normalisation.mean, transforms.normalisation.std)
+        key = f"{digest_of(splits[name])} {recipe.backbone} {seen} {len(turns)}"
         features = features_of(model, head, views, key, recipe.batch_size, job)
         cached[name] = Features(features, splits[name].labels, recipe.seed)
     return head_alone(head, recipe.dropout), cached
@@ -286,16 +287,12 @@ def _loaders(method: Method, split: HistoDataset, recipe: Recipe) -> Callable[[i
 
 
 def identity_of(method: Method, recipe: Recipe, splits: Mapping[str, HistoDataset]) -> dict[str, Any]:
-    """What a training depends on, as plain values; a result or checkpoint of anything else is not of this one."""
-    asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(recipe).items()}
-    return {**asked, **method.training_parts(), **{name: _digest(split) for name, split in splits.items()}}
+    """What a training depends on, as plain values; a result or checkpoint of anything else is not of this one.
 
-
-def _digest(split: HistoDataset) -> str:
-    """A split by its ids, labels and centres; its pixels are taken at its word."""
-    columns = (torch.as_tensor(split.ids), _labels(split), torch.as_tensor(split.centres))
-    digest = hashlib.sha256(b"".join(column.numpy().tobytes() for column in columns))
-    return f"{len(split)} patches, {digest.hexdigest()[:12]}"
+    Splits count by their content, and so do weights from a file.
+    """
+    asked = {**vars(recipe), "weights": None if recipe.weights is None else digest_of_file(recipe.weights)}
+    return {**asked, **method.training_parts(), **{name: digest_of(split) for name, split in splits.items()}}
 
 
 def _forget(file: Path) -> None:

@@ -11,7 +11,7 @@ import base64
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Facts:
         centres: images by centre; None for those without one.
         colours: by centre.
         notes: a sentence each.
+        warnings: a sentence each, see `leakage`.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Facts:
     centres: dict[int | None, int]
     colours: dict[int | None, Colours]
     notes: list[str]
+    warnings: list[str]
 
     @property
     def values(self) -> tuple[float, float]:
@@ -89,6 +91,7 @@ class Facts:
             f"  centres   {_shares(self.centres, 'without a centre')}",
             *([f"  source    {self.source}"] if self.source else []),
             *(f"  note      {note}" for note in self.notes),
+            *(f"  WARNING   {warning}" for warning in self.warnings),
         ]
 
 
@@ -110,7 +113,7 @@ def open_all(data: Path, limit: int | None = None) -> dict[str, HistoDataset]:
     return {split: HistoDataset(path, require_labels=False, limit=limit, split=split) for split, path in paths.items()}
 
 
-def find_facts(name: str, split: HistoDataset) -> Facts:
+def find_facts(name: str, split: HistoDataset, warnings: Sequence[str] = ()) -> Facts:
     """Look at one split; of each centre, the colours of up to 500 images."""
     rows = split.rows
     labels: dict[int | None, int] = dict(sorted(Counter(rows.labels).items(), key=_none_last))
@@ -131,6 +134,7 @@ def find_facts(name: str, split: HistoDataset) -> Facts:
         centres={_centre(c): int(n) for c, n in sorted(zip(centres, counts, strict=True), key=_none_last)},
         colours={_centre(c): colours(split, np.flatnonzero(rows.centres == c)) for c in centres},
         notes=notes,
+        warnings=list(warnings),
     )
 
 

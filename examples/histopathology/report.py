@@ -85,6 +85,8 @@ class Report:
     """By split, "test" before "val"."""
     exhibits: Exhibits | None = None
     costs: Sequence[Cost] = ()
+    warnings: Sequence[str] = ()
+    """What the splits share, see `leakage`."""
     environment: Mapping[str, Any] = field(default_factory=lambda: describe_environment())
 
     @property
@@ -206,6 +208,7 @@ def markdown(report: Report) -> str:
     lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in report.rows()]
     caveat = [f"**{report.caveat}**", ""] if report.caveat else []
+    caveat += [line for warning in report.warnings for line in (f"**Warning: {warning}**", "")]
     notes = [f"- {note}" for note in (*(f"{name}: {about}." for name, about in report.abouts()), *report.notes())]
     return "\n".join([*caveat, *lines, "", *notes, ""])
 
@@ -214,6 +217,7 @@ def as_data(report: Report) -> dict[str, Any]:
     """Everything measured, for ``results.json``: the same figures unrounded, with every epoch."""
     return {
         "caveat": report.caveat,
+        "warnings": list(report.warnings),
         "environment": dict(report.environment),
         "arguments": dict(report.arguments),
         "splits": [dataclasses.asdict(split) for split in report.splits],

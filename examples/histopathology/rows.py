@@ -36,6 +36,8 @@ class Rows(ABC):
         source: what made the data, where it says so.
         dtypes: how many images are stored in which dtype.
         shape: of a stored image.
+        slides: the name of the slide that each image is of; None where the layout names none.
+        patients: the same of the patient.
         notes: what a reader of the data should know, a sentence each.
     """
 
@@ -47,6 +49,8 @@ class Rows(ABC):
         self.labels: list[int | None] = []
         self.centres: Ids = np.empty(0, np.int64)
         self.source: str | None = None
+        self.slides: list[str] | None = None
+        self.patients: list[str] | None = None
         self.dtypes: Counter[str] = Counter()
         self.shape: tuple[int, ...] = ()
         self.notes: list[str] = []

@@ -64,6 +64,8 @@ class WildsRows(Rows):
         self.labels = [entry.label for entry in entries]
         self.centres = np.array([entry.centre for entry in entries], np.int64)
         self._names = [entry.picture for entry in entries]
+        self.slides = [name.split("/")[1] for name in self._names]  # patient and node: one slide
+        self.patients = [slide.partition("_node_")[0] for slide in self.slides]
         _check_folders(path, self._names)
         self.dtypes["uint8"] = len(entries)
         self.shape = (*_SIZE, 3)
