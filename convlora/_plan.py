@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any, Literal
 
 from ._layer.change import Change, Option, Shapes
@@ -109,7 +110,7 @@ class Part:
     """Numbers in its own parameters, those of its children not counted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Everything that an injection does to a model; ``print(plan)`` shows it as a table.
 
@@ -201,6 +202,16 @@ class Plan:
     def __str__(self) -> str:
         return "\n".join([self._title(), *self._table(), *self._footer()])
 
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        cells = [[f"<td>{escape(cell)}</td>" for cell in row] for row in self._rows()]
+        table = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+        notes = "<br>".join(map(escape, self._footer()))
+        return f"<p>{escape(self._title())}</p><table>{table}</table><p>{notes}</p>"
+
     def _title(self) -> str:
         change, strengths = METHODS[self.method], sorted({layer.strength for layer in self.layers})
         said = [
@@ -216,13 +227,17 @@ class Plan:
         what = ", ".join(text for text, there in said if there)
         return f"{self.model}: adapter {self.adapter_name!r}, {what} ({self.state})"
 
-    def _table(self) -> list[str]:
-        rows = [("layer", "kind", "weight", "rank", "base", "adapter", "")]
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("layer", "kind", "weight", "rank", "base", "adapter", "")]
         for layer in (*self.layers, *self.skipped):
             shape = "×".join(map(str, layer.weight_shape))
             name, rank = layer.name or "(the model itself)", self._rank(layer)
             counts = f"{layer.base_parameters:,}", f"{layer.adapter_parameters:,}"
             rows.append((name, layer.kind, shape, rank, *counts, layer.note))
+        return rows
+
+    def _table(self) -> list[str]:
+        rows = self._rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         left = (True, True, True, False, False, False, True)
         return ["  ".join(_pad(*cell) for cell in zip(row, widths, left, strict=True)).rstrip() for row in rows]

@@ -191,7 +191,7 @@ def test_a_file_of_format_1_which_has_no_digest_of_its_header_is_read():
 def test_a_second_adapter_of_one_name_is_refused(saved):
     base, directory, _ = saved
     convlora.inject(base)
-    with pytest.raises(StateError, match="There is an adapter 'default' already; choose another name"):
+    with pytest.raises(StateError, match=r"There is an adapter 'default' already\. Give the new one a name of its own"):
         convlora.load_adapter(base, directory)
 
 

@@ -56,6 +56,7 @@ STOREYS: dict[str, list[str]] = {
         "init_data",
         "init",
         "remove",
+        "watch",
         "inject",
         "adapters",
         "use",

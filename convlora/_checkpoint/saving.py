@@ -36,6 +36,9 @@ from .keys import base_keys, own_keys, tensors_as
 from .manifest import CONFIG, FORMAT, TENSORS
 from .peft_format import PREFIX, peft_config
 
+FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
+"""Endings by which a name is told to be a file's."""
+
 
 def save_adapter(
     model: nn.Module,
@@ -78,6 +81,11 @@ def save_adapter(
 
 def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None, about: About) -> Path:
     """What :func:`save_adapter` does, with a card that says this; a warning names the caller's caller's line."""
+    if Path(directory).suffix in FILES and not Path(directory).is_dir():
+        raise CheckpointError(
+            f"{directory} is a file's name, and an adapter is saved as a directory of three files. Give "
+            f"{str(Path(directory).with_suffix(''))!r}, say. Nothing was written."
+        )
     root, injection = ready_alone(model)
     adapter = the_adapter(injection, adapter_name)
     adapter.follow()

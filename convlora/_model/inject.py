@@ -22,15 +22,17 @@ from ..errors import UnsupportedLayerError
 from .checks import check_model
 from .init import Factors, first_factors
 from .norms import keeps_statistics
-from .options import Budget, Pattern, Request
+from .options import Budget, Pattern, Request, in_our_words
 from .planner import make_plan
 from .remove import drop, remove, set_flag, undo
 from .state import RECORD, Adapter, Injection, activate, check_plain, check_unrouted, hook_state_dicts, injections
 from .targets import Targets
+from .watch import watch
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@in_our_words
 def inject(
     model: M,
     rank: int | None = None,
@@ -176,6 +178,7 @@ def _apply(plan: Plan, model: M, given: Mapping[str, Factors]) -> M:
                 attach(layer, plan.adapter_name, change)
             vars(model)[RECORD] = injection
             hook_state_dicts(model)
+            watch(model)
             activate(model, injection, plan.adapter_name if first else injection.now, injection.disabled)
     except BaseException:
         if first:

@@ -67,7 +67,7 @@ def _check_finite(root: nn.Module, injection: Injection, weights: list[nn.Parame
     spoilt += [f"{names[place.module]}{place.name}" for place in there if _is_spoilt(place.now, place.of(BASE))]
     if spoilt:
         raise StateError(
-            f"{shortened(spoilt)}: NaN or Inf with adapter {injection.active!r}, and finite in the base. The training "
+            f"{shortened(spoilt)}: NaN or Inf with adapter {injection.label!r}, and finite in the base. The training "
             "has diverged, or the scaling is too large for the dtype. Load an adapter that is whole, and merge again; "
             "convlora.merge(model, check=False) merges it as it is. Nothing was changed."
         )

@@ -7,10 +7,11 @@ does not suit, are found where the model is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any, TypedDict
+from typing import Any, ParamSpec, TypedDict, TypeVar
 
 import torch
 
@@ -26,6 +27,8 @@ from .targets import Targets
 
 Pattern = str | re.Pattern[str]
 Budget = str | float
+P = ParamSpec("P")
+R = TypeVar("R")
 DEFAULT_RANK = 8
 MORE_THAN_ANY = 2**31
 LARGEST_ALPHA = torch.finfo(torch.float32).max
@@ -97,7 +100,7 @@ class Request:
         """From the keyword arguments of a function; an unknown one is Python's own error of that function."""
         unknown = [name for name in options if name not in cls.__dataclass_fields__]
         if unknown:
-            raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+            raise TypeError(_unknown(function, unknown[0]))
         return cls(**options)
 
     def __post_init__(self) -> None:
@@ -152,6 +155,36 @@ class Request:
     def alpha_at(self, rank: int) -> float:
         """Default: twice the rank, a scaling of 2 at every rank, so that a learning rate carries over."""
         return float(2 * rank if self.alpha is None else self.alpha)
+
+
+THEIRS = {
+    **dict.fromkeys(("r", "lora_rank", "lora_dim", "network_dim"), "Its name here is rank."),
+    **dict.fromkeys(("lora_alpha", "network_alpha"), "Its name here is alpha."),
+    **dict.fromkeys(("lora_dropout", "network_dropout"), "Its name here is dropout."),
+    **dict.fromkeys(("init_lora_weights", "init_weights"), "Its name here is init."),
+    **dict.fromkeys(("target_layers", "target_names"), "Its name here is target_modules."),
+    **dict.fromkeys(("peft_type", "algo"), "Its name here is method."),
+    **dict.fromkeys(("task_type", "inference_mode", "fan_in_fan_out"), "Leave it out."),
+    "bias": "Leave it out: biases are frozen, as with peft's bias='none', but for those of modules_to_save.",
+    "lr": "A learning rate belongs to the optimizer: convlora.parameter_groups(model, lr=...).",
+}
+"""What to do in the place of an argument that peft, LyCORIS or kohya's scripts have."""
+
+
+def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, whose error for another library's argument says what to write here."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if wrong := next((name for name in kwargs if name in THEIRS), None):
+            raise TypeError(_unknown(function.__name__, wrong))
+        return function(*args, **kwargs)
+
+    return called
+
+
+def _unknown(function: str, name: str) -> str:
+    return f"{function}() got an unexpected keyword argument {name!r}. {THEIRS.get(name, '')}".removesuffix(". ")
 
 
 def check_among(known: tuple[str, ...], value: object, argument: str) -> None:

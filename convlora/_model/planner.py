@@ -17,11 +17,12 @@ from .budget import allotted
 from .checks import check_any_left, check_model
 from .choice import Choice, has_bias
 from .norms import POLICIES, keeps_statistics
-from .options import DEFAULT_RANK, Budget, Pattern, Request, numbers_in
+from .options import DEFAULT_RANK, Budget, Pattern, Request, in_our_words, numbers_in
 from .state import check_plain
 from .targets import Named, Targets, find_head, modules_of, select
 
 
+@in_our_words
 def plan(
     model: nn.Module,
     rank: int | None = None,

@@ -484,7 +484,10 @@ def check_addable(root: nn.Module, adapter_name: str) -> None:
 def check_new(injection: Injection, adapter_name: str) -> None:
     """Raise StateError where there is an adapter of this name."""
     if adapter_name in injection.adapters:
-        raise StateError(f"There is an adapter {adapter_name!r} already; choose another name. Nothing was changed.")
+        raise StateError(
+            f"There is an adapter {adapter_name!r} already. Give the new one a name of its own (adapter_name=...), or "
+            "take the plain model, which convlora.remove(model) gives. Nothing was changed."
+        )
 
 
 def the_adapter(injection: Injection, adapter_name: str | None) -> Adapter:
