@@ -108,6 +108,7 @@ EXTRAS = {
     "onnx": "test-all",
     "onnxruntime": "test-all",
     "onnxscript": "test-all",
+    "openslide": "slides",
     "peft": "peft",
     "PIL": "histopathology",
     "psutil": "histopathology",

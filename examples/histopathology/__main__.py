@@ -20,7 +20,22 @@ from rich.table import Table
 
 import convlora
 
-from . import comparison, content, exhibits, experiment, exporting, inspection, leakage, report, sheet, slides, standin
+from . import (
+    comparison,
+    content,
+    exhibits,
+    experiment,
+    exporting,
+    heatmap,
+    inspection,
+    leakage,
+    report,
+    sheet,
+    slidemap,
+    slides,
+    standin,
+    wholeslide,
+)
 from .ablation import variants
 from .backbones import PATHOLOGY, check_backbone, native_size
 from .catalogue import find_methods, names
@@ -29,6 +44,7 @@ from .costs import costs as measure_costs
 from .data import HistoDataset, find_splits, open_splits
 from .errors import ExampleError
 from .files import write_text
+from .layout import PATCH
 from .method import MODIFIERS, Method, modified
 from .packing import pack
 from .processes import PRECISIONS, Job, is_first_process, make_accelerator
@@ -83,6 +99,15 @@ class Options:
         typer.Option(help="Folder of the challenge's, WILDS's, PCam's or packed files. Default: a stand-in."),
     ] = None
     slides: Annotated[Path | None, typer.Option(help="Folder of tissue pictures to cut and run on.")] = None
+    patch: Annotated[int | None, typer.Option(help="Side of what --slides cuts, in pixels (96).")] = None
+    stride: Annotated[int | None, typer.Option(help="Between what --slides cuts, in pixels (96 or less).")] = None
+    magnification: Annotated[
+        float | None,
+        typer.Option(help="Of these pixels: 10 is 1 micron a pixel, 20 is 0.5 (the pictures' own pixels)."),
+    ] = None
+    mpp: Annotated[
+        float | None, typer.Option(help="Microns per pixel of --data's patches, for slides to come (0.97).")
+    ] = None
     backbone: Annotated[
         str, typer.Option(help=f"lite0 (no network needed), a timm name, hf-hub:OWNER/NAME, {', '.join(PATHOLOGY)}.")
     ] = "lite0"
@@ -119,7 +144,18 @@ class Options:
         preset = FULL_RECIPE if self.full else {}
         if self.native_size:
             given["image_size"] = native_size(self.backbone, self.weights)
+        if self.slides is not None:
+            given["mpp"] = self.microns_per_pixel()
         return Recipe(**{"workers": default_workers(pick_device()), **preset, **given})
+
+    def microns_per_pixel(self) -> float | None:
+        """Of patches cut from pictures; None where their own pixels were taken."""
+        return None if self.magnification is None else 10 / self.magnification * (self.patch or PATCH) / PATCH
+
+    def cutting(self) -> dict[str, Any]:
+        """How pictures are cut, where it was said."""
+        asked = {"patch": self.patch, "stride": self.stride, "magnification": self.magnification}
+        return {name: value for name, value in asked.items() if value is not None}
 
     def for_many(self) -> "Options":
         """The same for dozens of trainings: smaller images where no size was asked for."""
@@ -236,15 +272,34 @@ def rates(options: Options, lrs: str | None) -> list[float]:
 @plain_errors
 def predict(
     model: Annotated[Path, typer.Argument(help="Adapter folder that a run wrote, or an .onnx file of `export`.")],
-    data: Annotated[Path, typer.Argument(help="HDF5 file, folder with a test split, or folder of picture tiles.")],
-    out: Annotated[Path, typer.Option(help="CSV file to write; probabilities go beside it.")] = Path("submission.csv"),
+    data: Annotated[
+        Path, typer.Argument(help="HDF5 file, folder with a test split, folder of picture tiles, or a slide (.svs, …).")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="CSV file to write; all else goes beside it (submission.csv; a slide's own name)."),
+    ] = None,
     weights: Annotated[Path | None, typer.Option(help="Where the backbone's weights lie now.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
     how: Annotated[str, typer.Option(help="Comma-separated, of ensemble, balanced, adabn.")] = "",
+    mpp: Annotated[float | None, typer.Option(help="Microns per pixel of a slide (its metadata's).")] = None,
+    tile_mpp: Annotated[float | None, typer.Option(help="Microns per pixel of a tile (the training patches').")] = None,
+    stride: Annotated[int | None, typer.Option(help="Between a slide's tiles, in pixels of a tile (96).")] = None,
+    tissue: Annotated[float | None, typer.Option(help="Share of tissue in a tile, at least (0.25).")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Probability that counts as tumour (0.5).")] = None,
 ) -> None:
-    """Predict with a saved adapter or an exported network; write a submission and the probabilities."""
+    """Predict with a saved adapter or an exported network: a submission and probabilities, or a slide's heat map."""
     check_minimums(batch_size=batch_size)
     words = [word for word in how.split(",") if word]
+    given = {"mpp": mpp, "tile_mpp": tile_mpp, "stride": stride, "tissue": tissue, "threshold": threshold}
+    given = {name: value for name, value in given.items() if value is not None}
+    if wholeslide.is_slide(data):
+        predict_slide(model, data, out or Path(f"{data.stem}.csv"), weights, batch_size, words, given)
+        return
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ExampleError(f"{flags} is of slides, and {data} is none; leave it out.")
+    out = out or Path("submission.csv")
     if model.suffix == ".onnx":
         predicts = modified(Method(model.stem, ""), check_how(words)).predict
         split = open_to_predict(data)
@@ -263,6 +318,49 @@ def predict(
     if split.labels is not None:
         console.print(f"accuracy {accuracy(logits, split.labels.float()):.4f} on {len(split):,} patches")
     console.print(f"wrote {out} and {beside}", soft_wrap=True)
+
+
+def predict_slide(
+    model: Path,
+    slide: Path,
+    out: Path,
+    weights: Path | None,
+    batch_size: int,
+    words: Sequence[str],
+    given: dict[str, Any],
+) -> None:
+    """Predict a whole slide and write its table, heat maps, outlines and summary."""
+    check_slide_options(given)
+    if model.suffix == ".onnx":
+        classify, trained = exporting.classifier_onnx(model, modified(Method(model.stem, ""), check_how(words)).predict)
+    else:
+        recipe, method = experiment.read_card(model)
+        recipe = dataclasses.replace(recipe, weights=weights or recipe.weights)
+        classify, trained = slidemap.classifier(model, recipe, modified(method, check_how(words))), recipe.mpp
+    if trained is None and "tile_mpp" not in given:
+        raise ExampleError(f"{model} does not say how many microns a pixel of its patches was: give --tile-mpp.")
+    asked = slidemap.Asked(**{"tile_mpp": trained, "batch_size": batch_size, **given})
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("predicting tiles", total=None)
+        found = slidemap.predict_slide(
+            slide, classify, asked, lambda done, all: bar.update(task, completed=done, total=all)
+        )
+    files = heatmap.write_map(found, out)
+    for line in slidemap.lines(slidemap.summary(found)):
+        console.print(line, soft_wrap=True, highlight=False)
+    console.print("wrote " + ", ".join(str(file) for file in files), soft_wrap=True)
+
+
+def check_slide_options(given: dict[str, Any]) -> None:
+    """Refuse what no slide can be predicted by."""
+    for name in ("mpp", "tile_mpp"):
+        if not 0 < given.get(name, 1.0) < math.inf:
+            raise ExampleError(f"--{name.replace('_', '-')} {given[name]}: must be a number above 0, in microns.")
+    if not 1 <= given.get("stride", PATCH) <= PATCH:
+        raise ExampleError(f"--stride {given['stride']}: must be from 1 to {PATCH}, the side of a tile.")
+    for name in ("tissue", "threshold"):
+        if not 0 <= given.get(name, 0.5) <= 1:
+            raise ExampleError(f"--{name} {given[name]}: must be a share from 0 to 1.")
 
 
 @app.command()
@@ -300,11 +398,17 @@ def make_data(
     seed: Annotated[int | None, typer.Option(help="Of the stand-in (0).")] = None,
     dtype: Annotated[str, typer.Option(help="float16, float32, float64 or uint8.")] = "float32",
     slides: Annotated[Path | None, typer.Option(help="Cut these pictures instead.")] = None,
+    patch: Annotated[int | None, typer.Option(help="Side of what --slides cuts, in pixels (96).")] = None,
+    stride: Annotated[int | None, typer.Option(help="Between what --slides cuts, in pixels (96 or less).")] = None,
+    magnification: Annotated[float | None, typer.Option(help="Of these pixels: 10 is 1 micron a pixel.")] = None,
 ) -> None:
     """Write the synthetic stand-in, or patches cut from your own tissue pictures, in the challenge's layout."""
     asked = {"train": train, "val": val, "test": test, "seed": seed}
     check_minimums(**asked)
     given = {name: value for name, value in asked.items() if value is not None}
+    cutting = Options(patch=patch, stride=stride, magnification=magnification).cutting()
+    if slides is None and cutting:
+        raise ExampleError(f"{', '.join(f'--{name}' for name in cutting)} is of --slides; leave it out.")
     if slides is None:
         seed = given.pop("seed", 0)
         make_standin(out, SMALL_SIZES | given, seed, dtype)
@@ -312,7 +416,7 @@ def make_data(
         flags = ", ".join(f"--{name}" for name in given)
         raise ExampleError(f"{flags} is of the stand-in; with --slides the pictures decide. Leave it out.")
     else:
-        cut_slides(slides, out, dtype)
+        cut_slides(slides, out, dtype, **cutting)
     console.print(f"wrote {out}", soft_wrap=True)
 
 
@@ -491,6 +595,13 @@ def check(options: Options, seeds: int) -> Recipe:
         raise ExampleError(f"--lr {recipe.lr}: must be a positive number; the default is 1e-3.")
     if options.data is not None and options.slides is not None:
         raise ExampleError("--data and --slides exclude each other; give one.")
+    if options.slides is None and options.cutting():
+        flags = ", ".join(f"--{name}" for name in options.cutting())
+        raise ExampleError(f"{flags} is of --slides; leave it out, or give the folder of pictures.")
+    if options.slides is not None and options.mpp is not None:
+        raise ExampleError("--mpp is of --data; with --slides --magnification says it. Leave it out.")
+    if recipe.mpp is not None and not 0 < recipe.mpp < math.inf:
+        raise ExampleError(f"--mpp {recipe.mpp}: must be a number above 0, in microns.")
     if options.data is not None:
         find_splits(options.data)
     if options.out.exists() and not options.out.is_dir():
@@ -513,7 +624,7 @@ def find_data(options: Options) -> Path:
     if options.data is not None:
         return options.data
     if options.slides is not None:
-        cut_slides(options.slides, options.out / "slides")
+        cut_slides(options.slides, options.out / "slides", **options.cutting())
         return options.out / "slides"
     # The challenge stores floats; at its full size that would be 24 GB, as bytes it is 6.
     make_standin(options.out / "data", options.sizes(), options.seed, "uint8" if options.full else "float32")
@@ -529,9 +640,9 @@ def make_standin(folder: Path, sizes: dict[str, int], seed: int, dtype: str) -> 
         )
 
 
-def cut_slides(folder: Path, out: Path, dtype: str = "float32") -> None:
+def cut_slides(folder: Path, out: Path, dtype: str = "float32", **cutting: Any) -> None:
     """Cut pictures into the splits and say how many patches each got."""
-    counts = slides.cut_slides(folder, out, dtype=dtype)
+    counts = slides.cut_slides(folder, out, dtype=dtype, **cutting)
     console.print("cut " + ", ".join(f"{count} {name}" for name, count in counts.items()) + " patches")
 
 

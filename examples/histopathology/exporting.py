@@ -27,7 +27,9 @@ from .files import replacing_file
 from .loading import make_loader
 from .method import Method, Predict
 from .prediction import balanced, ensembled
+from .slidemap import Classifier
 from .training import Recipe
+from .transforms import eval_transform
 
 # Sums in another order: of logits of size 1 to 10, fp32 rounding through some fifty layers.
 TOLERANCE = 1e-3
@@ -75,7 +77,7 @@ def export(adapter: Path, out: Path, recipe: Recipe, split: HistoDataset | None 
         _write(model, inputs[:2], partial)
         stored = onnx.load(str(partial))
         meta = {"method": method.name, "image_size": recipe.image_size}
-        meta |= {"mean": list(normalisation.mean), "std": list(normalisation.std)}
+        meta |= {"mpp": recipe.mpp, "mean": list(normalisation.mean), "std": list(normalisation.std)}
         stored.metadata_props.add(key=_META, value=json.dumps(meta))
         onnx.save(stored, str(partial))
         with torch.inference_mode():
@@ -86,6 +88,26 @@ def export(adapter: Path, out: Path, recipe: Recipe, split: HistoDataset | None 
                 f"{out}: onnxruntime's logits differ from torch's by {difference:.2g}; it was not written."
             )
     return Exported(out, out.stat().st_size, len(inputs), difference)
+
+
+def classifier_onnx(file: Path, how: Predict) -> tuple[Classifier, float | None]:
+    """The file as a function of patches, see `slidemap.classifier`; and microns per pixel of what it was trained on.
+
+    Raises:
+        ExampleError: as `predict_onnx`; AdaBN or the balanced threshold, which need all patches together.
+    """
+    if how.adabn or how.balanced:
+        raise ExampleError("adabn and balanced look at all images together; leave them out of --how for a slide.")
+    session = _Session(file)
+    meta = session.meta()
+    plain = Normalisation("onnx", file.name, tuple(meta["mean"]), tuple(meta["std"]))
+    views = [eval_transform(int(meta["image_size"]), plain, view) for view in range(how.views)]
+
+    def logits(patches: Tensor) -> Tensor:
+        each = [session.logits(view(patches)) for view in views]
+        return ensembled(torch.stack(each)) if len(each) > 1 else each[0]
+
+    return logits, meta.get("mpp")
 
 
 def predict_onnx(file: Path, split: HistoDataset, how: Predict, batch_size: int) -> Tensor:

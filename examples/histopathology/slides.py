@@ -28,6 +28,7 @@ from .errors import ExampleError
 from .layout import PATCH, SPLITS
 from .pictures import PictureError, TooLargeError, opened_path
 from .stain import Floats, concentrations, macenko_stains, optical_density
+from .wholeslide import is_slide, opened_slide
 from .writing import SplitWriter, refuse_to_overwrite
 
 SOURCE = "slides cut on a grid; label: haematoxylin of the centre above the slide's median"
@@ -58,11 +59,13 @@ class Slide:
         path: PNG, JPEG, TIFF or SVS.
         split: "train", "val" or "test".
         centre: the laboratory's number.
+        mpp: microns per pixel, where ``slides.csv`` says it.
     """
 
     path: Path
     split: str
     centre: int
+    mpp: float | None = None
 
 
 def cut_slides(
@@ -72,26 +75,32 @@ def cut_slides(
     stride: int | None = None,
     max_per_slide: int | None = None,
     dtype: str = "float32",
+    magnification: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
     """Cut a folder of pictures into ``train.h5``, ``val.h5`` and ``test.h5``; returns patches per split.
 
     Args:
-        folder: the pictures, and ``slides.csv`` (columns file, split, centre) saying where each belongs.
+        folder: the pictures, and ``slides.csv`` (columns file, split, centre, and mpp where it is known) saying where
+            each belongs.
         directory: takes the three files.
         patch: side in the pictures' pixels; other than 96 is resized to 96 (192 halves the magnification).
         stride: grid step in the pictures' pixels. None takes, for each slide, the largest of 1, 1/2, 1/3
             and 1/4 of the patch that gives 100 patches, or else 1/4.
+        magnification: at which patch and stride are counted: 10 is 1 micron a pixel, 20 is 0.5. It needs each picture's
+            microns per pixel, from ``slides.csv`` or the metadata of a slide. None for the pictures' own pixels.
         max_per_slide: at most this many, evenly spread over the slide's patches.
         dtype: of ``img``, see `SplitWriter`.
         progress: called with the number of slides done so far.
 
     Raises:
-        ExampleError: no or a faulty ``slides.csv`` where one is needed; a picture that cannot be read, is too
-            large, too small, nearly empty, or of one hue; an output file of another origin; a bad number.
+        ExampleError: microns per pixel that are needed and not known; no or a faulty ``slides.csv`` where one is
+            needed; a picture that cannot be read, is too large, too small, nearly empty, or of one hue; an output file
+            of another origin; a bad number.
     """
-    _check_numbers(patch, stride, max_per_slide)
+    _check_numbers(patch, stride, max_per_slide, magnification)
     slides = find_slides(folder)
+    scales = [1.0 if magnification is None else 10 / magnification / _microns(slide) for slide in slides]
     for split in SPLITS:
         refuse_to_overwrite(Path(directory) / f"{split}.h5", SOURCE)
     counts = dict.fromkeys(SPLITS, 0)
@@ -101,7 +110,8 @@ def cut_slides(
             for number, slide in enumerate(slides):
                 if slide.split != split:
                     continue
-                counts[split] += _cut(slide, number, writer, patch, stride, max_per_slide)
+                side, step = round(patch * scales[number]), stride and max(1, round(stride * scales[number]))
+                counts[split] += _cut(slide, number, writer, side, step, max_per_slide)
                 done += 1
                 if progress is not None:
                     progress(done)
@@ -149,11 +159,26 @@ def read_picture(path: Path) -> Bytes:
         return _read_tiff(path)
 
 
-def _check_numbers(patch: int, stride: int | None, max_per_slide: int | None) -> None:
+def _microns(slide: Slide) -> float:
+    """Microns per pixel by the table, or by the metadata of the slide."""
+    if slide.mpp is not None:
+        return slide.mpp
+    if is_slide(slide.path):
+        with opened_slide(slide.path) as opened:
+            if opened.mpp is not None:
+                return opened.mpp
+    raise ExampleError(
+        f"{slide.path}: a magnification needs to know how many microns a pixel is. Say it in {TABLE}, in a column mpp."
+    )
+
+
+def _check_numbers(patch: int, stride: int | None, max_per_slide: int | None, magnification: float | None) -> None:
     if patch < 32:
         raise ExampleError(f"patch={patch}: give 32 pixels or more; 96 is the task's own.")
     if stride is not None and stride < 1:
         raise ExampleError(f"stride={stride}: give 1 pixel or more, or None to choose by slide.")
+    if magnification is not None and not 0 < magnification < float("inf"):
+        raise ExampleError(f"magnification={magnification}: give a number above 0, such as 10 or 20.")
     if max_per_slide is not None and max_per_slide < _FEWEST_PATCHES:
         raise ExampleError(f"max_per_slide={max_per_slide}: give {_FEWEST_PATCHES} or more, or None for all.")
 
@@ -182,7 +207,21 @@ def _from_table(table: Path) -> list[Slide]:
     faults += [f"  {name}: listed twice" for name in sorted({n for n in names if names.count(n) > 1})]
     if faults or not rows:
         raise ExampleError(f"{table}:\n" + "\n".join(faults or ["  no picture listed"]))
-    return [Slide(table.parent / row["file"], row["split"].strip(), int(row["centre"])) for _, row in rows]
+    return [
+        Slide(table.parent / row["file"], row["split"].strip(), int(row["centre"]), _positive(row.get("mpp")))
+        for _, row in rows
+    ]
+
+
+def _positive(text: str | None) -> float | None:
+    """A number above 0, None of nothing, NaN of all else."""
+    if not (text or "").strip():
+        return None
+    try:
+        value = float(text or "")
+    except ValueError:
+        return float("nan")
+    return value if 0 < value < float("inf") else float("nan")
 
 
 def _row_faults(root: Path, row: dict[str, str | None]) -> Iterator[str]:
@@ -193,6 +232,8 @@ def _row_faults(root: Path, row: dict[str, str | None]) -> Iterator[str]:
         yield f"split {split!r} is none of {', '.join(SPLITS)}"
     if not centre.strip().isdecimal():
         yield f"centre {centre!r} is no number"
+    if (mpp := _positive(row.get("mpp"))) is not None and mpp != mpp:
+        yield f"mpp {row['mpp']!r} is no number above 0"
 
 
 @contextmanager

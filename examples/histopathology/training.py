@@ -44,6 +44,9 @@ from .logs import Log
 from .processes import Job
 from .progress import progress_bar
 
+CAMELYON_MPP = 0.97
+"""Microns per pixel of Camelyon16's and 17's slides at level 2: of the challenge's, WILDS's and PCam's patches."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -64,6 +67,8 @@ class Recipe:
     lr_patience: int = 5
     stop_patience: int = 10
     precision: str = "fp32"
+    mpp: float | None = CAMELYON_MPP
+    """Microns per pixel of the patches, so that slides are cut at the same; None where it is not known."""
 
 
 @dataclass(frozen=True)
