@@ -112,10 +112,7 @@ def test_factor_1_is_the_adapter_and_factor_0_the_base_both_to_the_bit(kind):
     with convlora.scaled(model, 0, interpolate=True):
         assert torch.equal(outputs(model), outputs(base))
     with convlora.scaled(model, 0):
-        start, trained = base.state_dict(), alone(model, "a")
-        convs = tuple(f"{name}." for name, m in base.named_modules() if isinstance(m, nn.Conv2d))
-        base.load_state_dict({k: start[k] if k.startswith(convs) else trained[k] for k in start})
-        assert torch.equal(outputs(model), outputs(base))
+        assert torch.equal(outputs(model), outputs_with(base, alone(model, "a")))
     assert torch.equal(outputs(model), expected)
 
 
@@ -290,6 +287,36 @@ def test_a_weight_of_1_alone_is_that_adapter_and_a_list_means_1_for_each():
     assert torch.equal(found, outputs(convlora.set_adapter(model, {"a": 1.0, "b": 1.0})))
     assert not torch.equal(found, outputs(convlora.set_adapter(model, "a")))
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_and_its_copy_with_the_opposite_weight_cancel(kind, tmp_path):
+    """As peft's test of subtraction by weights."""
+    base, model = two(kind)
+    convlora.save_adapter(model, tmp_path)
+    convlora.load_adapter(model, tmp_path, "copy")
+    near(
+        outputs(convlora.set_adapter(model, {"a": 1.5, "copy": -1.5}, owner="a")), outputs_with(base, alone(model, "a"))
+    )
+
+
+def outputs_with(base, state):
+    """What the base's layers predict under another head and other statistics."""
+    layers = tuple(f"{name}." for name, m in base.named_modules() if isinstance(m, nn.Conv2d))
+    start, net = base.state_dict(), copy.deepcopy(base)
+    net.load_state_dict({key: start[key] if key.startswith(layers) else state[key] for key in start})
+    return outputs(net)
+
+
+def test_five_at_once_of_different_ranks():
+    base, model = two("lora", "lora")
+    for number, name in enumerate("cde"):
+        convlora.add_adapter(model, name, 1 + number, norm="track", **LAYERS)
+        moved(convlora.set_adapter(model, name), 5 + number)
+    weights = {"e": 0.1, "a": 0.2, "d": -0.3, "b": 0.4, "c": 0.5}
+    each = [(weight, alone(model, name)) for name, weight in weights.items()]
+    convlora.set_adapter(model.eval(), weights, owner="c")
+    near(outputs(model), dense(base, each, each[-1][1]))
 
 
 def test_without_an_owner_the_rest_is_what_a_combination_has():
