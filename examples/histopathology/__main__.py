@@ -546,7 +546,7 @@ def finish(
     facts = [report.describe_split(name, split) for name, split in splits.items()]
     test = splits["test"]
     given = arguments(options, recipe, results)
-    whole = report.Report(results, facts, given, caveat(splits), test.labels, remarks, report.truths(splits))
+    whole = report.Report(results, facts, given, caveat(splits), remarks, report.truths(splits))
     whole = with_pictures(dataclasses.replace(whole, warnings=warnings), splits)
     report.write_report(whole, options.out, report.submission_csv(test.ids.tolist(), whole.best.test_logits))
     console.print(report.rich_table(whole))

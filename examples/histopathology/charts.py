@@ -35,22 +35,23 @@ def curves(results: Sequence[Result]) -> dict[str, Markup]:
         "Validation loss": _curve(results, "validation loss", lambda epoch: epoch.val_loss),
         "Validation accuracy": _curve(results, "validation accuracy", lambda epoch: epoch.val_accuracy),
     }
-    if len({result.method for result in results}) > 2 and all(r.test_accuracy is not None for r in results):
-        drawn["Test accuracy against trainable share"] = frontier(results)
+    if len({result.method for result in results}) > 2:
+        split = "test" if all(result.test_accuracy is not None for result in results) else "validation"
+        drawn[f"{split.capitalize()} accuracy against trainable share"] = frontier(results, split)
     return drawn
 
 
-def frontier(results: Sequence[Result]) -> Markup:
-    """Mean test accuracy against the share of parameters that train, with the line of what nothing beats on both.
+def frontier(results: Sequence[Result], split: str = "test") -> Markup:
+    """Mean accuracy against the share of parameters that train, with the line of what nothing beats on both.
 
-    Transductive methods are hollow, and have no part in the line.
+    Transductive methods are hollow, and have no part in the line. ``split`` is "test" or "validation".
     """
     figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="trainable share", ylabel="test accuracy", xscale="log")
+    axes = figure.add_subplot(xlabel="trainable share", ylabel=f"{split} accuracy", xscale="log")
     points = []
     for name in dict.fromkeys(result.method for result in results):
         own = [result for result in results if result.method == name]
-        share, height = own[0].share, statistics.mean(r.test_accuracy or 0.0 for r in own)
+        share, height = own[0].share, statistics.mean(_accuracy(r, split) for r in own)
         hollow = own[0].transductive
         axes.plot(share, height, "o", color=_COLOURS[0], fillstyle="none" if hollow else "full", ms=4)
         axes.annotate(name, (share, height), xytext=(3, 3), textcoords="offset points", fontsize=7)
@@ -59,6 +60,10 @@ def frontier(results: Sequence[Result]) -> Markup:
     line = pareto(points)
     axes.step([x for x, _ in line], [y for _, y in line], where="post", color="#666666", lw=0.8, zorder=0)
     return _svg(figure, axes, "frontier")
+
+
+def _accuracy(result: Result, split: str) -> float:
+    return result.val_accuracy if split == "validation" else result.test_accuracy or 0.0
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -98,7 +99,7 @@ def _val_loss(
 ) -> float:
     each = dataclasses.replace(recipe, lr=lr)
     try:
-        return train(method, splits, each, job, f"{method.training}{suffix(lr, recipe.seed)}").best.val_loss
+        return train(method, splits, each, job, f"{method.training}{suffix(lr, recipe.seed)}").val_loss
     except ExampleError as error:
         if not may_fail or "the loss became" not in str(error):
             raise
@@ -113,62 +114,86 @@ def suffix(lr: float, seed: int) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy of one method minus another's on the same patches, mean over seeds, with a 95 % interval."""
+    """Accuracy of one method minus another's on the same patches, mean over seeds, with a 95 % interval.
+
+    ``split`` is "test" or "val". The ends of the interval are None where there is one patch, which has no spread.
+    """
 
     first: str
     second: str
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     by_seed: tuple[float, ...]
+    split: str = "test"
 
     def __str__(self) -> str:
         each = ", ".join(f"{value:+.3f}" for value in self.by_seed)
-        return (
-            f"{self.first} − {self.second}, test accuracy: {self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}] "
-            f"(by seed {each})"
-        )
+        what = {"test": "test", "val": "validation"}[self.split]
+        spread = "no interval from one patch" if self.low is None else f"{self.low:+.4f}, {self.high:+.4f}"
+        return f"{self.first} − {self.second}, {what} accuracy: {self.mean:+.4f} [{spread}] (by seed {each})"
 
 
-def difference(first: Sequence[Result], second: Sequence[Result], labels: Tensor) -> Difference:
+def difference(first: Sequence[Result], second: Sequence[Result], labels: Tensor, split: str = "test") -> Difference:
     """Paired by seed and patch; the interval by resampling patches (percentile bootstrap).
 
     It says how far other patches of the same kind would move the difference. It says nothing of other seeds, which
     ``by_seed`` shows, and is too narrow where patches resemble each other, as those of one slide do.
+
+    Args:
+        first: results of one method.
+        second: of the other; a seed that only one of the two has is left out.
+        labels: ``(N,)``, of the split.
+        split: "test" or "val".
+
+    Raises:
+        ValueError: no seed in common.
     """
     control = {result.seed: result for result in second}
     pairs = [(result, control[result.seed]) for result in first if result.seed in control]
     if not pairs:
         raise ValueError("no seed in common")
-    right = [[((r.test_logits > 0) == labels.bool()).double() for r in pair] for pair in pairs]
+    right = [[((r.logits(split) > 0) == labels.bool()).double() for r in pair] for pair in pairs]
     gains = torch.stack([a - b for a, b in right])
-    each = gains.mean(0).numpy()
+    low, high = _interval(gains.mean(0).numpy())
+    by_seed = tuple(gains.mean(1).tolist())
+    return Difference(first[0].method, second[0].method, float(gains.mean()), low, high, by_seed, split)
+
+
+def _interval(each: npt.NDArray[np.float64]) -> tuple[float | None, float | None]:
+    """95 % of the mean of patches like these."""
+    if len(each) < 2:
+        return None, None
     from scipy.stats import bootstrap  # which takes most of a second to import
 
     found = bootstrap(
         (each,), np.mean, n_resamples=2000, batch=max(1, 10**7 // len(each)), method="percentile", rng=_rng()
     ).confidence_interval
-    by_seed = tuple(gains.mean(1).tolist())
-    return Difference(
-        first[0].method, second[0].method, float(each.mean()), float(found.low), float(found.high), by_seed
-    )
+    return float(found.low), float(found.high)
 
 
 def _rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def differences(results: Sequence[Result], labels: Tensor | None) -> list[Difference]:
-    """Every method against the probe of the same augmentation, and LoRA against every other that trains."""
+def differences(results: Sequence[Result], labels: Mapping[str, Tensor]) -> list[Difference]:
+    """Every method against the probe of the same augmentation, and LoRA against every other that trains.
+
+    Args:
+        results: of any methods and seeds.
+        labels: ``(N,)`` by split. The test set's are taken; where it has none, validation's, by which the learning rate
+            and the epoch were chosen already, so that those differences are optimistic.
+    """
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.method, []).append(result)
-    if labels is None or any(result.test_accuracy is None for result in results):
+    split = next((name for name in ("test", "val") if name in labels), None)
+    if split is None or any(len(result.logits(split)) != len(labels[split]) for result in results):
         return []
     control = next((name for name in ("probe-augmented", "probe") if name in groups), None)
     pairs: list[tuple[str, str]] = [(name, control) for name in groups if control is not None and name != control]
     pairs += [("lora", name) for name in groups if "lora" in groups and name in ("norms", "full", "full-track")]
-    return [difference(groups[a], groups[b], labels) for a, b in pairs]
+    return [difference(groups[a], groups[b], labels[split], split) for a, b in pairs]
 
 
 def is_the_challenge(splits: Mapping[str, HistoDataset]) -> bool:

@@ -7,7 +7,6 @@ and the method that the adapter was trained by.
 import dataclasses
 import functools
 import json
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from .memory import largest_batch
 from .method import Method, Predict
 from .prediction import predict_by
 from .processes import Job
-from .training import Epoch, Recipe, accuracy, fit, pick_device, place, predict
+from .training import Epoch, Recipe, accuracy, balanced_loss, class_balance, fit, pick_device, place, predict
 from .transforms import VIEWS, eval_transform, train_transform
 from .verify import Proofs, prove
 
@@ -40,7 +39,11 @@ CARD = "run.json"
 
 @dataclass(frozen=True)
 class Result:
-    """What one method gave with one seed. Accuracies are in [0, 1], None without labels; logits are ``(N,)``."""
+    """What one method gave with one seed. Accuracies are in [0, 1], None without labels; logits are ``(N,)``.
+
+    ``val_loss`` and ``val_accuracy`` are of the method's own predictions. Where it predicts otherwise than it was
+    trained (several views, other statistics, another threshold) they are not those of any epoch.
+    """
 
     method: str
     seed: int
@@ -53,7 +56,8 @@ class Result:
     test_accuracy: float | None
     test_logits: Tensor
     proofs: Proofs
-    val_accuracy: float = math.nan
+    val_loss: float
+    val_accuracy: float
     lr: float = 1e-3
     transductive: bool = False
     about: str = ""
@@ -62,8 +66,12 @@ class Result:
 
     @property
     def best(self) -> Epoch:
-        """The epoch of the lowest validation loss, whose model was kept."""
+        """The epoch of the training's lowest validation loss, whose model was kept."""
         return self.history[self.best_epoch]
+
+    def logits(self, split: str) -> Tensor:
+        """Of "test" or "val"."""
+        return {"test": self.test_logits, "val": self.val_logits}[split]
 
     @property
     def share(self) -> float:
@@ -162,14 +170,15 @@ def run_method(
         if done is not None:
             return done
         model = load(trained.adapter, recipe, job.accelerator.device)
-        val, _ = predict_by(method.predict, model, _loaders(method, splits["val"], recipe))
+        val, val_labels = predict_by(method.predict, model, _loaders(method, splits["val"], recipe))
         test, labels = predict_by(method.predict, model, _loaders(method, splits["test"], recipe))
         result = dataclasses.replace(
             trained,
             method=method.name,
             transductive=method.transductive,
             about=method.about,
-            val_accuracy=accuracy(val, _labels(splits["val"])) or 0.0,
+            val_loss=balanced_loss(val, val_labels, class_balance(_labels(splits["train"]))),
+            val_accuracy=accuracy(val, val_labels) or 0.0,
             val_logits=val,
             test_logits=test,
             test_accuracy=accuracy(test, labels),
@@ -228,6 +237,7 @@ def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, jo
             test_accuracy=accuracy(logits, _labels(splits["test"])),
             test_logits=logits,
             proofs=proofs,
+            val_loss=fitted.history[fitted.best_epoch].val_loss,
             val_accuracy=fitted.history[fitted.best_epoch].val_accuracy,
             lr=recipe.lr,
             transductive=method.transductive,
@@ -277,7 +287,7 @@ def has_fixed_images(method: Method, recipe: Recipe) -> bool:
 def _metrics(result: Result) -> dict[str, float]:
     """What the adapter's card says of how good it is."""
     test = {} if result.test_accuracy is None else {"test accuracy": result.test_accuracy}
-    return {"validation accuracy": result.val_accuracy, "validation loss": result.best.val_loss, **test}
+    return {"validation accuracy": result.val_accuracy, "validation loss": result.val_loss, **test}
 
 
 def _loaders(method: Method, split: HistoDataset, recipe: Recipe) -> Callable[[int], Loader]:

@@ -28,7 +28,7 @@ from torch import Tensor
 import convlora
 
 from . import charts, costs
-from .comparison import differences
+from .comparison import Difference, differences
 from .costs import Cost
 from .data import HistoDataset
 from .exhibits import Exhibits
@@ -77,8 +77,6 @@ class Report:
     splits: Sequence[SplitFacts]
     arguments: Mapping[str, Any]
     caveat: str = ""
-    labels: Tensor | None = None
-    """Of the test set, for paired differences."""
     remarks: Sequence[str] = ()
     """Further footnotes."""
     truth: Mapping[str, Truth] = field(default_factory=dict)
@@ -91,8 +89,9 @@ class Report:
 
     @property
     def best(self) -> Result:
-        """The result with the lowest validation loss; the test set has no say in it."""
-        return min(self.results, key=lambda result: result.best.val_loss)
+        """The result of the lowest validation loss of its own predictions, whatever it predicts by; the first of
+        several that are equal. The test set's labels have no say in it."""
+        return min(self.results, key=lambda result: result.val_loss)
 
     def rows(self) -> list[list[str]]:
         """One row of cells for each method, under `HEADER`."""
@@ -113,7 +112,7 @@ class Report:
             "Trainable: factors and head; share: of all parameters of the adapted model; adapter: "
             "adapter_model.safetensors. Seconds per epoch: the training pass, median over epochs.",
             "±: standard deviation over seeds." if len({r.seed for r in self.results}) > 1 else "One seed.",
-            *([] if self.best.test_accuracy is None else [_sampling_error(len(self.best.test_logits))]),
+            *self._judged_notes(),
             *self._paired_notes(),
             *self.remarks,
             *_proof_notes(self.results),
@@ -130,11 +129,11 @@ class Report:
 
     def chosen(self) -> dict[str, Result]:
         """Of each method the seed with the lowest validation loss, which charts and confusions show."""
-        return {name: min(own, key=lambda result: result.best.val_loss) for name, own in self.by_method().items()}
+        return {name: min(own, key=lambda result: result.val_loss) for name, own in self.by_method().items()}
 
     def judged(self, result: Result) -> dict[str, tuple[Tensor, Truth]]:
         """A result's logits with the truth of each split that has one."""
-        logits = {"test": result.test_logits, "val": result.val_logits}
+        logits = {name: result.logits(name) for name in self.truth}
         return {name: (logits[name], t) for name, t in self.truth.items() if len(logits[name]) == len(t.labels)}
 
     def score_rows(self) -> list[list[str]]:
@@ -155,8 +154,22 @@ class Report:
             for centre, each in confusion_by_centre(logits, truth.labels, truth.centres).items()
         ]
 
+    def differences(self) -> list[Difference]:
+        """Paired, on the test set or, where it has no labels, on validation."""
+        return differences(self.results, {name: truth.labels for name, truth in self.truth.items()})
+
+    def _judged_notes(self) -> list[str]:
+        """What the accuracies are worth: their standard error, and on which split they are."""
+        if self.best.test_accuracy is not None:
+            return [_sampling_error(len(self.best.test_logits), "test")]
+        return [
+            "The test set has no labels: every figure and difference is of validation, which chose the learning rate "
+            "and the epoch that was kept. They are therefore optimistic.",
+            *([_sampling_error(len(self.truth["val"].labels), "validation")] if "val" in self.truth else []),
+        ]
+
     def _paired_notes(self) -> list[str]:
-        found = differences(self.results, self.labels)
+        found = self.differences()
         explained = (
             "Differences are paired by seed and patch; in brackets the 95 % interval over patches (percentile "
             "bootstrap), which says nothing of other seeds and is too narrow where patches resemble each other."
@@ -221,7 +234,7 @@ def as_data(report: Report) -> dict[str, Any]:
         "environment": dict(report.environment),
         "arguments": dict(report.arguments),
         "splits": [dataclasses.asdict(split) for split in report.splits],
-        "differences": [dataclasses.asdict(each) for each in differences(report.results, report.labels)],
+        "differences": [dataclasses.asdict(each) for each in report.differences()],
         "best": {"method": report.best.method, "seed": report.best.seed},
         "scores": [dict(zip(SCORES, row, strict=True)) for row in report.score_rows()],
         "centres": [dict(zip(CENTRES, row, strict=True)) for row in report.centre_rows()],
@@ -252,7 +265,7 @@ def html(report: Report) -> str:
 
 def drawn(report: Report) -> dict[str, Result]:
     """What charts of predictions show: the methods of the lowest validation losses, as many as can be told apart."""
-    by_loss = sorted(report.chosen().items(), key=lambda item: item[1].best.val_loss)[: charts.DRAWN]
+    by_loss = sorted(report.chosen().items(), key=lambda item: item[1].val_loss)[: charts.DRAWN]
     kept = dict(by_loss)
     return {name: result for name, result in report.chosen().items() if name in kept}
 
@@ -328,7 +341,7 @@ def _row(results: Sequence[Result]) -> list[str]:
         _title(first),
         _cell([r.test_accuracy for r in results]),
         _cell([r.val_accuracy for r in results]),
-        _cell([r.best.val_loss for r in results]),
+        _cell([r.val_loss for r in results]),
         f"{first.trainable:,}",
         f"{first.share:.2%}",
         f"{first.adapter_bytes / 1e6:.2f} MB",
@@ -345,9 +358,11 @@ def _cell(values: Sequence[float | None], digits: int = 3, nothing: str = "no la
     return f"{statistics.mean(known):.{digits}f} ± {statistics.stdev(known):.{digits}f}"
 
 
-def _sampling_error(patches: int) -> str:
+def _sampling_error(patches: int, split: str) -> str:
     """How far chance alone moves an accuracy measured on this many patches."""
-    return f"One standard error of an accuracy of 0.9 on {patches:,} test patches is {math.sqrt(0.09 / patches):.3f}."
+    return (
+        f"One standard error of an accuracy of 0.9 on {patches:,} {split} patches is {math.sqrt(0.09 / patches):.3f}."
+    )
 
 
 def _proof_notes(results: Sequence[Result]) -> list[str]:
@@ -369,6 +384,5 @@ def _result_data(result: Result) -> dict[str, Any]:
     kept["adapter"] = result.adapter.name
     return kept | {
         "share": result.share,
-        "val_loss": result.best.val_loss,
         "seconds_per_epoch": result.seconds_per_epoch,
     }

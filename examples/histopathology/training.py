@@ -269,6 +269,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> float | None:
     return float(((logits > 0) == labels.bool()).float().mean())
 
 
+def balanced_loss(logits: Tensor, labels: Tensor, balance: Tensor) -> float:
+    """Mean cross-entropy, label 1 weighing ``balance`` of `class_balance`: what training lowers, and chooses by."""
+    return float(binary_cross_entropy_with_logits(logits, labels, pos_weight=balance))
+
+
 class _Logits(nn.Module):
     """The model as its processes share it; accelerate changes ``forward`` of this, and the model stays as it is."""
 
@@ -306,7 +311,7 @@ def _epoch(
     train_loss = _train_pass(wrapped, loaders["train"], optimiser, balance, job, name)
     seconds = time.perf_counter() - start
     logits, labels = _validate(job.accelerator.unwrap_model(wrapped).model, loaders["val"], job)
-    val_loss = _finite(float(binary_cross_entropy_with_logits(logits, labels, pos_weight=balance)), name, lr)
+    val_loss = _finite(balanced_loss(logits, labels, balance), name, lr)
     epoch = Epoch(train_loss, val_loss, accuracy(logits, labels) or 0.0, lr, seconds)
     job.console.print(
         f"{name}  loss train {train_loss:.3f}  val {val_loss:.3f}  val accuracy {epoch.val_accuracy:.3f}  "

@@ -27,6 +27,7 @@ from examples.histopathology.method import Adapt, Augment
 from examples.histopathology.prediction import adapted_to, balanced, ensembled
 from examples.histopathology.processes import Job
 from examples.histopathology.rates import parse_rates
+from examples.histopathology.report import HEADER, Report, as_data
 from examples.histopathology.training import Recipe, fit, place, predict
 from examples.histopathology.transforms import VIEWS, dihedral, train_transform
 
@@ -285,6 +286,39 @@ def test_balanced_calls_half_positive_and_keeps_the_order():
         shifted = balanced(logits)
         assert int((shifted > 0).sum()) == size // 2 or size % 2
         assert torch.equal(shifted.argsort(), logits.argsort())
+
+
+def test_what_predicts_otherwise_has_its_own_validation_loss_and_may_be_submitted(toy, tmp_path):
+    splits = open_splits(toy)
+    names = ["probe", "probe+ensemble", "probe+balanced", "probe+adabn"]
+    results = {
+        name: experiment.run_method(find_method(name), splits, RECIPE, Job(tmp_path, resume=True)) for name in names * 2
+    }  # the second time from what the first one left
+    for name, result in results.items():
+        truth = splits["val"].labels.double()
+        logits = result.val_logits.double()
+        # both classes are as frequent in this training set, so that neither weighs more
+        loss = (truth * (-logits).exp().log1p() + (1 - truth) * logits.exp().log1p()).mean()
+        assert result.val_loss == pytest.approx(float(loss), abs=1e-6), name
+        assert result.val_accuracy == pytest.approx(float(((logits > 0) == truth.bool()).double().mean())), name
+    assert len({result.val_loss for result in results.values()}) == 4
+    assert results["probe"].val_loss == results["probe"].best.val_loss
+    least = min(results.values(), key=lambda result: result.val_loss)
+    whole = Report([*results.values()], [], {})
+    assert whole.best is least
+    assert [row[HEADER.index("val loss")] for row in whole.rows()] == [f"{r.val_loss:.3f}" for r in results.values()]
+    assert [each["val_loss"] for each in as_data(whole)["results"]] == [r.val_loss for r in results.values()]
+
+
+def test_the_weight_of_the_classes_is_that_of_the_training_set(toy, tmp_path):
+    splits = open_splits(toy)
+    splits["train"].labels[:8] = 0
+    ones = int(splits["train"].labels.sum())
+    result = experiment.run_method(find_method("probe+ensemble"), splits, RECIPE, Job(tmp_path))
+    truth, logits = splits["val"].labels.double(), result.val_logits.double()
+    weight = (len(splits["train"]) - ones) / ones
+    loss = (weight * truth * (-logits).exp().log1p() + (1 - truth) * logits.exp().log1p()).mean()
+    assert weight > 1.3 and result.val_loss == pytest.approx(float(loss), abs=1e-6)
 
 
 def test_ensemble_is_the_mean_probability():

@@ -51,6 +51,7 @@ def result(method="lora", seed=0, val_loss=0.2, test_accuracy: float | None = 0.
         test_accuracy=test_accuracy,
         test_logits=torch.tensor([-1.0, 2.0, 0.5, -0.1]),
         proofs=PROOFS,
+        val_loss=val_loss,
         val_accuracy=0.7 + seed / 100,
     )
 
@@ -82,10 +83,53 @@ def test_differences_are_paired_by_seed_and_patch():
     wrong = torch.tensor([-1.0, -2.0, 0.5, -0.1])
     probes = [dataclasses.replace(result("probe", s), test_logits=wrong) for s in range(3)]
     loras = [result("lora", s) for s in (2, 0, 1)]
-    whole = dataclasses.replace(report(*probes, *loras), labels=labels)
+    whole = dataclasses.replace(report(*probes, *loras), truth={"test": Truth(labels, torch.full((4,), 2))})
     (note,) = [note for note in whole.notes() if note.startswith("lora − probe")]
     # LoRA is right on one patch of four more: the mean of 0, 1, 0, 0 resampled lies between 0 and 0.75
     assert note == "lora − probe, test accuracy: +0.2500 [+0.0000, +0.7500] (by seed +0.250, +0.250, +0.250)"
+
+
+def test_without_test_labels_differences_are_of_validation_and_say_that_it_chose():
+    logits = {"probe": torch.tensor([-1.0, 1.0, 1.0, -1.0, -1.0]), "lora": torch.tensor([-1.0, 1.0, -1.0, -1.0, 1.0])}
+    results = [
+        dataclasses.replace(result(name, seed, test_accuracy=None), val_logits=own)
+        for name, own in logits.items()
+        for seed in range(2)
+    ]
+    truth = {"val": Truth(torch.tensor([0, 1, 0, 0, 1]), torch.full((5,), 1))}
+    whole = dataclasses.replace(report(*results), truth=truth)
+    (note,) = [note for note in whole.notes() if note.startswith("lora − probe")]
+    # right on two patches of five more; of five such gains resampled, 95 % of the means lie between 0 and 0.8
+    assert note == "lora − probe, validation accuracy: +0.4000 [+0.0000, +0.8000] (by seed +0.400, +0.400)"
+    assert [each["split"] for each in as_data(whole)["differences"]] == ["val"]
+    (said,) = [note for note in whole.notes() if note.startswith("The test set has no labels")]
+    assert "of validation, which chose the learning rate and the epoch" in said and "optimistic" in said
+    assert "One standard error of an accuracy of 0.9 on 5 validation patches is 0.134." in whole.notes()
+    assert "The test set has no labels" in markdown(whole) and "The test set has no labels" in html(whole)
+
+
+def test_with_test_labels_validation_decides_no_difference():
+    whole = whole_report()
+    assert {each.split for each in whole.differences()} == {"test"}
+    assert not any(note.startswith("The test set has no labels") for note in whole.notes())
+
+
+def test_without_test_labels_the_frontier_is_of_validation():
+    drawn = curves([result(name, test_accuracy=None) for name in ("probe", "norms", "lora")])
+    assert "Validation accuracy against trainable share" in drawn
+
+
+def test_a_difference_over_one_patch_has_no_interval():
+    one = {"truth": {"test": Truth(torch.tensor([1]), torch.tensor([2]))}}
+    results = [
+        dataclasses.replace(result(name), test_logits=torch.tensor([logit]))
+        for name, logit in (("probe", -1.0), ("lora", 1.0))
+    ]
+    whole = dataclasses.replace(report(*results), **one)
+    assert str(whole.differences()[0]) == (
+        "lora − probe, test accuracy: +1.0000 [no interval from one patch] (by seed +1.000)"
+    )
+    assert as_data(whole)["differences"][0]["low"] is None
 
 
 def test_transductive_rows_are_marked():
@@ -152,7 +196,7 @@ def whole_report(*results: Result, **changes) -> Report:
     explained = Patch(8, None, 0, 0.9, {"as the network sees it": PNG, "Grad-CAM": PNG, "occlusion": PNG})
     shown = Exhibits("lora", 0, "test", [patch], [explained], ["Maps are of something."])
     costs = [Cost("probe", 1000, 10, 500, 2.0, 1.5, None), Cost("lora", 1100, 110, 900, 2.0, 3.0, 2_000_000)]
-    given = {"truth": truth, "exhibits": shown, "costs": costs, "labels": truth["test"].labels, **changes}
+    given = {"truth": truth, "exhibits": shown, "costs": costs, **changes}
     return dataclasses.replace(report(*results), **given)
 
 
