@@ -22,7 +22,7 @@ from .method import MODIFIERS, Adapt, Augment, Method, Predict, modified
 FOLDER = Path(__file__).with_name("methods")
 SECTIONS: dict[str, type[Any]] = {"adapt": Adapt, "augment": Augment, "predict": Predict}
 # The least value that a number may have.
-LEAST = {"rank": 1, "alpha": 1e-6, "stain_jitter": 0.0}
+LEAST = {"rank": 1, "alpha": 1e-6, "lr_ratio": 1e-6, "stain_jitter": 0.0}
 
 
 def names() -> list[str]:
@@ -89,6 +89,8 @@ def method_from(stored: Mapping[str, Any], name: str, path: Path) -> Method:
         raise ExampleError(f"{path}: about: is missing; describe the method in a few words.")
     _check(normalise, get_type_hints(Method)["normalise"], "normalise", path)
     method = Method(name, about, normalise=normalise, **values)
+    if method.adapt.lr_ratio != 1 and method.adapt.trains != "lora":
+        raise ExampleError(f"{path}: adapt.lr_ratio: trains: {method.adapt.trains} has no factors; leave it out.")
     shared = "base" in stored and method.training_parts() == base.training_parts()
     return dataclasses.replace(method, training=base.training if shared else name)
 

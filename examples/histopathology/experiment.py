@@ -218,6 +218,7 @@ def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, jo
         name=name,
         identity={key: value for key, value in identity.items() if key != "epochs"},  # more may be asked for
         to_train_mode=method.to_train_mode,
+        lr_ratio=method.adapt.lr_ratio,
     )
 
     def finished() -> Result:

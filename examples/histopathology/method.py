@@ -38,6 +38,8 @@ class Adapt:
         train_norms: whether the norm layers' scale and shift train beside the factors.
         lean: whether each factor A is chosen from the training images and stays so, and activations keep masks: less
             memory in training.
+        lr_ratio: how many times the learning rate of all else the factors B have: 16 in LoRA+ (Hayou et al. 2024, arXiv
+            2402.12354), and then no factor decays.
     """
 
     trains: Trains = "head"
@@ -47,6 +49,7 @@ class Adapt:
     norm: Literal["freeze", "track"] = "freeze"
     train_norms: bool = False
     lean: bool = False
+    lr_ratio: float = 1.0
 
 
 @dataclass(frozen=True)

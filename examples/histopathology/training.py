@@ -27,6 +27,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset
 
+import convlora
+
 from .checkpoints import (
     copies,
     moving,
@@ -179,6 +181,17 @@ def class_balance(labels: Tensor) -> Tensor:
     return torch.tensor((len(labels) - positives) / positives)
 
 
+def optimiser_for(model: nn.Module, recipe: Recipe, lr_ratio: float = 1.0) -> torch.optim.Optimizer:
+    """Adam on all that trains, at the recipe's learning rate and decay.
+
+    With a ratio other than 1 the factors B have so many times that rate (LoRA+), and no factor, bias or norm decays.
+    """
+    parameters: Any = [p for p in model.parameters() if p.requires_grad]
+    if lr_ratio != 1:
+        parameters = convlora.parameter_groups(model, lr=recipe.lr, lr_B=lr_ratio * recipe.lr)
+    return torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+
 def fit(
     model: nn.Module,
     views: Mapping[str, Dataset[Sample]],
@@ -189,6 +202,7 @@ def fit(
     name: str = "training",
     identity: Mapping[str, Any] | None = None,
     to_train_mode: Callable[[nn.Module], Any] = nn.Module.train,
+    lr_ratio: float = 1.0,
 ) -> Fit:
     """Train until the epochs or the patience end; the model is left with the numbers of its best epoch.
 
@@ -204,6 +218,7 @@ def fit(
         name: of the files, and shown on each line.
         identity: what the training is of; a checkpoint of another is refused.
         to_train_mode: puts the model in train mode.
+        lr_ratio: as `optimiser_for`.
 
     Raises:
         ExampleError: one class only in the training labels, a loss that is not finite, a batch that the processes
@@ -218,8 +233,7 @@ def fit(
         "train": make_loader(views["train"], recipe.batch_size, seed=recipe.seed, **size),
         "val": make_loader(views["val"], recipe.batch_size, **size),
     }
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimiser = optimiser_for(model, recipe, lr_ratio)
     schedule = ReduceLROnPlateau(optimiser, patience=recipe.lr_patience)
     training = Training(model, optimiser, schedule, EarlyStopping(recipe.stop_patience))
     path, identity = job.out / "checkpoints" / f"{name}.pt", {**(identity or {}), "processes": world}
@@ -306,7 +320,7 @@ def _epoch(
     name: str,
 ) -> Epoch:
     """One training pass, then the validation loss and accuracy."""
-    lr = optimiser.param_groups[0]["lr"]
+    lr = optimiser.param_groups[-1]["lr"]  # the head's; B's may be another
     start = time.perf_counter()
     train_loss = _train_pass(wrapped, loaders["train"], optimiser, balance, job, name)
     seconds = time.perf_counter() - start
@@ -339,7 +353,7 @@ def _train_pass(
         for images, labels, _ in loader:
             logits = wrapped(_to(images, device))
             loss = binary_cross_entropy_with_logits(logits, labels.to(device), pos_weight=balance)
-            losses.append(_finite(loss.item(), name, optimiser.param_groups[0]["lr"]))
+            losses.append(_finite(loss.item(), name, optimiser.param_groups[-1]["lr"]))
             optimiser.zero_grad()
             job.accelerator.backward(loss)
             optimiser.step()

@@ -159,6 +159,8 @@ def test_unknown_and_repeated_methods_are_refused():
         ("about: x\nadapt: {rank: eight}", "adapt.rank: 'eight' is not allowed; write a whole number"),
         ("about: x\nadapt: {rank: true}", "adapt.rank: True is not allowed; write a whole number"),
         ("about: x\nadapt: {rank: 0}", "adapt.rank: 0 is too small"),
+        ("about: x\nadapt: {trains: lora, lr_ratio: 0}", "adapt.lr_ratio: 0 is too small"),
+        ("about: x\nadapt: {trains: norms, lr_ratio: 4}", "adapt.lr_ratio: trains: norms has no factors"),
         ("about: x\nadapt: {alpha: no}", "adapt.alpha: False is not allowed; write a number or null"),
         ("about: x\nadapt: {trains: all}", "adapt.trains: 'all' is not allowed; write 'head' or 'lora'"),
         ("about: x\npredict: {views: 4}", "predict.views: 4 is not allowed; write 1 or 8"),

@@ -87,6 +87,19 @@ def test_fit_keeps_the_best_epoch_lowers_the_rate_and_stops(toy, tmp_path, monke
     assert rates == pytest.approx([1e-3] * 8 + [1e-4] * 4)
 
 
+def test_one_ratio_is_the_recipe_for_all_and_another_is_for_B_alone_without_decay_of_factors():
+    model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 1, 3)), 2, modules_to_save=["2"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    (group,) = training.optimiser_for(model, RECIPE).param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in trained]
+    assert (group["lr"], group["weight_decay"]) == (RECIPE.lr, RECIPE.weight_decay)
+    groups = training.optimiser_for(model, RECIPE, find_method("lora-plus").adapt.lr_ratio).param_groups
+    found = {each["name"]: (each["lr"], each["weight_decay"]) for each in groups}
+    slow = RECIPE.lr, 0.0
+    assert found == {"A": slow, "B": (16 * RECIPE.lr, 0.0), "head": (RECIPE.lr, RECIPE.weight_decay), "biases": slow}
+    assert {id(p) for each in groups for p in each["params"]} == {id(p) for p in trained}
+
+
 def test_loss_that_is_not_finite_is_one_clear_error(toy, tmp_path):
     model = toy_model()
     nn.init.constant_(model.fc.weight, math.nan)
@@ -106,7 +119,7 @@ def test_accuracy_needs_labels():
     assert accuracy(logits, torch.full((4,), math.nan)) is None
 
 
-@pytest.mark.parametrize("name", ["probe", "probe-augmented", "lora", "lora-track", "full", "norms"])
+@pytest.mark.parametrize("name", ["probe", "probe-augmented", "lora", "lora-plus", "lora-track", "full", "norms"])
 def test_method_trains_reloads_bit_equal_and_merges(toy, tmp_path, name):
     result = trained(name, toy, tmp_path)
     assert result.proofs.reload_bit_equal
