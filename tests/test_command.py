@@ -440,6 +440,30 @@ def test_merge_onto_random_weights_is_refused_unless_asked_for(folder, tmp_path)
     assert out.is_file()
 
 
+@pytest.mark.parametrize("interpolate", [False, True])
+def test_merged_at_a_strength_the_weights_go_so_far_from_the_base(folder, tmp_path, with_weights, interpolate):
+    found = {}
+    for scale in (0, 0.25, 1):
+        out = tmp_path / f"{scale}.safetensors"
+        options = [*with_weights, "--scale", scale, *(["--interpolate"] if interpolate else [])]
+        assert as_json("merge", NETWORK, folder / "a", out, *options)["scale"] == scale
+        found[scale] = load_file(out)
+    whole = convlora.remove(convlora.merge(convlora.load_adapter(network(folder), folder / "a"))).state_dict()
+    base, head = load_file(folder / "base.safetensors"), ("fc.weight", "fc.bias")
+    for name, start in base.items():
+        moves = interpolate or name not in head
+        assert torch.equal(found[0][name], start if moves else whole[name]), name
+        assert torch.equal(found[1][name], whole[name]), name
+        if start.is_floating_point():
+            part = 0.75 * start.double() + 0.25 * whole[name].double() if moves else whole[name].double()
+            torch.testing.assert_close(found[0.25][name].double(), part, rtol=1e-5, atol=1e-6)  # fp32 rounds
+
+
+def test_a_strength_that_is_no_number_is_refused(folder, tmp_path, with_weights):
+    answer = run("merge", NETWORK, folder / "a", tmp_path / "m.safetensors", *with_weights, "--scale", "nan", code=1)
+    assert "factor=nan" in answer.stderr and not (tmp_path / "m.safetensors").exists()
+
+
 def test_merged_weights_that_are_not_finite_are_not_written(folder, tmp_path, with_weights):
     model = convlora.inject(network(folder), 4)
     randomise(model, 1e30)  # the factors are finite, and their product is not

@@ -93,6 +93,32 @@ def test_of_two_parts_neither_is_merged_where_one_is_not_finite():
     assert snapshot(pair) == before
 
 
+def test_of_several_adapters_at_once_all_are_named():
+    net = injected(norm="track")
+    convlora.add_adapter(net, "other", 2, norm="track")
+    with torch.no_grad():
+        net.block[3].convlora["other"].lora_B.fill_(math.inf)
+    convlora.set_adapter(net, "other")
+    with torch.no_grad():
+        net.bn1.running_mean[0] = math.nan  # a mixture has it, too
+    convlora.set_adapter(net, {"mine": 0.5, "other": 0.5})
+    before = snapshot(net)
+    with pytest.raises(
+        StateError, match=r"^block\.3\.weight, bn1\.running_mean.*: NaN or Inf with adapter {'mine': 0.5, 'other': 0.5}"
+    ):
+        convlora.merge(net)
+    assert snapshot(net) == before
+    convlora.merge(convlora.set_adapter(net, "mine"))
+
+
+def test_a_strength_beyond_what_the_dtype_holds_is_refused():
+    net = convlora.inject(SmallNet().half(), 4, adapter_name="mine")
+    randomise(net)
+    convlora.set_scale(net, "mine", 1e8)
+    refused(net, "stem.weight", "block.0.weight", "block.3.weight")
+    convlora.merge(convlora.set_scale(net, "mine", 1))
+
+
 def test_what_is_not_finite_in_the_base_either_is_the_bases_affair():
     net = SmallNet()
     net.register_buffer("mask", torch.tensor([0.0, -math.inf]))

@@ -15,7 +15,17 @@ from .._layer.places import BASE, SWAPPING
 from .._layer.swap import check_restorable
 from ..errors import StateError
 from .integrity import refuse_changed, shortened
-from .state import Injection, Part, activate, check_enabled, check_intact, check_unrouted, checked, injected, to_the_end
+from .state import (
+    Injection,
+    Part,
+    activate,
+    check_enabled,
+    check_intact,
+    check_unrouted,
+    checked,
+    injected,
+    to_the_end,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -68,7 +78,7 @@ def _check_finite(root: nn.Module, injection: Injection, weights: list[nn.Parame
     if spoilt:
         raise StateError(
             f"{shortened(spoilt)}: NaN or Inf with adapter {injection.label!r}, and finite in the base. The training "
-            "has diverged, or the scaling is too large for the dtype. Load an adapter that is whole, and merge again; "
+            "has diverged, or the strength is too large for the dtype. Load an adapter that is whole, and merge again; "
             "convlora.merge(model, check=False) merges it as it is. Nothing was changed."
         )
 

@@ -27,6 +27,7 @@ from .._checkpoint.keys import tensors_of
 from .._checkpoint.loading import load_adapter
 from .._checkpoint.manifest import TENSORS
 from .._checkpoint.saving import save_adapter, warn_of_old_card
+from .._model.adapters import scaled
 from .._model.merge import merge as merge_adapter
 from .._model.remove import remove
 from .._model.summary import summary
@@ -51,6 +52,12 @@ def merge(
     source: AdapterArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.", show_default=False)],
     building: Building,
+    scale: Annotated[
+        float, typer.Option(help="The adapter's strength: W + scale · (W' − W). Head and norm statistics stay its own.")
+    ] = 1.0,
+    interpolate: Annotated[
+        bool, typer.Option("--interpolate", help="Head and norm statistics go so far from the base's, too.")
+    ] = False,
     any_base: AnyBaseOption = False,
     force: ForceOption = False,
 ) -> Answer:
@@ -65,12 +72,14 @@ def merge(
     plain = built.model
     _load(plain, path, any_base)
     layers = len(summary(plain).layers)
-    plain = remove(merge_adapter(plain))
+    with scaled(plain, scale, interpolate=interpolate):
+        plain = remove(merge_adapter(plain))
     state = {key: tensor.detach().contiguous().clone() for key, tensor in tensors_of(plain).items()}
     _written(out, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
     size = out.stat().st_size
-    data = {"out": str(out), "bytes": size, "layers": layers, "tensors": len(state)}
-    return Answer(data, [f"wrote {out}: {len(state)} tensors, {size / 1e6:,.2f} MB, {layers} layers merged"])
+    data = {"out": str(out), "bytes": size, "layers": layers, "tensors": len(state), "scale": scale}
+    strength = "" if scale == 1 else f" at {scale:g} of the adapter's strength"
+    return Answer(data, [f"wrote {out}: {len(state)} tensors, {size / 1e6:,.2f} MB, {layers} layers merged{strength}"])
 
 
 def convert(

@@ -88,7 +88,9 @@ def test_fit_keeps_the_best_epoch_lowers_the_rate_and_stops(toy, tmp_path, monke
 
 
 def test_one_ratio_is_the_recipe_for_all_and_another_is_for_B_alone_without_decay_of_factors():
-    model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 1, 3)), 2, modules_to_save=["2"])
+    model = convlora.inject(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 1, 3)), 2, modules_to_save=["2"]
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     (group,) = training.optimiser_for(model, RECIPE).param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in trained]
