@@ -394,6 +394,17 @@ def test_a_batch_whose_samples_have_weights_is_each_sample_alone():
         near(together[row], expected[row])
 
 
+@pytest.mark.parametrize("methods", [("lora", "ssf"), ("ssf", "lora"), ("ssf", "ssf")])
+def test_samples_that_weigh_the_same_adapters_otherwise_have_mixtures_of_their_own(methods):
+    _, model = two(*methods)
+    convlora.set_scale(model, "a", 0.5)
+    asked = [{"a": 1.0, "b": 0.5}, {"a": 0.25, "b": 0.75}, {"a": 2.0}, {"b": -0.5}]
+    with convlora.use_adapters(model, asked):
+        together = outputs(model)
+    for row, each in enumerate(asked):
+        near(together[row], outputs(convlora.set_adapter(model, each))[row])
+
+
 def test_a_routed_batch_counts_each_adapter_at_its_scale():
     _, model = two("ssf", "lora")
     convlora.set_scale(model, "a", 0.5)

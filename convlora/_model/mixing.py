@@ -15,14 +15,14 @@ class Mixtures:
 
     def __init__(self, places: Iterable[Place]) -> None:
         self.means = {place.module: place for place in places if place.name == "running_mean"}
-        self.made: dict[tuple[int, ...], Tensor | None] = {}
+        self.made: dict[tuple[tuple[int, float], ...], Tensor | None] = {}
 
     def of(self, place: Place, weights: Mapping[str, float]) -> Tensor | None:
         """A tensor of its own, not trained; of a buffer, the base's is in it where the weights sum to less than 1.
 
         Where one of the adapters has nothing there, the tensor of the largest weight.
         """
-        key = tuple(id(place.of(name)) for name in weights)
+        key = tuple((id(place.of(name)), weight) for name, weight in weights.items())
         if key not in self.made:
             self.made[key] = self._mixed(place, weights)
         return self.made[key]

@@ -257,19 +257,25 @@ def _weights_in(place: Place, injection: Injection, blend: Blend, owner: str | N
         blend: what it is to compute with.
         owner: of all else than biases; None for a mixture.
     """
-    is_of_change = _is_of_change(place, blend.weights)
-    if owner is not None and not is_of_change:
-        return {owner: 1.0}
-    layer = place.module if is_of_change else None
-    return weights_of(place, tuple((name, w * injection.scale(name, layer)) for name, w in blend.weights.items()))
+    layer = place.module if _is_of_change(place, blend.weights) else None
+    asked = tuple((name, weight * injection.scale(name, layer)) for name, weight in blend.weights.items())
+    return weights_of(place, asked, owner)
 
 
-def weights_of(place: Place, wanted: Owner) -> dict[str, float]:
-    """Whose tensors a place has for an owner, each with its weight; one with weight 1 where it is that one's own."""
+def weights_of(place: Place, wanted: Owner, owner: str | None) -> dict[str, float]:
+    """Whose tensors a place has for those wanted, each with its weight; one with weight 1 where it is that one's own.
+
+    Args:
+        place: in a module.
+        wanted: an adapter, or several with their weights.
+        owner: of all else than biases that are a part of a change; None for a mixture.
+    """
     weights = {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
     if _is_of_change(place, weights):
         changes = ((name, weight, change_of(place.module, name)) for name, weight in weights.items())
         weights = {name: weight * change.strength for name, weight, change in changes if change}
+    elif owner is not None:
+        weights = {owner: 1.0}
     return weights if any(place.own(name) is not None for name in weights) else {BASE: 1.0}
 
 

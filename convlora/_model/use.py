@@ -37,9 +37,10 @@ def use_adapters(model: nn.Module, adapter_names: Iterable[str | Mapping[str, fl
     ...     predictions = model(three_images)
 
     The result is what each sample gives alone with its adapter active, its head and its norm statistics included, up to
-    rounding; None is the base alone. A sample may have several adapters, each by its weight; head and statistics are
-    then a mixture, as in :func:`convlora.set_adapter` without an owner. It holds for the forwards of this thread or
-    asyncio task; others go on with the active adapter. Of nested blocks on one model the inner one holds.
+    rounding; None is the base alone. A sample may have several adapters, each by its weight, as in
+    :func:`convlora.set_adapter` without an owner: head and statistics are then a mixture; of one adapter, its own. It
+    holds for the forwards of this thread or asyncio task; others go on with the active adapter. Of nested blocks on one
+    model the inner one holds.
 
     It is for inference: every module in eval mode. All samples of a batch must give outputs of one shape, and layers
     must keep samples in the first dimension: where another is as long (tokens first, say), two more forwards, one of
@@ -82,9 +83,12 @@ def _block(root: nn.Module, injection: Injection, owners: Iterable[Owner]) -> Bl
     block, mixtures = Block(root, places), Mixtures(injection.places)
     for owner in dict.fromkeys(owners):
         for place in injection.places if owner != BASE else ():
-            weights = weights_of(place, owner)
+            alone = owner[0][0] if not isinstance(owner, str) and len(owner) == 1 else None
+            weights = weights_of(place, owner, alone)
             if list(weights.values()) != [1.0]:
                 block.mixed[id(place), owner] = mixtures.of(place, weights)
+            elif not isinstance(owner, str):
+                block.mixed[id(place), owner] = place.of(*weights)
     return block
 
 
