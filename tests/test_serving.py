@@ -18,6 +18,7 @@ httpx = need("httpx")
 import convlora
 from benchmarks.overhead.subjects import make_base
 from benchmarks.routing import ours
+from benchmarks.serving import batching
 from benchmarks.serving.batching import Batcher, routed
 
 program, web = need("benchmarks.serving.__main__"), need("benchmarks.serving.app")
@@ -78,6 +79,68 @@ def test_a_batch_of_mixed_adapters_equals_each_alone(model):
                 expected = model(image)[0]
         assert answer.status_code == 200 and answer.json()["adapter"] == name
         torch.testing.assert_close(torch.tensor(answer.json()["logits"]), expected, rtol=1e-4, atol=1e-5)  # rounding
+
+
+def test_requests_that_name_weights_get_the_weighted_adapters_as_if_each_came_alone(model):
+    wanted = [{"a1": 0.25, "a0": 0.75}, "a1", {"a2": -0.5}, None, {"a0": 1.0, "a1": 1.0, "a2": 2.0}, {"a0": 0.0}]
+    requests = []
+    for seed, each in enumerate(wanted):
+        words = (
+            [f"{name}:{weight}" for name, weight in each.items()] if isinstance(each, dict) else [each] if each else []
+        )
+        requests.append(({"adapter": words}, picture(seed)))
+    batcher = Batcher(routed(model), largest=len(wanted), wait=10.0)
+    answers = asked(batcher, requests)
+    assert batcher.batches == [len(wanted)]
+    for seed, (each, answer) in enumerate(zip(wanted, answers, strict=True)):
+        with contextlib.ExitStack() as block, torch.no_grad():
+            block.enter_context(convlora.disable_adapter(model)) if each is None else convlora.set_adapter(model, each)
+            expected = model(web.pixels(picture(seed), SIZE)[None])[0]
+        assert answer.status_code == 200 and answer.json()["adapter"] == each
+        torch.testing.assert_close(torch.tensor(answer.json()["logits"]), expected, rtol=1e-4, atol=1e-5)  # rounding
+    convlora.set_adapter(model, "a0")
+
+
+@pytest.mark.parametrize(
+    "words, status, says",
+    [
+        (["a0:x"], 422, "a0:x: a weight is a number from -10 to 10"),
+        (["a0:"], 422, "a weight is a number"),
+        (["a0:nan"], 422, "a weight is a number"),
+        (["a0:1e300"], 422, "a weight is a number"),
+        (["a0:" + "9" * 50_000], 422, "a weight is a number"),
+        (["a0:0.5", "b:0.5"], 404, "no adapter 'b:0.5'; there are a0, a1, a2"),
+        (["a0:0.5", "a0"], 422, "a0 is asked for twice"),
+        ([""], 404, "no adapter ''"),
+    ],
+)
+def test_a_weight_that_is_none_is_told_and_disturbs_no_batch(model, words, status, says):
+    bad, good = asked(Batcher(routed(model), wait=0.001), [({"adapter": words}, picture(0)), ({}, picture(0))])
+    assert (bad.status_code, good.status_code) == (status, 200)
+    assert says in bad.json()["detail"] and len(bad.json()["detail"]) < 400
+
+
+def test_adapters_that_do_not_go_together_are_refused_to_their_request_alone():
+    net = make_base("test_resnet")
+    convlora.inject(net, 2, adapter_name="factors")
+    convlora.add_adapter(net, "whole", 2, target_modules="layer1.*", modules_to_save=["fc", "conv1"])
+    convlora.add_adapter(net, "late", 2, target_modules="layer4.*")
+    names = ["factors", "whole", "late"]
+    apart = batching.apart(net.eval(), names)
+    assert set(apart) == {frozenset(("factors", "whole"))}
+
+    async def run():
+        app = web.make_app(Batcher(routed(net), wait=0.01), names, SIZE, apart=apart)
+        pairs = [["factors:0.5", "whole:0.5"], ["whole:0.5", "late:0.5"], ["factors:0.5", "late"]]
+        async with serving_client(app) as client:
+            posts = (client.post("/predict", params={"adapter": pair}, content=picture(0)) for pair in pairs)
+            return await asyncio.gather(*posts)
+
+    refused, *good = asyncio.run(run())
+    assert (
+        refused.status_code == 422 and "trained in full in 'whole' and changed in 'factors'" in refused.json()["detail"]
+    )
+    assert [answer.status_code for answer in good] == [200, 200]
 
 
 def test_batches_are_no_larger_than_asked_for(model):

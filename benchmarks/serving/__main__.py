@@ -37,7 +37,7 @@ from convlora.command.weights import load_weights
 
 from . import attacks
 from .app import WAITING, make_app
-from .batching import Batcher, routed
+from .batching import Batcher, apart, routed
 
 HERE = "127.0.0.1"
 Round = tuple[float, list[float]]
@@ -129,7 +129,7 @@ def serve(options: argparse.Namespace) -> None:
     for folder, name in zip(options.adapter, names, strict=True):
         convlora.load_adapter(model, folder, name)
     batcher = Batcher(routed(model.eval()), options.largest, options.wait / 1e3)
-    app = make_app(batcher, names, options.size)
+    app = make_app(batcher, names, options.size, apart=apart(model, names))
     uvicorn.run(app, host=options.host, port=options.port, limit_concurrency=8 * WAITING)
 
 

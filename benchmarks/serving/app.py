@@ -1,5 +1,7 @@
 """The HTTP application: ``POST /predict?adapter=NAME`` with an image as the body.
 
+``adapter=NAME:WEIGHT``, once for each of several, asks for them together; without one the base alone answers.
+
 Whoever can reach it may send anything. So there is a bound on the requests that are taken in at once, on the bytes and
 seconds of a body, on an image's pixels before it is decoded, and on the images that are decoded at once.
 """
@@ -8,20 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Iterable
+import math
+from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from itertools import combinations
+from typing import Annotated, Any
 
 import torch
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Query
 from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from examples.histopathology.pictures import PictureError, TooLargeError, UnknownFormatError, opened
 
-from .batching import Batcher
+from .batching import Asked, Batcher
 
 LARGEST = 10_000_000
 """Bytes of a body."""
@@ -33,10 +37,17 @@ DECODERS = 2
 """Images that are decoded at once."""
 PATIENCE = 30.0
 """Seconds that a body may take to arrive."""
+STRONGEST = 10.0
+"""The largest weight of an adapter, with either sign."""
 
 
 def make_app(
-    batcher: Batcher, adapters: Iterable[str], size: int, waiting: int = WAITING, patience: float = PATIENCE
+    batcher: Batcher,
+    adapters: Iterable[str],
+    size: int,
+    waiting: int = WAITING,
+    patience: float = PATIENCE,
+    apart: Mapping[frozenset[str], str] | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -46,8 +57,10 @@ def make_app(
         size: images are resized to so many pixels a side.
         waiting: requests that are taken in at once; one more is answered 503.
         patience: seconds that a body may take to arrive.
+        apart: pairs that may not be asked for together, and why.
     """
     names = tuple(adapters)
+    barred = {} if apart is None else apart
     # Threads, not a semaphore: a request that is cancelled leaves its thread at work, and would free its place.
     decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
     taken = 0
@@ -63,10 +76,9 @@ def make_app(
     async def known() -> dict[str, Any]:
         return {"adapters": list(names)}
 
-    async def predict(request: HttpRequest, adapter: str | None = None) -> dict[str, Any]:
+    async def predict(request: HttpRequest, adapter: Annotated[list[str], Query()] = []) -> dict[str, Any]:  # noqa: B006
         nonlocal taken
-        if adapter is not None and adapter not in names:
-            raise HTTPException(404, f"no adapter {adapter[:64]!r}; there are {', '.join(names)}")
+        asked = asked_for(adapter, names, barred)
         check_headers(request)
         if taken >= waiting:  # before the body is read
             raise HTTPException(503, f"{waiting} requests wait already; try again later", {"Retry-After": "1"})
@@ -74,14 +86,44 @@ def make_app(
         try:
             body = await received(request, patience)
             image = await asyncio.get_running_loop().run_in_executor(decoders, pixels, body, size)
-            logits = await batcher.predict(adapter, image)
+            logits = await batcher.predict(asked, image)
         finally:
             taken -= 1
-        return {"adapter": adapter, "label": int(logits.argmax()), "logits": logits.tolist()}
+        return {"adapter": asked, "label": int(logits.argmax()), "logits": logits.tolist()}
 
     app.get("/adapters")(known)
     app.post("/predict")(predict)
     return app
+
+
+def asked_for(words: list[str], names: tuple[str, ...], apart: Mapping[frozenset[str], str]) -> Asked:
+    """The adapters of a request: a name alone, or the weight of each.
+
+    All is checked here, for a batch has one forward, and what it refuses is refused to all of the batch.
+
+    Raises:
+        HTTPException: 404 where there is no adapter of a name, 422 where a weight is none, a name comes twice, or two
+            do not go together.
+    """
+    weights: dict[str, float] = {}
+    for word in words:
+        name, _, number = (word, "", "1") if word in names else word.rpartition(":")
+        if name not in names:
+            raise HTTPException(404, f"no adapter {word[:64]!r}; there are {', '.join(names)}")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not abs(weight) <= STRONGEST:
+            raise HTTPException(422, f"{name}:{number[:64]}: a weight is a number from {-STRONGEST:g} to {STRONGEST:g}")
+        if name in weights:
+            raise HTTPException(422, f"{name} is asked for twice")
+        weights[name] = weight
+    for pair in combinations(weights, 2):
+        if reason := apart.get(frozenset(pair)):
+            raise HTTPException(422, reason[:400])
+    alone = len(words) == 1 and words[0] in names
+    return words[0] if alone else weights or None
 
 
 def check_headers(request: HttpRequest) -> None:

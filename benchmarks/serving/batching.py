@@ -1,29 +1,47 @@
 """Requests that come within a few milliseconds of each other, answered by one forward.
 
-Each may name an adapter of its own: ``convlora.use_adapters`` sends every sample of the batch to its own.
+Each may name an adapter of its own, or several with weights: ``convlora.use_adapters`` sends every sample of the batch
+to its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 
 import convlora
 
-Forward = Callable[[list["str | None"], Tensor], Tensor]
-"""From an adapter's name, or None for the base, for each sample, and ``(batch, …)``, to an output for each."""
+Asked = str | Mapping[str, float] | None
+"""An adapter's name, a weight for each of several names, or None for the base."""
+Forward = Callable[[list[Asked], Tensor], Tensor]
+"""From what is asked for, for each sample, and ``(batch, …)``, to an output for each."""
+
+
+def apart(model: nn.Module, names: list[str]) -> dict[frozenset[str], str]:
+    """Pairs of adapters that do not go together in one sample, and why."""
+    found = {frozenset(pair): _refusal(model, pair) for pair in combinations(names, 2)}
+    return {pair: reason for pair, reason in found.items() if reason}
+
+
+def _refusal(model: nn.Module, names: Iterable[str]) -> str:
+    try:
+        with convlora.use_adapters(model, [dict.fromkeys(names, 1.0)]):
+            return ""
+    except convlora.StateError as reason:
+        return str(reason)
 
 
 def routed(model: nn.Module) -> Forward:
-    """The model's forward, each sample with its own adapter."""
+    """The model's forward, each sample with its own adapter or adapters."""
 
-    def forward(names: list[str | None], images: Tensor) -> Tensor:
+    def forward(names: list[Asked], images: Tensor) -> Tensor:
         with convlora.use_adapters(model, names), torch.inference_mode():
             y: Tensor = model(images)
         return y
@@ -35,7 +53,7 @@ def routed(model: nn.Module) -> Forward:
 class Request:
     """A sample that waits for its output."""
 
-    name: str | None
+    asked: Asked
     image: Tensor
     answer: asyncio.Future[Tensor]
 
@@ -71,9 +89,9 @@ class Batcher:
             self._queue.get_nowait().answer.cancel()
         self._thread.shutdown()
 
-    async def predict(self, name: str | None, image: Tensor) -> Tensor:
+    async def predict(self, asked: Asked, image: Tensor) -> Tensor:
         """The output for one sample; an error of the forward is raised to all of its batch."""
-        request = Request(name, image, asyncio.get_running_loop().create_future())
+        request = Request(asked, image, asyncio.get_running_loop().create_future())
         await self._queue.put(request)
         return await request.answer
 
@@ -83,7 +101,7 @@ class Batcher:
             try:
                 await self._gather(batch)
                 self.batches.append(len(batch))
-                names, images = [each.name for each in batch], torch.stack([each.image for each in batch])
+                names, images = [each.asked for each in batch], torch.stack([each.image for each in batch])
                 loop = asyncio.get_running_loop()
                 outputs = await loop.run_in_executor(self._thread, self.forward, names, images)
                 pairs = list(zip(batch, outputs, strict=True))
