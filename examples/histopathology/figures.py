@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from .backbones import Normalisation
 from .data import HistoDataset
 from .layout import PATCH
+from .method import Augment, Policy
 from .stain import Floats
 from .transforms import train_transform
 
@@ -52,10 +53,10 @@ def samples(splits: Mapping[str, HistoDataset], seed: int) -> Figure:
     return sheet(rows, titles, framed)
 
 
-def augmented(split: HistoDataset, seed: int, patches: int = 4) -> Figure:
-    """A few patches, each followed by what training may make of it; not normalised, so that they can be seen."""
+def augmented(split: HistoDataset, seed: int, policy: Policy, patches: int = 4) -> Figure:
+    """A few patches, each followed by what a policy may make of it; not normalised, so that they can be seen."""
     plain = Normalisation("none", "", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    augment = train_transform(PATCH, plain)
+    augment = train_transform(PATCH, plain, Augment(policy))
     chosen = _some(np.arange(len(split)), seed)[:patches]
     rows = []
     with torch.random.fork_rng():

@@ -24,12 +24,17 @@ from . import figures
 from .data import HistoDataset, find_splits
 from .errors import ExampleError
 from .files import write_bytes, write_text
+from .method import Policy
 from .rows import NO_CENTRE
 from .stain import Floats
 from .wilds import TABLE
 
 PAGE = "inspect.html"
 COLOUR_IMAGES = 500
+AUGMENTATIONS: Mapping[Policy, str] = {
+    "affine": "by flips, rotations and affine",
+    "crop": "by colour jitter, random crops and flips",
+}
 _CHUNK = 32
 
 
@@ -168,8 +173,9 @@ def draw(splits: Mapping[str, HistoDataset], facts: Mapping[str, Facts], seed: i
             drawn[f"fig{number}-labels-{name}.png"] = caption, figures.shares(labels, "label", caption)
     caption = "Samples of each centre; framed where the label is 1"
     drawn["samples.png"] = caption, figures.samples(splits, seed)
-    caption = f"Augmented samples of {train.name}; the first of each row is the patch itself"
-    drawn["fig4-augmented.png"] = caption, figures.augmented(splits[train.name], seed)
+    for policy, words in AUGMENTATIONS.items():
+        caption = f"Augmented samples of {train.name}, {words}; the first of each row is the patch itself"
+        drawn[f"fig4-augmented-{policy}.png"] = caption, figures.augmented(splits[train.name], seed, policy)
     return drawn
 
 

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"train": 240, "val": 80, "test": 80}
 TINY = {"train": 24, "val": 8, "test": 8}
 QUICK = ["--method", "probe", "--image-size", "32", "--epochs", "1", "--batch-size", "16"]
-FIGURES = ["fig1-centres.png", "fig2-labels-train.png", "fig3-labels-val.png", "fig4-augmented.png", "samples.png"]
+AUGMENTED = ["fig4-augmented-affine.png", "fig4-augmented-crop.png"]
+FIGURES = ["fig1-centres.png", "fig2-labels-train.png", "fig3-labels-val.png", *AUGMENTED, "samples.png"]
 
 
 def run(*arguments: object, status: int = 0):
@@ -89,7 +90,7 @@ def test_inspect_leaves_out_what_the_data_cannot_give(tmp_path):
     printed = run("inspect", data, "--out", tmp_path / "out").stdout
     assert "24 without a centre" in printed and "PCam names no centre" in printed
     assert "8 images have no label: only the test split may come without" in printed
-    assert {p.name for p in (tmp_path / "out").glob("fig*")} == {"fig2-labels-train.png", "fig4-augmented.png"}
+    assert {p.name for p in (tmp_path / "out").glob("fig*")} == {"fig2-labels-train.png", *AUGMENTED}
 
 
 def test_inspect_takes_one_file_and_looks_at_no_more_than_asked(tmp_path):
