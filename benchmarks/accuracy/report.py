@@ -31,8 +31,8 @@ learning rate by, 997 to test. Every arm sees the same batches with the same aug
 (AdamW, warm-up, cosine) and the same sweep of learning rates, which goes on by the same factor, twice at most, while
 its best is at an end; the rate with the best validation accuracy at the first seed is then used for all seeds. `lite0`
 is EfficientNet-Lite0 with its ImageNet weights; `scratch` is a small ResNet trained here on the digits 0 to 4, and
-adapted to 5 to 9; two such trainings are behind its rows, `lora-8`, `eva`, `lean`, `freeze-a` and the other methods
-having the later one.
+adapted to 5 to 9; two such trainings are behind its rows, `lora-8`, `eva`, `lean`, `freeze-a`, `plus` and the other
+methods having the later one.
 `few-N`: N images of each class are trained on. The shifts change test images alone.
 
 - *accuracy*: mean over seeds ± standard deviation, in per cent; *train*: trainable parameters, as a share of the
