@@ -18,13 +18,14 @@ from torch import Tensor
 
 from .backbones import Normalisation
 from .data import HistoDataset
+from .draws import Draws
 from .experiment import Result, Transforms, load, open_backbone, read_card
 from .explain import cam_layer, grad_cam, occlusion
 from .rows import NO_CENTRE
 from .scores import losses
 from .stain import Floats
 from .training import pick_device
-from .transforms import eval_transform
+from .transforms import EvalTransform, Normalise
 
 WORST = 12
 # Of each kind: label 1 missed, label 0 taken for it, and the surest right ones of both.
@@ -107,8 +108,9 @@ def _explained(
     view = Transforms(method, recipe, open_backbone(recipe)[1]).view(split)
     images = torch.stack([view[i][0] for i in indices]).to(device)
     towards = torch.stack([logits[i] > 0 for i in indices])
-    plain = eval_transform(recipe.image_size, Normalisation("none", "", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
-    seen = [plain(torch.from_numpy(split.read([i]))[0]).clamp(0, 1).numpy().transpose(1, 2, 0) for i in indices]
+    plain = EvalTransform(recipe.image_size, Normalise(Normalisation("none", "", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))))
+    patches = plain(torch.from_numpy(split.read(indices)), Draws(0, 0, indices)).clamp(0, 1)
+    seen = [each.numpy().transpose(1, 2, 0) for each in patches]
     pictures = [{"as the network sees it": _png(each)} for each in seen]
     layer = cam_layer(model, images)
     notes = [f"Maps are for the label that was predicted, from the adapter on one view at {recipe.image_size} px."]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ import convlora
 from .backbones import Normalisation, check_input, load_backbone
 from .catalogue import as_plain, method_from
 from .content import digest_of, digest_of_file
-from .data import HistoDataset, Transform
+from .data import HistoDataset
 from .errors import ExampleError
 from .features import Features, features_of, head_alone, linear_head
 from .files import replacing_directory, write_text
@@ -31,7 +32,7 @@ from .method import Method, Predict
 from .prediction import predict_by
 from .processes import Job
 from .training import Epoch, Recipe, accuracy, balanced_loss, class_balance, fit, pick_device, place, predict
-from .transforms import VIEWS, eval_transform, train_transform
+from .transforms import VIEWS, EvalTransform, Normalise, TrainTransform
 from .verify import Proofs, prove
 
 CARD = "run.json"
@@ -96,8 +97,17 @@ def check_backbone_takes(recipe: Recipe) -> None:
     check_input(model, recipe.backbone, recipe.image_size)
 
 
+_STATISTICS: WeakKeyDictionary[HistoDataset, dict[int, Normalisation]] = WeakKeyDictionary()
+
+
 def centre_statistics(split: HistoDataset, most: int = 2000) -> dict[int, Normalisation]:
-    """Mean and deviation of each centre's own images, of at most so many, evenly spread."""
+    """Mean and deviation of each centre's own images, of at most so many, evenly spread; read once for each split."""
+    if split not in _STATISTICS:
+        _STATISTICS[split] = _centre_statistics(split, most)
+    return _STATISTICS[split]
+
+
+def _centre_statistics(split: HistoDataset, most: int) -> dict[int, Normalisation]:
     found = {}
     for centre in sorted(set(torch.as_tensor(split.centres).tolist())):
         own = (torch.as_tensor(split.centres) == centre).nonzero().flatten()
@@ -118,19 +128,15 @@ class Transforms:
     def __init__(self, method: Method, recipe: Recipe, normalisation: Normalisation) -> None:
         self.method, self.recipe, self.normalisation = method, recipe, normalisation
 
-    def view(self, split: HistoDataset, *, train: bool = False, turn: int = 0) -> View:
-        """A split as this method sees it; for evaluation under one of the 8 turns and flips."""
-
-        def transform(normalisation: Normalisation) -> Transform:
-            size = self.recipe.image_size
-            if train:
-                return train_transform(size, normalisation, self.method.augment)  # type: ignore[no-any-return]
-            return eval_transform(size, normalisation, turn)  # type: ignore[no-any-return]
-
+    def view(self, split: HistoDataset, *, train: bool = False, turns: Sequence[int] = (0,)) -> View:
+        """A split as this method sees it; for evaluation under some of the 8 turns and flips."""
         if self.method.normalise == "backbone":
-            return View(split, transform(self.normalisation), self.recipe.seed)
-        centres = {centre: transform(own) for centre, own in centre_statistics(split).items()}
-        return View(split, centres, self.recipe.seed)
+            normalise = Normalise(self.normalisation)
+        else:
+            normalise = Normalise(centre_statistics(split), split.centres)
+        if train:
+            return View(split, TrainTransform(self.recipe.image_size, normalise, self.method.augment), self.recipe.seed)
+        return View(split, EvalTransform(self.recipe.image_size, normalise, turns))
 
 
 def make_views(splits: Mapping[str, HistoDataset], recipe: Recipe, method: Method) -> dict[str, View]:
@@ -271,7 +277,7 @@ def _what_trains(
     cached = {}
     for name in ("train", "val"):
         turns = range(VIEWS) if name == "train" and augment.policy == "dihedral" else range(1)
-        views = [functools.partial(transforms.view, splits[name], turn=turn) for turn in turns]
+        views = [functools.partial(transforms.view, splits[name], turns=[turn]) for turn in turns]
         seen = (recipe.image_size, method.normalise, transforms.normalisation.mean, transforms.normalisation.std)
         key = f"{digest_of(splits[name])} {recipe.backbone} {seen} {len(turns)}"
         features = features_of(model, head, views, key, recipe.batch_size, job)
@@ -292,9 +298,11 @@ def _metrics(result: Result) -> dict[str, float]:
 
 
 def _loaders(method: Method, split: HistoDataset, recipe: Recipe) -> Callable[[int], Loader]:
-    """Batches of a split under each of the 8 views."""
+    """Batches of a split, of so many views of each patch."""
     transforms = Transforms(method, recipe, open_backbone(recipe)[1])
-    return lambda turn: make_loader(transforms.view(split, turn=turn), recipe.batch_size, workers=recipe.workers)
+    return lambda views: make_loader(
+        transforms.view(split, turns=range(views)), recipe.batch_size, workers=recipe.workers
+    )
 
 
 def identity_of(method: Method, recipe: Recipe, splits: Mapping[str, HistoDataset]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from .method import Method, Predict
 from .prediction import balanced, ensembled
 from .slidemap import Classifier
 from .training import Recipe
-from .transforms import eval_transform
+from .transforms import EvalTransform, Normalise
 
 # Sums in another order: of logits of size 1 to 10, fp32 rounding through some fifty layers.
 TOLERANCE = 1e-3
@@ -101,10 +101,10 @@ def classifier_onnx(file: Path, how: Predict) -> tuple[Classifier, float | None]
     session = _Session(file)
     meta = session.meta()
     plain = Normalisation("onnx", file.name, tuple(meta["mean"]), tuple(meta["std"]))
-    views = [eval_transform(int(meta["image_size"]), plain, view) for view in range(how.views)]
+    transform = EvalTransform(int(meta["image_size"]), Normalise(plain), range(how.views))
 
     def logits(patches: Tensor) -> Tensor:
-        each = [session.logits(view(patches)) for view in views]
+        each = [session.logits(view) for view in torch.split(transform(patches), len(patches))]
         return ensembled(torch.stack(each)) if len(each) > 1 else each[0]
 
     return logits, meta.get("mpp")
@@ -124,13 +124,11 @@ def predict_onnx(file: Path, split: HistoDataset, how: Predict, batch_size: int)
     meta = session.meta()
     plain = Normalisation("onnx", file.name, tuple(meta["mean"]), tuple(meta["std"]))
     transforms = Transforms(Method(str(meta["method"]), ""), Recipe(image_size=int(meta["image_size"])), plain)
-    views = [
-        torch.cat(
-            [session.logits(images) for images, _, _ in make_loader(transforms.view(split, turn=turn), batch_size)]
-        )
-        for turn in range(how.views)
-    ]
-    logits = ensembled(torch.stack(views)) if how.views > 1 else views[0]
+    loader = make_loader(transforms.view(split, turns=range(how.views)), batch_size)
+    batches = (torch.split(images, len(labels)) for images, labels, _ in loader)
+    parts = [torch.stack([session.logits(view) for view in each]) for each in batches]
+    views = torch.cat(parts, 1)
+    logits = ensembled(views) if how.views > 1 else views[0]
     return balanced(logits) if how.balanced else logits
 
 

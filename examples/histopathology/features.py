@@ -12,20 +12,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import convlora
 
 from .data import Sample
+from .draws import Draws
 from .files import replacing_file
-from .loading import View, make_loader, mixed
+from .loading import Batch, View, labels_of, make_loader
 from .processes import Job
 from .training import predict
-from .transforms import draw_view
+from .transforms import draw_views
 
 
-class Features(Dataset[Sample]):
-    """Features ``(views, N, D)`` as samples ``(features, label, index)``; one view of each, drawn as `View` would."""
+class Features:
+    """Features ``(views, N, D)`` as batches; of each patch one view, drawn as the policy "dihedral" draws it."""
 
     def __init__(self, features: Tensor, labels: Tensor | None, seed: int) -> None:
         self.features, self.labels, self.seed = features, labels, seed
@@ -35,20 +35,21 @@ class Features(Dataset[Sample]):
         return self.features.shape[1]
 
     def __getitem__(self, index: int) -> Sample:
-        return self.__getitems__([index])[0]
+        features, labels, _ = self.__getitems__([index])
+        return features[0], labels[0], index
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         """The samples of one batch."""
-        with torch.random.fork_rng(devices=[]):
-            return [self._sample(int(index)) for index in indices]
-
-    def _sample(self, index: int) -> Sample:
-        view = 0
+        rows = torch.as_tensor(indices)
+        views = torch.zeros_like(rows)
         if len(self.features) > 1:
-            torch.default_generator.manual_seed(mixed(self.seed, self.epoch, index))
-            view = draw_view()
-        label = torch.tensor(float("nan") if self.labels is None else float(self.labels[index]))
-        return self.features[view, index], label, index
+            views = torch.from_numpy(draw_views(Draws(self.seed, self.epoch, rows.numpy())))
+        return self.features[views, rows], labels_of(self.labels, rows), rows
+
+    def transformed(self, batch: Batch, device: torch.device | None = None) -> Batch:
+        """Features are what they are."""
+        features, labels, rows = batch
+        return features.to(device), labels, rows
 
 
 def linear_head(model: nn.Module) -> nn.Linear | None:

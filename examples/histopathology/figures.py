@@ -15,10 +15,11 @@ from matplotlib.patches import Rectangle
 
 from .backbones import Normalisation
 from .data import HistoDataset
+from .draws import Draws
 from .layout import PATCH
 from .method import Augment, Policy
 from .stain import Floats
-from .transforms import train_transform
+from .transforms import Normalise, TrainTransform
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 _BAR, _FRAME = "#0072b2", "#d55e00"
@@ -56,14 +57,11 @@ def samples(splits: Mapping[str, HistoDataset], seed: int) -> Figure:
 def augmented(split: HistoDataset, seed: int, policy: Policy, patches: int = 4) -> Figure:
     """A few patches, each followed by what a policy may make of it; not normalised, so that they can be seen."""
     plain = Normalisation("none", "", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    augment = train_transform(PATCH, plain, Augment(policy))
+    augment = TrainTransform(PATCH, Normalise(plain), Augment(policy))
     chosen = _some(np.arange(len(split)), seed)[:patches]
-    rows = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for image in torch.from_numpy(split.read(chosen)):
-            views = torch.stack([image, *(augment(image) for _ in range(_PER_ROW - 1))])
-            rows.append(_channel_last(views.clamp(0, 1).numpy()))
+    images = torch.from_numpy(split.read(chosen))
+    columns = [images, *(augment(images, Draws(seed, epoch, chosen)) for epoch in range(_PER_ROW - 1))]
+    rows = [_channel_last(row.clamp(0, 1).numpy()) for row in torch.stack(columns, 1)]
     return sheet(rows, [str(split.ids[i]) for i in chosen])
 
 

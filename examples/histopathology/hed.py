@@ -5,10 +5,11 @@ distilled stain-invariant convolutional networks. IEEE Transactions on Medical I
 The stains are the fixed vectors of Ruifrok & Johnston 2001, see `stain`.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2  # type: ignore[import-untyped]
 
+from .draws import Draws
 from .stain import DAB, EOSIN, HAEMATOXYLIN, unit_rows
 
 _STAINS = torch.tensor(unit_rows([HAEMATOXYLIN, EOSIN, DAB]), dtype=torch.float32)
@@ -27,24 +28,17 @@ def from_hed(amounts: Tensor) -> Tensor:
     return torch.pow(10.0, -torch.einsum("...shw,sc->...chw", amounts, _STAINS.to(amounts)))
 
 
-class StainJitter(v2.Transform):  # type: ignore[misc]
+def stain_jittered(images: Tensor, draws: Draws, strength: float) -> Tensor:
     """Each stain's amount times (1 + a) plus b, with a and b uniform in ±strength, drawn for each image.
 
-    >>> StainJitter(0.05)(torch.rand(8, 3, 96, 96)).shape
-    torch.Size([8, 3, 96, 96])
-
     Args:
+        images: ``(n, 3, H, W)`` in [0, 1].
+        draws: of these patches.
         strength: at least 0; b is in units of optical density.
+
+    Returns:
+        The same shape, in [0, 1].
     """
-
-    def __init__(self, strength: float) -> None:
-        super().__init__()
-        if strength < 0:
-            raise ValueError(f"strength={strength}: must be at least 0.")
-        self.strength = strength
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(..., 3, H, W)`` in [0, 1] -> the same shape, in [0, 1]."""
-        shape = (*images.shape[:-3], 3, 1, 1)
-        scale, shift = ((torch.rand(2, *shape, device=images.device) * 2 - 1) * self.strength).to(images.dtype)
-        return from_hed(to_hed(images) * (1 + scale) + shift).clamp(0, 1)
+    drawn = np.stack([draws.uniform(-strength, strength) for _ in range(6)], 1).reshape(-1, 2, 3, 1, 1)
+    scale, shift = torch.from_numpy(drawn).to(images).unbind(1)
+    return from_hed(to_hed(images) * (1 + scale) + shift).clamp(0, 1)

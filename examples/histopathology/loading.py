@@ -5,37 +5,50 @@ or process that reads it. So a training is the same with any number of workers, 
 was, and several processes together see what one would.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from .data import HistoDataset, Sample, Transform
+from .data import HistoDataset, Sample
+from .draws import Draws, mixed
 from .errors import ExampleError
+from .transforms import Transform
 
-# Batches of (images or features, labels, indices).
-Loader: TypeAlias = "DataLoader[Sample]"
-
-
-def mixed(*numbers: int) -> int:
-    """One seed from several numbers, such that neighbours give unrelated ones."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Images or features, labels (NaN where absent), indices."""
 
 
-class View(Dataset[Sample]):
-    """A split's patches through a transform.
+class Batched(Protocol):
+    """What a `Loader` reads: a dataset that gives whole batches, in two steps."""
+
+    epoch: int
+
+    def __len__(self) -> int:
+        """Patches."""
+
+    def __getitem__(self, index: int) -> Sample:
+        """One, through both steps."""
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """What is read."""
+
+    def transformed(self, batch: Batch, device: torch.device | None = None) -> Batch:
+        """What is made of it, on the device."""
+
+
+class View:
+    """A split's patches through a transform, a batch at a time.
 
     Args:
         split: a dataset of ``(image, label, index)`` with ``labels`` and ``centres``; its own transform is not used.
-        transform: of one image ``(3, H, W)``; or one for each centre.
-        seed: of the transform's draws, where it makes any.
+        transform: of a batch ``(n, 3, H, W)`` and the draws of its patches.
+        seed: of the draws.
     """
 
-    def __init__(self, split: HistoDataset, transform: Transform | Mapping[int, Transform], seed: int = 0) -> None:
-        split.transform = None
+    def __init__(self, split: HistoDataset, transform: Transform, seed: int = 0) -> None:
         self.split, self.transform, self.seed = split, transform, seed
         self.labels = split.labels
         self.epoch = 0
@@ -44,20 +57,25 @@ class View(Dataset[Sample]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.__getitems__([index])[0]
+        images, labels, _ = self.transformed(self.__getitems__([index]))
+        return images[0], labels[0], index
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples of one batch; DataLoader calls this where it exists."""
-        samples = self.split.__getitems__(indices)
-        with torch.random.fork_rng(devices=[]):
-            return [(self._transformed(image, int(i)), label, int(i)) for image, label, i in samples]
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """The patches of one batch as they are; DataLoader calls this where it exists."""
+        images = torch.from_numpy(self.split.read(indices))
+        rows = torch.as_tensor(indices)
+        return images, labels_of(self.labels, rows), rows
 
-    def _transformed(self, image: Tensor, index: int) -> Tensor:
-        transform = self.transform
-        if isinstance(transform, Mapping):
-            transform = transform[int(self.split.centres[index])]
-        torch.default_generator.manual_seed(mixed(self.seed, self.epoch, index))
-        return transform(image)
+    def transformed(self, batch: Batch, device: torch.device | None = None) -> Batch:
+        """A batch of these patches through the transform, on the device."""
+        images, labels, rows = batch
+        images = images.to(device, non_blocking=True)
+        return self.transform(images, Draws(self.seed, self.epoch, rows.numpy())), labels, rows
+
+
+def labels_of(labels: Tensor | None, rows: Tensor) -> Tensor:
+    """Labels of some patches as floats, NaN where there are none."""
+    return torch.full(rows.shape, torch.nan) if labels is None else labels[rows].float()
 
 
 class Batches(Sampler[list[int]]):
@@ -90,8 +108,44 @@ class Batches(Sampler[list[int]]):
             yield batch[self.rank * part : (self.rank + 1) * part]
 
 
+class Loader:
+    """Batches of a dataset: ``(images or features, labels, indices)``.
+
+    Iterated, it gives them on the CPU, where workers transform, too. `on` gives them on a device that does so itself:
+    its workers only read, and read on while it works.
+    """
+
+    def __init__(self, dataset: Batched, batch_sampler: Batches, workers: int) -> None:
+        self.dataset, self.batch_sampler, self.workers = dataset, batch_sampler, workers
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.on(torch.device("cpu"))
+
+    def on(self, device: torch.device) -> Iterator[Batch]:
+        """The batches on a device, labels and indices on the CPU."""
+        here = device.type == "cpu"
+        dataset: Any = self.dataset  # DataLoader's annotations ask for a base class, its code does not
+        collate: Any = dataset.transformed if here else _as_it_is
+        batches: DataLoader[Batch] = DataLoader(
+            dataset,
+            batch_sampler=self.batch_sampler,
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else each pass would take a number from the one that dropout draws from
+        )
+        return iter(batches) if here else (self.dataset.transformed(batch, device) for batch in batches)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
 def make_loader(
-    dataset: Dataset[Sample],
+    dataset: Batched,
     batch_size: int,
     *,
     workers: int = 0,
@@ -104,24 +158,16 @@ def make_loader(
     Raises:
         ExampleError: a batch that the processes cannot share equally.
     """
-    size = len(dataset)  # type: ignore[arg-type]
+    size = len(dataset)
     if seed is not None and (batch_size % world or size < world):
         raise ExampleError(
             f"--batch-size {batch_size}: {world} processes share each batch, so give a multiple of {world} "
             "and at least as many patches."
         )
-    return DataLoader(
-        dataset,
-        batch_sampler=Batches(size, batch_size, seed=seed, rank=rank, world=world),
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else each pass would take a number from the generator that dropout draws from
-    )
+    return Loader(dataset, Batches(size, batch_size, seed=seed, rank=rank, world=world), workers)
 
 
 def begin_epoch(loader: Loader, epoch: int) -> None:
     """Another order, and other draws of augmentation."""
-    sampler: Any = loader.batch_sampler
-    sampler.epoch = epoch
-    dataset: Any = loader.dataset
-    dataset.epoch = epoch
+    loader.batch_sampler.epoch = epoch
+    loader.dataset.epoch = epoch

@@ -13,7 +13,6 @@ from .errors import ExampleError
 from .loading import Loader
 from .method import Predict
 from .training import predict
-from .transforms import VIEWS
 
 
 def predict_by(how: Predict, model: nn.Module, loader: Callable[[int], Loader]) -> tuple[Tensor, Tensor]:
@@ -22,17 +21,16 @@ def predict_by(how: Predict, model: nn.Module, loader: Callable[[int], Loader]) 
     Args:
         how: the method's way.
         model: with its adapter; not changed.
-        loader: of the patches under one of the 8 views; 0 is the patch as it is.
+        loader: of so many views of each patch, see `transforms.EvalTransform`.
 
     Raises:
         ExampleError: AdaBN of a network without batch norms.
     """
     if how.adabn:
-        model = adapted_to(loader(0), model)
-    logits, labels = predict(model, loader(0))
+        model = adapted_to(loader(1), model)
+    logits, labels = predict(model, loader(how.views))
     if how.views > 1:
-        others = [predict(model, loader(view))[0] for view in range(1, VIEWS)]
-        logits = ensembled(torch.stack([logits, *others]))
+        logits = ensembled(logits)
     return (balanced(logits) if how.balanced else logits), labels
 
 
@@ -67,7 +65,7 @@ def adapted_to(loader: Loader, model: nn.Module) -> nn.Module:
         norm.train()
     device = next(plain.parameters()).device
     with torch.inference_mode():
-        for images, _, _ in loader:
+        for images, _, _ in loader.on(device):
             if len(images) > 1:
-                plain(images.to(device))
+                plain(images)
     return plain.eval()

@@ -27,7 +27,7 @@ from .method import Method
 from .outlines import regions
 from .prediction import ensembled
 from .training import Recipe, pick_device
-from .transforms import eval_transform
+from .transforms import EvalTransform, Normalise
 from .wholeslide import (
     Bytes,
     Grid,
@@ -139,15 +139,14 @@ def classifier(folder: Path, recipe: Recipe, method: Method) -> Classifier:
 
 def classifier_of(model: nn.Module, size: int, normalisation: Normalisation, views: int = 1) -> Classifier:
     """A model as a function of patches; the mean probability over its views."""
-    transforms = [eval_transform(size, normalisation, view) for view in range(views)]
-
+    transform = EvalTransform(size, Normalise(normalisation), range(views))
     device = next(model.parameters()).device
     model.eval()
 
     def logits(patches: Tensor) -> Tensor:
         with torch.inference_mode():
-            images = (view(patches).to(device, memory_format=torch.channels_last) for view in transforms)
-            each = [model(image).squeeze(1).float().cpu() for image in images]
+            images = transform(patches.to(device)).contiguous(memory_format=torch.channels_last)
+            each = [model(view).squeeze(1).float().cpu() for view in torch.split(images, len(patches))]
         return ensembled(torch.stack(each)) if views > 1 else each[0]
 
     return logits

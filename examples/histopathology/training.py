@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import Dataset
 
 import convlora
 
@@ -39,9 +38,8 @@ from .checkpoints import (
     set_random_state,
     write_checkpoint,
 )
-from .data import Sample
 from .errors import ExampleError
-from .loading import Loader, begin_epoch, make_loader
+from .loading import Batched, Loader, begin_epoch, make_loader
 from .logs import Log
 from .processes import Job
 from .progress import progress_bar
@@ -194,7 +192,7 @@ def optimiser_for(model: nn.Module, recipe: Recipe, lr_ratio: float = 1.0) -> to
 
 def fit(
     model: nn.Module,
-    views: Mapping[str, Dataset[Sample]],
+    views: Mapping[str, Batched],
     recipe: Recipe,
     *,
     job: Job,
@@ -265,15 +263,31 @@ def fit(
 
 
 def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
-    """Logits and labels ``(N,)`` on the CPU in the loader's order, in eval mode; absent labels are NaN."""
-    model.eval()
-    device = next(model.parameters()).device
-    logits, labels = [], []
+    """Logits and labels ``(N,)`` on the CPU in the loader's order, in eval mode; absent labels are NaN.
+
+    Where the loader gives several views of each patch, logits are ``(views, N)``.
+    """
+    (logits,), labels = predict_each([model], loader)
+    return logits, labels
+
+
+def predict_each(models: Sequence[nn.Module], loader: Loader) -> tuple[list[Tensor], Tensor]:
+    """As `predict`, of several models in one pass over the patches."""
+    device = next(models[0].parameters()).device
+    logits: list[list[Tensor]] = [[] for _ in models]
+    labels = []
+    for model in models:
+        model.eval()
     with torch.inference_mode():
-        for images, targets, _ in loader:
-            logits.append(model(_to(images, device)).squeeze(1).float().cpu())
+        for images, targets, _ in loader.on(device):
+            # All views at once fill a GPU; on a CPU they would only take memory.
+            step = len(targets) if device.type == "cpu" else len(images)
+            parts = [_to(part, device) for part in torch.split(images, step)]
+            for own, model in zip(logits, models, strict=True):
+                own.append(torch.cat([model(part).float() for part in parts]).reshape(-1, len(targets)))
             labels.append(targets)
-    return torch.cat(logits), torch.cat(labels)
+    whole = [torch.cat(own, 1).cpu() for own in logits]
+    return [each[0] if len(each) == 1 else each for each in whole], torch.cat(labels)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float | None:
@@ -348,9 +362,8 @@ def _train_pass(
     device = next(wrapped.parameters()).device
     balance = balance.to(device)
     losses: list[float] = []
-    sampler: Any = loader.batch_sampler
-    with progress_bar(job.console, name, len(loader) * sampler.batch_size) as advance:
-        for images, labels, _ in loader:
+    with progress_bar(job.console, name, len(loader) * loader.batch_sampler.batch_size) as advance:
+        for images, labels, _ in loader.on(device):
             logits = wrapped(_to(images, device))
             loss = binary_cross_entropy_with_logits(logits, labels.to(device), pos_weight=balance)
             losses.append(_finite(loss.item(), name, optimiser.param_groups[-1]["lr"]))

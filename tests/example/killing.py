@@ -30,7 +30,7 @@ from examples.histopathology.data import open_splits
 from examples.histopathology.loading import View
 from examples.histopathology.processes import Job
 from examples.histopathology.training import Recipe, fit
-from examples.histopathology.transforms import eval_transform, train_transform
+from examples.histopathology.transforms import EvalTransform, Normalise, TrainTransform
 
 SIZES = {"train": 64, "val": 16, "test": 16}
 RECIPE = Recipe(image_size=32, epochs=6, batch_size=16)
@@ -57,8 +57,8 @@ def train_colours(out: Path, data: Path) -> None:
     model = convlora.inject(Colours(), target_modules=(), modules_to_save=["fc"])
     splits, plain = open_splits(data), Normalisation("none", "none", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     views = {
-        "train": View(splits["train"], train_transform(32, plain)),
-        "val": View(splits["val"], eval_transform(32, plain)),
+        "train": View(splits["train"], TrainTransform(32, Normalise(plain))),
+        "val": View(splits["val"], EvalTransform(32, Normalise(plain))),
     }
     folder = out / "adapters" / "lora"
     save = lambda: experiment.save(model, folder, find_method("probe"), RECIPE)  # noqa: E731

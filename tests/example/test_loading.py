@@ -13,9 +13,12 @@ import pytest
 import torch
 from toy_patches import write_toy
 
+from examples.histopathology.backbones import Normalisation
 from examples.histopathology.data import HistoDataset
+from examples.histopathology.draws import Draws
 from examples.histopathology.errors import ExampleError
 from examples.histopathology.loading import Batches, View, begin_epoch, make_loader
+from examples.histopathology.transforms import Normalise
 
 HERE = Path(__file__).parent
 
@@ -25,8 +28,8 @@ def toy(tmp_path_factory):
     return write_toy(tmp_path_factory.mktemp("toy"), {"train": 50, "val": 21, "test": 8})
 
 
-def noisy(image):
-    return image[:, :4, :4] + torch.rand(1)
+def noisy(images, draws):
+    return images[:, :, :4, :4] + torch.from_numpy(draws.uniform()).float()[:, None, None, None]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -87,13 +90,13 @@ def test_augmentation_leaves_the_global_generator_alone(toy):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_transform_for_each_centre(toy):
+def test_each_centre_is_normalised_by_its_own_numbers(toy):
     split = HistoDataset(toy / "train.h5")
     split.centres[1] = 7
-    view = View(split, {0: lambda image: image, 7: lambda image: image + 1})
-    plain = split.read([0, 1])
-    assert torch.equal(view[0][0], torch.from_numpy(plain[0]))
-    assert torch.equal(view[1][0], torch.from_numpy(plain[1]) + 1)
+    each = {0: Normalisation("a", "", (0.0,) * 3, (1.0,) * 3), 7: Normalisation("b", "", (0.5,) * 3, (2.0,) * 3)}
+    images = torch.from_numpy(split.read([1, 0]))
+    found = Normalise(each, split.centres)(images, Draws(0, 0, [1, 0]))
+    assert torch.equal(found, torch.stack([(images[0] - 0.5) / 2, images[1]]))
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(toy):

@@ -15,10 +15,11 @@ from examples.histopathology import experiment, training
 from examples.histopathology.backbones import Normalisation
 from examples.histopathology.catalogue import find_method
 from examples.histopathology.data import HistoDataset, open_splits
+from examples.histopathology.draws import Draws
 from examples.histopathology.errors import ExampleError
 from examples.histopathology.processes import Job
 from examples.histopathology.training import EarlyStopping, Recipe, accuracy, class_balance, fit
-from examples.histopathology.transforms import CROP_SCALE, eval_transform, train_transform
+from examples.histopathology.transforms import CROP_SCALE, EvalTransform, Normalise, TrainTransform
 
 RECIPE = Recipe(image_size=32, epochs=2, batch_size=16)
 
@@ -177,10 +178,11 @@ def test_an_interrupted_run_leaves_the_best_adapter(toy, tmp_path, monkeypatch):
 
 def test_transforms_give_the_size_and_normalise():
     half = Normalisation("toy", "none", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    white = torch.ones(3, 96, 96)
+    white, draws = torch.ones(2, 3, 96, 96), Draws(0, 0, [0, 1])
     for size in (32, 128, 224):
-        assert train_transform(size, half)(white).shape == (3, size, size)
-        assert torch.allclose(eval_transform(size, half)(white), torch.ones(3, size, size))
+        assert TrainTransform(size, Normalise(half))(white, draws).shape == (2, 3, size, size)
+        whole = torch.ones(2, 3, size, size)
+        assert torch.allclose(EvalTransform(size, Normalise(half))(white, draws), whole)
 
 
 def test_every_training_crop_holds_the_labelled_centre():
