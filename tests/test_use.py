@@ -59,6 +59,8 @@ def three(net, images):
 
 
 NAMES = ["b", None, "a", "c", "a", "b", "c", None]
+BOTH, HALF = {"a": -0.5, "b": 0.75}, {"b": 0.5}
+"""What a sample may ask for besides a name: several adapters by weight, and one at a strength."""
 
 
 @pytest.fixture
@@ -76,7 +78,9 @@ def test_each_sample_gets_what_it_gets_alone(three, batch):
         torch.testing.assert_close(routed(three, batch, NAMES), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("names", [["a"] * 8, [None] * 8, ["b"] * 4 + [None] * 4, ["c", *["a"] * 7]])
+@pytest.mark.parametrize(
+    "names", [["a"] * 8, [None] * 8, ["b"] * 4 + [None] * 4, ["c", *["a"] * 7], [BOTH] * 8, [HALF, BOTH, None, "b"] * 2]
+)
 def test_any_mixture_of_names(three, batch, names):
     expected = alone(three, batch, names)
     convlora.set_adapter(three, "b")
@@ -85,7 +89,7 @@ def test_any_mixture_of_names(three, batch, names):
 
 @given(
     geometry=convolutions(),
-    names=st.lists(st.sampled_from(["a", "b", None]), min_size=2, max_size=5),
+    names=st.lists(st.sampled_from(["a", "b", None, BOTH, HALF]), min_size=2, max_size=5),
     wins=st.booleans(),
 )
 def test_a_convolution_of_any_geometry(geometry, names, wins):
@@ -140,7 +144,7 @@ def test_real_networks(network, wins, monkeypatch):
     convlora.inject(model, 4, adapter_name="a", norm="track", target_modules=targets)
     convlora.add_adapter(model, "b", 2)
     fill(model, images, "ab", size=0.02)
-    names = ["a", "b", None, "b", "b", "a"]
+    names = ["a", "b", None, BOTH, HALF, {"a": 0.25, "b": 0.5}]
     expected = alone(model, images, names)
     assert not torch.allclose(expected, alone(model, images, ["a"] * 6), **CLOSE)
     if wins is not None:
@@ -306,6 +310,13 @@ def test_names_are_checked_at_the_door(three):
     for wrong in ([], ["a", 3], ["a", ""], "abc"):
         with pytest.raises(StateError, match=r"name,? or None"):
             convlora.use_adapters(three, wrong).__enter__()
+    with pytest.raises(StateError, match="There is no adapter 'z'"):
+        convlora.use_adapters(three, ["a", {"a": 0.5, "z": 0.5}]).__enter__()
+    for weights, message in (({}, "names no adapter"), ({"a": float("nan")}, "weight of a=nan; it must be a finite")):
+        with pytest.raises(convlora.TargetError, match=message):
+            convlora.use_adapters(three, [weights]).__enter__()
+    with pytest.raises(StateError, match=r"block\.3 is trained in full in 'c' and changed in 'a'"):
+        convlora.use_adapters(three, [{"a": 0.5, "c": 0.5}]).__enter__()
     with pytest.raises(StateError, match="carries no adapter"):
         convlora.use_adapters(SmallNet(), ["a"]).__enter__()
     with pytest.raises(convlora.UnsupportedLayerError, match="DataParallel"):
@@ -449,7 +460,7 @@ def test_variants_are_routed_like_plain_adapters(net, images, batch, wins, monke
     convlora.add_adapter(net, "b", 2, init="pissa", target_modules=(nn.Conv2d, "hidden"))
     convlora.add_adapter(net, "c", 3, norm="track")
     fill(net, images, "abc")
-    for names in (NAMES, ["b", "c", None, "b", "b", "c", "c", None]):
+    for names in (NAMES, ["b", "c", None, "b", "b", "c", "c", None], [BOTH, "c", {"c": 0.5, "a": 0.5}, HALF] * 2):
         torch.testing.assert_close(routed(net, batch, names), alone(net, batch, names), **CLOSE)
 
 
