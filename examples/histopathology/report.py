@@ -14,6 +14,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,16 @@ from torch import Tensor
 import convlora
 
 from . import charts, costs
+from .clinical import OperatingPoint, numbered, operating_point
 from .comparison import Difference, differences
 from .costs import Cost
 from .data import HistoDataset
 from .exhibits import Exhibits
 from .experiment import Result
 from .files import write_text
-from .rows import NO_CENTRE
+from .published import HEADER as PUBLISHED
+from .published import Published, publish, published_notes
+from .rows import NO_CENTRE, Rows
 from .scores import BINS, Confusion, auc, brier, confusion, confusion_by_centre, ece, reliability
 from .training import pick_device
 
@@ -61,12 +65,29 @@ class Truth:
 
     labels: Tensor
     centres: Tensor
+    units: Tensor | None = None
+    """``(N,)``: number of the patient or slide that each patch is of, where the data name them."""
+    unit: str = "patch"
+    """What is drawn for intervals."""
 
 
 def truths(splits: Mapping[str, HistoDataset]) -> dict[str, Truth]:
     """Of the test and the validation split, where they have labels."""
     found = ((name, splits[name]) for name in ("test", "val") if name in splits)
-    return {name: Truth(split.labels, split.centres) for name, split in found if split.labels is not None}
+    return {
+        name: Truth(split.labels, split.centres, *_units(split.rows))
+        for name, split in found
+        if split.labels is not None
+    }
+
+
+def _units(rows: Rows) -> tuple[Tensor | None, str]:
+    """The largest unit that the data name."""
+    if rows.patients is not None:
+        return numbered(rows.patients), "patient"
+    if rows.slides is not None:
+        return numbered(rows.slides), "slide"
+    return None, "patch"
 
 
 @dataclass(frozen=True)
@@ -154,6 +175,30 @@ class Report:
             for centre, each in confusion_by_centre(logits, truth.labels, truth.centres).items()
         ]
 
+    @cached_property
+    def published(self) -> list[Published]:
+        """Of each method's chosen seed: each split whole and, where it is of several centres, each of them."""
+        return [
+            each
+            for result in self.chosen().values()
+            for point in [self._operating_point(result)]
+            for split, (logits, truth) in self.judged(result).items()
+            for each in publish(
+                _title(result), _NAMES[split], logits, truth.labels, truth.centres, truth.units, truth.unit, point
+            )
+        ]
+
+    def published_rows(self) -> list[list[str]]:
+        """Cells under `PUBLISHED`."""
+        return [each.row() for each in self.published]
+
+    def _operating_point(self, result: Result) -> OperatingPoint:
+        judged = self.judged(result)
+        if "val" not in judged:
+            return OperatingPoint(None, None)
+        logits, truth = judged["val"]
+        return operating_point(logits, truth.labels)
+
     def differences(self) -> list[Difference]:
         """Paired, on the test set or, where it has no labels, on validation."""
         return differences(self.results, {name: truth.labels for name, truth in self.truth.items()})
@@ -223,7 +268,16 @@ def markdown(report: Report) -> str:
     caveat = [f"**{report.caveat}**", ""] if report.caveat else []
     caveat += [line for warning in report.warnings for line in (f"**Warning: {warning}**", "")]
     notes = [f"- {note}" for note in (*(f"{name}: {about}." for name, about in report.abouts()), *report.notes())]
-    return "\n".join([*caveat, *lines, "", *notes, ""])
+    return "\n".join([*caveat, *lines, "", *notes, "", *_published_lines(report)])
+
+
+def _published_lines(report: Report) -> list[str]:
+    """The numbers to publish as a second table."""
+    if not report.published:
+        return []
+    lines = ["| " + " | ".join(PUBLISHED) + " |", "|---" * 4 + "|---:" * (len(PUBLISHED) - 4) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in report.published_rows()]
+    return [*lines, "", *(f"- {note}" for note in published_notes(report.published)), ""]
 
 
 def as_data(report: Report) -> dict[str, Any]:
@@ -237,6 +291,7 @@ def as_data(report: Report) -> dict[str, Any]:
         "differences": [dataclasses.asdict(each) for each in report.differences()],
         "best": {"method": report.best.method, "seed": report.best.seed},
         "scores": [dict(zip(SCORES, row, strict=True)) for row in report.score_rows()],
+        "published": [dataclasses.asdict(each) for each in report.published],
         "centres": [dict(zip(CENTRES, row, strict=True)) for row in report.centre_rows()],
         "costs": [dataclasses.asdict(cost) for cost in report.costs],
         "results": [_result_data(result) for result in report.results],
@@ -253,6 +308,8 @@ def html(report: Report) -> str:
         header=HEADER,
         scores_header=SCORES,
         centres_header=CENTRES,
+        published_header=PUBLISHED,
+        published_notes=published_notes(report.published),
         costs_header=costs.HEADER,
         cost_rows=[cost.row() for cost in report.costs],
         bins=BINS,

@@ -11,12 +11,16 @@ need_extra("histopathology")
 import browser
 import pytest
 import torch
+from layouts import write_wilds
 
 from examples.histopathology.charts import DRAWN, curves, pareto
+from examples.histopathology.clinical import temperature, youden_threshold
 from examples.histopathology.costs import Cost
+from examples.histopathology.data import open_splits
 from examples.histopathology.exhibits import Exhibits, Patch
 from examples.histopathology.experiment import Result
 from examples.histopathology.files import replacing_directory, write_text
+from examples.histopathology.published import HEADER as PUBLISHED
 from examples.histopathology.report import (
     HEADER,
     Report,
@@ -26,8 +30,10 @@ from examples.histopathology.report import (
     html,
     markdown,
     submission_csv,
+    truths,
     write_report,
 )
+from examples.histopathology.scores import auc
 from examples.histopathology.training import Epoch
 from examples.histopathology.verify import Proofs
 
@@ -241,7 +247,7 @@ def test_every_id_is_one_and_every_link_leads_somewhere():
     found = Addresses()
     found.feed(html(whole_report()))
     assert len(found.ids) == len(set(found.ids))
-    assert len(found.anchors) == 8
+    assert len(found.anchors) == 9
     assert {anchor.removeprefix("#") for anchor in found.anchors} <= set(found.ids)
 
 
@@ -365,3 +371,71 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         raise ZeroDivisionError
     assert (folder / "x").read_text() == "second"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "adapter"]
+
+
+# -- numbers to publish ------------------------------------------------------------------------------------
+
+
+def judged_report(units: torch.Tensor | None = None, unit: str = "patch") -> Report:
+    """One method whose validation logits are twice too sure, and a test set of two centres."""
+    generator = torch.Generator().manual_seed(0)
+    honest = 2 * torch.randn(400, generator=generator)
+    labels = (torch.rand(400, generator=generator) < honest.sigmoid()).long()
+    one = dataclasses.replace(result(), val_logits=2 * honest + 1, test_logits=2 * honest + 1)
+    truth = Truth(labels, torch.arange(400) % 2, units, unit)
+    return dataclasses.replace(report(one), truth={"test": truth, "val": truth})
+
+
+def test_numbers_to_publish_are_by_centre_at_validations_threshold_and_temperature():
+    whole = judged_report()
+    assert [(each.split, each.centre, each.units) for each in whole.published] == [
+        ("test", "all", 400),
+        ("test", "0", 200),
+        ("test", "1", 200),
+        ("validation", "all", 400),
+        ("validation", "0", 200),
+        ("validation", "1", 200),
+    ]
+    logits, truth = whole.judged(whole.results[0])["val"]
+    for each in whole.published:
+        assert each.threshold == youden_threshold(logits, truth.labels)
+        assert each.temperature == temperature(logits, truth.labels)
+    first, zero = whole.published[:2]
+    assert first.calibrated_ece < first.ece
+    own = truth.centres == 0
+    called = logits[own] >= zero.threshold
+    assert zero.estimates["sensitivity"].value == pytest.approx(float(called[truth.labels[own] == 1].double().mean()))
+    assert zero.estimates["auroc"].value == pytest.approx(auc(logits[own], truth.labels[own]))
+    page, table = html(whole), markdown(whole)
+    for cell in (str(first.estimates["auroc"]), f"{first.ece:.3f} → {first.calibrated_ece:.3f}", "400 patches"):
+        assert cell in page and cell in table
+    stored = json.loads(json.dumps(as_data(whole)))["published"]
+    assert stored[1]["estimates"]["auroc"] == dataclasses.asdict(zero.estimates["auroc"])
+
+
+def test_patients_are_drawn_where_they_are_named_and_the_page_says_so():
+    apart, together = judged_report(), judged_report(torch.arange(400) // 40, "patient")
+    assert [each.units for each in together.published[:3]] == [10, 10, 10]
+    assert "10 patients" in markdown(together) and "Whole patients were drawn" in html(together)
+    assert "Single patches were drawn" in html(apart)
+    assert apart.published[0].estimates["auroc"] != together.published[0].estimates["auroc"]
+
+
+def test_units_are_patients_before_slides(tmp_path):
+    split = open_splits(write_wilds(tmp_path / "data", {"train": 12, "val": 8, "test": 8}))["test"]
+    truth = truths({"test": split})["test"]
+    assert truth.unit == "patient"
+    assert len(truth.units.unique()) == len(set(split.rows.patients))
+    split.rows.patients = None
+    assert truths({"test": split})["test"].unit == "slide"
+    split.rows.slides = None
+    assert truths({"test": split})["test"].unit == "patch"
+
+
+def test_validation_of_one_label_gives_no_threshold_and_says_so():
+    whole = judged_report()
+    blind = dataclasses.replace(whole.truth["val"], labels=torch.ones(400, dtype=torch.long))
+    whole = dataclasses.replace(whole, truth={"test": whole.truth["test"], "val": blind})
+    row = dict(zip(PUBLISHED, whole.published_rows()[0], strict=True))
+    assert (row["F1"], row["sensitivity"], row["specificity"], row["T"]) == (*["no threshold"] * 3, "none")
+    assert "→" not in row["ECE"] and row["AUROC"].startswith("0.")
