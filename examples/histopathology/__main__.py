@@ -307,9 +307,10 @@ def predict(
     else:
         recipe, method = experiment.read_card(model)
         method = modified(method, check_how(words))
-        recipe = dataclasses.replace(recipe, weights=weights or recipe.weights, batch_size=batch_size, workers=0)
+        workers = default_workers(pick_device())
+        recipe = dataclasses.replace(recipe, weights=weights or recipe.weights, batch_size=batch_size, workers=workers)
         split = open_to_predict(data)
-        logits = experiment.predict_split(model, split, recipe, method)
+        logits = experiment.predict_split(model, split, recipe, method, Job(out.parent, console))
     beside = out.with_name(f"{out.stem}-probabilities.csv")
     write_text(beside, report.probabilities_csv(split, logits))
     write_text(out, report.submission_csv(split.ids.tolist(), logits))

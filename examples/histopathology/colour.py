@@ -35,7 +35,8 @@ def jittered(images: Tensor, draws: Draws, brightness: float, contrast: float, s
             rows = np.flatnonzero(step == number)
             if rows.size:
                 where = torch.from_numpy(rows).to(images.device)
-                images[where] = change(images[where], column(factors[number][rows], images))
+                changed = change(images.index_select(0, where), column(factors[number][rows], images))
+                images.index_copy_(0, where, changed)
     return images
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import rates
 from .data import HistoDataset
 from .errors import ExampleError
-from .experiment import Result, run_method, train
+from .experiment import Result, run_method, try_training
 from .method import Method, Predict
 from .processes import Job
 from .training import Recipe
@@ -99,7 +99,7 @@ def _val_loss(
 ) -> float:
     each = dataclasses.replace(recipe, lr=lr)
     try:
-        return train(method, splits, each, job, f"{method.training}{suffix(lr, recipe.seed)}").val_loss
+        return try_training(method, splits, each, job, f"{method.training}{suffix(lr, recipe.seed)}")
     except ExampleError as error:
         if not may_fail or "the loss became" not in str(error):
             raise

@@ -31,7 +31,7 @@ from .memory import largest_batch
 from .method import Method, Predict
 from .prediction import predict_by
 from .processes import Job
-from .training import Epoch, Recipe, accuracy, balanced_loss, class_balance, fit, pick_device, place, predict
+from .training import Epoch, Fit, Recipe, accuracy, balanced_loss, class_balance, fit, place, predict_together
 from .transforms import VIEWS, EvalTransform, Normalise, TrainTransform
 from .verify import Proofs, prove
 
@@ -171,13 +171,14 @@ def run_method(
     file = job.out / "predictions" / f"{method.name}{suffix}.json"
     identity = {**identity_of(shared, recipe, splits), "predict": dataclasses.asdict(method.predict)}
 
-    def predicted() -> Result:
-        done = read_result(file, identity, trained.adapter) if job.resume else None
-        if done is not None:
-            return done
-        model = load(trained.adapter, recipe, job.accelerator.device)
-        val, val_labels = predict_by(method.predict, model, _loaders(method, splits["val"], recipe))
-        test, labels = predict_by(method.predict, model, _loaders(method, splits["test"], recipe))
+    done = job.first_decides(lambda: read_result(file, identity, trained.adapter) if job.resume else None)
+    if done is not None:
+        return done
+    model = load(trained.adapter, recipe, job.accelerator.device)
+    val, val_labels = predict_by(method.predict, model, _loaders(method, splits["val"], recipe), job)
+    test, labels = predict_by(method.predict, model, _loaders(method, splits["test"], recipe), job)
+
+    def written() -> Result:
         result = dataclasses.replace(
             trained,
             method=method.name,
@@ -192,46 +193,33 @@ def run_method(
         write_result(file, identity, result)
         return result
 
-    return job.first_decides(predicted)
+    return job.first_decides(written)
 
 
 def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, job: Job, name: str) -> Result:
     """Train a method, save its best adapter, load it back on a fresh base, prove it, test it image by image.
 
     Writes ``adapters/NAME``, ``checkpoints/NAME.pt``, ``logs/NAME.csv`` and, when all is done, ``results/NAME.json``.
-    A training that this job has done, or where it resumes an earlier one, is read.
+    A training that this job has done, or where it resumes an earlier one, is read. One that the job has only tried (see
+    `try_training`) is taken from its checkpoint, and proven.
     """
     folder, file = job.out / "adapters" / name, job.out / "results" / f"{name}.json"
     identity = identity_of(method, recipe, splits)
-    is_to_be_read = job.resume or name in job.done
-    done = job.first_decides(lambda: read_result(file, identity, folder) if is_to_be_read else _forget(file))
+    done = _done(name, identity, job)
     if done is not None:
         job.console.print(f"{name}: done already", highlight=False)
         return done
+    model, transforms, fitted = _fit(method, splits, recipe, job, name)
     device = job.accelerator.device
-    model, normalisation = open_backbone(recipe)
-    transforms = Transforms(method, recipe, normalisation)
-    train_view = transforms.view(splits["train"], train=True)
-    images = make_loader(train_view, recipe.batch_size, workers=recipe.workers, seed=recipe.seed)
-    model = place(method.prepare(place(model, device), recipe.rank, images), device)
-    trained, views = _what_trains(model, method, transforms, splits, recipe, job)
-    fitted = fit(
-        trained,
-        views,
-        recipe,
-        save=lambda: save(model, folder, method, recipe),
-        job=job,
-        name=name,
-        identity={key: value for key, value in identity.items() if key != "epochs"},  # more may be asked for
-        to_train_mode=method.to_train_mode,
-        lr_ratio=method.adapt.lr_ratio,
+    test, val = (
+        make_loader(transforms.view(splits[split]), recipe.batch_size, workers=recipe.workers)
+        for split in ("test", "val")
     )
+    logits, proofs = prove(model, load(folder, recipe, device), test, job)
+    (val_logits,), _ = predict_together([model], val, job)
 
     def finished() -> Result:
-        loader = make_loader(transforms.view(splits["test"]), recipe.batch_size, workers=recipe.workers)
-        logits, proofs = prove(model, load(folder, recipe, device), loader)
         job.console.print(f"{name}: {proofs}", highlight=False)
-        val = make_loader(transforms.view(splits["val"]), recipe.batch_size, workers=recipe.workers)
         result = Result(
             method=method.name,
             seed=recipe.seed,
@@ -244,12 +232,12 @@ def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, jo
             test_accuracy=accuracy(logits, _labels(splits["test"])),
             test_logits=logits,
             proofs=proofs,
-            val_loss=fitted.history[fitted.best_epoch].val_loss,
-            val_accuracy=fitted.history[fitted.best_epoch].val_accuracy,
+            val_loss=fitted.best.val_loss,
+            val_accuracy=fitted.best.val_accuracy,
             lr=recipe.lr,
             transductive=method.transductive,
             about=method.about,
-            val_logits=predict(model, val)[0],
+            val_logits=val_logits,
         )
         save(model, folder, method, recipe, _metrics(result))  # the same numbers, now with a card that says how good
         size = (folder / "adapter_model.safetensors").stat().st_size  # the file says it, too
@@ -257,8 +245,54 @@ def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, jo
         write_result(file, identity, result)
         return result
 
-    job.done.add(name)
     return job.first_decides(finished)
+
+
+def try_training(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, job: Job, name: str) -> float:
+    """The validation loss that a training reaches, for a sweep: the test set is not read and nothing proven.
+
+    Writes what `train` writes but the result; `train` goes on from there where this training is kept.
+    """
+    done = _done(name, identity_of(method, recipe, splits), job)
+    if done is not None:
+        return done.val_loss
+    _, _, fitted = _fit(method, splits, recipe, job, name)
+    return fitted.best.val_loss
+
+
+def _done(name: str, identity: Mapping[str, Any], job: Job) -> Result | None:
+    """The result of a training that this job, or one that it resumes, has proven; any other's is deleted."""
+    folder, file = job.out / "adapters" / name, job.out / "results" / f"{name}.json"
+    is_to_be_read = job.resume or name in job.done
+    return job.first_decides(lambda: read_result(file, identity, folder) if is_to_be_read else _forget(file))
+
+
+def _fit(
+    method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, job: Job, name: str
+) -> tuple[nn.Module, Transforms, Fit]:
+    """The trained model, its best adapter saved; taken from its checkpoint where this job has trained it before."""
+    folder, identity = job.out / "adapters" / name, identity_of(method, recipe, splits)
+    device = job.accelerator.device
+    model, normalisation = open_backbone(recipe)
+    transforms = Transforms(method, recipe, normalisation)
+    train_view = transforms.view(splits["train"], train=True)
+    images = make_loader(train_view, recipe.batch_size, workers=recipe.workers, seed=recipe.seed)
+    model = place(method.prepare(place(model, device), recipe.rank, images), device)
+    trained, views = _what_trains(model, method, transforms, splits, recipe, job)
+    fitted = fit(
+        trained,
+        views,
+        recipe,
+        save=lambda: save(model, folder, method, recipe),
+        job=dataclasses.replace(job, resume=job.resume or name in job.done),
+        name=name,
+        identity={key: value for key, value in identity.items() if key != "epochs"},  # more may be asked for
+        to_train_mode=method.to_train_mode,
+        lr_ratio=method.adapt.lr_ratio,
+    )
+
+    job.done.add(name)
+    return model, transforms, fitted
 
 
 def _what_trains(
@@ -280,7 +314,7 @@ def _what_trains(
         views = [functools.partial(transforms.view, splits[name], turns=[turn]) for turn in turns]
         seen = (recipe.image_size, method.normalise, transforms.normalisation.mean, transforms.normalisation.std)
         key = f"{digest_of(splits[name])} {recipe.backbone} {seen} {len(turns)}"
-        features = features_of(model, head, views, key, recipe.batch_size, job)
+        features = features_of(model, head, views, key, recipe, job)
         cached[name] = Features(features, splits[name].labels, recipe.seed)
     return head_alone(head, recipe.dropout), cached
 
@@ -373,10 +407,10 @@ def read_card(folder: Path) -> tuple[Recipe, Method]:
         raise ExampleError(f"{path} is damaged ({fault!r}); train again or restore the file.") from fault
 
 
-def predict_split(folder: Path, split: HistoDataset, recipe: Recipe, method: Method) -> Tensor:
+def predict_split(folder: Path, split: HistoDataset, recipe: Recipe, method: Method, job: Job) -> Tensor:
     """Logits ``(N,)`` of a saved adapter on a split by a method."""
-    model = load(folder, recipe, pick_device())
-    return predict_by(method.predict, model, _loaders(method, split, recipe))[0]
+    model = load(folder, recipe, job.accelerator.device)
+    return predict_by(method.predict, model, _loaders(method, split, recipe), job)[0]
 
 
 def largest_common_batch(methods: Sequence[Method], recipe: Recipe, job: Job) -> int:

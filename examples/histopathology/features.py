@@ -20,7 +20,7 @@ from .draws import Draws
 from .files import replacing_file
 from .loading import Batch, View, labels_of, make_loader
 from .processes import Job
-from .training import predict
+from .training import Recipe, predict
 from .transforms import draw_views
 
 
@@ -65,7 +65,7 @@ def head_alone(head: nn.Linear, dropout: float) -> nn.Module:
 
 
 def features_of(
-    model: nn.Module, head: nn.Linear, views: Sequence[Callable[[], View]], key: str, batch_size: int, job: Job
+    model: nn.Module, head: nn.Linear, views: Sequence[Callable[[], View]], key: str, recipe: Recipe, job: Job
 ) -> Tensor:
     """What the head is given for each patch of each view: ``(len(views), N, D)``, read where they are on disk.
 
@@ -74,12 +74,12 @@ def features_of(
         head: its linear head.
         views: make the same split under each view.
         key: what the split and the views are; the backbone's own numbers are added.
-        batch_size: images at a time.
+        recipe: images at a time, and the processes that read them.
         job: whose folder keeps the features; its first process computes them.
     """
     path = job.out / "features" / f"{_digest(model, head, key)}.safetensors"
     if job.is_first and not path.is_file():
-        _write(path, torch.stack([_inputs(model, head, view(), batch_size) for view in views]))
+        _write(path, torch.stack([_inputs(model, head, view(), recipe) for view in views]))
     job.wait()
     return load_file(path)["features"]
 
@@ -89,11 +89,11 @@ def _write(path: Path, features: Tensor) -> None:
         save_file({"features": features}, partial)
 
 
-def _inputs(model: nn.Module, head: nn.Linear, view: View, batch_size: int) -> Tensor:
+def _inputs(model: nn.Module, head: nn.Linear, view: View, recipe: Recipe) -> Tensor:
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].float().cpu()))
     try:
-        predict(model, make_loader(view, batch_size))
+        predict(model, make_loader(view, recipe.batch_size, workers=recipe.workers))
     finally:
         hook.remove()
     return torch.cat(seen).clone()

@@ -124,6 +124,11 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self.on(torch.device("cpu"))
 
+    def part(self, rank: int, world: int) -> "Loader":
+        """Of a loader in order, every ``world``-th patch from ``rank`` on."""
+        own = self.batch_sampler
+        return Loader(self.dataset, Batches(own.size, own.batch_size, rank=rank, world=world), self.workers)
+
     def on(self, device: torch.device) -> Iterator[Batch]:
         """The batches on a device, labels and indices on the CPU."""
         here = device.type == "cpu"

@@ -12,23 +12,25 @@ import convlora
 from .errors import ExampleError
 from .loading import Loader
 from .method import Predict
-from .training import predict
+from .processes import Job
+from .training import predict_together
 
 
-def predict_by(how: Predict, model: nn.Module, loader: Callable[[int], Loader]) -> tuple[Tensor, Tensor]:
+def predict_by(how: Predict, model: nn.Module, loader: Callable[[int], Loader], job: Job) -> tuple[Tensor, Tensor]:
     """Logits and labels ``(N,)``; above 0 means label 1.
 
     Args:
         how: the method's way.
         model: with its adapter; not changed.
         loader: of so many views of each patch, see `transforms.EvalTransform`.
+        job: whose processes share the patches.
 
     Raises:
         ExampleError: AdaBN of a network without batch norms.
     """
     if how.adabn:
         model = adapted_to(loader(1), model)
-    logits, labels = predict(model, loader(how.views))
+    (logits,), labels = predict_together([model], loader(how.views), job)
     if how.views > 1:
         logits = ensembled(logits)
     return (balanced(logits) if how.balanced else logits), labels

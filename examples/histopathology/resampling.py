@@ -31,15 +31,14 @@ def resized_part(images: Tensor, size: int, begins: tuple[Tensor, Tensor], lengt
 def _weights(side: int, size: int, begin: Tensor, length: Tensor) -> Tensor:
     """``(n, size, side)``: how much each input row gives to each output row."""
     steps = torch.arange(size, device=begin.device) + 0.5
-    begin, flipped, length = begin[:, None], length[:, None] < 0, length[:, None].abs().double()
+    begin, flipped, length = begin[:, None], length[:, None] < 0, length[:, None].abs().float()
     scale = length / size
     centre = begin + scale * torch.where(flipped, size - steps, steps)
     place = torch.arange(side, device=begin.device) + 0.5
     reach = scale.clamp(min=1)[..., None]  # what shrinks takes in more than two neighbours
-    weights = (1 - ((place - centre[..., None]) / reach).abs()).clamp_(min=0)
-    inside = (place >= begin[..., None]) & (place < (begin + length)[..., None])
-    weights = weights * inside
-    return weights / weights.sum(-1, keepdim=True)
+    weights = (place - centre[..., None]).div_(reach).abs_().neg_().add_(1).clamp_(min=0)
+    weights *= (place >= begin[..., None]) & (place < (begin + length)[..., None])
+    return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def moved(images: Tensor, degrees: Tensor, scale: Tensor, shear: Tensor) -> Tensor:

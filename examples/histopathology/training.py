@@ -110,6 +110,11 @@ class Fit:
     history: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
 
+    @property
+    def best(self) -> Epoch:
+        """The epoch whose numbers these are."""
+        return self.history[self.best_epoch]
+
 
 @dataclass
 class Training:
@@ -226,10 +231,10 @@ def fit(
     # Every method sees the same augmentation and dropout draws, whatever building its model consumed.
     seed_generators(recipe.seed + 1_000_003 * rank)
     balance = class_balance(_labels(views["train"]))
-    size = {"workers": recipe.workers, "rank": rank, "world": world}
+    size, workers = recipe.batch_size, recipe.workers
     loaders = {
-        "train": make_loader(views["train"], recipe.batch_size, seed=recipe.seed, **size),
-        "val": make_loader(views["val"], recipe.batch_size, **size),
+        "train": make_loader(views["train"], size, workers=workers, seed=recipe.seed, rank=rank, world=world),
+        "val": make_loader(views["val"], size, workers=workers),
     }
     optimiser = optimiser_for(model, recipe, lr_ratio)
     schedule = ReduceLROnPlateau(optimiser, patience=recipe.lr_patience)
@@ -288,6 +293,29 @@ def predict_each(models: Sequence[nn.Module], loader: Loader) -> tuple[list[Tens
             labels.append(targets)
     whole = [torch.cat(own, 1).cpu() for own in logits]
     return [each[0] if len(each) == 1 else each for each in whole], torch.cat(labels)
+
+
+def predict_together(models: Sequence[nn.Module], loader: Loader, job: Job) -> tuple[list[Tensor], Tensor]:
+    """As `predict_each`, the patches shared among the job's processes; each gets all of the result.
+
+    Args:
+        models: the same in every process.
+        loader: of the whole split, in order.
+        job: whose processes.
+    """
+    own = loader.part(int(job.accelerator.process_index), job.processes)
+    parts = job.gathered([predict_each(models, own) if len(own) else None])
+    if len(parts) == 1 and parts[0] is not None:
+        return parts[0]
+    held = [(number, part) for number, part in enumerate(parts) if part is not None]
+    size = loader.batch_sampler.size
+    labels = torch.empty(size)
+    whole = [torch.empty(*each.shape[:-1], size) for each in held[0][1][0]]
+    for number, (logits, own_labels) in held:
+        labels[number :: len(parts)] = own_labels
+        for all_logits, own_logits in zip(whole, logits, strict=True):
+            all_logits[..., number :: len(parts)] = own_logits
+    return whole, labels
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float | None:
@@ -378,12 +406,7 @@ def _train_pass(
 def _validate(model: nn.Module, loader: Loader, job: Job) -> tuple[Tensor, Tensor]:
     """Logits and labels of the whole split, in its order, in every process."""
     job.share_buffers(model)
-    nothing = (torch.empty(0), torch.empty(0))
-    parts = job.gathered([predict(model, loader) if len(loader) else nothing])
-    size = sum(len(labels) for _, labels in parts)
-    logits, labels = torch.empty(size), torch.empty(size)
-    for number, (own_logits, own_labels) in enumerate(parts):
-        logits[number :: len(parts)], labels[number :: len(parts)] = own_logits, own_labels
+    (logits,), labels = predict_together([model], loader, job)
     return logits, labels
 
 

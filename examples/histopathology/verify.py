@@ -4,6 +4,7 @@ A reloaded adapter that misses a BatchNorm statistic or a head still predicts so
 the model that was in memory shows it.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 import convlora
 
 from .loading import Loader
-from .training import predict
+from .processes import Job
+from .training import predict_together
 
 
 @dataclass(frozen=True)
@@ -39,23 +41,23 @@ class Proofs:
         )
 
 
-def prove(trained: nn.Module, reloaded: nn.Module, loader: Loader) -> tuple[Tensor, Proofs]:
-    """Test logits ``(N,)`` of the reloaded model, and how they compare.
+def prove(trained: nn.Module, reloaded: nn.Module, loader: Loader, job: Job) -> tuple[Tensor, Proofs]:
+    """Test logits ``(N,)`` of the reloaded model, and how they compare; the patches are read once.
 
     Args:
         trained: the best model as training left it in memory.
-        reloaded: a fresh base with the saved adapter loaded; left merged.
+        reloaded: a fresh base with the saved adapter loaded; not changed.
         loader: the test patches.
+        job: whose processes share them.
     """
-    in_memory, _ = predict(trained, loader)
-    logits, _ = predict(reloaded, loader)
-    merged, _ = predict(convlora.merge(reloaded), loader)
+    merged = convlora.merge(copy.deepcopy(reloaded))
+    (in_memory, logits, of_merged), _ = predict_together([trained, reloaded, merged], loader, job)
     proofs = Proofs(
         patches=len(logits),
         reload_bit_equal=torch.equal(in_memory, logits),
         reload_difference=_largest_difference(in_memory, logits),
-        merge_same_labels=torch.equal(logits > 0, merged > 0),
-        merge_difference=_largest_difference(logits, merged),
+        merge_same_labels=torch.equal(logits > 0, of_merged > 0),
+        merge_difference=_largest_difference(logits, of_merged),
     )
     return logits, proofs
 

@@ -15,13 +15,17 @@ from killing import Colours, train_colours
 from toy_patches import write_toy
 
 import convlora
-from examples.histopathology import experiment
+from examples.histopathology import content, experiment, training
 from examples.histopathology.catalogue import find_method
 from examples.histopathology.checkpoints import moving, random_state, set_random_state
-from examples.histopathology.data import open_splits
+from examples.histopathology.data import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
+from examples.histopathology.loading import View, make_loader
+from examples.histopathology.method import Predict
+from examples.histopathology.prediction import ensembled, predict_by
 from examples.histopathology.processes import Job
-from examples.histopathology.training import Recipe, fit
+from examples.histopathology.training import Recipe, fit, predict
+from examples.histopathology.transforms import dihedral
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,6 +97,36 @@ def test_a_training_that_is_done_is_read_and_not_run_again(toy, tmp_path, monkey
     assert torch.equal(first.test_logits, again.test_logits)
     assert again.history == first.history
     assert again.proofs == first.proofs
+
+
+def test_what_a_sweep_tries_is_proven_only_where_it_is_kept_and_reads_the_test_set_once(toy, tmp_path, monkeypatch):
+    splits, job, lora = open_splits(toy), Job(tmp_path), find_method("lora")
+    read, rows = [], splits["test"].rows
+    real = rows.read
+    monkeypatch.setattr(rows, "read", lambda index, out: (read.append(index), real(index, out)))
+    content.digest_of(splits["test"])  # which reads the images, too, once for a whole job
+    read.clear()
+    rates = {f"{lr}": dataclasses.replace(RECIPE, lr=lr) for lr in (1e-3, 1e-4)}
+    losses = [experiment.try_training(lora, splits, recipe, job, name) for name, recipe in rates.items()]
+    assert read == [] and not (tmp_path / "results").exists()
+    monkeypatch.setattr(training, "_epoch", None)  # nothing is trained twice
+    kept = experiment.train(lora, splits, rates["0.001"], job, "0.001")
+    assert sorted(read) == list(range(24))
+    assert kept.val_loss == losses[0] and kept.proofs.held
+
+
+def test_the_views_of_an_ensemble_are_predicted_in_one_reading(toy, tmp_path, monkeypatch):
+    split, lora = HistoDataset(toy / "test.h5"), find_method("lora")
+    model = lora.prepare(experiment.open_backbone(RECIPE)[0])
+    loaders = experiment._loaders(lora, split, RECIPE)
+    plain = loaders(1).dataset.transform
+    views = [View(split, lambda images, draws, view=view: plain(dihedral(images, view))) for view in range(8)]
+    each = [predict(model, make_loader(view, 16))[0] for view in views]
+    read, real = [], split.rows.read
+    monkeypatch.setattr(split.rows, "read", lambda index, out: (read.append(index), real(index, out)))
+    together, _ = predict_by(Predict(views=8), model, loaders, Job(tmp_path))
+    assert read == list(range(24))
+    torch.testing.assert_close(together, ensembled(torch.stack(each)))
 
 
 def test_a_checkpoint_of_another_training_is_refused_by_name(toy, tmp_path):

@@ -171,7 +171,7 @@ def test_an_interrupted_run_leaves_the_best_adapter(toy, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trained("lora", toy, tmp_path)
     split = HistoDataset(toy / "test.h5")
-    logits = experiment.predict_split(folder, split, *experiment.read_card(folder))
+    logits = experiment.predict_split(folder, split, *experiment.read_card(folder), Job(tmp_path))
     assert len(logits) == 24
     assert [p.name for p in folder.parent.iterdir()] == ["lora"]
 
