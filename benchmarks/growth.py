@@ -118,6 +118,12 @@ def a_copy(subject: Subject) -> None:
     subject.other = copy.deepcopy(subject.model)
 
 
+def prepared(subject: Subject) -> None:
+    """A copy that is ready for hot swaps."""
+    a_copy(subject)
+    convlora.prepare_for_hotswap(subject.other, 2)
+
+
 def add(subject: Subject) -> None:
     """One adapter more."""
     convlora.add_adapter(subject.model, "new", 1)
@@ -273,6 +279,8 @@ CASES: dict[str, Case] = {
     "load_adapter, peft's with an alpha for each layer": Case(
         lambda s: convlora.load_adapter(s.model, s.folder / "peft", "new"), after=delete
     ),
+    "prepare_for_hotswap": Case(lambda s: convlora.prepare_for_hotswap(s.other, 2), before=a_copy),
+    "hotswap_adapter": Case(lambda s: convlora.hotswap_adapter(s.other, s.folder), before=prepared),
     "combine_adapters, SVD": Case(combine("svd", rank=1), after=delete),
     "combine_adapters, TIES": Case(combine("ties", rank=1, density=0.5), after=delete),
     "shrink": Case(lambda s: convlora.shrink(s.other, energy=0.9), before=a_copy),

@@ -7,11 +7,13 @@ from ._algebra.shrink import shrink
 from ._checkpoint.loading import load_adapter
 from ._checkpoint.push import push_to_hub
 from ._checkpoint.saving import save_adapter
+from ._checkpoint.swapping import hotswap_adapter
 from ._layer.adapted import base_weight
 from ._layer.change import Change
 from ._methods.registry import register_method
 from ._model.adapters import add_adapter, delete_adapter, disable_adapter, scaled, set_adapter, set_scale
 from ._model.budget import sensitivity
+from ._model.hotswap import prepare_for_hotswap
 from ._model.inject import inject
 from ._model.integrity import Finding, adopt, check
 from ._model.memory import KeptBytes, SavedBytes, saved_bytes
@@ -46,11 +48,13 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "extract",
+    "hotswap_adapter",
     "inject",
     "load_adapter",
     "merge",
     "parameter_groups",
     "plan",
+    "prepare_for_hotswap",
     "push_to_hub",
     "register_method",
     "remove",

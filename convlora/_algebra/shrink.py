@@ -64,10 +64,11 @@ def shrink(
         for planned, change in zip(old.layers, adapter.changes, strict=True):
             A, B = cast("tuple[Tensor, Tensor]", change.factors())
             spectrum, full = spectrum_of_sum(planned.name, [(A, B, change.scaling)]), len(A)
-            fitting = min(goal.rank_of(spectrum), full) if isinstance(change, LoRA) else full
-            if isinstance(change, LoRA):
+            is_lora = issubclass(planned.change, LoRA)
+            fitting = min(goal.rank_of(spectrum), full) if is_lora else full
+            if is_lora:
                 pair = (A, B) if fitting == full else spectrum.factors(fitting, change.scaling)
-                smaller.append((change, *pair))
+                smaller.append((cast(LoRA, change), *pair))
                 planned = replace(planned, rank=fitting, method=LoRA.method)
             layers.append(planned)
             errors.append(LayerError(planned.name, fitting, spectrum.lost(fitting), spectrum.size))

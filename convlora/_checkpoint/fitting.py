@@ -41,7 +41,7 @@ def check_fits(manifest: Manifest, model: nn.Module, check_base: bool) -> None:
             f"{manifest.file}: {len(near)} tensors of the base differ from those at training by rounding alone (the "
             f"first: {plain(near[0])}), as where an average of the model was saved, which rounds the frozen base anew. "
             "The adapter predicts as then up to that rounding.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -76,19 +78,41 @@ def load_adapter(
     Whatever is raised, the model is as it was.
     """
     root = root_of(model)
-    with opened(file_in(local_directory(directory, revision, token))) as file:
-        foreign = None if is_own(file) else read_foreign(file, root, adapter_name or "default")
-        manifest = foreign[0] if foreign else read_manifest(file)
-        plan = manifest.plan if adapter_name is None else replace(manifest.plan, adapter_name=adapter_name)
+
+    def named(plan: Plan) -> Plan:
+        plan = plan if adapter_name is None else replace(plan, adapter_name=adapter_name)
         check_name(plan.adapter_name)
         check_addable(root, plan.adapter_name)
+        return plan
+
+    path = local_directory(directory, revision, token)
+    plan, tensors, manifest = read_adapter(path, root, adapter_name or "default", named, check_base, check_finite)
+    install(plan, tensors, manifest, root)
+    return model
+
+
+def read_adapter(
+    path: Path, root: nn.Module, adapter_name: str, named: Callable[[Plan], Plan], check_base: bool, check_finite: bool
+) -> tuple[Plan, State, Manifest]:
+    """The plan, tensors and manifest of an adapter that fits a base; a warning names the caller's caller's line.
+
+    Args:
+        path: of the file, or of the directory that it is in.
+        root: the base, plain or with adapters.
+        adapter_name: what it is called where the file does not say it.
+        named: gives the plan the name that it is to have, or raises; before the base is read, which takes long.
+        check_base: as for :func:`load_adapter`; ``check_finite`` likewise.
+    """
+    with opened(file_in(path)) as file:
+        foreign = None if is_own(file) else read_foreign(file, root, adapter_name)
+        manifest = foreign[0] if foreign else read_manifest(file)
+        plan = named(manifest.plan)
         if foreign is None:
             check_fits(manifest, root, check_base)
         tensors = foreign[1] if foreign else read_tensors(file, manifest)
     if check_finite:
         _check_finite(manifest, tensors, root)
-    install(plan, tensors, manifest, root)
-    return model
+    return plan, tensors, manifest
 
 
 def install(plan: Plan, tensors: State, manifest: Manifest, root: nn.Module) -> None:

@@ -61,12 +61,22 @@ class Adapters(nn.ModuleDict):
     active: Owner | None = None
     """None where the layer computes with the base's weight alone."""
 
+    live: Mix | None = None
+    """What is active in a model that is prepared for hot swaps: found without a name, which compilers would guard."""
+
     def __init__(self) -> None:
         super().__init__()
         self.kept = Kept()
 
+    def activate(self, owner: Owner | None) -> None:
+        """Let the layer compute with this owner's changes."""
+        there = () if owner is None else self._there(owner)
+        self.active, self.live = owner, there[0][0].live(there[0][1]) if len(there) == 1 else None
+
     def current(self) -> Change | Mix | None:
         """What the layer computes with outside of ``use_adapters`` blocks; None for the base alone."""
+        if self.live is not None:
+            return self.live
         return None if self.active is None else self.of(self.active)
 
     def of(self, owner: Owner) -> Change | Mix | None:
@@ -79,13 +89,21 @@ class Adapters(nn.ModuleDict):
 
     def parts(self, owner: Owner) -> Weighted:
         """The changes of an owner in this layer, each with the weight that it has in all."""
+        return tuple((change, weight * change.strength) for change, weight in self._there(owner))
+
+    def _there(self, owner: Owner) -> Weighted:
         named = ((owner, 1.0),) if isinstance(owner, str) else owner
         there = ((cast("Change | None", self._modules.get(name)), weight) for name, weight in named)
-        return tuple((change, weight * change.strength) for change, weight in there if change is not None)
+        return tuple((change, weight) for change, weight in there if change is not None)
 
     def told(self, owner: Owner) -> Hashable:
         """What tells an owner's change of this layer from others'."""
         return tuple((id(change), weight) for change, weight in self.parts(owner))
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = cast(Any, super())._replicate_for_data_parallel()
+        replica.live = None  # it is of the model that was replicated: by its name a replica finds its own
+        return replica
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.kept.clear()  # of another dtype or on another device
@@ -272,7 +290,7 @@ def layer_weight(layer: nn.Module) -> Tensor:
 
 def _forward_in_training(layer: nn.Module, cls: type[nn.Module], change: Change | Mix, x: Tensor) -> Tensor | None:
     """What a layer with a plain forward computes where gradients are asked for; None where the base's forward does."""
-    if change.dropout and layer.training:
+    if layer.training and change.dropout:  # compilers guard what is read
         return _forward_with_dropout(layer, own_weight(layer), change, x)
     base = layer._parameters.get("weight")
     if base is None or not torch.is_grad_enabled() or is_tracing():

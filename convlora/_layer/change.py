@@ -185,7 +185,12 @@ class Change(nn.Module):
             if self.use_dora:
                 scale = channel_scale(self.lora_magnitude, changed, self.groups)
                 changed = scaled_weight(changed, scale, self.groups)
-            return _like(_shaped(in_dtype(changed, base.dtype), base.shape), base)
+            return self._narrow(changed, base)
+
+    @staticmethod
+    def _narrow(changed: Tensor, base: Tensor) -> Tensor:
+        """A new weight as the layer has it: in the base's dtype, shape and memory format."""
+        return _like(_shaped(in_dtype(changed, base.dtype), base.shape), base)
 
     def delta(self, base: Tensor) -> Tensor:
         """ΔW of this base weight; with DoRA, before the magnitudes."""
@@ -247,6 +252,14 @@ class Change(nn.Module):
         """Those of torch's hooks that write a tensor's attribute anew; others are a user's."""
         hooks = self._forward_pre_hooks.values()
         return (h for h in hooks if str(getattr(h, "_tensor_name", getattr(h, "name", ""))) in self.names)
+
+    def live(self, share: float) -> Any:
+        """In a model that is prepared for hot swaps, what its layer computes with; see ``_methods/padded.py``.
+
+        Args:
+            share: its weight among the adapters that are active, its own strength not included.
+        """
+        return None
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that it holds."""

@@ -104,6 +104,16 @@ def turn(module: nn.Module, mixin: type[Swapped]) -> None:
         module.__class__ = cls
 
 
+def set_below(module: nn.Module, mixin: type[Swapped], is_there: bool) -> None:
+    """Put a mixin below all others that a module has by now, or take it out from there; may be run again."""
+    mixins = [each._convlora_mixin for each in _swaps(type(module)) if each._convlora_mixin is not mixin]
+    cls = original_class(module)
+    for each in (*([mixin] if is_there else []), *reversed(mixins)):
+        cls = swapped_class(each, cls)
+    if type(module) is not cls:
+        module.__class__ = cls
+
+
 def restore(module: nn.Module) -> None:
     """Give the module its original class back.
 

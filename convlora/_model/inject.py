@@ -159,13 +159,7 @@ def apply(plan: Plan, model: M, factors: Mapping[str, Factors] | None = None) ->
 def _apply(plan: Plan, model: M, given: Mapping[str, Factors]) -> M:
     injection = vars(model).get(RECORD, Injection())
     check_unrouted(injection)
-    adapter = Adapter(
-        plan=plan,
-        modules={name: model.get_submodule(name) for name in _names(plan)},
-        layers=[model.get_submodule(layer.name) for layer in plan.layers],
-        norms=_norm_policies(plan, model),
-        activations=[m for m in model.modules() if mixin_for(m, plan.mask_activations)],
-    )
+    adapter = recorded(plan, model)
     first = not injection.adapters
     try:
         with torch.inference_mode(False):  # its tensors could not be trained
@@ -187,6 +181,17 @@ def _apply(plan: Plan, model: M, given: Mapping[str, Factors]) -> M:
             drop(injection, plan.adapter_name)
         raise
     return model
+
+
+def recorded(plan: Plan, model: nn.Module) -> Adapter:
+    """What a model remembers of an adapter with this plan."""
+    return Adapter(
+        plan=plan,
+        modules={name: model.get_submodule(name) for name in _names(plan)},
+        layers=[model.get_submodule(layer.name) for layer in plan.layers],
+        norms=_norm_policies(plan, model),
+        activations=[m for m in model.modules() if mixin_for(m, plan.mask_activations)],
+    )
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from .._layer.adapted import (
     layer_weight,
 )
 from .._layer.change import Change
+from .._layer.gate import alone
 from .._layer.masked import Masked, set_masked
 from .._layer.places import BASE, COPY, MIXTURE, SWAPPING, Place
 from .._layer.routing import Owner
@@ -48,6 +49,8 @@ class Adapter:
     """Adapted layers, in the plan's order."""
     norms: dict[nn.Module, NormPolicy]
     """What its norm layers do while it is active."""
+    idle: list[nn.Module] = field(default_factory=list)
+    """Layers for which it has zeros, so that another adapter's numbers can take their place; see ``hotswap.py``."""
     activations: list[nn.Module] = field(default_factory=list)
     """Those that keep a mask while it is active."""
     resting: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -77,9 +80,15 @@ class Adapter:
             layers = tuple(replace(p, scaling=scaling, strength=strength) for p, (scaling, strength) in now)
             self.plan = replace(self.plan, layers=layers)
 
+    @property
+    def all_changes(self) -> list[Change]:
+        """Those of the plan's layers, and the zeros."""
+        zeros = (change_of(layer, self.plan.adapter_name) for layer in self.idle)
+        return [*self.changes, *(change for change in zeros if change is not None)]
+
     def factors(self) -> Iterator[nn.Parameter]:
         """The trained tensors of every layer's change, with DoRA the magnitudes among them."""
-        for change in self.changes:
+        for change in self.all_changes:
             yield from change.parameters()
 
 
@@ -174,7 +183,8 @@ class Injection:
     @property
     def layers(self) -> list[nn.Module]:
         """Every layer that any adapter adapts."""
-        return list(dict.fromkeys(layer for each in self.adapters.values() for layer in each.layers))
+        adapters = self.adapters.values()
+        return list(dict.fromkeys(layer for each in adapters for layer in (*each.layers, *each.idle)))
 
     @property
     def norms(self) -> list[nn.Module]:
@@ -209,7 +219,7 @@ def activate(root: nn.Module, injection: Injection, wanted: str | Blend, disable
     Factors of the others are not trainable meanwhile. The base alone is the base with its own statistics: its norm
     layers are frozen.
     """
-    with SWAPPING:
+    with SWAPPING, alone(root):
         _activate(root, injection, wanted, disabled)
 
 
@@ -231,7 +241,7 @@ def _activate(root: nn.Module, injection: Injection, wanted: str | Blend, disabl
             if place.owner != passing:
                 place.forget(passing)
     for layer in injection.layers:
-        held(layer).active = None if disabled else _owner_in(layer, injection, blend)
+        held(layer).activate(None if disabled else _owner_in(layer, injection, blend))
     holders = holders_of(root)
     for norm in injection.norms:
         set_policy(norm, injection.policy(norm, blend, disabled), holders.get(norm))
@@ -383,7 +393,7 @@ def holders_of(root: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def _rest(each: Adapter) -> None:
-    for change in each.changes:
+    for change in each.all_changes:
         for name, factor in change.named_parameters():
             if factor.requires_grad:
                 each.resting.append((change, name))

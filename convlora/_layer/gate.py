@@ -1,0 +1,125 @@
+"""Forwards of a whole model, and writes to its numbers: many of the first at once, or one of the second alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Condition, get_ident
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from .swap import Swapped, set_below
+
+GATE = "_convlora_gate"
+"""The root's attribute that holds its gate."""
+
+
+class Gate:
+    """A lock that forwards share. Whoever writes waits for those under way, and later ones wait for the write."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._inside: dict[int, int] = {}
+        """How many forwards each thread has under way, one inside the other."""
+        self._writer: int | None = None
+        self._depth = 0
+        self._waiting = 0
+
+    def enter(self) -> None:
+        """Begin a forward."""
+        me = get_ident()
+        with self._changed:
+            if me not in self._inside and self._writer != me:
+                while self._writer is not None or self._waiting:
+                    self._changed.wait()
+            self._inside[me] = self._inside.get(me, 0) + 1
+
+    def leave(self) -> None:
+        """End it."""
+        me = get_ident()
+        with self._changed:
+            self._inside[me] -= 1
+            if not self._inside[me]:
+                del self._inside[me]
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No forward of another thread is under way inside the block; blocks of one thread may be inside each other."""
+        me = get_ident()
+        with self._changed:
+            self._waiting += 1
+            try:
+                while self._writer not in (None, me) or self._inside.keys() - {me}:
+                    self._changed.wait()
+                self._writer, self._depth = me, self._depth + 1
+            finally:
+                self._waiting -= 1
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._depth -= 1
+                if not self._depth:
+                    self._writer = None
+                    self._changed.notify_all()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
+        return Gate()
+
+    def __reduce__(self) -> tuple[type[Gate], tuple[()]]:
+        return Gate, ()
+
+
+class Gated(Swapped):
+    """The root of a model whose numbers are swapped while other threads compute."""
+
+    _convlora_prefix: ClassVar[str] = ""  # who asks for a model's class is told the same name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward through the gate. Not inside of what is compiled, where a lock would be traced once."""
+        if torch.compiler.is_compiling():
+            return cast(Any, super()).__call__(*args, **kwargs)
+        gate = vars(self)[GATE]
+        gate.enter()
+        try:
+            return cast(Any, super()).__call__(*args, **kwargs)
+        finally:
+            gate.leave()
+
+
+def put_gate(root: nn.Module) -> None:
+    """Let the root's forwards go through a gate; may be run again."""
+    from torch._dynamo.eval_frame import skip_code  # late: torch's compiler takes as long as torch to import
+
+    # The compiler begins inside: this frame, the outermost of a compiled model, runs as it is, and holds the lock.
+    skip_code(Gated.__call__.__code__)
+    vars(root).setdefault(GATE, Gate())
+    set_below(root, Gated, is_there=True)
+
+
+def take_gate(root: nn.Module) -> None:
+    """Undo :func:`put_gate`; may be run again."""
+    if isinstance(root, Gated):
+        set_below(root, Gated, is_there=False)
+    vars(root).pop(GATE, None)
+
+
+@contextmanager
+def alone(root: nn.Module) -> Iterator[None]:
+    """A block in which no other thread is inside a forward of the whole model, where it has a gate."""
+    gate = vars(root).get(GATE)
+    if gate is None:
+        yield
+        return
+    with gate.alone():
+        devices = {tensor.device for tensor in (*root.parameters(), *root.buffers())}
+        waited = [device for device in devices if device.type not in ("cpu", "meta")]
+        for device in waited:  # forwards have ended on the host alone
+            torch.accelerator.synchronize(device)
+        yield
+        for device in waited:
+            torch.accelerator.synchronize(device)

@@ -1,0 +1,143 @@
+"""LoRA of any rank and strength in tensors that stay: for models that are prepared for hot swaps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._layer.change import Change, Shape
+from .._layer.functional import no_autocast, plus_delta
+from .._layer.kept import Scaling
+from .._layer.mix import Mix
+from .dense import Dense
+from .lora import LoRA, stored_factors
+
+
+class PaddedLoRA(LoRA):
+    """LoRA with zeros below A and beside B, up to a width that every rank fits in.
+
+    It is stored without the zeros, and as what it was: a whole difference, or LoRA that began elsewhere than at zero,
+    is a product of two factors in a file, too.
+
+    Attributes:
+        lora_A: ``(width, ...)``; rows from ``rank`` on are zero, and stay so in training.
+        lora_B: ``(C_out, width)``; columns from ``rank`` on likewise.
+        gain: how strong it is in the active adapters, a tensor that follows ``scaling`` and ``strength``.
+        is_dense: whether it is stored as a whole difference.
+    """
+
+    is_dense = False
+    share = 1.0
+    gain: Tensor
+
+    @classmethod
+    def of(
+        cls, weight: Shape, like: Tensor, width: int, channels: Mapping[str, Any], change: Change | None = None
+    ) -> PaddedLoRA:
+        """A change in its padded form; without one, zeros.
+
+        Args:
+            weight: the shape of the layer's weight.
+            like: the base's weight, whose device it is on.
+            width: the largest rank.
+            channels: ``groups`` and ``transposed`` of the layer.
+            change: of the base's weight, what it is now.
+        """
+        own: dict[str, Any] = {}
+        if change is not None:
+            like = like.new_empty(0, dtype=torch.promote_types(like.dtype, change.own_dtype()))
+            own = {"dropout": change.dropout, "path": change.path}
+        padded = cls(weight, like, width, 1.0, **own, **channels)
+        padded.register_buffer("gain", torch.ones((), dtype=padded.own_dtype(), device=like.device))
+        padded.rank = 0
+        if change is not None:
+            is_dense = change.is_dense if isinstance(change, PaddedLoRA) else isinstance(change, Dense)
+            padded.take(change.stored(), change.scaling, change.strength, is_dense)
+        return padded
+
+    def begin(self) -> None:
+        """Zero, as it is."""
+
+    def take(self, stored: Mapping[str, Tensor], scaling: float, strength: float, is_dense: bool) -> None:
+        """Compute from now on with what a file holds; no tensor becomes another object."""
+        self.restore(stored)
+        self.scaling, self.strength, self.is_dense = float(scaling), strength, is_dense
+
+    def clear(self) -> None:
+        """Change nothing from now on."""
+        self.set_factors(self.lora_A[:0], self.lora_B[:, :0])
+        self.scaling, self.strength, self.is_dense = 1.0, 1.0, False
+
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Write factors of any rank up to the width, and zeros beyond."""
+        rank = len(lora_A)
+        with torch.inference_mode(False), torch.no_grad():
+            self.lora_A[:rank].copy_(lora_A.view_as(self.lora_A[:rank]))
+            self.lora_B[:, :rank].copy_(lora_B)
+            self.lora_A[rank:].zero_()
+            self.lora_B[:, rank:].zero_()
+        self.rank = rank
+
+    def replace_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """As :meth:`set_factors`."""
+        self.set_factors(lora_A, lora_B)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Without the zeros."""
+        self.run_hooks()
+        return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
+
+    def stored(self) -> Mapping[str, Tensor]:
+        """Without the zeros, and as its plan's method stores it."""
+        A, B = self.factors()
+        return Dense.stored_as((B @ A.flatten(1)).view(self.weight_shape)) if self.is_dense else stored_factors(A, B)
+
+    def live(self, share: float) -> Live:
+        """What its layer computes with while it is active."""
+        self.share = share
+        return Live(((self, share * self.strength),))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Also where ``scaling`` is written by hand, its tensor follows."""
+        super().__setattr__(name, value)
+        if name in ("scaling", "strength", "share"):
+            self._follow()
+
+    def _follow(self) -> None:
+        gain = self._buffers.get("gain")
+        if gain is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                gain.fill_(self.scaling * self.strength * self.share)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        self._follow()  # a narrower dtype has rounded it
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._follow()  # a state dict says nothing of an adapter's strength
+
+
+class Live(Mix):
+    """One padded change, as strong as its tensor says: a compiler sees tensors alone, whichever adapter is active."""
+
+    changes: tuple[PaddedLoRA, ...]
+
+    @property
+    def numbers(self) -> Scaling:
+        """None: all that it depends on are tensors."""
+        return ()
+
+    def effective_weight(self, base: Tensor) -> Tensor:
+        """As of a change by itself."""
+        (change,) = self.changes
+        with no_autocast(base.device.type):
+            B = change.gain * change.lora_B
+            return change._narrow(plus_delta(change._wide(base), change.lora_A, B, 1.0), base)
+
+    def factors_at(self, base: Tensor) -> None:
+        """Autograd goes through the effective weight."""
