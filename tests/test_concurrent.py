@@ -135,6 +135,8 @@ CALLS = {
     "combine_adapters": lambda m, d: convlora.combine_adapters(m, {"a": 1, "b": 1}, "c"),
     "shrink": lambda m, d: convlora.shrink(m, 1),
     "extract": lambda m, d: convlora.extract(m, tuned(), 1, adapter_name="c"),
+    "prepare_for_hotswap": lambda m, d: convlora.prepare_for_hotswap(m),
+    "hotswap_adapter": lambda m, d: convlora.hotswap_adapter(m, d),
     "merge": lambda m, d: convlora.merge(m),
     "remove": lambda m, d: convlora.remove(m),
     "save_adapter": lambda m, d: convlora.save_adapter(m, d),
