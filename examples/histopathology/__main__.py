@@ -499,6 +499,7 @@ def run(options: Options, methods: Sequence[Method], seeds: int, sweep: Sequence
         recipe = dataclasses.replace(recipe, batch_size=job.first_decides(lambda: fitting_batch(methods, recipe, job)))
     folder = job.first_decides(lambda: find_data(options))
     splits = open_splits(folder, options.limit)
+    experiment.check_methods(methods, splits, recipe)
     content.look(splits, job)
     warnings = [sentence for own in leakage.warnings(splits).values() for sentence in own]
     for sentence in warnings:

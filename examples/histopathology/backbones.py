@@ -266,11 +266,45 @@ def _first_line(fault: Exception) -> str:
 
 
 def check_input(model: nn.Module, name: str, size: int) -> None:
-    """Run one black image, so that a size the network cannot take fails before training and by name."""
+    """Run one black image, so that a size that the network cannot take whole fails before training and by name.
+
+    A network of 14-pixel patches takes 96 pixels without a word, and never looks at the last 12 rows and columns.
+
+    Raises:
+        ExampleError: the network fails on that size, or its first convolutions leave out pixels at the end.
+    """
+    firsts: list[Any] = []
+    image = torch.zeros(1, 3, size, size)
+
+    def note(convolution: nn.Module, inputs: Any) -> None:
+        if inputs[0].shape == image.shape:
+            firsts.append(convolution)
+
+    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size))
+            model.eval()(image)
     except (AssertionError, RuntimeError, ValueError) as fault:
         raise ExampleError(
             f"backbone {name} cannot take {size}-pixel images ({_first_line(fault)}); try --image-size 224."
         ) from fault
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # several where branches lie side by side, of which one may skip pixels
+    seen = max((_seen(convolution, size) for convolution in firsts), default=size)
+    if seen < size:
+        step = max(convolution.stride[-1] for convolution in firsts)
+        unseen = "row and column" if seen + 1 == size else f"{size - seen} rows and columns"
+        sizes = f"{seen + step} or {seen}" if seen else f"{step}"
+        raise ExampleError(
+            f"backbone {name} never looks at the last {unseen} of {size}-pixel images, since its first convolution "
+            f"moves in steps of {step} pixels; give --image-size {sizes}."
+        )
+
+
+def _seen(convolution: Any, size: int) -> int:
+    """How many rows of an image count, by the gradient to it, since some convolutions pad their input themselves."""
+    image = torch.ones(1, 3, size, size, requires_grad=True)
+    (influence,) = torch.autograd.grad(convolution(image).square().sum(), image)
+    return int(influence.abs().sum((0, 1, 2)).nonzero().max()) + 1

@@ -22,14 +22,14 @@ import convlora
 from .backbones import Normalisation, check_input, load_backbone
 from .catalogue import as_plain, method_from
 from .content import digest_of, digest_of_file
-from .data import HistoDataset
+from .data import HistoDataset, require_centres
 from .errors import ExampleError
 from .features import Features, features_of, head_alone, linear_head
 from .files import replacing_directory, write_text
 from .loading import Loader, View, make_loader
 from .memory import largest_batch
 from .method import Method, Predict
-from .prediction import predict_by
+from .prediction import ALONE, predict_by, tracked_norms
 from .processes import Job
 from .training import Epoch, Fit, Recipe, accuracy, balanced_loss, class_balance, fit, place, predict_together
 from .transforms import VIEWS, EvalTransform, Normalise, TrainTransform
@@ -97,11 +97,32 @@ def check_backbone_takes(recipe: Recipe) -> None:
     check_input(model, recipe.backbone, recipe.image_size)
 
 
+def check_methods(methods: Sequence[Method], splits: Mapping[str, HistoDataset], recipe: Recipe) -> None:
+    """Refuse before any training what data or backbone do not give a method that will ask for it.
+
+    Raises:
+        ExampleError: centre normalisation without centres; AdaBN without batch norms, or of single images.
+    """
+    for method in methods:
+        if method.normalise == "centre":
+            for split in splits.values():
+                require_centres(split, f"{method.name}: centre normalisation")
+    if any(method.predict.adabn for method in methods):
+        tracked_norms(open_backbone(recipe)[0])
+        if min(recipe.batch_size, len(splits["val"]), len(splits["test"])) < 2:
+            raise ExampleError(ALONE)
+
+
 _STATISTICS: WeakKeyDictionary[HistoDataset, dict[int, Normalisation]] = WeakKeyDictionary()
 
 
 def centre_statistics(split: HistoDataset, most: int = 2000) -> dict[int, Normalisation]:
-    """Mean and deviation of each centre's own images, of at most so many, evenly spread; read once for each split."""
+    """Mean and deviation of each centre's own images, of at most so many, evenly spread; read once for each split.
+
+    Raises:
+        ExampleError: an image names no centre.
+    """
+    require_centres(split, "centre normalisation")
     if split not in _STATISTICS:
         _STATISTICS[split] = _centre_statistics(split, most)
     return _STATISTICS[split]

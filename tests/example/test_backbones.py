@@ -109,6 +109,52 @@ def test_a_size_the_network_cannot_take_is_said_before_training():
         check_input(model, "toy", 32)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "step", "padding", "size", "unseen", "sizes"),
+    [
+        (14, 14, 0, 96, "12 rows and columns", "98 or 84"),
+        (14, 14, 0, 98, "", ""),
+        (4, 4, 0, 98, "2 rows and columns", "100 or 96"),
+        (16, 16, 0, 100, "4 rows and columns", "112 or 96"),
+        (3, 2, 0, 96, "row and column", "97 or 95"),
+        (3, 2, 1, 96, "", ""),
+        (7, 2, 3, 33, "", ""),
+    ],
+)
+def test_a_size_of_which_the_last_rows_would_not_count_is_refused(kernel, step, padding, size, unseen, sizes):
+    model = torch.nn.Sequential(
+        torch.nn.Identity(), torch.nn.Conv2d(3, 4, kernel, step, padding), torch.nn.AdaptiveAvgPool2d(1)
+    )
+    a = torch.zeros(1, 3, size, size)
+    b = a.clone()
+    count = int(unseen.split()[0]) if unseen[:1].isdigit() else 1
+    b[..., size - count :] = 1  # what is said of these columns, by changing them
+    with torch.no_grad():
+        assert torch.equal(model(a), model(b)) == bool(unseen)
+    if not unseen:
+        check_input(model, "toy", size)
+        return
+    what = f"toy never looks at the last {unseen} of {size}-pixel images.* give --image-size {sizes}\\."
+    with pytest.raises(ExampleError, match=what):
+        check_input(model, "toy", size)
+    for better in sizes.split(" or "):
+        check_input(model, "toy", int(better))
+
+
+def test_a_convolution_that_pads_its_input_itself_or_has_another_beside_it_sees_the_whole_image():
+    check_input(timm.create_model("tf_efficientnet_lite0", num_classes=1), "lite0", 95)
+
+    class Beside(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.skip, self.whole = torch.nn.Conv2d(3, 4, 1, 2), torch.nn.Conv2d(3, 4, 3, 2, 1)
+
+        def forward(self, x):
+            return (self.skip(x) + self.whole(x)).mean((2, 3))
+
+    check_input(Beside(), "toy", 96)
+
+
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 
 
@@ -132,6 +178,11 @@ def test_dinov2_takes_another_image_size_and_keeps_all_its_weights(dinov2):
     assert (state["pos_embed"].shape[1], loaded["pos_embed"].shape[1]) == (1 + 37 * 37, 1 + 4 * 4)
     assert torch.equal(loaded["pos_embed"][:, 0], state["pos_embed"][:, 0])
     check_input(model, DINOV2, 56)
+    model, _ = load_backbone(DINOV2, image_size=64, weights=path)
+    with pytest.raises(
+        ExampleError, match=r"the last 8 rows and columns of 64-pixel images.* give --image-size 70 or 56"
+    ):
+        check_input(model, DINOV2, 64)
 
 
 @pytest.mark.parametrize(

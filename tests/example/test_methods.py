@@ -9,11 +9,14 @@ need_extra("histopathology")
 import pytest
 import timm
 import torch
+from layouts import write_pcam
 from safetensors.torch import save_file
 from toy_patches import write_toy
+from typer.testing import CliRunner
 
 import convlora
 from examples.histopathology import catalogue, experiment
+from examples.histopathology.__main__ import app
 from examples.histopathology.ablation import RANKS, variants
 from examples.histopathology.backbones import Normalisation
 from examples.histopathology.catalogue import find_method, find_methods, method_from, read_method
@@ -284,8 +287,37 @@ def test_balanced_calls_half_positive_and_keeps_the_order():
     for size in (1, 2, 7, 50):
         logits = torch.randn(size, generator=torch.Generator().manual_seed(size)) + 3
         shifted = balanced(logits)
-        assert int((shifted > 0).sum()) == size // 2 or size % 2
+        assert int((shifted > 0).sum()) == size // 2
         assert torch.equal(shifted.argsort(), logits.argsort())
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [3.0] * 9,
+        [-2.5] * 10,
+        [0.0] * 4,
+        [5.0, 1.0, 1.0, 1.0, 1.0, -4.0],
+        [1.0, 1.0, 1.0, 2.0],
+        [0.0, -1.0, -1.0, -1.0],
+        [1.0, 1.0 + 2**-23],  # whose middle is no number of fp32
+        [300.0, 300.0, -300.0, -300.0, -300.0],
+        [],
+    ],
+)
+def test_balanced_calls_half_positive_whatever_is_equal(logits):
+    logits = torch.tensor(logits)
+    shifted = balanced(logits)
+    assert int((shifted > 0).sum()) == len(logits) // 2
+    assert torch.equal(shifted, balanced(logits))
+    higher = logits[:, None] > logits[None]
+    assert (shifted[:, None] >= shifted[None])[higher].all()
+
+
+def test_which_of_equal_logits_are_positive_does_not_follow_the_files_order():
+    labels = torch.arange(1000) >= 500  # as in a file that is sorted by label
+    right = ((balanced(torch.ones(1000)) > 0) == labels).double().mean()
+    assert abs(float(right) - 0.5) < 0.05  # three standard deviations of a draw
 
 
 def test_what_predicts_otherwise_has_its_own_validation_loss_and_may_be_submitted(toy, tmp_path):
@@ -325,6 +357,34 @@ def test_ensemble_is_the_mean_probability():
     logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)) * 4
     torch.testing.assert_close(ensembled(logits).sigmoid(), logits.sigmoid().mean(0))
     assert not ensembled(torch.full((8, 2), 200.0)).isinf().any()
+
+
+def test_adabn_of_single_images_is_refused_where_it_left_every_statistic_at_nothing(toy, lite0):
+    view = experiment.make_views(open_splits(toy), RECIPE, find_method("lora"))["test"]
+    model = find_method("lora").prepare(copy.deepcopy(lite0))
+    with pytest.raises(ExampleError, match="statistics are of images together; give two or more, and --batch-size 2"):
+        adapted_to(make_loader(view, 1), model)
+
+
+def test_what_a_method_will_ask_for_is_looked_for_before_anything_is_trained(toy):
+    splits = open_splits(toy)
+    experiment.check_methods(find_methods(["lora-centre", "lora-adabn", "lora"]), splits, RECIPE)
+    with pytest.raises(ExampleError, match="--batch-size 2"):
+        experiment.check_methods(find_methods(["lora-adabn"]), splits, dataclasses.replace(RECIPE, batch_size=1))
+    splits["test"].centres[3] = -1
+    experiment.check_methods(find_methods(["lora"]), splits, RECIPE)
+    with pytest.raises(ExampleError, match=r"lora-centre: centre normalisation needs .*test\.h5.* for 1 of 24 images"):
+        experiment.check_methods(find_methods(["lora-centre"]), splits, RECIPE)
+    with pytest.raises(ExampleError, match="centre normalisation needs to know the hospitals"):
+        experiment.centre_statistics(splits["test"])
+
+
+def test_a_run_of_centre_normalisation_without_centres_writes_nothing(tmp_path):
+    data = write_pcam(tmp_path / "data", {"train": 24, "val": 8, "test": 8})
+    command = ["train", "--method", "lora-centre", "--data", data, "--image-size", "32", "--out", tmp_path / "out"]
+    outcome = CliRunner().invoke(app, [str(each) for each in command])
+    assert outcome.exit_code == 1 and "names none for 24 of 24 images" in outcome.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_adabn_takes_the_statistics_of_the_images_it_is_given(toy, tmp_path, lite0):
