@@ -22,6 +22,7 @@ import convlora
 
 from . import (
     comparison,
+    configuration,
     content,
     exhibits,
     experiment,
@@ -85,6 +86,14 @@ MethodsOption = Annotated[
         "--methods", help=f"Comma-separated, of {', '.join(names())}, or YAML files; +{', +'.join(MODIFIERS)} compose."
     ),
 ]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="YAML file of options, such as a run's run.yaml; the command line goes before it.",
+        is_eager=True,
+        callback=configuration.take,
+    ),
+]
 LATER = ("ensemble", "balanced", "adabn")
 """Modifiers that do not change the training."""
 DEFAULT = "probe,probe-augmented,lora,lora-track"
@@ -137,6 +146,9 @@ class Options:
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what an ended run left in --out.")] = False
     out: Annotated[Path, typer.Option(help="Folder for everything written.")] = Path("runs/histopathology")
 
+    made_by: str = ""
+    """No option: all of them as a file, see `configuration`."""
+
     def recipe(self) -> Recipe:
         """The training recipe these options ask for."""
         shared = {f.name for f in dataclasses.fields(Recipe)} & {f.name for f in dataclasses.fields(self)}
@@ -185,16 +197,20 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command every field of `Options` as an option; the command receives them as one object."""
-    shared = inspect.signature(Options).parameters
-    own = [p for name, p in inspect.signature(command).parameters.items() if name != "options"]
+    shared = {name: p for name, p in inspect.signature(Options).parameters.items() if name != "made_by"}
+    own = [p for name, p in inspect.signature(command).parameters.items() if name not in ("options", "ctx")]
+    takes_context = "ctx" in inspect.signature(command).parameters
 
     @plain_errors
-    def wrapped(**values: Any) -> None:
-        options = Options(**{name: values.pop(name) for name in shared})
-        command(options=options, **values)
+    def wrapped(ctx: typer.Context, config: Path | None = None, **values: Any) -> None:
+        options = Options(**{name: values.pop(name) for name in shared}, made_by=configuration.written(ctx))
+        command(options=options, **({"ctx": ctx} if takes_context else {}), **values)
 
     # typer reads a command's options off its signature and annotations.
     parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared.values())]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters.append(inspect.Parameter("config", keyword, default=None, annotation=ConfigOption))
+    parameters.insert(0, inspect.Parameter("ctx", keyword, annotation=typer.Context))
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
@@ -549,13 +565,13 @@ def finish(
     test = splits["test"]
     given = arguments(options, recipe, results)
     whole = report.Report(results, facts, given, caveat(splits), remarks, report.truths(splits))
-    whole = with_pictures(dataclasses.replace(whole, warnings=warnings), splits)
+    whole = with_pictures(dataclasses.replace(whole, warnings=warnings, configuration=options.made_by), splits)
     report.write_report(whole, options.out, report.submission_csv(test.ids.tolist(), whole.best.test_logits))
     console.print(report.rich_table(whole))
     for note in whole.notes():
         console.print(f"· {note}", highlight=False)
     console.print(f"submission.csv is by {whole.best.method}, seed {whole.best.seed}: the lowest validation loss")
-    for name in ("report.html", "table.md", "results.json", "submission.csv", "adapters", "logs"):
+    for name in ("report.html", "table.md", "results.json", configuration.NAME, "submission.csv", "adapters", "logs"):
         console.print(f"{options.out / name}", soft_wrap=True)
 
 

@@ -31,6 +31,7 @@ import convlora
 from . import charts, costs
 from .clinical import OperatingPoint, numbered, operating_point
 from .comparison import Difference, differences
+from .configuration import NAME as CONFIGURATION
 from .costs import Cost
 from .data import HistoDataset
 from .exhibits import Exhibits
@@ -106,6 +107,8 @@ class Report:
     costs: Sequence[Cost] = ()
     warnings: Sequence[str] = ()
     """What the splits share, see `leakage`."""
+    configuration: str = ""
+    """The run as a file, see `configuration`."""
     environment: Mapping[str, Any] = field(default_factory=lambda: describe_environment())
 
     @property
@@ -243,11 +246,13 @@ def describe_environment() -> dict[str, str]:
 
 
 def write_report(report: Report, out: Path, submission: str) -> None:
-    """Write ``table.md``, ``results.json``, ``submission.csv`` and ``report.html`` into ``out``."""
+    """Write ``table.md``, ``results.json``, ``submission.csv``, ``report.html`` and ``run.yaml`` into ``out``."""
     write_text(out / "submission.csv", submission)
     write_text(out / "table.md", markdown(report))
     write_text(out / "results.json", json.dumps(as_data(report), indent=2, default=str) + "\n")
     write_text(out / "report.html", html(report))
+    if report.configuration:
+        write_text(out / CONFIGURATION, report.configuration)
 
 
 def rich_table(report: Report) -> Table:
@@ -287,6 +292,7 @@ def as_data(report: Report) -> dict[str, Any]:
         "warnings": list(report.warnings),
         "environment": dict(report.environment),
         "arguments": dict(report.arguments),
+        "configuration": report.configuration,
         "splits": [dataclasses.asdict(split) for split in report.splits],
         "differences": [dataclasses.asdict(each) for each in report.differences()],
         "best": {"method": report.best.method, "seed": report.best.seed},

@@ -67,6 +67,7 @@ def test_main_job_writes_everything_and_says_where(finished):
         "report.html",
         "results",
         "results.json",
+        "run.yaml",
         "submission.csv",
         "table.md",
     ]
