@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ from .files import write_text
 from .layout import PATCH
 from .method import MODIFIERS, Method, modified
 from .packing import pack
-from .processes import PRECISIONS, Job, is_first_process, make_accelerator
+from .processes import PRECISIONS, Job, is_first_process, make_accelerator, several_processes
 from .rates import parse_rates
 from .tiles import find_tiles
 from .training import Recipe, accuracy, default_workers, pick_device
@@ -309,6 +310,8 @@ def predict(
     words = [word for word in how.split(",") if word]
     given = {"mpp": mpp, "tile_mpp": tile_mpp, "stride": stride, "tissue": tissue, "threshold": threshold}
     given = {name: value for name, value in given.items() if value is not None}
+    if several_processes() and (model.suffix == ".onnx" or wholeslide.is_slide(data)):
+        raise ExampleError("several processes predict patches with an adapter; run this in one, without torchrun.")
     if wholeslide.is_slide(data):
         predict_slide(model, data, out or Path(f"{data.stem}.csv"), weights, batch_size, words, given)
         return
@@ -326,10 +329,14 @@ def predict(
         workers = default_workers(pick_device())
         recipe = dataclasses.replace(recipe, weights=weights or recipe.weights, batch_size=batch_size, workers=workers)
         split = open_to_predict(data)
-        logits = experiment.predict_split(model, split, recipe, method, Job(out.parent, console))
+        job, parts = Job(out.parent, console), out.with_name(f"{out.name}.parts")
+        logits = experiment.predict_split(model, split, recipe, method, job, parts)
+    if not is_first_process():
+        return
     beside = out.with_name(f"{out.stem}-probabilities.csv")
     write_text(beside, report.probabilities_csv(split, logits))
     write_text(out, report.submission_csv(split.ids.tolist(), logits))
+    shutil.rmtree(out.with_name(f"{out.name}.parts"), ignore_errors=True)
     for note in split.rows.notes:
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
     if split.labels is not None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import convlora
 
+from . import shards
 from .backbones import Normalisation, check_input, load_backbone
 from .catalogue import as_plain, method_from
 from .content import digest_of, digest_of_file
@@ -428,10 +429,23 @@ def read_card(folder: Path) -> tuple[Recipe, Method]:
         raise ExampleError(f"{path} is damaged ({fault!r}); train again or restore the file.") from fault
 
 
-def predict_split(folder: Path, split: HistoDataset, recipe: Recipe, method: Method, job: Job) -> Tensor:
-    """Logits ``(N,)`` of a saved adapter on a split by a method."""
+def predict_split(
+    folder: Path, split: HistoDataset, recipe: Recipe, method: Method, job: Job, parts: Path | None = None
+) -> Tensor:
+    """Logits ``(N,)`` of a saved adapter on a split by a method, see `shards`.
+
+    Args:
+        folder: of the adapter.
+        split: the patches.
+        recipe: as its card says, see `read_card`.
+        method: likewise.
+        job: whose processes share the patches.
+        parts: folder for what is done, deleted by the caller; by default ``parts`` in the job's own.
+    """
     model = load(folder, recipe, job.accelerator.device)
-    return predict_by(method.predict, model, _loaders(method, split, recipe), job)[0]
+    identity = shards.identity_of(folder, split, method.predict, recipe.batch_size)
+    loaders = _loaders(method, split, recipe)
+    return shards.predict_in_shards(method.predict, model, loaders, parts or job.out / "parts", identity, job)
 
 
 def largest_common_batch(methods: Sequence[Method], recipe: Recipe, job: Job) -> int:

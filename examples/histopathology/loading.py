@@ -86,18 +86,21 @@ class Batches(Sampler[list[int]]):
     every n-th index.
     """
 
-    def __init__(self, size: int, batch_size: int, *, seed: int | None = None, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, size: int, batch_size: int, *, seed: int | None = None, rank: int = 0, world: int = 1, start: int = 0
+    ) -> None:
         self.size, self.batch_size, self.seed, self.rank, self.world = size, batch_size, seed, rank, world
+        self.start = start  # in order, the first index of all
         self.epoch = 0
 
     def __len__(self) -> int:
         if self.seed is None:
-            return -(-len(range(self.rank, self.size, self.world)) // self.batch_size)
+            return -(-len(range(self.start + self.rank, self.size, self.world)) // self.batch_size)
         return max(1, self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.seed is None:
-            own = list(range(self.rank, self.size, self.world))
+            own = list(range(self.start + self.rank, self.size, self.world))
             yield from (own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size))
             return
         generator = torch.Generator().manual_seed(mixed(self.seed, self.epoch))
@@ -128,6 +131,10 @@ class Loader:
         """Of a loader in order, every ``world``-th patch from ``rank`` on."""
         own = self.batch_sampler
         return Loader(self.dataset, Batches(own.size, own.batch_size, rank=rank, world=world), self.workers)
+
+    def between(self, start: int, stop: int) -> "Loader":
+        """Of a loader in order, the patches from ``start`` up to and without ``stop``."""
+        return Loader(self.dataset, Batches(stop, self.batch_sampler.batch_size, start=start), self.workers)
 
     def on(self, device: torch.device) -> Iterator[Batch]:
         """The batches on a device, labels and indices on the CPU."""

@@ -62,12 +62,17 @@ def balanced(logits: Tensor) -> Tensor:
     return torch.where(positive, shifted.clamp(min=torch.finfo(logits.dtype).tiny), shifted.clamp(max=0))
 
 
+def plain_copy(model: nn.Module) -> nn.Module:
+    """The model merged and without its adapter."""
+    return convlora.remove(convlora.merge(copy.deepcopy(model)))
+
+
 def adapted_to(loader: Loader, model: nn.Module) -> nn.Module:
     """A plain copy whose batch norms have the statistics of these images; labels are not looked at.
 
     Li, Wang, Shi, Liu, Hou. Revisiting batch normalization for practical domain adaptation, 2016 (arXiv 1603.04779).
     """
-    plain = convlora.remove(convlora.merge(copy.deepcopy(model)))
+    plain = plain_copy(model)
     norms = tracked_norms(plain)
     plain.eval()
     for norm in norms:

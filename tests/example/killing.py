@@ -2,7 +2,8 @@
 
 ``python killing.py random OUT KILLS SEED`` ends a training after random times, ``python killing.py writes OUT`` one at
 each write: just before and just after the first, the second, the third call that touches the disk's names, and so on
-until a run gets through. Both print, as JSON, how many kills struck and the digest of every number that came out.
+until a run gets through. ``python killing.py predictions OUT`` does that to predictions in parts. All print, as JSON,
+how many kills struck and the digest of every number that came out.
 """
 
 import hashlib
@@ -21,9 +22,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from toy_patches import write_toy
+from typer.testing import CliRunner
 
 import convlora
-from examples.histopathology import experiment
+from examples.histopathology import experiment, shards
+from examples.histopathology.__main__ import app
 from examples.histopathology.backbones import Normalisation
 from examples.histopathology.catalogue import find_method
 from examples.histopathology.data import open_splits
@@ -63,6 +66,19 @@ def train_colours(out: Path, data: Path) -> None:
     folder = out / "adapters" / "lora"
     save = lambda: experiment.save(model, folder, find_method("probe"), RECIPE)  # noqa: E731
     fit(model, views, RECIPE, job=Job(out, resume=True), save=save, name="lora")
+
+
+def predict(out: Path, data: Path) -> None:
+    """Patches by an adapter, two of them a part."""
+    shards.SIZE = 2
+    CliRunner().invoke(
+        app, ["predict", str(data / "adapter"), str(data / "test.h5"), "--batch-size", "2", "--out", str(out / "x.csv")]
+    )
+
+
+def written(out: Path) -> list[str]:
+    """The digest of each file of a prediction."""
+    return [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in sorted(out.iterdir())]
 
 
 def start(train: Callable[[], None]) -> int:
@@ -158,6 +174,13 @@ def main() -> None:
     mode, out = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     data = write_toy(out / "data", SIZES)
+    if mode == "predictions":
+        model, method = experiment.open_backbone(RECIPE)[0], find_method("lora")
+        experiment.save(method.prepare(model), data / "adapter", method, RECIPE)
+        ended(start(lambda: predict(out / "whole", data)))
+        struck = kill_at_writes(lambda: predict(out / "killed", data))
+        print(json.dumps({"struck": struck, "whole": written(out / "whole"), "killed": written(out / "killed")}))
+        return
     train = train_lora if mode == "random" else train_colours
     begun = time.perf_counter()
     ended(start(lambda: train(out / "whole", data)))

@@ -81,15 +81,17 @@ def test_a_turn_a_scale_and_a_shear_are_torchvisions(images):
         torch.testing.assert_close(found[i], wanted, atol=1e-4, rtol=0)  # places of pixels up to 48 off, in fp32
 
 
+@pytest.mark.parametrize("stain", [0.0, 0.05])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_patch_is_augmented_alike_in_any_batch(images, policy):
-    transform = TrainTransform(64, PLAIN, Augment(policy, 0.05))
+def test_a_patch_is_augmented_alike_in_any_batch(images, policy, stain):
+    transform = TrainTransform(64, PLAIN, Augment(policy, stain))
     together = transform(images, Draws(0, 2, range(5)))
-    for i in range(5):
-        alone = transform(images[i : i + 1], Draws(0, 2, [i]))
-        torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0)  # sums of another order at most
+    for part in ([0, 1, 2], [4, 3], [2]):
+        found = transform(images[part], Draws(0, 2, part))
+        # to the bit but for stains, whose matrix product sums in an order that the batch decides
+        torch.testing.assert_close(found, together[part], atol=1e-5 if stain else 0, rtol=0)
     assert torch.equal(transform(images, Draws(0, 2, range(5))), together)
-    if policy != "none":
+    if policy != "none" or stain:
         assert not torch.equal(transform(images, Draws(0, 3, range(5))), together)
 
 
