@@ -686,7 +686,9 @@ def open_to_predict(data: Path) -> HistoDataset:
         if "test" in splits:
             return HistoDataset(splits["test"], require_labels=False, split="test")
         if splits or not find_tiles(data):
-            raise ExampleError(f"{data}: no test.h5 in this folder, no PNG, JPEG or TIFF; name the HDF5 file itself.")
+            raise ExampleError(
+                f"{data}: no test.h5 in this folder, no PNG, JPEG or TIFF; name the HDF5 file or the slide itself."
+            )
     return HistoDataset(data, require_labels=False, split="test")
 
 

@@ -28,11 +28,14 @@ import numpy.typing as npt
 from h5py import h5a, h5d, h5g, h5i, h5s, h5t
 
 from .errors import ExampleError
-from .stored import PLAIN, Unfit, check_chunks, check_inside, open_array
+from .stored import Unfit, check_chunks, check_inside, open_array
 
 SPLITS = ("train", "val", "test")
 PATCH = 96
 SHAPE = (3, PATCH, PATCH)
+SLIDES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm")
+"""How the names of whole slides end."""
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DTYPES = ("float16", "float32", "float64", "uint8")
 
 Array = npt.NDArray[Any]
@@ -65,6 +68,8 @@ def open_file(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except FAULTS as error:
+        if not h5py.is_hdf5(path):
+            raise ExampleError(f"{path} is no HDF5 file. {_instead(path)}") from error
         raise ExampleError(
             f"{path} is no readable HDF5 file ({brief(error)}). If it was downloaded, it may be truncated: "
             "get it again."
@@ -80,6 +85,25 @@ def is_array(file: h5py.File, name: str) -> bool:
         return False
 
 
+def _instead(path: Path) -> str:
+    """What to do with a file that is no HDF5, by its name and how it begins."""
+    suffix = path.suffix.lower()
+    if suffix in SLIDES:
+        return (
+            "It looks like a slide: `predict` takes it as it is; to train on slides, give their folder as --slides, or "
+            "cut it by `make-data --slides`."
+        )
+    if suffix in _PICTURES:
+        return "It looks like a picture: `predict` takes a folder of tiles; `make-data --slides` cuts larger pictures."
+    with path.open("rb") as file:
+        begins = file.read(24)
+    if begins.startswith(b"\x1f\x8b"):
+        return "It is compressed: run `gunzip` on it first."
+    if begins.startswith(b"version https://git-lfs"):
+        return "It stands for a file that Git LFS keeps: run `git lfs pull`."
+    return f"It begins with {begins!r}: get the file again." if begins else "It is empty: get it again."
+
+
 def brief(error: BaseException) -> str:
     """First line of what HDF5 has to say, to be quoted inside an error of ours."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
@@ -87,7 +111,7 @@ def brief(error: BaseException) -> str:
 
 def remedy(error: BaseException) -> str:
     """What to do about it."""
-    return PLAIN if isinstance(error, Unfit) else "The file is damaged: get it again."
+    return error.remedy if isinstance(error, Unfit) else "The file is damaged: get it again."
 
 
 def read_source(file: h5py.File) -> str | None:

@@ -35,7 +35,18 @@ _NUMBERS = (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)  # h5py stores truth values as an 
 
 
 class Unfit(OSError):
-    """An array that is refused for how it is stored; the message names the array, `PLAIN` is the remedy."""
+    """An array that is refused for how it is stored; the message names the array."""
+
+    remedy = PLAIN
+
+
+class TextError(Unfit):
+    """Text where numbers are needed."""
+
+    remedy = (
+        "Write numbers in its place, by h5py such as `del file['0/label']; file['0/label'] = 1`: a label is 0 or 1, "
+        "metadata begins with the number of the centre, img holds the pixels."
+    )
 
 
 def open_array(group: Any, name: bytes, most: int) -> Any:
@@ -115,6 +126,8 @@ def check_chunks(data: Any, name: str, start: Sequence[int], shape: Sequence[int
 
 def _check_elements(data: Any, name: str) -> None:
     kind = data.get_type()
+    if kind.get_class() == h5t.STRING:
+        raise TextError(f"{name} is text")
     if kind.get_class() not in _NUMBERS or kind.get_size() not in (1, 2, 4, 8):
         raise Unfit(f"{name} holds no numbers of 1 to 8 bytes")
     if data.get_space().get_simple_extent_type() == h5s.NULL:

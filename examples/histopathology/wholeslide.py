@@ -24,9 +24,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from .errors import ExampleError
-from .layout import PATCH
+from .layout import PATCH, SLIDES
 
-SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm")
 INSTALL = 'pip install "convlora[slides]"'
 BLOCK = 8
 """Tiles a side that are read together: a slide's own tiles, compressed each, are then decoded once or twice."""
@@ -44,7 +43,7 @@ Answer = TypeVar("Answer")
 
 def is_slide(path: Path) -> bool:
     """Whether a path is a file that is named as a slide."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    return path.suffix.lower() in SLIDES and path.is_file()
 
 
 class WholeSlide:

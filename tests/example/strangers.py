@@ -320,11 +320,11 @@ CHALLENGE = [
     Attack("img is virtual, of itself", challenge(img=virtual_of_itself), OTHER),
     Attack("label is an object reference", challenge(label=references(h5py.ref_dtype)), "label holds no numbers"),
     Attack("label is a region reference", challenge(label=references(h5py.regionref_dtype)), "label holds no numbers"),
-    Attack("metadata is text", challenge(metadata="centre 3"), "metadata holds no numbers"),
+    Attack("metadata is text", challenge(metadata="centre 3"), "metadata is text"),
     Attack("label is a record", challenge(label=np.array([(1, 2)], [("a", "i4"), ("b", "f8")])), "no numbers"),
     Attack("label is empty", challenge(label=h5py.Empty("i8")), "label is empty"),
     Attack("img is complex", challenge(img=np.zeros(SHAPE, "c8")), "img holds no numbers"),
-    Attack("img is bytes", challenge(img=np.zeros(SHAPE, "S4")), "img holds no numbers"),
+    Attack("img is bytes", challenge(img=np.zeros(SHAPE, "S4")), "img is text"),
     Attack("a type of lists, 400 deep", challenge(metadata=nested(400)), "metadata holds no numbers"),
     Attack("numbers of 4,096 bytes each", challenge(metadata=huge_numbers), "metadata holds no numbers"),
     Attack(
@@ -397,7 +397,7 @@ PCAM = [
         pcam(y=compressed((2,), b"x", chunks=(10**7,), maxshape=(None,))),
         "a chunk of y takes 10,000,000 bytes",
     ),
-    Attack("PCam: labels are text", pcam(y=lambda f, n: f.create_dataset(n, data=["a", "b"])), "y holds no numbers"),
+    Attack("PCam: labels are text", pcam(y=lambda f, n: f.create_dataset(n, data=["a", "b"])), "y is text"),
     Attack("PCam: labels are a link", pcam(y=linked(h5py.SoftLink("/x"))), "y is a link"),
 ]
 

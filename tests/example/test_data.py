@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from laws import given, st
+from layouts import write_pcam
 from torch.utils.data import DataLoader
+from toy_patches import write_toy
 
 from examples.histopathology import stain
 from examples.histopathology.data import HistoDataset, find_splits, open_splits
@@ -135,8 +137,49 @@ def test_truncated_file(split, tmp_path):
 
 def test_not_hdf5(tmp_path):
     (tmp_path / "train.h5").write_text("<html>404</html>")
-    with pytest.raises(ExampleError, match="no readable HDF5 file"):
+    with pytest.raises(ExampleError, match=r"is no HDF5 file. It begins with b'<html>404</html>': get the file again"):
         HistoDataset(tmp_path / "train.h5")
+
+
+@pytest.mark.parametrize(
+    ("name", "begins", "remedy"),
+    [
+        ("a.svs", b"II*\0", "looks like a slide: `predict` takes it as it is; to train on slides"),
+        ("a.NDPI", b"II*\0", "looks like a slide"),
+        ("a.png", b"\x89PNG", "looks like a picture: `predict` takes a folder of tiles"),
+        ("a.h5", b"\x1f\x8b\x08\x00", "is compressed: run `gunzip`"),
+        ("a.h5", b"version https://git-lfs.github.com/spec/v1", "run `git lfs pull`"),
+        ("a.h5", b"", "is empty: get it again"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_what_to_do_with_and_not_called_damaged(tmp_path, name, begins, remedy):
+    (tmp_path / name).write_bytes(begins)
+    with pytest.raises(ExampleError, match=rf"{name} is no HDF5 file. .*{remedy}") as caught:
+        HistoDataset(tmp_path / name)
+    assert "damaged" not in str(caught.value) and "truncated" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["1", "tumor", np.array([b"1"])], ids=["text", "word", "bytes"])
+@pytest.mark.parametrize("name", ["label", "metadata", "img"])
+def test_text_in_place_of_numbers_is_told_what_to_write_and_not_called_damaged(tmp_path, name, value):
+    write_toy(tmp_path, {"val": 2})
+    with h5py.File(tmp_path / "val.h5", "r+") as file:
+        del file["1"][name]
+        file["1"][name] = value
+    with pytest.raises(
+        ExampleError, match=rf"key 1 cannot be read \({name} is text\)\. Write numbers .*0 or 1"
+    ) as caught:
+        HistoDataset(tmp_path / "val.h5")
+    assert "damaged" not in str(caught.value) and "compression" not in str(caught.value)
+
+
+def test_text_labels_of_pcam_are_told_the_same(tmp_path):
+    path = write_pcam(tmp_path, {"val": 4}) / "camelyonpatch_level_2_split_valid_x.h5"
+    with h5py.File(str(path).replace("_x", "_y"), "r+") as file:
+        del file["y"]
+        file["y"] = np.array([b"0", b"1", b"0", b"1"])
+    with pytest.raises(ExampleError, match=r"valid_y\.h5: y cannot be read \(y is text\)\. Write numbers"):
+        HistoDataset(path)
 
 
 @pytest.mark.parametrize(
