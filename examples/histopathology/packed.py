@@ -1,7 +1,8 @@
 """Packed files as `Rows`: a split's patches as bytes in one piece, read past HDF5 as fast as the system gives them.
 
 ``images`` (N, 3, 96, 96) uint8, ``ids`` (N,) rising, ``labels`` (N,) 0, 1 or -1 for none, ``centres`` (N,), and
-``values`` (256,) float32: the number that each byte stands for. `packing` writes them.
+``values`` (256,) float32: the number that each byte stands for. Where the slide and the patient of each patch are
+known, ``slides`` and ``patients`` (N, W) uint8 hold their names, UTF-8 filled up with zeros. `packing` writes them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from .stored import Unfit, check_chunks, open_array
 NO_LABEL = -1
 EVEN = np.arange(256, dtype=np.float32) / np.float32(255)
 """What bytes stand for elsewhere."""
+NAMES = ("slides", "patients")
+LONGEST_NAME = 256
+"""Bytes of a slide's or a patient's name."""
 _BYTES = math.prod(SHAPE)
 _MOST = 2**28
 """Bytes of a column: ids of 30 million patches."""
@@ -47,6 +51,7 @@ class PackedRows(Rows):
                 self._offset, count = _images(file.id)
                 columns = {name: _column(file.id, name, count) for name in ("ids", "labels", "centres")}
                 values = _column(file.id, "values", 256).astype(np.float32)
+                names = {name: _names(file.id, name, count) for name in NAMES}
             except FAULTS as error:
                 raise ExampleError(f"{path} cannot be read ({brief(error)}). {remedy(error)}") from error
             self.source = read_source(file)
@@ -55,6 +60,12 @@ class PackedRows(Rows):
         self._rows = choose(count, limit, path)
         self.ids, labels, self.centres = (column[self._rows].astype(np.int64) for column in columns.values())
         self.labels = [None if label == NO_LABEL else label for label in labels.tolist()]
+        self.slides, self.patients = (
+            None
+            if column is None
+            else [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in column[self._rows]]
+            for column in names.values()
+        )
         self.dtypes["uint8"] = len(self.ids)
 
     def read(self, index: int, out: npt.NDArray[np.float32]) -> None:
@@ -103,6 +114,19 @@ def _column(file: Any, name: str, count: int) -> Array:
         raise Unfit(f"{name} has dtype {data.dtype}; it must be of whole numbers")
     check_chunks(data, name, (0,), (count,), _MOST)
     values = np.empty(data.shape, data.dtype)
+    data.read(h5s.ALL, h5s.ALL, values)
+    return values
+
+
+def _names(file: Any, name: str, count: int) -> Array | None:
+    if name.encode() not in file:
+        return None
+    data = open_array(file, name.encode(), _MOST)
+    shape = tuple(data.shape)
+    if len(shape) != 2 or shape[0] != count or not 1 <= shape[1] <= LONGEST_NAME or data.dtype != np.uint8:
+        raise Unfit(f"{name} has shape {shape} and dtype {data.dtype}; it must be ({count}, W) of uint8, W up to 256")
+    check_chunks(data, name, (0, 0), shape, _MOST)
+    values = np.empty(shape, np.uint8)
     data.read(h5s.ALL, h5s.ALL, values)
     return values
 

@@ -7,7 +7,7 @@ to float16 perhaps, comes back too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .data import HistoDataset
 from .errors import ExampleError
 from .files import replacing_file
 from .layout import FAULTS, SHAPE, Array, brief
-from .packed import EVEN, NO_LABEL, is_packed
+from .packed import EVEN, LONGEST_NAME, NO_LABEL, is_packed
 
 BATCH = 256
 
@@ -103,9 +103,17 @@ def _bytes(split: HistoDataset, chosen: range, table: _Bytes) -> Array:
 
 def _columns(split: HistoDataset, table: _Bytes) -> dict[str, Array]:
     labels = [NO_LABEL if label is None else label for label in split.rows.labels]
+    known = {"slides": split.rows.slides, "patients": split.rows.patients}
     return {
         "ids": split.ids,
         "labels": np.array(labels, np.int8),
         "centres": split.rows.centres,
         "values": table.all_values(),
+        **{name: _as_bytes(names) for name, names in known.items() if names is not None},
     }
+
+
+def _as_bytes(names: Sequence[str]) -> Array:
+    """A row of bytes for each name, filled up with zeros."""
+    texts = np.array([name.encode()[:LONGEST_NAME] or b"-" for name in names])
+    return texts.view(np.uint8).reshape(len(texts), texts.itemsize)
