@@ -102,6 +102,7 @@ EXTRAS = {
     "loralib": "test-all",
     "lycoris": "test-all",
     "matplotlib": "histopathology",
+    "mlflow": "test-all",
     "mkdocs": "docs",
     "mkdocstrings": "docs",
     "numpy": "histopathology",

@@ -36,6 +36,7 @@ from . import (
     slidemap,
     slides,
     standin,
+    trackers,
     wholeslide,
 )
 from .ablation import variants
@@ -144,6 +145,9 @@ class Options:
     workers: Annotated[int | None, typer.Option(help="Loader processes (0 on a CPU).")] = None
     limit: Annotated[int | None, typer.Option(help="At most this many patches of each split.")] = None
     precision: Annotated[str, typer.Option(help="Of the training steps: fp32 or bf16.")] = "fp32"
+    tracker: Annotated[
+        str | None, typer.Option(help=f"Log each training to one of {', '.join(trackers.NAMES)} besides.")
+    ] = None
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what an ended run left in --out.")] = False
     out: Annotated[Path, typer.Option(help="Folder for everything written.")] = Path("runs/histopathology")
 
@@ -517,7 +521,7 @@ def run(options: Options, methods: Sequence[Method], seeds: int, sweep: Sequence
     """Train every method with every seed, at the best rate of a sweep where one is given, and write the report."""
     recipe = check(options, seeds)
     experiment.check_backbone_takes(recipe)
-    job = Job(options.out, console, make_accelerator(recipe.precision), options.resume)
+    job = Job(options.out, console, make_accelerator(recipe.precision, options.tracker), options.resume)
     if options.fit_memory:
         recipe = dataclasses.replace(recipe, batch_size=job.first_decides(lambda: fitting_batch(methods, recipe, job)))
     folder = job.first_decides(lambda: find_data(options))
@@ -545,6 +549,7 @@ def run(options: Options, methods: Sequence[Method], seeds: int, sweep: Sequence
     if job.is_first:
         remarks += comparison.reported([method.name for method in methods], splits)
         finish(options, splits, recipe, results, remarks, warnings)
+        trackers.track_results(job.accelerator, arguments(options, recipe, results), results)
     job.wait()
 
 
@@ -631,6 +636,7 @@ def check(options: Options, seeds: int) -> Recipe:
         find_splits(options.data)
     if options.out.exists() and not options.out.is_dir():
         raise ExampleError(f"--out {options.out} is a file; name a folder.")
+    trackers.check_tracker(options.tracker)
     if recipe.precision not in PRECISIONS:
         raise ExampleError(f"--precision {recipe.precision}: give one of {', '.join(PRECISIONS)}.")
     return recipe

@@ -1,6 +1,6 @@
-"""Logs of a training: a CSV file, and TensorBoard's where it is installed.
+"""Logs of a training: a CSV file, TensorBoard's where it is installed, and experiment trackers that were asked for.
 
-Both are written from the history, which the checkpoint holds, so that they never miss or repeat an epoch.
+All are written from the history, which the checkpoint holds, so that they never miss or repeat an epoch.
 """
 
 import csv
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_text
+from .trackers import TrackedRun
 
 
 class Log:
@@ -21,9 +22,11 @@ class Log:
         folder: made when first written.
         name: the training's.
         history: epochs that an earlier run had done.
+        tracked: the training's run in experiment trackers, see `trackers`.
     """
 
-    def __init__(self, folder: Path, name: str, history: Sequence[Any] = ()) -> None:
+    def __init__(self, folder: Path, name: str, history: Sequence[Any] = (), tracked: TrackedRun | None = None) -> None:
+        self.tracked = tracked
         self._csv = folder / f"{name}.csv"
         shutil.rmtree(folder / name, ignore_errors=True)
         self._board = _tensorboard(folder / name)
@@ -44,8 +47,12 @@ class Log:
         """Let TensorBoard's file go."""
         if self._board is not None:
             self._board.close()
+        if self.tracked is not None:
+            self.tracked.close()
 
     def _scalars(self, number: int, epoch: Any) -> None:
+        if self.tracked is not None:
+            self.tracked.log(number + 1, dataclasses.asdict(epoch))
         if self._board is not None:
             for name, value in dataclasses.asdict(epoch).items():
                 self._board.add_scalar(name, value, number + 1)

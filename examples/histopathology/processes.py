@@ -27,7 +27,7 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)
 
 
-def make_accelerator(precision: str = "fp32") -> Accelerator:
+def make_accelerator(precision: str = "fp32", tracker: str | None = None) -> Accelerator:
     """The processes of this run, and the precision of their training steps.
 
     Raises:
@@ -39,6 +39,7 @@ def make_accelerator(precision: str = "fp32") -> Accelerator:
     AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=PRECISIONS[precision],
+        log_with=tracker,
         # Unless told that it is on CPUs, accelerate would let torchrun's processes train unconnected.
         cpu=several_processes() and not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],

@@ -43,6 +43,7 @@ from .loading import Batched, Loader, begin_epoch, make_loader
 from .logs import Log
 from .processes import Job
 from .progress import progress_bar
+from .trackers import TrackedRun
 
 CAMELYON_MPP = 0.97
 """Microns per pixel of Camelyon16's and 17's slides at level 2: of the challenge's, WILDS's and PCam's patches."""
@@ -241,7 +242,7 @@ def fit(
     training = Training(model, optimiser, schedule, EarlyStopping(recipe.stop_patience))
     path, identity = job.out / "checkpoints" / f"{name}.pt", {**(identity or {}), "processes": world}
     _resume_or_clear(training, path, identity, job)
-    log = Log(job.out / "logs", name, training.history) if job.is_first else None
+    log = _log(job, name, identity, training.history) if job.is_first else None
     wrapped = job.accelerator.prepare_model(_Logits(model))
     try:
         while len(training.history) < recipe.epochs and not training.stopping.exhausted:
@@ -340,6 +341,10 @@ class _Logits(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images).squeeze(1)
         return logits
+
+
+def _log(job: Job, name: str, identity: Mapping[str, Any], history: Sequence[Epoch]) -> Log:
+    return Log(job.out / "logs", name, history, TrackedRun(job.accelerator, name, identity))
 
 
 def _resume_or_clear(training: Training, path: Path, identity: Mapping[str, Any], job: Job) -> None:
