@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import SmallNet, need, randomise, snapshot, thorough
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convlora
@@ -113,7 +113,7 @@ def graphs() -> Iterator[list[torch.fx.GraphModule]]:
     torch._dynamo.reset()
 
 
-def compiled(net: nn.Module, graphs: list[Any], backend: str = "eager") -> nn.Module:
+def compiled(net: nn.Module, graphs: list[Any], backend: str = "eager", fullgraph: bool = True) -> nn.Module:
     """In one graph or not at all; every compilation is counted."""
     run = torch._dynamo.lookup_backend(backend)
 
@@ -121,7 +121,7 @@ def compiled(net: nn.Module, graphs: list[Any], backend: str = "eager") -> nn.Mo
         graphs.append(graph)
         return run(graph, inputs)
 
-    return torch.compile(net, backend=recording, fullgraph=True)
+    return torch.compile(net, backend=recording, fullgraph=fullgraph)
 
 
 # ---- compiled
@@ -318,20 +318,20 @@ def test_a_swap_waits_for_a_forward_that_is_under_way_and_a_later_forward_for_th
 @pytest.mark.parametrize("swaps, is_compiled", [(60, False), (60, True), thorough(1000, False), thorough(1000, True)])
 def test_threads_that_predict_while_another_swaps_see_one_adapter_or_the_other(files, graphs, swaps, is_compiled):
     net = prepared(files, "rank 2")
-    run = compiled(net, graphs) if is_compiled else net
+    # fullgraph=True: torch 2.14 counts frames for all threads together, and raises now and then on a plain network, too
+    run = compiled(net, graphs, fullgraph=False) if is_compiled else net
     kinds = ("rank 2", "at another strength")
     with torch.no_grad():
         known = [predicts(convlora.hotswap_adapter(run, files[kind])) for kind in kinds]
-    is_over, strange, counts = threading.Event(), [], [[0, 0], [0, 0]]
+    is_over, strange, counts = threading.Event(), list[Exception](), [[0, 0], [0, 0]]
 
     def predict(count: list[int]) -> None:
-        while not is_over.is_set():
-            found = predicts(run)
-            which = [index for index, one in enumerate(known) if torch.equal(one, found)]
-            if which:
-                count[which[0]] += 1
-            else:
-                strange.append(found)
+        try:
+            while not is_over.is_set():
+                found = predicts(run)
+                count[next(index for index, one in enumerate(known) if torch.equal(one, found))] += 1
+        except Exception as error:
+            strange.append(error)
 
     threads = [threading.Thread(target=predict, args=(count,)) for count in counts]
     for thread in threads:
@@ -343,7 +343,7 @@ def test_threads_that_predict_while_another_swaps_see_one_adapter_or_the_other(f
         is_over.set()
         for thread in threads:
             thread.join(60)
-    assert not strange and len(graphs) == int(is_compiled)
+    assert strange == [] and len(graphs) == int(is_compiled)
     assert all(sum(count) for count in counts) and all(map(sum, zip(*counts, strict=True)))
 
 
@@ -569,6 +569,177 @@ def test_the_model_itself_may_be_the_adapted_layer(tmp_path):
     assert type(net) is nn.Conv2d and not [name for name in vars(net) if "convlora" in name]
 
 
+# ---- peft's own situations, from its tests of hot swapping
+
+
+class Linears(nn.Module):
+    """Two linear layers, as in peft's tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0, self.lin1 = nn.Linear(10, 20), nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin1(self.lin0(x).relu())
+
+
+class Convolution(nn.Module):
+    """A convolution and a linear layer, likewise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lin = nn.Conv2d(3, 10, 3), nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(self.conv(x).relu().mean((2, 3)))
+
+
+BOTH = ["lin0", "lin1"]
+FROM_PEFT: dict[str, tuple[type[nn.Module], list[dict[str, Any]]]] = {
+    "ranks, alphas and fewer layers": (Linears, [{"r": 7, "lora_alpha": 7}, {"r": 13, "target_modules": ["lin0"]}]),
+    "the other way": (Linears, [{"r": 13, "lora_alpha": 5}, {"r": 7, "lora_alpha": 7}]),
+    "ranks of a convolution": (Convolution, [{"r": 7, "lora_alpha": 3}, {"r": 13}, {"r": 1}]),
+    "patterns": (Linears, [{"r": 2}, {"rank_pattern": {"lin1": 3}, "alpha_pattern": {"lin0": 7}}]),
+    "rsLoRA": (Linears, [{"r": 4, "use_rslora": True}, {"r": 4}]),
+    "biases": (Linears, [{"r": 4, "bias": "lora_only"}, {"r": 2, "bias": "lora_only"}, {"r": 2}]),
+    "a module in full": (Linears, [{"target_modules": ["lin0"], "modules_to_save": ["lin1"], "r": r} for r in (2, 3)]),
+}
+
+
+def by_peft(kind: type[nn.Module], config: dict[str, Any], seed: int, folder: Path) -> Tensor:
+    """What peft predicts with an adapter of this configuration, which it has saved."""
+    peft = need("peft")
+    torch.manual_seed(0)
+    net = kind().eval()
+    targets = BOTH if kind is Linears else ["conv", "lin"]
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(net, peft.LoraConfig(**{"target_modules": targets, **config})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return predicted(model, kind)
+
+
+def predicted(model: nn.Module, kind: type[nn.Module]) -> Tensor:
+    torch.manual_seed(5)
+    images = torch.randn(3, 10) if kind is Linears else torch.randn(3, 3, 10, 10)
+    with torch.no_grad():
+        return model(images)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("situation", FROM_PEFT)
+def test_files_of_peft_are_swapped_as_peft_predicts_with_one_compilation(situation, graphs, tmp_path):
+    kind, configs = FROM_PEFT[situation]
+    torch.manual_seed(0)
+    net, folders = kind().eval(), [tmp_path / str(index) for index in range(len(configs))]
+    expected = [by_peft(kind, config, 1 + i, folders[i]) for i, config in enumerate(configs)]
+    convlora.prepare_for_hotswap(convlora.load_adapter(net, folders[0]), 13)
+    run = compiled(net, graphs)
+    for index in (0, *range(len(configs)), 0):
+        convlora.hotswap_adapter(run, folders[index])
+        torch.testing.assert_close(predicted(run, kind), expected[index], **CLOSE)
+        torch.testing.assert_close(predicted(net, kind), expected[index], **CLOSE)
+    assert len(graphs) == 1
+
+
+def test_a_file_of_peft_by_another_method_is_refused(tmp_path):
+    peft = need("peft")
+    by_peft(Linears, {"r": 2}, 1, tmp_path / "lora")
+    other = peft.get_peft_model(Linears(), peft.IA3Config(target_modules=["lin0"], feedforward_modules=[]))
+    other.save_pretrained(tmp_path / "ia3")
+    torch.manual_seed(0)
+    net = convlora.prepare_for_hotswap(convlora.load_adapter(Linears().eval(), tmp_path / "lora"))
+    before = snapshot(net)
+    with pytest.raises(CheckpointError, match=r"lin0.*ia3"):
+        convlora.hotswap_adapter(net, tmp_path / "ia3")
+    assert snapshot(net) == before
+
+
+def test_a_file_of_kohya_s_scripts_is_swapped_in(files, tmp_path):
+    tensors, delta = {}, {}
+    torch.manual_seed(3)
+    for name, rank in (("stem", 2), ("block.3", 5)):
+        layer = base().get_submodule(name)
+        A, B = torch.randn(rank, *layer.weight.shape[1:]), 0.1 * torch.randn(len(layer.weight), rank, 1, 1)
+        key = f"lora_unet_{name.replace('.', '_')}"
+        tensors |= {f"{key}.lora_down.weight": A, f"{key}.lora_up.weight": B, f"{key}.alpha": torch.tensor(3.0)}
+        delta[name] = 3 / rank * torch.einsum("or,riyx->oiyx", B.flatten(1), A)
+    save_file(tensors, tmp_path / "style.safetensors")
+    expected = base()
+    with torch.no_grad():
+        for name, each in delta.items():
+            expected.get_submodule(name).weight += each
+    net = convlora.hotswap_adapter(prepared(files), tmp_path / "style.safetensors")
+    torch.testing.assert_close(predicts(net), predicts(expected), **CLOSE)
+
+
+@pytest.mark.parametrize("ranks", [(2, 4), (4, 2), (3, 1)])
+def test_ranks_of_a_grouped_convolution_need_not_go_into_its_groups(ranks, tmp_path):
+    nets = []
+    for seed, rank in enumerate(ranks):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(4, 16, 3, groups=2), nn.Flatten(), nn.Linear(64, 2)).eval()
+        nets.append(convlora.inject(net, rank, modules_to_save=None, method_pattern={"*": "lora"}))
+        randomise(net, seed=seed)
+        convlora.save_adapter(net, tmp_path / str(seed))
+    images = torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        expected = [net(images) for net in nets]
+        run = convlora.prepare_for_hotswap(nets[0], 5)
+        for index in (0, 1, 0):
+            convlora.hotswap_adapter(run, tmp_path / str(index))
+            torch.testing.assert_close(run(images), expected[index], **ROUNDING)
+
+
+@pytest.mark.parametrize("max_rank", [5, 8, 13])
+def test_padded_factors_are_as_wide_as_asked_or_as_the_layer_s_whole_difference(max_rank):
+    net = convlora.prepare_for_hotswap(trained(0, rank=4, rank_pattern={"stem": 5}), max_rank)
+    widths = {name: len(net.get_submodule(name).convlora["default"].lora_A) for name in ("stem", "block.0", "block.3")}
+    full = {"stem": 16, "block.0": 9, "block.3": 16}
+    assert widths == {name: max(max_rank, n) if n < 2 * max_rank else max_rank for name, n in full.items()}
+    assert [convlora.summary(net).layers[0].rank, net.stem.convlora["default"].rank] == [5, 5]
+
+
+def test_a_second_call_with_the_same_rank_changes_no_object_and_with_a_larger_one_gives_room(files, expected):
+    net = prepared(files, "rank 2", max_rank=4)
+    before = snapshot(net)
+    assert snapshot(convlora.prepare_for_hotswap(net, 4)) == before
+    with pytest.raises(CheckpointError, match="room"):
+        convlora.hotswap_adapter(net, files["rank 16, whole differences among them"])
+    convlora.hotswap_adapter(convlora.prepare_for_hotswap(net, 16), files["rank 16, whole differences among them"])
+    torch.testing.assert_close(predicts(net), expected["rank 16, whole differences among them"], **CLOSE)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_is_trainable_stays_so(files, asked):
+    net = convlora.load_adapter(base(), files["rank 2"])
+    convlora.load_adapter(net, files["one layer alone"], "other")
+    for parameter in convlora.adapter_parameters(net):
+        parameter.requires_grad_(asked)
+    before = {key: p.requires_grad for key, p in net.named_parameters() if "convlora" not in key}
+    convlora.prepare_for_hotswap(net)
+    convlora.hotswap_adapter(net, files["at another strength"])
+    flags = {key: p.requires_grad for key, p in net.named_parameters()}
+    assert {key: flags[key] for key in before} == before
+    assert {flag for key, flag in flags.items() if ".default.lora" in key} == {asked}
+    assert not any(flag for key, flag in flags.items() if ".other.lora" in key)
+    convlora.set_adapter(net, "other")
+    assert all(p.requires_grad for key, p in net.named_parameters() if ".other.lora" in key)
+
+
+def test_a_base_that_was_written_since_the_last_swap_is_read_again(files):
+    net = prepared(files, "rank 2")
+    convlora.hotswap_adapter(net, files["rank 2"])
+    with torch.no_grad():
+        net.hidden.weight[0, 0] += 1
+    with pytest.raises(CheckpointError, match=r"hidden\.weight"):
+        convlora.hotswap_adapter(net, files["rank 2"])
+    convlora.hotswap_adapter(net, files["rank 2"], check_base=False)
+
+
 # ---- refused
 
 
@@ -581,6 +752,7 @@ REFUSED_TO_PREPARE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = 
     "a rank that is larger": (lambda: trained(0, rank=4), UnsupportedLayerError, "stem.*rank 4.*max_rank=4 has"),
     "DoRA": (lambda: with_dora(base()), UnsupportedLayerError, "DoRA"),
     "another method": (lambda: convlora.inject(base(), 2, method="loha"), UnsupportedLayerError, "stem.*loha"),
+    "numbers for channels": (lambda: convlora.inject(base(), method="ia3"), UnsupportedLayerError, "stem.*ia3"),
     "merged": (lambda: convlora.merge(trained(0, rank=2)), StateError, "unmerge"),
     "compiled": (lambda: torch.compile(trained(0, rank=2)), UnsupportedLayerError, "then torch.compile"),
 }

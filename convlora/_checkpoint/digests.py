@@ -23,6 +23,26 @@ def digest(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}:{hashed(tensor)}"
 
 
+class Remembered:
+    """Digests of tensors that are asked for again and again, computed anew for those that were written meanwhile.
+
+    A tensor is the same while it is the same object, in the same memory, and torch has counted no write to it.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[Tensor, int, int, str]] = {}
+
+    def digest(self, tensor: Tensor) -> str:
+        """As :func:`digest`."""
+        if tensor.is_inference() or is_traceable_wrapper_subclass(tensor):  # nothing is counted
+            return digest(tensor)
+        now = tensor.data_ptr(), tensor._version
+        found = self._found.get(id(tensor))
+        if found is None or found[1:3] != now:
+            found = self._found[id(tensor)] = tensor, *now, digest(tensor)
+        return found[3]
+
+
 def differ(there: str, here: str) -> bool:
     """Whether a file's digest is not that of the model's own tensor.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -22,12 +22,14 @@ from .manifest import Form, Manifest, form_of
 from .peft_format import dotted, factor_shapes
 
 
-def check_fits(manifest: Manifest, model: nn.Module, check_base: bool) -> None:
+def check_fits(
+    manifest: Manifest, model: nn.Module, check_base: bool, remembered: Callable[[Tensor], str] | None = None
+) -> None:
     """Raise one error that names the differences between the file and the model."""
     faults, state = [*_layer_faults(manifest.plan, model)], tensors_as(model, BASE)
     faults = faults or [*_tensor_faults(manifest, model, state), *_structure_faults(manifest, model, state)]
     remedy = "Build the model as it was trained (same architecture, num_classes) and load again."
-    here = {} if faults or not check_base else {key: digest(state[key]) for key in manifest.base}
+    here = {} if faults or not check_base else {key: (remembered or digest)(state[key]) for key in manifest.base}
     if here:
         faults = list(_number_faults(manifest, state, here))
         remedy = "Load the same pretrained weights first, or pass check_base=False to use it on this base all the same."

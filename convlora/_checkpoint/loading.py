@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._layer.places import BASE
 from .._model.inject import applied
@@ -92,7 +92,13 @@ def load_adapter(
 
 
 def read_adapter(
-    path: Path, root: nn.Module, adapter_name: str, named: Callable[[Plan], Plan], check_base: bool, check_finite: bool
+    path: Path,
+    root: nn.Module,
+    adapter_name: str,
+    named: Callable[[Plan], Plan],
+    check_base: bool,
+    check_finite: bool,
+    remembered: Callable[[Tensor], str] | None = None,
 ) -> tuple[Plan, State, Manifest]:
     """The plan, tensors and manifest of an adapter that fits a base; a warning names the caller's caller's line.
 
@@ -102,13 +108,14 @@ def read_adapter(
         adapter_name: what it is called where the file does not say it.
         named: gives the plan the name that it is to have, or raises; before the base is read, which takes long.
         check_base: as for :func:`load_adapter`; ``check_finite`` likewise.
+        remembered: gives digests of the base's tensors; default computing them.
     """
     with opened(file_in(path)) as file:
         foreign = None if is_own(file) else read_foreign(file, root, adapter_name)
         manifest = foreign[0] if foreign else read_manifest(file)
         plan = named(manifest.plan)
         if foreign is None:
-            check_fits(manifest, root, check_base)
+            check_fits(manifest, root, check_base, remembered)
         tensors = foreign[1] if foreign else read_tensors(file, manifest)
     if check_finite:
         _check_finite(manifest, tensors, root)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from .._model.state import (
     check_enabled,
     check_unmerged,
     check_unrouted,
-    checked,
     ready_alone,
     the_adapter,
     to_the_end,
@@ -32,6 +32,7 @@ from .._model.state import (
 from .._plan import Plan
 from ..errors import CheckpointError
 from .contents import State
+from .digests import Remembered
 from .files import few, plain
 from .hub import local_directory
 from .keys import own_keys, places_of
@@ -40,6 +41,8 @@ from .manifest import Manifest
 from .peft_format import dotted
 
 M = TypeVar("M", bound=nn.Module)
+_REMEMBERED: WeakKeyDictionary[nn.Module, Remembered] = WeakKeyDictionary()
+"""Digests of the bases of models whose adapters are swapped: to read a base takes longer than all else."""
 
 
 def hotswap_adapter(
@@ -68,7 +71,8 @@ def hotswap_adapter(
         model: a model that :func:`prepare_for_hotswap` has made ready, or what ``torch.compile`` made of it.
         directory: as for :func:`convlora.load_adapter`, whose files are read where they are LoRA or whole differences.
         adapter_name: the adapter whose numbers are replaced; default the active one.
-        check_base: as for :func:`convlora.load_adapter`; so are ``check_finite``, ``revision`` and ``token``.
+        check_base: as for :func:`convlora.load_adapter`; so are ``check_finite``, ``revision`` and ``token``. The
+            base's tensors are read at the first swap, and again where torch has counted a write to one.
 
     Returns:
         The same object.
@@ -90,10 +94,12 @@ def hotswap_adapter(
         was = adapter.plan  # how activations keep what they need is the model's affair
         return replace(plan, adapter_name=was.adapter_name, mask_activations=was.mask_activations)
 
-    path = local_directory(directory, revision, token)
-    plan, tensors, manifest = read_adapter(path, root, adapter.plan.adapter_name, named, check_base, check_finite)
+    path, remembered = local_directory(directory, revision, token), _REMEMBERED.setdefault(root, Remembered())
+    asked = adapter.plan.adapter_name, named, check_base, check_finite, remembered.digest
+    plan, tensors, manifest = read_adapter(path, root, *asked)
     with SWAPPING:
-        checked([(root, injection)], *needs)  # another thread may have changed it meanwhile
+        for check in needs:  # another thread may have changed it meanwhile
+            check(injection)
         check_prepared(root, adapter)
         own, faults = _own_tensors(root, plan, tensors, manifest)
         faults = [*_layer_faults(plan, root), *faults]

@@ -96,7 +96,8 @@ def put_gate(root: nn.Module) -> None:
     from torch._dynamo.eval_frame import skip_code  # late: torch's compiler takes as long as torch to import
 
     # The compiler begins inside: this frame, the outermost of a compiled model, runs as it is, and holds the lock.
-    skip_code(Gated.__call__.__code__)
+    for function in (Gated.__call__, Gate.enter, Gate.leave):
+        skip_code(function.__code__)
     vars(root).setdefault(GATE, Gate())
     set_below(root, Gated, is_there=True)
 
@@ -116,8 +117,8 @@ def alone(root: nn.Module) -> Iterator[None]:
         yield
         return
     with gate.alone():
-        devices = {tensor.device for tensor in (*root.parameters(), *root.buffers())}
-        waited = [device for device in devices if device.type not in ("cpu", "meta")]
+        tensors = (*root.parameters(), *root.buffers()) if torch.accelerator.is_available() else ()
+        waited = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
         for device in waited:  # forwards have ended on the host alone
             torch.accelerator.synchronize(device)
         yield
