@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import SmallNet, randomise
+from conftest import SmallNet, randomise, snapshot
 from torch import nn
 
 import convlora
@@ -81,6 +81,41 @@ def test_loading_beside_an_adapter_of_the_same_name_says_both_ways_out(tmp_path)
     convlora.save_adapter(net, tmp_path)
     with pytest.raises(StateError, match=r"adapter_name=.*convlora.remove\(model\) gives"):
         convlora.load_adapter(net, tmp_path)
+
+
+@pytest.mark.parametrize("norm", ["freeze", "track"])
+def test_an_adapter_without_its_head_goes_on_with_another_number_of_classes(tmp_path, norm):
+    torch.manual_seed(0)
+    base, other = SmallNet(3), SmallNet(5)
+    other.load_state_dict({**other.state_dict(), **{k: v for k, v in base.state_dict().items() if "fc" not in k}})
+    trained, head = convlora.inject(base, 2, norm=norm).train(), other.fc.weight.clone()
+    randomise(trained)
+    trained(torch.randn(4, 3, 16, 16))
+    with torch.no_grad():
+        trained.fc.weight.add_(1.0)
+    convlora.save_adapter(trained, tmp_path)
+    before = snapshot(other)
+    with pytest.raises(
+        CheckpointError, match=r"fc.weight: \(3, 12\) in the file, \(5, 12\) in the model(.|\n)*head=False"
+    ):
+        convlora.load_adapter(other, tmp_path)
+    assert snapshot(other) == before
+    convlora.load_adapter(other, tmp_path, head=False)
+    assert torch.equal(other.fc.weight, head) and other.fc.weight.requires_grad
+    images, features = torch.randn(2, 3, 16, 16), []
+    for net in (trained.eval(), other.eval()):
+        hook = net.hidden.register_forward_hook(lambda module, args, y: features.append(y))
+        net(images)
+        hook.remove()
+    assert torch.equal(*features)
+    expected = convlora.plan(SmallNet(5), 2, norm=norm)
+    assert (convlora.summary(other).saved_parameters, convlora.summary(other).base_parameters) == (
+        expected.saved_parameters,
+        expected.base_parameters,
+    )
+    assert convlora.summary(other).skipped == expected.skipped
+    convlora.save_adapter(other, tmp_path / "five")
+    assert torch.equal(convlora.load_adapter(convlora.remove(other), tmp_path / "five").fc.weight, head)
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])

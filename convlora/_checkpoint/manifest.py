@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -52,6 +52,19 @@ class Manifest:
     """How good it is, as whoever saved it said."""
     sketches: Mapping[str, str] = field(default_factory=dict)
     """What a tensor of the base near to it is known by, by state-dict key."""
+    without: tuple[str, ...] = ()
+    """Modules trained in full whose tensors are not taken: the model's own are trained in their place."""
+
+    def without_heads(self) -> Manifest:
+        """The same adapter, of which the modules trained in full are left in the file."""
+        whole = replace(self, without=self.plan.modules_to_save)
+        forms = {key: form for key, form in self.forms.items() if whole.takes(key)}
+        buffers = frozenset(filter(whole.takes, self.buffers))
+        return replace(whole, forms=forms, buffers=buffers)
+
+    def takes(self, key: str) -> bool:
+        """Whether a tensor of the file is taken."""
+        return not any(key.startswith(f"{name}.") for name in self.without)
 
 
 def is_own(file: TensorFile) -> bool:

@@ -100,6 +100,8 @@ def faults_for_any_peft(model: nn.Module, adapter: Adapter) -> Iterator[str]:
             yield f"{layer_plan.name}: a {layer_plan.kind}, which peft does not know"
         elif not has_parameter(layer):
             yield f"{layer_plan.name}: its weight is computed from others"
+        elif layer_plan.use_dora and layer_plan.strength != 1:
+            yield f"{layer_plan.name}: DoRA at strength {layer_plan.strength:g}; peft would scale what its norm divides"
         elif layer_plan.use_dora and issubclass(kind, nn.Linear) and not is_torchs_own(kind):
             yield f"{layer_plan.name}: DoRA in a {layer_plan.kind}, whose own forward peft's leaves out"
 
@@ -141,7 +143,5 @@ def faults_for_stock_peft(adapter: Adapter) -> Iterator[str]:
     for plan, layer in zip(adapter.plan.layers, adapter.layers, strict=True):
         if kind and (fault := peft.fault(plan, layer, fields) or peft.differs(layer)):
             yield f"{plan.name}: {fault}"
-        if plan.use_dora and plan.strength != 1:
-            yield f"{plan.name}: DoRA with strength {plan.strength:g}, and peft would scale what its norm divides"
         if plan.use_dora and kind != STOCK:
             yield f"{plan.name}: DoRA with method {plan.method!r}, which peft has not"
