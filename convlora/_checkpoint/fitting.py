@@ -29,6 +29,9 @@ def check_fits(
     faults, state = [*_layer_faults(manifest.plan, model)], tensors_as(model, BASE)
     faults = faults or [*_tensor_faults(manifest, model, state), *_structure_faults(manifest, model, state)]
     remedy = "Build the model as it was trained (same architecture, num_classes) and load again."
+    heads = tuple(f"  {name}." for name in manifest.plan.modules_to_save)
+    if any(fault.startswith(heads) for fault in faults):
+        remedy += " Where the head alone differs, load_adapter(..., head=False) trains the model's own."
     here = {} if faults or not check_base else {key: (remembered or digest)(state[key]) for key in manifest.base}
     if here:
         faults = list(_number_faults(manifest, state, here))
@@ -100,7 +103,7 @@ def _tensor_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, Ten
     buffers = {key for key in manifest.buffers & slots.keys() if slots[key] is None or key in state}
     yield from (f"  {key}: no such buffer in the model" for key in sorted(manifest.buffers - buffers))
     expected = {key: Form(shape, "float") for p in plan.layers for key, shape in factor_shapes(p).items()}
-    for key in own_keys(model, plan, buffers):
+    for key in filter(manifest.takes, own_keys(model, plan, buffers)):
         tensor = state.get(key)  # a buffer that is None takes what there is
         expected[key] = manifest.forms.get(key, Form((), "float")) if tensor is None else form_of(tensor)
     for key in sorted({*expected, *manifest.forms}):

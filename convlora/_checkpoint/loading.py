@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from .._layer.adapted import CHILD
+from .._layer.computed import weight_shape
 from .._layer.places import BASE
 from .._model.inject import applied
 from .._model.options import check_name
@@ -36,6 +38,7 @@ def load_adapter(
     directory: str | os.PathLike[str],
     adapter_name: str | None = None,
     *,
+    head: bool = True,
     check_base: bool = True,
     check_finite: bool = True,
     revision: str | None = None,
@@ -56,6 +59,8 @@ def load_adapter(
             is at that path, a repository on the hub, ``"user/repo"``, of which the adapter's two files are downloaded
             once and kept in the hub's cache.
         adapter_name: another name for the adapter; default the saved one, or ``"default"``.
+        head: False leaves the modules that the adapter trained in full in the file, and trains the model's own in their
+            place: for another number of classes. In files of convlora's alone.
         check_base: refuse a base whose tensors differ from those that the adapter was trained on. Tensors in
             another dtype than then are not compared. False loads onto any base of the same architecture. The files
             of other libraries do not say what base they are for.
@@ -86,7 +91,9 @@ def load_adapter(
         return plan
 
     path = local_directory(directory, revision, token)
-    plan, tensors, manifest = read_adapter(path, root, adapter_name or "default", named, check_base, check_finite)
+    plan, tensors, manifest = read_adapter(
+        path, root, adapter_name or "default", named, check_base, check_finite, head=head
+    )
     install(plan, tensors, manifest, root)
     return model
 
@@ -99,6 +106,7 @@ def read_adapter(
     check_base: bool,
     check_finite: bool,
     remembered: Callable[[Tensor], str] | None = None,
+    head: bool = True,
 ) -> tuple[Plan, State, Manifest]:
     """The plan, tensors and manifest of an adapter that fits a base; a warning names the caller's caller's line.
 
@@ -107,19 +115,39 @@ def read_adapter(
         root: the base, plain or with adapters.
         adapter_name: what it is called where the file does not say it.
         named: gives the plan the name that it is to have, or raises; before the base is read, which takes long.
-        check_base: as for :func:`load_adapter`; ``check_finite`` likewise.
+        check_base: as for :func:`load_adapter`; ``check_finite`` and ``head`` likewise.
         remembered: gives digests of the base's tensors; default computing them.
     """
     with opened(file_in(path)) as file:
         foreign = None if is_own(file) else read_foreign(file, root, adapter_name)
+        if foreign and not head:
+            raise CheckpointError(
+                f"{file.path} was not written by convlora, and head=False is for files that were. Load it into a model "
+                "with the same head. Nothing was changed."
+            )
         manifest = foreign[0] if foreign else read_manifest(file)
+        if not head:
+            manifest = manifest.without_heads()
         plan = named(manifest.plan)
         if foreign is None:
             check_fits(manifest, root, check_base, remembered)
+        if not head:
+            plan = _counted_anew(plan, root)
         tensors = foreign[1] if foreign else read_tensors(file, manifest)
     if check_finite:
         _check_finite(manifest, tensors, root)
     return plan, tensors, manifest
+
+
+def _counted_anew(plan: Plan, root: nn.Module) -> Plan:
+    """The plan with the numbers of this model's head, and the head's layers as they are here."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    saved = {id(p): p.numel() for name in plan.modules_to_save for p in modules[name].parameters()}
+    saved |= {id(bias): bias.numel() for name in plan.biases for bias in (cast(Tensor, modules[name].bias),)}
+    shapes = {each.name: weight_shape(modules[each.name]) for each in plan.skipped if each.name in modules}
+    skipped = tuple(replace(each, weight_shape=shapes.get(each.name, ())) for each in plan.skipped)
+    numbers = sum(p.numel() for name, p in root.named_parameters() if f".{CHILD}." not in f".{name}")
+    return replace(plan, saved_parameters=sum(saved.values()), base_parameters=numbers, skipped=skipped)
 
 
 def install(plan: Plan, tensors: State, manifest: Manifest, root: nn.Module) -> None:
@@ -138,7 +166,7 @@ def read_tensors(file: TensorFile, manifest: Manifest) -> State:
     damaged = [key for key, tensor in tensors.items() if digest(tensor) != manifest.adapter.get(key)]
     if damaged:
         raise CheckpointError(f"{file.path} is damaged: {plain(damaged[0])} is not what was saved; get the file again.")
-    return tensors
+    return {key: tensor for key, tensor in tensors.items() if manifest.takes(key)}
 
 
 def _check_finite(manifest: Manifest, tensors: State, root: nn.Module) -> None:
@@ -159,7 +187,8 @@ def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_n
             change.restore(stored)
             if plan.use_dora:
                 change.lora_magnitude.copy_(tensors[dotted(plan.name, MAGNITUDE)].flatten())
-        own_tensors = {key: tensor for key, tensor in adapter_state(root, adapter, own).items() if key in own}
+        there = adapter_state(root, adapter, own)
+        own_tensors = {key: tensor for key, tensor in there.items() if key in own and manifest.takes(key)}
         for key, tensor in own_tensors.items():
             tensor.copy_(tensors[key])
         for key, place in places_of(root).items():
