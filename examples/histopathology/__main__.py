@@ -308,6 +308,10 @@ def predict(
     stride: Annotated[int | None, typer.Option(help="Between a slide's tiles, in pixels of a tile (96).")] = None,
     tissue: Annotated[float | None, typer.Option(help="Share of tissue in a tile, at least (0.25).")] = None,
     threshold: Annotated[float | None, typer.Option(help="Probability that counts as tumour (0.5).")] = None,
+    calibrated: Annotated[
+        bool,
+        typer.Option("--calibrated", help="By the threshold and the temperature that validation gave the adapter."),
+    ] = False,
 ) -> None:
     """Predict with a saved adapter or an exported network: a submission and probabilities, or a slide's heat map."""
     check_minimums(batch_size=batch_size)
@@ -317,12 +321,13 @@ def predict(
     if several_processes() and (model.suffix == ".onnx" or wholeslide.is_slide(data)):
         raise ExampleError("several processes predict patches with an adapter; run this in one, without torchrun.")
     if wholeslide.is_slide(data):
-        predict_slide(model, data, out or Path(f"{data.stem}.csv"), weights, batch_size, words, given)
+        point = decided(model, words, calibrated)
+        predict_slide(model, data, out or Path(f"{data.stem}.csv"), weights, batch_size, words, given, point)
         return
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ExampleError(f"{flags} is of slides, and {data} is none; leave it out.")
-    out = out or Path("submission.csv")
+    out, point = out or Path("submission.csv"), decided(model, words, calibrated)
     if model.suffix == ".onnx":
         predicts = modified(Method(model.stem, ""), check_how(words)).predict
         split = open_to_predict(data)
@@ -338,7 +343,8 @@ def predict(
     if not is_first_process():
         return
     beside = out.with_name(f"{out.stem}-probabilities.csv")
-    write_text(beside, report.probabilities_csv(split, logits))
+    write_text(beside, report.probabilities_csv(split, logits, *point))
+    logits = logits - point[0]
     write_text(out, report.submission_csv(split.ids.tolist(), logits))
     shutil.rmtree(out.with_name(f"{out.name}.parts"), ignore_errors=True)
     for note in split.rows.notes:
@@ -346,6 +352,17 @@ def predict(
     if split.labels is not None:
         console.print(f"accuracy {accuracy(logits, split.labels.float()):.4f} on {len(split):,} patches")
     console.print(f"wrote {out} and {beside}", soft_wrap=True)
+
+
+def decided(model: Path, words: Sequence[str], calibrated: bool) -> tuple[float, float]:
+    """The logit above which a patch is called 1, and the temperature: validation's, or 0 and 1."""
+    if not calibrated:
+        return 0.0, 1.0
+    if words or model.suffix == ".onnx":
+        raise ExampleError("--calibrated is of an adapter's own predictions; leave --how out, and give its folder.")
+    point = experiment.read_point(model)
+    assert point.threshold is not None and point.temperature is not None
+    return point.threshold, point.temperature
 
 
 def predict_slide(
@@ -356,6 +373,7 @@ def predict_slide(
     batch_size: int,
     words: Sequence[str],
     given: dict[str, Any],
+    point: tuple[float, float],
 ) -> None:
     """Predict a whole slide and write its table, heat maps, outlines and summary."""
     check_slide_options(given)
@@ -367,11 +385,21 @@ def predict_slide(
         classify, trained = slidemap.classifier(model, recipe, modified(method, check_how(words))), recipe.mpp
     if trained is None and "tile_mpp" not in given:
         raise ExampleError(f"{model} does not say how many microns a pixel of its patches was: give --tile-mpp.")
-    asked = slidemap.Asked(**{"tile_mpp": trained, "batch_size": batch_size, **given})
+    threshold, temperature = point
+    # a sigmoid that does not overflow
+    usual = {
+        "tile_mpp": trained,
+        "batch_size": batch_size,
+        "threshold": (1 + math.tanh(threshold / temperature / 2)) / 2,
+    }
+    asked = slidemap.Asked(**{**usual, **given})
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("predicting tiles", total=None)
         found = slidemap.predict_slide(
-            slide, classify, asked, lambda done, all: bar.update(task, completed=done, total=all)
+            slide,
+            lambda patches: classify(patches) / temperature,
+            asked,
+            lambda done, all: bar.update(task, completed=done, total=all),
         )
     files = heatmap.write_map(found, out)
     for line in slidemap.lines(slidemap.summary(found)):

@@ -22,6 +22,7 @@ import convlora
 from . import shards
 from .backbones import Normalisation, check_input, load_backbone
 from .catalogue import as_plain, method_from
+from .clinical import OperatingPoint, operating_point
 from .content import digest_of, digest_of_file
 from .data import HistoDataset, require_centres
 from .errors import ExampleError
@@ -37,6 +38,7 @@ from .transforms import VIEWS, EvalTransform, Normalise, TrainTransform
 from .verify import Proofs, prove
 
 CARD = "run.json"
+POINT = "operating_point"
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,10 @@ def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, jo
             about=method.about,
             val_logits=val_logits,
         )
-        save(model, folder, method, recipe, _metrics(result))  # the same numbers, now with a card that says how good
+        point = operating_point(result.val_logits, _labels(splits["val"]))
+        save(
+            model, folder, method, recipe, _metrics(result), point
+        )  # the same numbers, now with a card that says how good
         size = (folder / "adapter_model.safetensors").stat().st_size  # the file says it, too
         result = dataclasses.replace(result, adapter_bytes=size)
         write_result(file, identity, result)
@@ -400,10 +405,17 @@ def read_result(file: Path, identity: Mapping[str, Any], adapter: Path) -> Resul
 
 
 def save(
-    model: nn.Module, folder: Path, method: Method, recipe: Recipe, metrics: Mapping[str, float] | None = None
+    model: nn.Module,
+    folder: Path,
+    method: Method,
+    recipe: Recipe,
+    metrics: Mapping[str, float] | None = None,
+    point: OperatingPoint | None = None,
 ) -> None:
     """Write the adapter, its card and its ``run.json``; the folder is replaced only when all are whole."""
     card = {"method": method.name, "configuration": as_plain(method), "recipe": dataclasses.asdict(recipe)}
+    if point is not None:
+        card[POINT] = dataclasses.asdict(point)
     with replacing_directory(folder) as partial:
         convlora.save_adapter(model, partial, metrics=metrics)
         write_text(partial / CARD, json.dumps(card, indent=2, default=str) + "\n")
@@ -427,6 +439,24 @@ def read_card(folder: Path) -> tuple[Recipe, Method]:
         return recipe, method_from(card["configuration"], card["method"], path)
     except (KeyError, TypeError, ValueError) as fault:
         raise ExampleError(f"{path} is damaged ({fault!r}); train again or restore the file.") from fault
+
+
+def read_point(folder: Path) -> OperatingPoint:
+    """The threshold and the temperature that validation gave an adapter.
+
+    Raises:
+        ExampleError: its ``run.json`` has none, since it is of a training that was ended, of an earlier version, or of
+            validation patches of one label.
+    """
+    read_card(folder)
+    stored = json.loads((folder / CARD).read_text(encoding="utf-8")).get(POINT) or {}
+    threshold, temperature = stored.get("threshold"), stored.get("temperature")
+    if not (isinstance(threshold, float) and isinstance(temperature, float) and temperature > 0):
+        raise ExampleError(
+            f"--calibrated: {folder / CARD} holds no threshold and temperature; a training that ends writes them, "
+            "where validation has both labels. Leave it out, or train again."
+        )
+    return OperatingPoint(threshold, temperature)
 
 
 def predict_split(

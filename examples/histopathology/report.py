@@ -365,14 +365,22 @@ def submission_csv(ids: Sequence[int], logits: Tensor) -> str:
     return text.getvalue()
 
 
-def probabilities_csv(split: HistoDataset, logits: Tensor) -> str:
-    """``ID,Name,Probability,Pred`` lines by ascending ID: the probability of label 1, and which patch it is of."""
+def probabilities_csv(split: HistoDataset, logits: Tensor, threshold: float = 0.0, temperature: float = 1.0) -> str:
+    """``ID,Name,Probability,Pred`` lines by ascending ID: the probability of label 1, and which patch it is of.
+
+    Args:
+        split: the patches.
+        logits: ``(N,)``.
+        threshold: the logit above which a patch is called 1.
+        temperature: by which the probabilities' logits are divided.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("ID", "Name", "Probability", "Pred"))
     for i in split.ids.argsort().tolist():
         name = split.rows.name(i).removeprefix("img of ")
-        writer.writerow((int(split.ids[i]), name, f"{float(logits[i].double().sigmoid()):.6f}", int(logits[i] > 0)))
+        probability = float((logits[i].double() / temperature).sigmoid())
+        writer.writerow((int(split.ids[i]), name, f"{probability:.6f}", int(logits[i] > threshold)))
     return text.getvalue()
 
 

@@ -22,13 +22,14 @@ from examples.histopathology import wholeslide
 from examples.histopathology.__main__ import Options, app
 from examples.histopathology.backbones import Normalisation
 from examples.histopathology.catalogue import find_method
-from examples.histopathology.data import open_splits
+from examples.histopathology.clinical import operating_point
+from examples.histopathology.data import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.experiment import run_method
+from examples.histopathology.experiment import predict_split, read_card, read_point, run_method
 from examples.histopathology.heatmap import write_map
 from examples.histopathology.outlines import regions, rings
 from examples.histopathology.processes import Job
-from examples.histopathology.slidemap import Asked, classifier_of, predict_slide, summary, tiles_csv
+from examples.histopathology.slidemap import Asked, classifier, classifier_of, predict_slide, summary, tiles_csv
 from examples.histopathology.slides import cut_slides
 from examples.histopathology.training import Recipe
 from examples.histopathology.wholeslide import (
@@ -303,6 +304,65 @@ def test_threshold_and_tissue_decide_what_is_called_and_what_is_looked_at(tmp_pa
     found = predict_slide(slide, by_colour, Asked(tile_mpp=1.0, threshold=1.0))
     assert (found.tumour.sum(), found.tissue.sum()) == (0, 9)
     assert summary(found)["regions"] == [] and tiles_csv(found).count("\n") == 10
+
+
+# -- as validation decided ---------------------------------------------------------------------------------
+
+
+def decided(adapter, folder, threshold, temperature):
+    """A copy of an adapter that says another threshold and temperature."""
+    shutil.copytree(adapter, folder)
+    card = json.loads((folder / "run.json").read_text())
+    card["operating_point"] = {"threshold": threshold, "temperature": temperature}
+    (folder / "run.json").write_text(json.dumps(card))
+    return folder
+
+
+def test_an_adapters_folder_holds_what_validation_decided(adapter):
+    done = json.loads((adapter.parent.parent / "results" / "probe-seed0.json").read_text())["result"]
+    expected = operating_point(torch.tensor(done["val_logits"]), torch.arange(24) % 2)
+    assert read_point(adapter) == expected
+
+
+def test_calibrated_predictions_are_by_the_adapters_threshold_and_temperature(adapter, tmp_path):
+    tiles = tmp_path / "tiles"
+    tiles.mkdir()
+    for i in range(8):
+        Image.fromarray(tissue(96, 96, i, tumour=bool(i % 2))).save(tiles / f"{i}.png")
+    split = HistoDataset(tiles, require_labels=False)
+    logits = predict_split(adapter, split, *read_card(adapter), Job(tmp_path))
+    middle = float(logits.sort().values[2:4].mean())  # three tiles below it, five above
+    own = decided(adapter, tmp_path / "own", middle, 4.0)
+    predict(own, tiles, tmp_path / "s.csv", "--calibrated")
+    found = rows(tmp_path / "s-probabilities.csv")
+    assert [int(row["Pred"]) for row in found] == (logits > middle).int().tolist() and sum(logits > middle) == 5
+    assert [row["Pred"] for row in rows(tmp_path / "s.csv")] == [row["Pred"] for row in found]
+    expected = (logits.double() / 4).sigmoid().tolist()
+    # batches of another size may round otherwise; six digits are written
+    assert [float(row["Probability"]) for row in found] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_calibrated_map_is_of_the_same_temperature_and_threshold(adapter, planted, tmp_path):
+    plain = predict_slide(planted, classifier(adapter, *read_card(adapter)), Asked(tile_mpp=0.97)).probabilities
+    logits = torch.from_numpy(plain[~np.isnan(plain)]).logit()
+    middle = float(logits.sort().values[19:21].mean())
+    predict(decided(adapter, tmp_path / "own", middle, 4.0), planted, tmp_path / "a.csv", "--calibrated")
+    found = rows(tmp_path / "a.csv")
+    assert [float(row["Probability"]) for row in found] == pytest.approx((logits / 4).sigmoid().tolist(), abs=1e-5)
+    assert [int(row["Pred"]) for row in found] == (logits > middle).int().tolist()
+    assert sum(row["Pred"] == "1" for row in found) == 44
+
+
+@pytest.mark.parametrize(
+    ("options", "point", "message"),
+    [
+        (("--calibrated", "--how", "ensemble"), (0.5, 2.0), "--calibrated is of an adapter's own predictions"),
+        (("--calibrated",), (None, None), "run.json holds no threshold and temperature; a training that ends writes"),
+    ],
+)
+def test_what_was_not_decided_is_refused(adapter, planted, tmp_path, options, point, message):
+    own = decided(adapter, tmp_path / "own", *point)
+    assert message in predict(own, planted, tmp_path / "a.csv", *options, status=1).stderr
 
 
 # -- outlines ----------------------------------------------------------------------------------------------
