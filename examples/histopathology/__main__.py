@@ -610,7 +610,12 @@ def finish(
     console.print(report.rich_table(whole))
     for note in whole.notes():
         console.print(f"· {note}", highlight=False)
-    console.print(f"submission.csv is by {whole.best.method}, seed {whole.best.seed}: the lowest validation loss")
+    console.print(
+        f"submission.csv is by {whole.best.method}, seed {whole.best.seed}: the lowest validation loss of a row's own "
+        "predictions",
+        soft_wrap=True,
+        highlight=False,
+    )
     for name in ("report.html", "table.md", "results.json", configuration.NAME, "submission.csv", "adapters", "logs"):
         console.print(f"{options.out / name}", soft_wrap=True)
 

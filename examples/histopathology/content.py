@@ -36,6 +36,7 @@ def look(splits: Mapping[str, HistoDataset], job: Job) -> None:
     Raises:
         ExampleError: pixels that cannot be read, are not finite, or lie outside [0, 1].
     """
+    job.console.print(f"reading each of {sum(map(len, splits.values())):,} images once", highlight=False)
     found = job.first_decides(lambda: {name: images_of(split) for name, split in splits.items()})
     for name, split in splits.items():
         _seen[split] = found[name]
