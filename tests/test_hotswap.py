@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -366,6 +367,23 @@ def test_a_forward_that_fails_leaves_the_gate_open(files, expected):
     torch.testing.assert_close(predicts(net), expected["at another strength"], **CLOSE)
 
 
+class OnADevice(nn.Module):
+    """Says that its tensors are on an accelerator."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        yield SimpleNamespace(device=torch.device("cuda", 1))
+
+
+def test_on_an_accelerator_a_swap_waits_for_the_device_before_and_after(monkeypatch):
+    root, order = OnADevice(), []
+    vars(root)[gate.GATE] = gate.Gate()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", order.append)
+    with gate.alone(root):
+        order.append("written")
+    assert order == [torch.device("cuda", 1), "written", torch.device("cuda", 1)]
+
+
 # ---- what is left of the old, and what is saved
 
 
@@ -549,6 +567,32 @@ def test_zeros_beyond_the_rank_stay_zero_in_training_and_the_rest_trains_as_with
     assert not padded.lora_A[2:].any() and not padded.lora_B[:, 2:].any()
     for expected, found in zip(plain.factors(), padded.factors(), strict=True):
         torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "nf_resnet26"])
+def test_adapters_of_real_networks_are_swapped_with_one_compilation(name, graphs, tmp_path):
+    timm = need("timm")
+
+    def made(rank: int) -> nn.Module:
+        torch.manual_seed(0)
+        net = convlora.inject(timm.create_model(name, num_classes=3), rank).eval()
+        randomise(net, 0.02, seed=rank)
+        return net
+
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        nets = {rank: made(rank) for rank in (2, 8, 16)}
+        expected = {rank: net(images) for rank, net in nets.items()}
+        for rank, net in nets.items():
+            convlora.save_adapter(net, tmp_path / str(rank))
+        net = convlora.prepare_for_hotswap(nets[8])
+        run = compiled(net, graphs)
+        for rank in (8, 2, 16, 8):
+            convlora.hotswap_adapter(run, tmp_path / str(rank))
+            torch.testing.assert_close(run(images), expected[rank], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(net(images), expected[rank], rtol=1e-3, atol=1e-4)
+    assert len(graphs) == 1
 
 
 def test_the_model_itself_may_be_the_adapted_layer(tmp_path):
@@ -887,3 +931,21 @@ def test_an_interrupt_in_the_middle_of_the_numbers_leaves_the_new_adapter_whole(
     with pytest.raises(KeyboardInterrupt):
         convlora.hotswap_adapter(net, files["at another strength"])
     torch.testing.assert_close(predicts(net), expected["at another strength"], **CLOSE)
+
+
+def test_an_interrupt_while_it_is_prepared_leaves_it_prepared(files, expected, monkeypatch):
+    net = convlora.load_adapter(base(), files["rank 2"])
+    attach, calls = convlora._model.hotswap.attach, []
+
+    def interrupted(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        attach(*args)
+
+    monkeypatch.setattr(convlora._model.hotswap, "attach", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convlora.prepare_for_hotswap(net)
+    convlora.hotswap_adapter(net, files["at another strength"])
+    torch.testing.assert_close(predicts(net), expected["at another strength"], **CLOSE)
+    assert torch.equal(predicts(convlora.remove(net)), predicts(base()))

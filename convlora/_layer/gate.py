@@ -121,6 +121,8 @@ def alone(root: nn.Module) -> Iterator[None]:
         waited = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
         for device in waited:  # forwards have ended on the host alone
             torch.accelerator.synchronize(device)
-        yield
-        for device in waited:
-            torch.accelerator.synchronize(device)
+        try:
+            yield
+        finally:
+            for device in waited:  # forwards in other threads may be on other streams
+                torch.accelerator.synchronize(device)
