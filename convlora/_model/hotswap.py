@@ -65,7 +65,8 @@ def prepare_for_hotswap(model: M, max_rank: int = 16) -> M:
     adapter gets zeros in the layers that only others adapt. So a compiled model needs no second compilation for another
     adapter, one that has come by ``hotswap_adapter`` or, among all that the model carries now, by ``set_adapter``.
     After adding another adapter call it again, with the same ``max_rank``. What the model predicts is as before up to
-    rounding, and what is saved has no zeros. Make optimizers anew: padded factors are other Parameters.
+    rounding, and what is saved has no zeros. Make optimizers anew: padded factors are other Parameters, and ``summary``
+    counts their zeros among what requires a gradient.
 
     Call it before ``torch.compile``, ``torch.export`` and the first forward of a CUDA graph.
 
