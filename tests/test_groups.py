@@ -220,3 +220,22 @@ def test_a_rate_that_is_none_is_refused(given, message, images):
 def test_a_model_without_adapter_is_refused(net):
     with pytest.raises(StateError, match="carries no adapter"):
         convlora.parameter_groups(net, lr=RATE)
+
+
+def test_pruned_and_parametrized_factors_are_in_the_group_of_what_they_are():
+    from torch.nn.utils import parametrize, prune
+
+    model = convlora.inject(nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)), 2, modules_to_save=None)
+    prune.l1_unstructured(model[0].convlora["default"], "lora_B", 0.2)
+    parametrize.register_parametrization(model[1].convlora["default"], "lora_B", nn.Identity())
+    groups = convlora.parameter_groups(model, lr=1e-3, weight_decay=0.1)
+    assert [(group["name"], len(group["params"]), group["weight_decay"]) for group in groups] == [
+        ("A", 2, 0),
+        ("B", 2, 0),
+    ]
+
+
+def test_a_rate_whose_multiple_is_not_finite_is_refused():
+    model = convlora.inject(nn.Sequential(nn.Conv2d(16, 16, 3)), 2, modules_to_save=None)
+    with pytest.raises(TargetError, match="16 times it, for B, is no finite number"):
+        convlora.parameter_groups(model, lr=1e308)

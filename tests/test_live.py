@@ -453,7 +453,7 @@ def test_taken_out_the_base_is_as_it_was():
 
 def test_a_state_dict_says_which_weights_it_is_of():
     _, model = two()
-    convlora.set_adapter(model, {"a": 0.5, "b": 1.0})
+    convlora.set_adapter(model, {"a": 0.5, "b": 1.0}, owner="a")
     state = model.state_dict()
     convlora.set_adapter(model, "a")
     with pytest.raises(StateError, match=r"convlora.set_adapter\(model, \{'a': 0.5, 'b': 1.0\}\)"):
@@ -508,3 +508,123 @@ def test_what_one_trains_in_full_and_another_changes_does_not_go_together():
     convlora.add_adapter(model, "b", 2, target_modules="stem", modules_to_save="fc")
     with pytest.raises(StateError, match="fc is trained in full in 'b' and changed in 'a'"):
         convlora.set_adapter(model, ["a", "b"])
+
+
+# ---- what was once wrong
+
+
+def trained_ssf():
+    torch.manual_seed(0)
+    model = convlora.inject(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), method="ssf", modules_to_save=None)
+    return moved(model, 1, 1.0)
+
+
+def test_a_scaled_bias_is_mixed_in_the_loaded_adapter_too(tmp_path):
+    model, images = trained_ssf(), torch.ones(1, 3, 3, 3)
+    convlora.save_adapter(convlora.set_scale(model, "default", 0.5), tmp_path)
+    torch.manual_seed(0)
+    loaded = convlora.load_adapter(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), tmp_path)
+    assert torch.equal(loaded(images), model(images))
+    assert torch.equal(convlora.merge(loaded)(images), model(images))
+
+
+def test_a_bias_that_is_mixed_is_told_not_to_train_and_one_of_weight_1_trains():
+    model = trained_ssf()
+    assert model[0].bias.requires_grad and convlora.check(model) == []
+    with convlora.scaled(model, 0.5):
+        assert [finding.name for finding in convlora.check(model)] == ["0.bias"]
+        with pytest.warns(UserWarning, match=r"0.bias: this bias is mixed"):
+            convlora.trainable_parameters(model)
+    convlora.add_adapter(model, "lora", 1, modules_to_save=None)
+    own = convlora.set_adapter(model, "default")[0].bias
+    convlora.set_adapter(model, {"default": 1.0, "lora": 0.5}, owner="lora")
+    assert model[0].bias is own and own.requires_grad and convlora.check(model) == []
+
+
+def test_no_state_dict_goes_into_a_mixture_or_out_of_one_and_strengths_are_compared():
+    _, model = two()
+    own, expected = model.state_dict(), outputs(model)
+    with convlora.scaled(model, 0.5, interpolate=True):
+        mixed = model.state_dict()
+        with pytest.raises(StateError, match="The model has a head, statistics or biases in place that are a mixture"):
+            model.load_state_dict(own)
+    with pytest.raises(StateError, match="The state dict has a head"):
+        model.load_state_dict(mixed)
+    convlora.set_scale(model, "b", 0.5)
+    with pytest.raises(StateError, match=r"the strengths 1, and the model's have \{'b'"):
+        model.load_state_dict(own)
+    convlora.set_scale(model, "b", 1).load_state_dict(own)
+    assert torch.equal(outputs(model), expected)
+
+
+@pytest.mark.parametrize("asked", [{"a": 1.0, "b": 1.0}, {"a": 0.5}])
+def test_interpolated_at_1_the_owner_s_head_is_its_own(asked):
+    _, model = two()
+    expected = outputs(convlora.set_adapter(model, asked, owner="a"))
+    kinds = [type(module) for module in model.modules()]
+    with convlora.scaled(model, 1, interpolate=True):
+        assert torch.equal(outputs(model), expected) and [type(m) for m in model.modules()] == kinds
+    head = model.fc.weight.detach().clone()
+    with convlora.disable_adapter(model):
+        start = model.fc.weight.detach().clone()
+    with convlora.scaled(model, 0.25, interpolate=True):
+        near(model.fc.weight.detach(), start + 0.25 * (head - start))
+
+
+NO_NAMES = {
+    "a number for a name": lambda m: convlora.set_adapter(m, {1: 1.0}),
+    "nothing": lambda m: convlora.set_adapter(m, None),
+    "a number": lambda m: convlora.set_adapter(m, 1),
+    "lists in a list": lambda m: convlora.set_adapter(m, [["a"]]),
+    "owner": lambda m: convlora.set_adapter(m, ["a", "b"], owner=["a"]),
+    "trained": lambda m: convlora.set_adapter(m, ["a", "b"], trained=5),
+    "scaled": lambda m: convlora.scaled(m, 0.5, ["a"]).__enter__(),
+    "a sample": lambda m: convlora.use_adapters(m, [{1: 1.0}] * 4).__enter__(),
+    "samples": lambda m: convlora.use_adapters(m, None).__enter__(),
+}
+
+
+@pytest.mark.parametrize("case", NO_NAMES)
+def test_what_is_no_name_is_refused_in_words(case):
+    _, model = two()
+    expected = outputs(model)
+    with pytest.raises((TargetError, StateError), match=r"it must be|is none of"):
+        NO_NAMES[case](model)
+    assert torch.equal(outputs(model), expected)
+
+
+def trained_now(model):
+    return {name.split(".")[-2] for name, p in model.named_parameters() if ".convlora." in name and p.requires_grad}
+
+
+def test_who_is_trained_may_come_as_any_iterable_or_one_name():
+    _, model = two()
+    for trained in (["b"], iter(["b"]), "b"):
+        assert trained_now(convlora.set_adapter(model, iter(["a", "b"]), trained=trained)) == {"b"}
+    assert trained_now(convlora.set_adapter(model, "a", trained=[])) == set()
+    assert trained_now(convlora.set_adapter(model, "a")) == {"a"}
+
+
+def test_buffers_of_different_lengths_are_those_of_the_largest_weight():
+    class Grows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.register_buffer("seen", torch.zeros(4), persistent=False)
+
+    model = convlora.inject(Grows(), 2, adapter_name="a", modules_to_save=None)
+    model.seen = torch.arange(8.0)
+    convlora.add_adapter(model, "b", 2, modules_to_save=None)
+    assert len(convlora.set_adapter(model, {"a": 0.6, "b": 0.5}).seen) == 8
+    assert len(convlora.set_adapter(model, {"a": 0.4, "b": 0.5}).seen) == 4
+
+
+def test_a_weight_of_0_leaves_out_what_is_not_finite():
+    base = base_net()
+    model = convlora.inject(copy.deepcopy(base), method="dense", modules_to_save=None).eval()
+    with torch.no_grad():
+        for parameter in convlora.trainable_parameters(model):
+            parameter.fill_(float("inf"))
+    with convlora.scaled(model, 0):
+        assert torch.equal(outputs(model), outputs(base))
+        assert torch.equal(outputs(convlora.merge(model)), outputs(base))

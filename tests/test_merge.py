@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import SmallNet, randomise, snapshot
+from torch import nn
 
 import convlora
 from convlora import StateError
@@ -138,3 +139,15 @@ def test_without_the_check_it_is_merged_as_it_is_and_comes_back(images):
     assert type(net.stem) is torch.nn.Conv2d and not net.stem.weight[3].isfinite().any()
     assert torch.equal(net.eval()(images).isnan(), whole.isnan())
     assert snapshot(convlora.unmerge(net.train())) == before
+
+
+def test_a_base_s_bias_that_is_not_finite_hides_no_weight():
+    net = nn.Sequential(nn.Conv2d(8, 8, 3))
+    with torch.no_grad():
+        net[0].bias[0] = float("inf")
+    convlora.inject(net, 2, modules_to_save=None)
+    with torch.no_grad():
+        for factor in convlora.trainable_parameters(net):
+            factor.fill_(float("nan"))
+    with pytest.raises(StateError, match=r"0\.weight: NaN or Inf"):
+        convlora.merge(net)

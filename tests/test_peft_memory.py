@@ -678,9 +678,20 @@ def test_several_active_adapters_do_not_go_to_peft_as_one():
     net = convlora.add_adapter(convlora.inject(network(), 2, adapter_name="a"), "b", 2)
     convlora.set_adapter(net, {"a": 1.0, "b": 0.5})
     before = snapshot(net)
-    with pytest.raises(StateError, match="Several adapters are active"):
+    with pytest.raises(StateError, match="Adapters are active by weight"):
         convlora.peft.to_peft(net)
     convlora.set_adapter(net, "a")
     with convlora.scaled(net, 0.5), pytest.raises(StateError, match="A scaled block is open"):
         convlora.peft.to_peft(net)
     assert snapshot(convlora.set_adapter(net, ["a", "b"])).keys() == before.keys()
+
+
+def test_dora_at_a_strength_is_for_no_peft(tmp_path):
+    net = convlora.inject(network(), 2, use_dora=True, modules_to_save=None)
+    randomise(net)
+    convlora.save_adapter(convlora.set_scale(net, "default", 0.5), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "CONVLORA_ALONE"
+    convlora.peft.register()
+    with pytest.raises(Exception, match="CONVLORA_ALONE"):
+        peft.PeftModel.from_pretrained(network(), tmp_path)
+    assert near(predict(convlora.load_adapter(network(), tmp_path)), predict(net))

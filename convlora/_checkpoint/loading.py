@@ -16,7 +16,7 @@ from .._layer.computed import weight_shape
 from .._layer.places import BASE
 from .._model.inject import applied
 from .._model.options import check_name
-from .._model.state import check_addable, root_of, the_adapter, the_injection
+from .._model.state import activate, check_addable, root_of, the_adapter, the_injection
 from .._plan import Plan
 from ..errors import CheckpointError
 from .contents import State, adapter_state
@@ -154,6 +154,8 @@ def install(plan: Plan, tensors: State, manifest: Manifest, root: nn.Module) -> 
     """Carry out a plan that fits the model, and give the adapter its numbers; all or nothing."""
     with applied(plan, root):
         _copy_tensors(tensors, manifest, root, plan.adapter_name)
+        injection = the_injection(root)[1]
+        activate(root, injection, injection.now, injection.disabled)  # a bias at a strength is mixed of these numbers
 
 
 def read_tensors(file: TensorFile, manifest: Manifest) -> State:

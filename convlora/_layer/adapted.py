@@ -83,13 +83,15 @@ class Adapters(nn.ModuleDict):
         """What the layer computes with for an owner; None where it has nothing of it."""
         if isinstance(owner, str):
             change = cast("Change | None", self._modules.get(owner))
-            return change if change is None or change.strength == 1 else Mix(((change, change.strength),))
+            if change is None or change.strength == 1:
+                return change
         parts = self.parts(owner)
         return Mix(parts) if parts else None
 
     def parts(self, owner: Owner) -> Weighted:
-        """The changes of an owner in this layer, each with the weight that it has in all."""
-        return tuple((change, weight * change.strength) for change, weight in self._there(owner))
+        """The changes of an owner in this layer, each with the weight that it has in all, where that is not 0."""
+        parts = ((change, weight * change.strength) for change, weight in self._there(owner))
+        return tuple((change, weight) for change, weight in parts if weight)
 
     def _there(self, owner: Owner) -> Weighted:
         named = ((owner, 1.0),) if isinstance(owner, str) else owner

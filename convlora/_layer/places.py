@@ -69,7 +69,11 @@ class Place:
 
     def own(self, owner: str) -> Tensor | None:
         """The owner's own tensor; None where it has the base's."""
-        return self.of(owner) if owner in self.kept or owner == self.owner else None
+        return self.of(owner) if self.has(owner) else None
+
+    def has(self, owner: str) -> bool:
+        """Whether the owner has its own here, which may be None in the place of a buffer."""
+        return owner in self.kept or owner == self.owner
 
     def has_moved(self, owner: str) -> bool:
         """Whether the owner's tensor holds other numbers than the base's, or the base has none."""

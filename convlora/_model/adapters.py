@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import NoneType
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
@@ -86,7 +87,9 @@ def set_adapter(
     that adapter's, and go on training with it. Without, they are a mixture by weight, made now and not trained: of
     parameters, base + Σ weight · (each − base); of statistics, those of all the data, as in
     :func:`convlora.combine_adapters`, and the base's among them where the weights sum to less than 1. Norm layers of a
-    mixture are frozen. A bias that is trained as a part of an adapted layer's change is always mixed by weight.
+    mixture are frozen. A bias that is trained as a part of an adapted layer's change (SSF) goes with the change's
+    weight; where that is not 1 it is a mixture and not trained, which :func:`convlora.check` says. One name with a
+    weight keeps its own head and statistics.
 
     Only what is active is trainable; training it leaves every other adapter bit for bit as it was. Each has parameters
     of its own: make an optimizer from ``trainable_parameters(model)`` after the switch. Switch between steps: a
@@ -107,7 +110,8 @@ def set_adapter(
     """
     check_not_ddp(model)
     parts = ready(model, check_unmerged, check_outside_blocks)
-    wanted = [_wanted(injection, adapter_name, owner, trained) for _, injection in parts]
+    asked, chosen = checked_names(adapter_name), None if trained is None else tuple(checked_names(trained, "trained"))
+    wanted = [_wanted(injection, asked, owner, chosen) for _, injection in parts]
     before = [(injection.now, injection.trained, injection.disabled) for _, injection in parts]
 
     def switch() -> None:
@@ -128,24 +132,39 @@ def set_adapter(
 
 
 def _wanted(
-    injection: Injection,
-    adapter_name: str | Mapping[str, float] | Iterable[str],
-    owner: str | None,
-    trained: Iterable[str] | None,
+    injection: Injection, adapter_name: Mapping[str, float], owner: str | None, trained: tuple[str, ...] | None
 ) -> str | Blend:
     """What :func:`set_adapter` is to activate."""
     weights = checked_weights(injection, adapter_name)
     for argument, names in (("owner", () if owner is None else (owner,)), ("trained", trained or ())):
-        if strange := [name for name in names if name not in weights]:
+        if strange := [name for name in names if name not in list(weights)]:
             raise TargetError(
                 f"{argument}={strange[0]!r} is none of the adapters that are to be active: {', '.join(weights)}. "
                 "Nothing was changed."
             )
-    if list(weights.values()) == [1.0]:
+    trained = tuple(weights) if trained is None else trained
+    if list(weights.values()) == [1.0] and trained == tuple(weights):
         return next(iter(weights))
     if len(weights) == 1 and owner is None:
         owner = next(iter(weights))
-    return Blend(weights, owner, tuple(weights) if trained is None else tuple(trained))
+    return Blend(weights, owner, trained)
+
+
+def checked_names(asked: object, argument: str = "adapter_name") -> dict[str, float]:
+    """Adapters' names as they may be asked for, each with its weight.
+
+    Raises:
+        TargetError: they are something else.
+    """
+    if isinstance(asked, Mapping):
+        weights = dict(asked)
+    else:
+        names = (asked,) if isinstance(asked, str) else tuple(asked) if isinstance(asked, Iterable) else (None,)
+        weights = dict.fromkeys((name if isinstance(name, str) else None for name in names), 1.0)
+    if not all(isinstance(name, str) for name in weights):
+        wanted = "a name, or several" if argument == "trained" else "a name, several, or a weight for each of several"
+        raise TargetError(f"{argument}={asked!r}; it must be {wanted}, each a string. Nothing was changed.")
+    return weights
 
 
 def checked_weights(injection: Injection, asked: str | Mapping[str, float] | Iterable[str]) -> dict[str, float]:
@@ -153,12 +172,11 @@ def checked_weights(injection: Injection, asked: str | Mapping[str, float] | Ite
 
     Raises:
         StateError: there is none of a name, or one trains in full what another one changes.
-        TargetError: a weight is no finite number, or no name is given.
+        TargetError: a weight is no finite number, or no name is given, or one that is no string.
     """
-    names = (asked,) if isinstance(asked, str) else asked
-    weights = dict(asked) if isinstance(asked, Mapping) else dict.fromkeys(names, 1.0)
+    weights = checked_names(asked)
     for name, weight in weights.items():
-        the_adapter(injection, str(name))
+        the_adapter(injection, name)
         check_number(weight, f"weight of {name}")
     if not weights:
         raise TargetError("adapter_name names no adapter. Nothing was changed.")
@@ -191,9 +209,9 @@ def scaled(
 
     Factor 0 is the base's weights and 1 the adapter, both to the bit. Head and norm statistics stay those of the active
     adapter; with ``interpolate`` they move with the weights, as a mixture with the base's that is not trained (see
-    :func:`set_adapter`), so that factor 0 is the base as a whole. It holds for every thread. Of blocks that are open at
-    once the factors multiply, and when all are left every bit is as before. A copy that is made inside keeps the
-    strength until :func:`set_adapter` is called on it.
+    :func:`set_adapter`, also for biases), so that factor 0 is the base as a whole. It holds for every thread. Of blocks
+    that are open at once the factors multiply; ``use_adapters`` blocks have weights of their own. When all are left
+    every bit is as before. A copy that is made inside keeps the strength until :func:`set_adapter` is called on it.
 
     Args:
         model: an injected model.
@@ -210,6 +228,8 @@ def scaled(
     check_number(factor, "factor")
     if interpolate and target_modules is not None:
         raise TargetError("interpolate=True is for all layers, not for target_modules. Nothing was changed.")
+    if not isinstance(adapter_name, (str, NoneType)):
+        raise TargetError(f"adapter_name={adapter_name!r}; it must be one adapter's name. Nothing was changed.")
     parts = ready(model, check_unmerged, check_enabled)
     for _, injection in parts:
         if adapter_name is not None and adapter_name not in Blend.of(injection.now).weights:

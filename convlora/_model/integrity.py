@@ -29,6 +29,7 @@ from .state import (
     injections,
     replaced_modules,
     the_injection,
+    untrained_biases,
 )
 
 M = TypeVar("M", bound=nn.Module)
@@ -178,6 +179,12 @@ def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[
     if injection.merged or injection.disabled:
         return
     thaw = "Its requires_grad is False: set it to True where it should train"
+    for place in untrained_biases(injection):
+        if place.module in names:
+            what = "this bias is mixed of adapters' by weight, and is not trained"
+            yield Finding(
+                f"{names[place.module]}.bias", what, "Train at weight and strength 1 where it should be", "warned"
+            )
     trained_now = [injection.adapters[name] for name in injection.trained]
     for layer, change in ((*pair,) for each in trained_now for pair in zip(each.layers, each.changes, strict=True)):
         if layer in names and not any(factor.requires_grad for factor in change.parameters()):

@@ -93,7 +93,7 @@ def _is_finite(tensor: Tensor | None) -> bool:
 
 
 def _own(layer: nn.Module) -> Iterator[nn.Parameter]:
-    return (p for name, p in layer.named_parameters() if not name.startswith(f"{CHILD}."))
+    return (p for name, p in layer.named_parameters() if not name.startswith((f"{CHILD}.", "bias")))
 
 
 def _fold(parts: list[Part], weights: list[list[nn.Parameter]]) -> None:

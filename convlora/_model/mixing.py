@@ -52,16 +52,17 @@ def mixed(place: Place, mean: Place | None, weights: Mapping[str, float]) -> Ten
         weights: by the adapters' names.
 
     Returns:
-        None where one of the adapters, or the base, has nothing there.
+        None where one of the adapters, or the base, has nothing there, or a tensor of another shape.
     """
     base = place.of(BASE)
     tensors = [place.of(name) for name in weights]
     theirs = [t.to(base.device) for t in tensors if t is not None and base is not None]
-    if base is None or len(theirs) < len(weights):
+    if base is None or len(theirs) < len(weights) or any(tensor.shape != base.shape for tensor in theirs):
         return None
     by_weight = torch.tensor(list(weights.values()), dtype=torch.float64, device=base.device)
     if place.is_parameter:
-        return base.double() + _sum(by_weight, [t.double() - base.double() for t in theirs])
+        wide = torch.promote_types(base.dtype, torch.float64)
+        return base.to(wide) + _sum(by_weight, [t.to(wide) - base.to(wide) for t in theirs])
     leading, shares = theirs[int(by_weight.abs().argmax())], by_weight.abs() / by_weight.abs().sum()
     means = _tensors_in(mean, weights) if mean is not None and place.name == "running_var" else []
     middle = _sum(shares, means) if means else base  # once, not for each of them

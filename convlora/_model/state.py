@@ -7,7 +7,7 @@ that it follows deepcopy and pickle, and can tell where the user has replaced a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -161,15 +161,27 @@ class Injection:
         """What ``set_adapter`` would be told to have it so; None while adapters are disabled."""
         return None if self.disabled else dict(self.blend.weights) if self.blend else self.active
 
-    def owner_of(self, blend: Blend) -> str | None:
-        """Whose head and statistics are in place with a blend; None for a mixture."""
-        return None if any(scale.interpolate for scale in self.scales.values()) else blend.owner
-
     def policy(self, norm: nn.Module, blend: Blend, disabled: bool) -> NormPolicy | None:
         """What a norm layer does with a blend; with a mixture of statistics, and with the base's, it is frozen."""
-        owner = self.owner_of(blend)
-        asked = {self.adapters[name].norms.get(norm) for name in ((owner,) if owner else blend.weights)} - {None}
-        return "freeze" if asked and (disabled or owner is None) else next(iter(asked), None)
+        names = (blend.owner,) if blend.owner else tuple(blend.weights)
+        asked = {self.adapters[name].norms.get(norm) for name in names} - {None}
+        is_mixed = blend.owner is None or self.scale(blend.owner, None) != 1
+        return "freeze" if asked and (disabled or is_mixed) else next(iter(asked), None)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether a head, a bias or statistics are in place that are no adapter's own."""
+        return any(place.owner == MIXTURE for place in self.places)
+
+    @property
+    def strengths(self) -> dict[str, dict[str, float]]:
+        """The layers' strengths by adapter, where they are not 1."""
+        found = {
+            name: {p.name: c.strength for p, c in zip(each.plan.layers, each.changes, strict=True) if c.strength != 1}
+            for name, each in self.adapters.items()
+            if not each.lost()
+        }
+        return {name: strengths for name, strengths in found.items() if strengths}
 
     def scale(self, adapter_name: str, layer: nn.Module | None) -> float:
         """The product of what open ``scaled`` blocks ask for; see :meth:`Scale.of`."""
@@ -225,11 +237,10 @@ def activate(root: nn.Module, injection: Injection, wanted: str | Blend, disable
 
 def _activate(root: nn.Module, injection: Injection, wanted: str | Blend, disabled: bool) -> None:
     blend = Blend.of(wanted)
-    owner = injection.owner_of(blend)
     copies: dict[int, Tensor] = {}
     mixtures = Mixtures(injection.places)
     for place in injection.places:
-        weights = _weights_in(place, injection, blend, owner)
+        weights = _weights_in(place, injection, blend)
         if disabled:
             place.put_copy(copies)
         elif list(weights.values()) == [1.0]:
@@ -258,35 +269,29 @@ def _owner_in(layer: nn.Module, injection: Injection, blend: Blend) -> Owner:
     return next(iter(weights)) if list(weights.values()) == [1.0] else tuple(weights.items())
 
 
-def _weights_in(place: Place, injection: Injection, blend: Blend, owner: str | None) -> dict[str, float]:
-    """Whose tensors a place has, and in which mixture: a bias that is a part of a layer's change goes with its weight.
-
-    Args:
-        place: in a module.
-        injection: of the model.
-        blend: what it is to compute with.
-        owner: of all else than biases; None for a mixture.
-    """
-    layer = place.module if _is_of_change(place, blend.weights) else None
-    asked = tuple((name, weight * injection.scale(name, layer)) for name, weight in blend.weights.items())
-    return weights_of(place, asked, owner)
+def _weights_in(place: Place, injection: Injection, blend: Blend) -> dict[str, float]:
+    """Whose tensors a place has, and in which mixture, open ``scaled`` blocks considered."""
+    asked = tuple((name, weight * injection.scale(name, place.module)) for name, weight in blend.weights.items())
+    owners = {blend.owner: 1.0} if blend.owner else blend.weights
+    return weights_of(place, asked, {name: weight * injection.scale(name, None) for name, weight in owners.items()})
 
 
-def weights_of(place: Place, wanted: Owner, owner: str | None) -> dict[str, float]:
+def weights_of(place: Place, wanted: Owner, rest: Mapping[str, float] | None) -> dict[str, float]:
     """Whose tensors a place has for those wanted, each with its weight; one with weight 1 where it is that one's own.
 
     Args:
         place: in a module.
         wanted: an adapter, or several with their weights.
-        owner: of all else than biases that are a part of a change; None for a mixture.
+        rest: weights for all else than biases that are a part of a change, where they are others.
     """
     weights = {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
     if _is_of_change(place, weights):
         changes = ((name, weight, change_of(place.module, name)) for name, weight in weights.items())
         weights = {name: weight * change.strength for name, weight, change in changes if change}
-    elif owner is not None:
-        weights = {owner: 1.0}
-    return weights if any(place.own(name) is not None for name in weights) else {BASE: 1.0}
+        weights = {name: weight for name, weight in weights.items() if place.has(name)}
+    elif rest is not None:
+        weights = dict(rest)
+    return weights if any(map(place.has, weights)) else {BASE: 1.0}
 
 
 def _is_of_change(place: Place, names: Iterable[str]) -> bool:
@@ -295,11 +300,21 @@ def _is_of_change(place: Place, names: Iterable[str]) -> bool:
     return is_bias and any(change_of(place.module, name) for name in names)
 
 
+def untrained_biases(injection: Injection) -> list[Place]:
+    """Biases of changes that are trained at weight 1, and now are a mixture, which is not."""
+    return [p for p in injection.places if p.owner == MIXTURE and _is_of_change(p, injection.trained)]
+
+
 def mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """A hook of ``state_dict``: say in its metadata which state of the model it is of."""
     injection = vars(root).get(RECORD)
     if isinstance(injection, Injection):
-        metadata[CHILD] = {"merged": injection.merged, "active": injection.label}
+        metadata[CHILD] = {
+            "merged": injection.merged,
+            "active": injection.label,
+            "mixed": injection.is_mixed,
+            "strengths": injection.strengths,
+        }
 
 
 def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
@@ -320,6 +335,19 @@ def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: di
         raise StateError(
             "The state dict is of a merged model, and its weights hold the adapter already, which would be added to "
             "them again. Load it into a plain network, or convlora.merge(model) first. Nothing was loaded."
+        )
+    if theirs and (theirs.get("mixed") or injection.is_mixed):
+        which = "The state dict has" if theirs.get("mixed") else "The model has"
+        raise StateError(
+            f"{which} a head, statistics or biases in place that are a mixture by weight, and no adapter's own. Leave "
+            "scaled blocks, and convlora.set_adapter one adapter, or several with an owner, before a state dict is "
+            "taken or loaded; or use convlora.save_adapter. Nothing was loaded."
+        )
+    if theirs and (strengths := theirs.get("strengths", {})) != injection.strengths:
+        raise StateError(
+            f"The state dict is of adapters at the strengths {strengths or 1}, and the model's have "
+            f"{injection.strengths or 1}; a state dict does not hold them. Call convlora.set_scale first. Nothing was "
+            "loaded."
         )
     active = injection.label
     if theirs and theirs["active"] != active:
@@ -514,8 +542,8 @@ def the_adapter(injection: Injection, adapter_name: str | None) -> Adapter:
     """
     if adapter_name is None and injection.blend:
         raise StateError(
-            f"Several adapters are active, {injection.blend.weights}: name one of them. convlora.combine_adapters "
-            "makes one adapter of several. Nothing was changed."
+            f"Adapters are active by weight, {injection.blend.weights}: name one of them. convlora.combine_adapters "
+            "makes one adapter of several, convlora.set_scale gives one another strength. Nothing was changed."
         )
     found = injection.adapters.get(injection.active if adapter_name is None else adapter_name)
     if found is None:
@@ -605,7 +633,7 @@ def check_single(injection: Injection) -> None:
     """Raise StateError where other than one adapter at its own strength is active."""
     if injection.blend or injection.scales:
         what = (
-            f"Several adapters are active, {injection.blend.weights}" if injection.blend else "A scaled block is open"
+            f"Adapters are active by weight, {injection.blend.weights}" if injection.blend else "A scaled block is open"
         )
         raise StateError(f"{what}; convlora.set_adapter one, outside of scaled blocks, first. Nothing was changed.")
 

@@ -117,6 +117,8 @@ def parameter_groups(
     for argument, value in (("lr", lr), ("lr_B", lr_B), ("weight_decay", weight_decay)):
         if value is not None and not (isinstance(value, Real) and 0 <= value < math.inf):
             raise TargetError(f"{argument}={value!r}; it must be a finite number of at least 0.")
+    if lr_B is None and not PLUS * lr < math.inf:
+        raise TargetError(f"lr={lr!r}; {PLUS:g} times it, for B, is no finite number. Give lr_B.")
     check_trainable(model, stacklevel=2)
     constant = {"weight_decay": 0.0}
     groups: dict[str, dict[str, Any]] = {
@@ -127,10 +129,17 @@ def parameter_groups(
     }
     members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
     owners = {p: (module, name) for module in model.modules() for name, p in module.named_parameters(recurse=False)}
+    changes = (module for module in model.modules() if isinstance(module, Change))
+    owners |= {p: (change, _plain_name(name)) for change in changes for name, p in change.named_parameters()}
     for parameter, (module, name) in owners.items():
         if parameter.requires_grad:
             members[_group(module, name, parameter)].append(parameter)
     return [{"params": members[name], "name": name, **group} for name, group in groups.items() if members[name]]
+
+
+def _plain_name(name: str) -> str:
+    """Of a tensor that is pruned (``lora_B_orig``) or parametrized (``parametrizations.lora_B.original``)."""
+    return name.removeprefix("parametrizations.").partition(".")[0].removesuffix("_orig")
 
 
 def _group(module: nn.Module, name: str, parameter: nn.Parameter) -> str:

@@ -64,12 +64,12 @@ def use_adapters(model: nn.Module, adapter_names: Iterable[str | Mapping[str, fl
 def _checked(adapter_names: Iterable[Asked]) -> tuple[Asked, ...]:
     if isinstance(adapter_names, str):
         raise StateError(f"adapter_names={adapter_names!r}; it must be a list with a name or None for each sample.")
-    names = tuple(adapter_names)
+    names = tuple(adapter_names) if isinstance(adapter_names, Iterable) else ()
     wrong = [name for name in names if name == BASE or not isinstance(name, (str, Mapping, NoneType))]
     if wrong or not names:
         raise StateError(
-            f"adapter_names={list(names)!r}; it must be a list with an adapter's name, or None for the base, for each "
-            "sample."
+            f"adapter_names={list(names) or adapter_names!r}; it must be a list with an adapter's name, or None for "
+            "the base, for each sample."
         )
     return names
 
@@ -83,7 +83,7 @@ def _block(root: nn.Module, injection: Injection, owners: Iterable[Owner]) -> Bl
     block, mixtures = Block(root, places), Mixtures(injection.places)
     for owner in dict.fromkeys(owners):
         for place in injection.places if owner != BASE else ():
-            alone = owner[0][0] if not isinstance(owner, str) and len(owner) == 1 else None
+            alone = {owner[0][0]: 1.0} if not isinstance(owner, str) and len(owner) == 1 else None
             weights = weights_of(place, owner, alone)
             if list(weights.values()) != [1.0]:
                 block.mixed[id(place), owner] = mixtures.of(place, weights)
