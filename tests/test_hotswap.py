@@ -473,7 +473,7 @@ def test_a_replica_as_data_parallel_makes_it_computes_with_factors_of_its_own(fi
 def test_a_state_dict_of_a_prepared_model_loads_into_another_of_the_same_strength(files):
     first, second = prepared(files, "rank 2"), prepared(files, "rank 2")
     convlora.set_scale(first, "default", 0.5)
-    with pytest.raises(StateError, match="Call convlora.set_scale first"):
+    with pytest.raises(StateError, match=r"Call convlora\.set_scale first"):
         second.load_state_dict(first.state_dict())
     convlora.set_scale(second, "default", 0.5).load_state_dict(first.state_dict())
     assert torch.equal(predicts(second), predicts(first))
