@@ -32,6 +32,7 @@ from . import (
     inspection,
     leakage,
     report,
+    sending,
     sheet,
     slidemap,
     slides,
@@ -255,6 +256,15 @@ LrsOption = Annotated[
 ]
 
 
+JobsOption = Annotated[int, typer.Option("--jobs", help="Processes of this machine that train side by side.")]
+ExecutorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--executor", help="module:callable that returns an executor to train by, as dask's client.get_executor()."
+    ),
+]
+
+
 @app.command()
 @with_options
 def compare(
@@ -262,9 +272,13 @@ def compare(
     methods: MethodsOption = comparison.TABLE,
     seeds: Annotated[int, typer.Option(help="Trainings of each method, from --seed up.")] = 3,
     lrs: LrsOption = None,
+    jobs: JobsOption = 1,
+    executor: ExecutorOption = None,
 ) -> None:
     """Sweep the learning rate of each method alike, run several seeds, report mean, spread and paired differences."""
-    run(options.for_many(), find_methods(methods.split(",")), seeds, rates(options, lrs))
+    check_minimums(jobs=jobs)
+    sent = lambda: sending.find_executor(executor, jobs)  # noqa: E731
+    run(options.for_many(), find_methods(methods.split(",")), seeds, rates(options, lrs), sent)
 
 
 @app.command()
@@ -273,11 +287,15 @@ def ablation(
     options: Options,
     seeds: Annotated[int, typer.Option(help="Trainings of each variant, from --seed up.")] = 1,
     lrs: LrsOption = None,
+    jobs: JobsOption = 1,
+    executor: ExecutorOption = None,
 ) -> None:
     """Ranks 1 to 64, stem, stages, 1×1, k×k, alpha, trained norms: accuracy against the share that trains."""
     if options.rank is not None:
         raise ExampleError("--rank: the ablation sets the ranks itself; leave it out.")
-    run(options.for_many(), variants(), seeds, parse_rates(lrs) if lrs else [options.recipe().lr])
+    check_minimums(jobs=jobs)
+    sent = lambda: sending.find_executor(executor, jobs)  # noqa: E731
+    run(options.for_many(), variants(), seeds, parse_rates(lrs) if lrs else [options.recipe().lr], sent)
 
 
 def rates(options: Options, lrs: str | None) -> list[float]:
@@ -545,9 +563,18 @@ def contact_sheet(
     console.print(f"wrote {out}", soft_wrap=True)
 
 
-def run(options: Options, methods: Sequence[Method], seeds: int, sweep: Sequence[float] = ()) -> None:
+def run(
+    options: Options,
+    methods: Sequence[Method],
+    seeds: int,
+    sweep: Sequence[float] = (),
+    find_executor: Callable[[], Any] = lambda: None,
+) -> None:
     """Train every method with every seed, at the best rate of a sweep where one is given, and write the report."""
     recipe = check(options, seeds)
+    executor = find_executor()
+    if executor is not None and several_processes():
+        raise ExampleError("torchrun's processes share each training; with --jobs or --executor start one process.")
     experiment.check_backbone_takes(recipe)
     job = Job(options.out, console, make_accelerator(recipe.precision, options.tracker), options.resume)
     if options.fit_memory:
@@ -562,7 +589,11 @@ def run(options: Options, methods: Sequence[Method], seeds: int, sweep: Sequence
     remarks: list[str] = []
     try:
         if sweep:
-            results, sweeps = comparison.compare(methods, splits, recipe, sweep, seeds, job)
+            trainings = None
+            if executor is not None:
+                images = {name: content.images_of(split) for name, split in splits.items()}
+                trainings = sending.Sent(executor, folder, options.limit, images, job)
+            results, sweeps = comparison.compare(methods, splits, recipe, sweep, seeds, job, trainings)
             remarks = [f"Learning rate by validation loss on seed {recipe.seed}, {each}." for each in sweeps]
         else:
             results = [
@@ -574,6 +605,9 @@ def run(options: Options, methods: Sequence[Method], seeds: int, sweep: Sequence
         where = options.out / "adapters"
         typer.echo(f"interrupted; the best adapters so far are in {where}; --resume goes on", err=True)
         raise typer.Exit(130) from None
+    finally:
+        if hasattr(executor, "shutdown"):
+            executor.shutdown()
     if job.is_first:
         remarks += comparison.reported([method.name for method in methods], splits)
         finish(options, splits, recipe, results, remarks, warnings)

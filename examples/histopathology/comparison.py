@@ -18,10 +18,11 @@ from torch import Tensor
 from . import rates
 from .data import HistoDataset
 from .errors import ExampleError
-from .experiment import Result, run_method, try_training
+from .experiment import Result, run_method
 from .method import Method, Predict
 from .processes import Job
-from .training import Recipe
+from .sending import Answer, Here, Trainings, everything_there
+from .training import DIVERGED, Recipe
 
 TABLE = (
     "probe,probe-augmented,probe-centre-ensemble,norms,full,lora,lora-lean,lora-track,"
@@ -68,48 +69,82 @@ def compare(
     lrs: Sequence[float],
     seeds: int,
     job: Job,
+    trainings: Trainings | None = None,
 ) -> tuple[list[Result], list[Sweep]]:
-    """Sweep each training once, then run every method with every seed at its training's rate."""
-    sweeps = {
-        name: sweep(dataclasses.replace(method, name=name, predict=Predict()), splits, recipe, lrs, job)
-        for name, method in {method.training: method for method in methods}.items()
-    }
-    results = []
-    for seed in range(recipe.seed, recipe.seed + seeds):
-        for method in methods:
-            lr = sweeps[method.training].best
-            each = dataclasses.replace(recipe, seed=seed, lr=lr)
-            results.append(run_method(method, splits, each, job, suffix=suffix(lr, seed)))
+    """Sweep each training once, then run every method with every seed at its training's rate.
+
+    Args:
+        methods: rows.
+        splits: "train", "val" and "test".
+        recipe: everything else, of the first seed.
+        lrs: learning rates.
+        seeds: how many, from the recipe's up.
+        job: where.
+        trainings: what trains; None for this process, one after the other.
+    """
+    trainings = trainings or Here(splits, job)
+    shared = {method.training: method for method in methods}
+    plain = [dataclasses.replace(method, name=name, predict=Predict()) for name, method in shared.items()]
+    sweeps = sweep(plain, recipe, lrs, job, trainings)
+    rows = [
+        (method, dataclasses.replace(recipe, seed=seed, lr=sweeps[method.training].best))
+        for seed in range(recipe.seed, recipe.seed + seeds)
+        for method in methods
+    ]
+    if not isinstance(trainings, Here):
+        # Trainings first: rows that share one must find it done.
+        kept = {(method.training, each.seed): (method, each) for method, each in rows}
+        _wait([trainings.ran(_plain(method), each, suffix(each)) for method, each in kept.values()])
+        others = [(method, each) for method, each in rows if method.predict != Predict()]
+        _wait([trainings.ran(method, each, suffix(each)) for method, each in others])
+        job = everything_there(job)
+    results = [run_method(method, splits, each, job, suffix=suffix(each)) for method, each in rows]
     return results, list(sweeps.values())
 
 
-def sweep(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, lrs: Sequence[float], job: Job) -> Sweep:
-    """Train at each rate, then beyond an end that does best; one that makes the loss infinite counts as that."""
-    done, may_fail = Sweep(method.training), len(lrs) > 1
-    for lr in lrs:
-        done.losses[lr] = _val_loss(method, splits, recipe, lr, job, may_fail)
-    for _ in range(rates.FURTHER):
-        if (further := done.beyond) is not None:
-            done.losses[further] = _val_loss(method, splits, recipe, further, job, may_fail)
-    return done
+def _plain(method: Method) -> Method:
+    return dataclasses.replace(method, name=method.training, predict=Predict())
 
 
-def _val_loss(
-    method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, lr: float, job: Job, may_fail: bool
-) -> float:
-    each = dataclasses.replace(recipe, lr=lr)
+def _wait(sent: Sequence[Answer]) -> None:
+    for each in sent:
+        each.result()
+
+
+def sweep(
+    methods: Sequence[Method], recipe: Recipe, lrs: Sequence[float], job: Job, trainings: Trainings
+) -> dict[str, Sweep]:
+    """Train each method at each rate, then beyond an end that does best; an infinite loss counts as that."""
+    sweeps = {method.training: Sweep(method.training) for method in methods}
+    asked = [(method, lr) for method in methods for lr in lrs]
+    for _ in range(1 + rates.FURTHER):
+        sent = [
+            (method.training, lr, _sent(method, dataclasses.replace(recipe, lr=lr), trainings)) for method, lr in asked
+        ]
+        for training, lr, future in sent:
+            sweeps[training].losses[lr] = _val_loss(future, job, may_fail=len(lrs) > 1)
+        beyond = [(method, sweeps[method.training].beyond) for method in methods]
+        asked = [(method, lr) for method, lr in beyond if lr is not None]
+    return sweeps
+
+
+def _sent(method: Method, recipe: Recipe, trainings: Trainings) -> Answer:
+    return trainings.tried(method, recipe, f"{method.training}{suffix(recipe)}")
+
+
+def _val_loss(future: Answer, job: Job, may_fail: bool) -> float:
     try:
-        return try_training(method, splits, each, job, f"{method.training}{suffix(lr, recipe.seed)}")
+        return float(future.result())
     except ExampleError as error:
-        if not may_fail or "the loss became" not in str(error):
+        if not may_fail or DIVERGED not in str(error):
             raise
         job.console.print(str(error), highlight=False)
         return math.inf
 
 
-def suffix(lr: float, seed: int) -> str:
+def suffix(recipe: Recipe) -> str:
     """What a training's files are named by, behind its method."""
-    return f"-lr{lr:g}-seed{seed}"
+    return f"-lr{recipe.lr:g}-seed{recipe.seed}"
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def features_of(
 
 
 def _write(path: Path, features: Tensor) -> None:
-    with replacing_file(path) as partial:
+    with replacing_file(path, shared=True) as partial:
         save_file({"features": features}, partial)
 
 

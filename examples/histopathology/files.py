@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` when the block ends without an error: synced, then renamed."""
+def replacing_file(path: Path, shared: bool = False) -> Iterator[Path]:
+    """A name to write to, which becomes ``path`` when the block ends without an error: synced, then renamed.
+
+    Args:
+        path: the file.
+        shared: whether another process, on another machine perhaps, may write the same file now.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12] + '.' if shared else ''}partial")
     try:
         yield partial
         with partial.open("rb+") as file:

@@ -49,6 +49,10 @@ CAMELYON_MPP = 0.97
 """Microns per pixel of Camelyon16's and 17's slides at level 2: of the challenge's, WILDS's and PCam's patches."""
 
 
+DIVERGED = "the loss became"
+"""Words of the error that a sweep survives."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides what is trained and how, apart from the method and the data."""
@@ -417,7 +421,7 @@ def _validate(model: nn.Module, loader: Loader, job: Job) -> tuple[Tensor, Tenso
 
 def _finite(loss: float, name: str, lr: float) -> float:
     if not math.isfinite(loss):
-        raise ExampleError(f"{name}: the loss became {loss} at learning rate {lr:g}; try a lower --lr.")
+        raise ExampleError(f"{name}: {DIVERGED} {loss} at learning rate {lr:g}; try a lower --lr.")
     return loss
 
 

@@ -1,0 +1,19 @@
+"""Executors that tests name as a user would, ``module:callable``."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+
+def threads():
+    return ThreadPoolExecutor(2)
+
+
+def dask():
+    """Two workers of a local cluster, a process each."""
+    from distributed import Client, LocalCluster
+
+    cluster = LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
+    return Client(cluster).get_executor()
+
+
+def nothing():
+    return object()
