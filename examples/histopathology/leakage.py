@@ -39,7 +39,8 @@ def _shared(a: str, first: HistoDataset, b: str, second: HistoDataset) -> Iterat
     if twice:
         yield (
             f"{len(twice):,} of {len(second):,} images of {b} are in {a} too, pixel by pixel (ids {_listed(twice)}): "
-            f"a figure on {b} partly shows what the model has seen. Take them out of one."
+            f"a figure on {b} partly shows what {'the model' if a == 'train' else 'the choice by ' + a} has seen. "
+            "Take them out of one."
         )
     # who has the same slide has the same patient
     for what, own, other in (

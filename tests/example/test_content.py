@@ -137,6 +137,7 @@ def test_images_in_two_splits_are_told_with_ids(tmp_path):
     found = warnings(open_splits(data))
     (told,) = found["test"]
     assert told.startswith("2 of 8 images of test are in train too, pixel by pixel (ids 2, 5): ")
+    assert "what the model has seen" in told
     assert not found["train"] and not found["val"]
 
 
