@@ -309,3 +309,17 @@ def test_packed_data_predict_as_the_data_do_to_the_bit(finished, toy, tmp_path):
     assert (plain / "submission-probabilities.csv").read_text() == (packed / "submission-probabilities.csv").read_text()
     assert "packed HDF5" in run("inspect", packed, "--out", tmp_path / "inspect").stdout
     assert "--round" in refused("pack", toy, tmp_path / "other")  # the toy's pixels are drawn in floats
+
+
+@pytest.mark.thorough
+def test_compare_by_an_executor_writes_the_table_of_one_process(toy, tmp_path):
+    tables = []
+    for number, asked in enumerate([(), ("--executor", "executors:threads")]):
+        out = tmp_path / str(number)
+        run("compare", "--data", toy, "--methods", "probe,probe+ensemble", "--seeds", 1, *SMALL, "--out", out, *asked)
+        results = json.loads((out / "results.json").read_text())["results"]
+        tables.append(
+            [{k: v for k, v in r.items() if k in ("method", "lr", "val_loss", "test_accuracy")} for r in results]
+        )
+    assert tables[0] == tables[1] and len(tables[0]) == 2
+    assert "--jobs 0: must be at least 1" in refused("compare", "--data", toy, "--jobs", 0)
