@@ -63,7 +63,9 @@ def dask():
 
 
 @pytest.mark.parametrize(
-    "executor", [executors.threads, thorough(dask), thorough(lambda: sending.local_processes(2))], ids=str
+    "executor",
+    [executors.threads, thorough(dask), thorough(lambda: sending.local_processes(2))],
+    ids=["threads", "dask", "processes"],
 )
 def test_an_executor_gives_the_table_of_one_process(here, toy, tmp_path, executor):
     same(here, sent_by(executor(), toy, tmp_path))

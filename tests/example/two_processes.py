@@ -17,8 +17,7 @@ def main() -> None:
     data, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     # Without dropout: its draws are each process's own.
-    # A seed at which no activation lies so near the edge of a ReLU6 that rounding moves it across.
-    recipe = Recipe(image_size=32, epochs=2, batch_size=16, dropout=0.0, seed=1)
+    recipe = Recipe(image_size=32, epochs=2, batch_size=16, dropout=0.0)
     job = Job(out)
     model, _ = experiment.open_backbone(recipe)
     method = find_method("lora")
