@@ -277,7 +277,7 @@ def compare(
 ) -> None:
     """Sweep the learning rate of each method alike, run several seeds, report mean, spread and paired differences."""
     check_minimums(jobs=jobs)
-    sent = lambda: sending.find_executor(executor, jobs)  # noqa: E731
+    sent = functools.partial(sending.find_executor, executor, jobs)
     run(options.for_many(), find_methods(methods.split(",")), seeds, rates(options, lrs), sent)
 
 
@@ -294,7 +294,7 @@ def ablation(
     if options.rank is not None:
         raise ExampleError("--rank: the ablation sets the ranks itself; leave it out.")
     check_minimums(jobs=jobs)
-    sent = lambda: sending.find_executor(executor, jobs)  # noqa: E731
+    sent = functools.partial(sending.find_executor, executor, jobs)
     run(options.for_many(), variants(), seeds, parse_rates(lrs) if lrs else [options.recipe().lr], sent)
 
 
