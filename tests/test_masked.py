@@ -404,6 +404,7 @@ def test_compiled_training_breaks_no_graph_and_has_the_same_bits(pictures):
     for masks in (False, True):
         model = convlora.inject(network(), 2, mask_activations=masks)
         randomise(model)
+        torch.compiler.reset()  # of a class that other tests compile, too, torch compiles eight
         y = torch.compile(model, backend="aot_eager", fullgraph=True)(pictures)
         y.square().sum().backward()
         found.append((y.detach(), gradients(model)))

@@ -874,6 +874,7 @@ def _() -> None:
 def _() -> None:
     _, net = _half(SmallNet, torch.bfloat16)
     x = IMAGES.bfloat16()
+    torch.compiler.reset()
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), net(x))
     compiled(x).float().sum().backward()

@@ -526,6 +526,7 @@ def test_variants_compile_trace_and_export(options):
     expected.square().sum().backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(x).square().sum().backward()
     for name, grad in grads.items():

@@ -8,11 +8,21 @@ def threads():
 
 
 def dask():
-    """Two workers of a local cluster, a process each."""
+    """Two workers of a local cluster, a process each, which end with the executor."""
     from distributed import Client, LocalCluster
 
     cluster = LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
-    return Client(cluster).get_executor()
+    client = Client(cluster)
+    executor = client.get_executor()
+    end = executor.shutdown
+
+    def shutdown(*arguments, **more):
+        end(*arguments, **more)
+        client.close()
+        cluster.close()
+
+    executor.shutdown = shutdown
+    return executor
 
 
 def nothing():
