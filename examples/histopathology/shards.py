@@ -55,6 +55,7 @@ def predict_in_shards(
             _write(path, {"logits": ensembled(logits) if how.views > 1 else logits})
     job.wait()
     logits = torch.cat([load_file(path)["logits"] for _, path in parts])
+    job.wait()  # the first to have them may delete the parts
     return balanced(logits) if how.balanced else logits
 
 
