@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import NoneType
 from typing import TYPE_CHECKING, TypeVar
@@ -248,13 +248,7 @@ def scaled(
                 if vars(root).get(RECORD) is injection and not injection.merged:
                     activate(root, injection, injection.now, injection.disabled)
 
-    try:
-        switch(is_open=True)
-        yield
-        switch(is_open=False)
-    except BaseException:  # an interrupt on the line above as well
-        to_the_end(lambda: switch(is_open=False))
-        raise
+    yield from _block(switch)
 
 
 def set_scale(model: M, adapter_name: str, scale: float, *, target_modules: Targets = None) -> M:
@@ -349,10 +343,15 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
                 if vars(root).get(RECORD) is injection:  # else removed inside the block
                     activate(root, injection, injection.now, disabled=bool(injection.blocks))
 
+    yield from _block(switch)
+
+
+def _block(switch: Callable[[bool], None]) -> Iterator[None]:
+    """The course of a block that is switched on and off; off whatever happens, also halfway."""
     try:
-        switch(is_open=True)
+        switch(True)
         yield
-        switch(is_open=False)
+        switch(False)
     except BaseException:  # an interrupt on the line above as well
-        to_the_end(lambda: switch(is_open=False))
+        to_the_end(lambda: switch(False))
         raise
