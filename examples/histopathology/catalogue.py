@@ -58,6 +58,26 @@ def find_method(name: str) -> Method:
     return modified(read_method(path), modifiers)
 
 
+def read_yaml(path: Path, called: str, wanted: str) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Args:
+        path: of the file.
+        called: what errors call it.
+        wanted: what they say to write in it.
+
+    Raises:
+        ExampleError: no such file, no YAML, or no keys in it.
+    """
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
+        raise ExampleError(f"{called}: cannot be read as YAML ({' '.join(str(fault).split())}).") from fault
+    if not isinstance(stored, dict):
+        raise ExampleError(f"{called}: holds {stored!r}; {wanted}.")
+    return stored
+
+
 @cache
 def read_method(path: Path) -> Method:
     """A method from its file.
@@ -65,12 +85,7 @@ def read_method(path: Path) -> Method:
     Raises:
         ExampleError: no YAML; an unknown key; a value of the wrong type or out of range; an unknown base.
     """
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
-        raise ExampleError(f"{path}: cannot be read as YAML ({' '.join(str(fault).split())}).") from fault
-    if not isinstance(stored, dict):
-        raise ExampleError(f"{path}: holds {stored!r}; write keys such as `about: my method`.")
+    stored = read_yaml(path, str(path), "write keys such as `about: my method`")
     return method_from(stored, path.stem, path)
 
 

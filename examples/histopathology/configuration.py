@@ -13,6 +13,7 @@ from typing import Any
 import typer
 import yaml
 
+from .catalogue import read_yaml
 from .errors import ExampleError
 
 NAME = "run.yaml"
@@ -37,12 +38,7 @@ def read(path: Path, ctx: typer.Context) -> dict[str, Any]:
     Raises:
         ExampleError: no such file, no YAML, an unknown option, a value that is a mapping, or a file of another command.
     """
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
-        raise ExampleError(f"--config {path}: cannot be read as YAML ({' '.join(str(fault).split())}).") from fault
-    if not isinstance(stored, dict):
-        raise ExampleError(f"--config {path}: holds {stored!r}; write a line for each option, such as `epochs: 3`.")
+    stored = read_yaml(path, f"--config {path}", "write a line for each option, such as `epochs: 3`")
     command = stored.pop("command", _command(ctx))
     if command != _command(ctx):
         whose = "the main job, without a sub-command" if command is None else f"`{command}`"
