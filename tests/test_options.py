@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
 from conftest import need
 from torch import nn
 
@@ -15,7 +16,12 @@ from convlora._model.options import Options, Request
 
 PROJECT = Path(convlora.__file__).parents[1]
 DEFAULTS = {each.name: each.default for each in fields(Request)}
-IN_PYTHON_ALONE = {"init_data": "batches", "importance": "scores", "adapter_name": "nothing is saved under it"}
+IN_PYTHON_ALONE = {
+    "init_data": "batches",
+    "importance": "scores",
+    "example": "tensors",
+    "adapter_name": "nothing is saved under it",
+}
 """Options that the command line leaves out, and why."""
 
 
@@ -63,7 +69,7 @@ def test_docs_name_every_option():
 VALUES = {
     "rank": 2,
     "alpha": 3.0,
-    "target_modules": "0",
+    "target_modules": "1",
     "exclude_modules": "1",
     "rank_pattern": {"0": 1},
     "alpha_pattern": {"0": 1.5},
@@ -80,6 +86,7 @@ VALUES = {
     "init_data": None,  # read by init="eva" alone
     "budget": 100,
     "importance": {"0": 2.0, "1": 1.0},
+    "example": torch.zeros(1, 3, 8, 8),
     "path": "branch",
     "mask_activations": "bits",
     "adapter_name": "other",

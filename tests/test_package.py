@@ -50,6 +50,7 @@ STOREYS: dict[str, list[str]] = {
         "mixing",
         "state",
         "observe",
+        "heads",
         "memory",
         "budget",
         "choice",

@@ -126,10 +126,12 @@ def test_every_parameter_is_accounted_for(net):
         assert name.rpartition(".")[0] in listed
 
 
-def test_convolutions_of_other_kinds_are_listed_and_adapted_when_asked():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2), nn.Conv1d(8, 8, 3))
-    plan = convlora.plan(model, 2)
-    assert [(layer.name, layer.note) for layer in plan.skipped] == [("1", "not a target"), ("2", "not a target")]
+def test_convolutions_of_every_kind_are_adapted_and_listed_where_others_are_asked_for():
+    kinds = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+    model = nn.Sequential(*(kind(8, 8, 3) for kind in kinds), nn.Linear(8, 2))
+    assert [layer.name for layer in convlora.plan(model, 2).layers] == list("012345")
+    plan = convlora.plan(model, 2, target_modules=nn.Conv2d)
+    assert [(layer.name, layer.note) for layer in plan.skipped] == [(name, "not a target") for name in "02345"]
 
 
 def test_quantized_layers_are_listed_with_the_reason():

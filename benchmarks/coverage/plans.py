@@ -57,16 +57,13 @@ def check_plan(name: str) -> dict[str, Any]:
         "means": means,
         "parameters": sum(p.numel() for p in model.parameters()),
         "convolutions": len(convolutions),
-        "targets": "Conv2d",
+        "targets": ", ".join(sorted({type(m).__name__ for m in convolutions.values()})),
         "problems": [],
     }
-    targets = sorted({type(m) for m in convolutions.values()}, key=lambda kind: kind.__name__)
-    if not any(isinstance(module, nn.Conv2d) for module in convolutions.values()):
+    if not convolutions:
         row["problems"] += _refusal_of_default(model)
-        row["targets"] = ", ".join(kind.__name__ for kind in targets)
-        if not convolutions:
-            return row
-    plan = convlora.plan(model, target_modules=None if row["targets"] == "Conv2d" else tuple(targets))
+        return row
+    plan = convlora.plan(model)
     row["adapted"] = len(plan.layers)
     row["capped"] = sum(bool(layer.note) for layer in plan.layers)
     row["skipped"] = dict(Counter(layer.note for layer in plan.skipped))
@@ -85,8 +82,8 @@ def _refusal_of_default(model: nn.Module) -> list[str]:
     try:
         convlora.plan(model)
     except convlora.TargetError as refusal:
-        return [] if "has no nn.Conv2d" in str(refusal) else [f"unclear refusal: {refusal}"]
-    return ["planned with the default targets without any nn.Conv2d"]
+        return [] if "has no convolution" in str(refusal) else [f"unclear refusal: {refusal}"]
+    return ["planned with the default targets without any convolution"]
 
 
 def problems_of(plan: convlora.Plan, model: nn.Module, convolutions: dict[str, nn.Module]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from .._methods.registry import METHODS, check_options
 from .._plan import LayerPlan, Plan
 from ..errors import TargetError, UnsupportedLayerError
 from .options import MORE_THAN_ANY, Request, check_alpha, check_among, check_number, checked_rank
-from .targets import Named, is_conv2d
+from .targets import Named, is_convolution
 
 
 def check_variant(n: Named, change: type[Change], init: str, use_dora: bool) -> None:
@@ -42,10 +42,10 @@ def check_variant(n: Named, change: type[Change], init: str, use_dora: bool) -> 
 
 def check_any_conv(adaptable: list[Named], model: nn.Module) -> None:
     """The default targets are convolutions: there must be one."""
-    if not any(is_conv2d(n.module) for n in adaptable):
+    if not any(is_convolution(n.module) for n in adaptable):
         raise TargetError(
-            f"{type(model).__name__} has no nn.Conv2d. For other layers name their type, target_modules=nn.Linear or "
-            "nn.Conv1d, say; for a probe of the head alone, target_modules=(). Nothing was changed."
+            f"{type(model).__name__} has no convolution. For linear layers name their type, target_modules=nn.Linear; "
+            "for a probe of the head alone, target_modules=(). Nothing was changed."
         )
 
 

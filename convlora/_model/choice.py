@@ -20,7 +20,7 @@ from ..errors import TargetError
 from .checks import check_adaptable, check_any_conv, check_variant
 from .options import Request, check_alpha, check_among, checked_rank
 from .state import injections
-from .targets import ByPattern, Named, Targets, is_adaptable, is_conv2d, is_convolution, is_packed, select
+from .targets import ByPattern, Named, Targets, is_adaptable, is_convolution, is_packed, select
 
 
 class Choice:
@@ -34,7 +34,7 @@ class Choice:
 
         if request.target_modules is None:
             check_any_conv(adaptable, model)
-            self.targets = {n.module for n in adaptable if is_conv2d(n.module)}
+            self.targets = {n.module for n in adaptable if is_convolution(n.module)}
         else:
             self.targets = matched(request.target_modules, "target_modules")
         self.request, self.inside_saved = request, inside_saved

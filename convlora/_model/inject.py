@@ -55,6 +55,7 @@ def inject(
     init_data: Iterable[Any] | None = None,
     budget: Budget | None = None,
     importance: Mapping[str, float] | None = None,
+    example: Any = None,
     path: Path = "auto",
     mask_activations: Masks = False,
     adapter_name: str = "default",
@@ -76,15 +77,16 @@ def inject(
         model: any module; convolutions of every dimension and geometry, transposed too, and linear layers.
         rank: r, at least 1; default 8. With a budget the largest that a layer may get, default any.
         alpha: the update is scaled by alpha / rank. Default: 2 · rank, so a scaling of 2 at every rank.
-        target_modules: which layers; default every ``nn.Conv2d``. A type, a glob (``"layer4.*"``, ``"*.conv2"``),
-            a compiled regular expression (matched in full), a predicate ``(name, module) -> bool``, or several of
-            these. Conv1d, Conv3d, transposed and linear layers are adapted where a target names them. ``()`` adapts
-            none: a probe of the head.
+        target_modules: which layers; default every convolution, 1-D to 3-D and transposed. A type, a glob
+            (``"layer4.*"``, ``"*.conv2"``), a compiled regular expression (matched in full), a predicate ``(name,
+            module) -> bool``, or several of these. Linear layers are adapted where a target
+            names them. ``()`` adapts none: a probe of the head.
         exclude_modules: layers to leave alone, named in the same ways.
         rank_pattern: another rank for the layers that a glob or regular expression names; the first match counts.
         alpha_pattern: likewise for alpha.
-        modules_to_save: modules trained in full and saved with the adapter. ``"auto"`` finds the classifier;
-            None means none; else named as above.
+        modules_to_save: modules trained in full and saved with the adapter. ``"auto"`` finds the heads, as
+            ``docs/layers.md`` says, and warns where layers that may be new would stay frozen; None means none; else
+            named as above.
         norm: ``"freeze"`` keeps norm layers with running statistics in eval behaviour also under
             ``model.train()``; ``"track"`` lets the statistics move, and they belong to the adapter.
         dropout: probability of dropping an input of the adapter's branch in training; 0 ≤ dropout < 1.
@@ -107,6 +109,9 @@ def inject(
             parameters, or a whole number. Ranks are as equal as that allows.
         importance: with a budget, a score for each layer by name, as :func:`convlora.sensitivity` gives them; ranks are
             then in proportion to the scores.
+        example: what the model takes: one argument, a tuple of arguments or a dict of keyword arguments. One
+            forward without gradients, in eval mode, finds the layers whose outputs are the model's; the model is as
+            it was afterwards.
         path: how a plain convolution computes in training: ``"auto"`` chooses from each layer's shapes among
             ``"fused"``, ``"weight"`` and ``"branch"``. They differ in time, memory and rounding only.
         mask_activations: let ReLU, ReLU6, LeakyReLU and Hardtanh keep a mask for the backward in place of their output,

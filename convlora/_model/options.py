@@ -55,6 +55,7 @@ class Options(TypedDict, total=False):
     init_data: Iterable[Any] | None
     budget: Budget | None
     importance: Mapping[str, float] | None
+    example: Any
     path: Path
     mask_activations: Masks
 
@@ -86,6 +87,7 @@ class Request:
     init_data: Iterable[Any] | None = None
     budget: Budget | None = None
     importance: Mapping[str, float] | None = None
+    example: Any = None
     path: Path = "auto"
     mask_activations: Masks = False
     adapter_name: str = "default"

@@ -16,10 +16,11 @@ from .._plan import Init, LayerPlan, NormPolicy, Part, Plan
 from .budget import allotted
 from .checks import check_any_left, check_model
 from .choice import Choice, has_bias
+from .heads import LAST, NONE, find_heads, warn_of_frozen
 from .norms import POLICIES, keeps_statistics
 from .options import DEFAULT_RANK, Budget, Pattern, Request, in_our_words, numbers_in
 from .state import check_plain
-from .targets import Named, Targets, find_head, modules_of, select
+from .targets import Named, Targets, modules_of, select
 
 
 @in_our_words
@@ -45,6 +46,7 @@ def plan(
     init_data: Iterable[Any] | None = None,
     budget: Budget | None = None,
     importance: Mapping[str, float] | None = None,
+    example: Any = None,
     path: Path = "auto",
     mask_activations: Masks = False,
     adapter_name: str = "default",
@@ -66,10 +68,15 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     """As :func:`plan`, also for a base that carries adapters already."""
     check_model(model)
     named = modules_of(model)
-    saved, found_by = _modules_to_save(model, named, request.modules_to_save)
+    saved, found_by = _modules_to_save(model, named, request)
     bases = {n.module for n in named}  # without what other adapters have put beside
     inside_saved = {module for s in saved for module in s.module.modules() if module in bases}
     choice = Choice(model, named, inside_saved, request)
+    asked_for = choice.targets <= inside_saved if choice.targets else False
+    if found_by == LAST and (asked_for or choice.excluded & inside_saved):
+        # The user's word is stronger: that layer is what to adapt, or to leave alone.
+        saved, found_by, choice.inside_saved = [], "no head beside what was asked for", set()
+        inside_saved = choice.inside_saved
     base_parameters = _size(p for n in named for p in n.module._parameters.values())
     rank = request.largest_rank
     if request.budget is None:
@@ -79,6 +86,9 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         layers = _within(numbers, choice, rank, request.importance)
         rank = max((layer.rank for layer in layers), default=0) or DEFAULT_RANK
     check_any_left(layers, choice.targets, saved, model)
+    if found_by == NONE and request.example is None:
+        adapted = {n.module for n, layer in zip(choice.listed, layers, strict=True) if layer.rank}
+        warn_of_frozen(model, named, adapted | choice.excluded)
     norms = [n for n in named if keeps_statistics(n.module) and n.module not in inside_saved]
     for n in norms:
         check_swappable(n.name, n.module, POLICIES[request.norm])
@@ -141,9 +151,10 @@ def _others(named: list[Named], inside_saved: set[nn.Module], listed: list[Named
             yield Part(n.name, original_class(n.module).__name__, size)
 
 
-def _modules_to_save(model: nn.Module, named: list[Named], wanted: Targets) -> tuple[list[Named], str]:
+def _modules_to_save(model: nn.Module, named: list[Named], request: Request) -> tuple[list[Named], str]:
+    wanted = request.modules_to_save
     if isinstance(wanted, str) and wanted == "auto":
-        return find_head(model, named)
+        return find_heads(model, named, request.example)
     with_tensors = [n for n in named if n.name and any(True for _ in n.module.parameters())]
     found = select(with_tensors, wanted, "modules_to_save", model)
     inner = {child for n in found for child in n.module.modules() if child is not n.module}

@@ -1,4 +1,4 @@
-"""Which layers to adapt, and which module is the head.
+"""Which layers to adapt.
 
 A target is named by type, glob, regular expression or predicate. Everything here reads the model and changes
 nothing; ``inject.py`` carries out what is decided. Order of the result is ``named_modules`` order.
@@ -32,13 +32,6 @@ def is_convolution(module: nn.Module) -> bool:
     The latter is told by its ``kernel_size`` and a weight of kernels: torchvision's DeformConv2d, timm's CondConv2d.
     """
     return isinstance(module, _ConvNd) or (hasattr(module, "kernel_size") and len(weight_shape(module)) > 2)
-
-
-def is_conv2d(module: nn.Module) -> bool:
-    """What is adapted where no target is named: nn.Conv2d, and modules that keep 2-D kernels of their own."""
-    if isinstance(module, _ConvNd):
-        return isinstance(module, nn.Conv2d)
-    return is_convolution(module) and len(weight_shape(module)) == 4
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -167,38 +160,6 @@ def _missed_one(target: Target, candidates: list[Named], argument: str, model: n
         line += " A string is a glob; for a regular expression give re.compile(...)."
     near = difflib.get_close_matches(pattern, [c.name for c in candidates], n=4, cutoff=0.0)
     return f"{line} Closest names: {', '.join(near)}." if near else line
-
-
-def find_head(model: nn.Module, named: list[Named]) -> tuple[list[Named], str]:
-    """The classifier: the last layer with weights in what the model names as its head, and how it was found.
-
-    Asked in this order: timm's ``get_classifier()``; torchvision's ``fc``, ``classifier``, ``heads``, ``head``;
-    the model's last layer where that is an ``nn.Linear``. An empty list where there is none (timm with
-    ``num_classes=0``, or a network that ends in a convolution).
-    """
-    get_classifier = getattr(model, "get_classifier", None)
-    if callable(get_classifier):
-        found = get_classifier()
-        heads = found if isinstance(found, (tuple, list)) else (found,)
-        return _output_layers(heads, named), "get_classifier()"
-    for attribute in ("fc", "classifier", "heads", "head"):
-        head = getattr(model, attribute, None)
-        if isinstance(head, nn.Module):
-            layers = _output_layers((head,), named)
-            if layers:
-                return layers, f"attribute {attribute!r}"
-    last = [n for n in named if is_adaptable(n.module)][-1:]
-    if last and last[0].name and isinstance(last[0].module, nn.Linear):
-        return last, "the last layer"
-    return [], "no classifier was found; name one with modules_to_save"
-
-
-def _output_layers(heads: Iterable[object], named: list[Named]) -> list[Named]:
-    last = []
-    for head in heads:
-        inside = [m for m in head.modules() if is_adaptable(m)] if isinstance(head, nn.Module) else []
-        last += inside[-1:]
-    return [n for n in named if any(n.module is layer for layer in last)]
 
 
 def exactly(names: Iterable[str]) -> Targets:

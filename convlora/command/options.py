@@ -78,7 +78,7 @@ class Targeting:
         typer.Option(
             "--target",
             metavar="PATTERN",
-            help="Layers to adapt: a glob (layer4.*), re:EXPRESSION, type:Linear. Default: every Conv2d.",
+            help="Layers to adapt: a glob (layer4.*), re:EXPRESSION, type:Linear. Default: every convolution.",
         ),
     ] = None
     exclude_modules: Annotated[

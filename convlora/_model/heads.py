@@ -1,0 +1,306 @@
+"""Which layers are the model's heads, and what says so? Reads the model; an example input runs through it once."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._layer.computed import weight_shape
+from .._layer.swap import original_class
+from ..errors import TargetError
+from .observe import base_alone
+from .state import injections
+from .targets import Named, is_adaptable
+
+CLASSIFIERS = ("fc", "classifier", "tail", "heads", "head")
+DETECTORS = {"cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score", "mask_fcn_logits", "kps_score_lowres"}
+"""The output layers of torchvision's and detectron2's detectors."""
+HEAD = re.compile(
+    r"(?!pre)((\w+_)?(heads?|classifiers?|logits?|outputs?|predictors?)|\w*fc|score|outc|outconv|seg_layers"
+    r"|(final|last|out|output|pred|prediction|cls|seg)(_?(conv|layer|block|proj))?|conv_?(out|last|final|seg))"
+)
+AUXILIARY = re.compile(r"aux\w*", re.IGNORECASE)
+
+
+def find_heads(model: nn.Module, named: list[Named], example: object = None) -> tuple[list[Named], str]:
+    """The layers that give the model's outputs, and what says so; no layer where nothing does.
+
+    Asked in this order: timm's ``get_classifier()``; the example input; the names of detectors' output layers and of
+    the model's attributes; the last layer, where it is last in truth.
+
+    Raises:
+        TargetError: the model does not take the example.
+    """
+    constant = constants(model, named)
+    inner = _unwrapped(model)
+    found, how = _told(inner, named)
+    if not how and example is not None:
+        found, how = outputs_of(model, named, constant, example), "the example's outputs"
+    if not found and how != "get_classifier()":
+        found, how = _by_name(inner)
+    if not how:
+        found, how = _last(model, named, constant), LAST
+    if found and how != "get_classifier()":
+        found += [
+            layer for name, child in inner.named_children() if AUXILIARY.fullmatch(name) for layer in _ends(child)
+        ]
+    heads = [n for n in named if n.name and any(n.module is layer for layer in found)]
+    return heads, how if heads or how in ("get_classifier()", REMOVED) else NONE
+
+
+LAST = "the last layer"
+NONE = "no head was found; name one with modules_to_save"
+REMOVED = "its head has no layer"
+
+
+def constants(model: nn.Module, named: list[Named]) -> set[nn.Module]:
+    """Layers that the user had frozen while others were not: a detector's integral, say, or a backbone."""
+    layers = {n.module for n in named if is_adaptable(n.module)}
+    trainable = {layer for layer in layers if any(p.requires_grad for p in layer.parameters())}
+    trainable |= {module for _, _, each in injections(model) for module, _ in each.frozen}
+    return layers - trainable if layers & trainable else set()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What a module holds that does nothing but hold it, a LightningModule, say."""
+    children = [child for child in model.children() if _layers(child)]
+    if callable(getattr(model, "get_classifier", None)) or len(children) != 1 or is_adaptable(children[0]):
+        return model
+    return _unwrapped(children[0]) if len(_layers(children[0])) > 1 else model
+
+
+def _layers(module: object) -> list[nn.Module]:
+    return [m for m in module.modules() if is_adaptable(m)] if isinstance(module, nn.Module) else []
+
+
+def _told(model: nn.Module, named: list[Named]) -> tuple[list[nn.Module], str]:
+    get_classifier = getattr(model, "get_classifier", None)
+    if not callable(get_classifier):
+        return [], ""
+    found = get_classifier()
+    heads = found if isinstance(found, (tuple, list)) else (found,)
+    return [layer for head in heads for layer in _layers(head)[-1:]], "get_classifier()"
+
+
+def _by_name(model: nn.Module) -> tuple[list[nn.Module], str]:
+    detectors = [m for name, m in model.named_modules() if name.rpartition(".")[2] in DETECTORS and is_adaptable(m)]
+    if detectors:
+        return detectors, "names of a detector's outputs"
+    for name in CLASSIFIERS:
+        if found := _ends(getattr(model, name, None)):
+            return found, f"attribute {name!r}"
+    named = {name: _ends(child) for name, child in model.named_children() if HEAD.fullmatch(name) and _layers(child)}
+    if named:
+        return [layer for each in named.values() for layer in each], f"attribute {', '.join(map(repr, named))}"
+    removed = any(isinstance(getattr(model, name, None), nn.Module) for name in CLASSIFIERS)
+    return [], REMOVED if removed else ""
+
+
+def _ends(module: object) -> list[nn.Module]:
+    """The output layers of a head: those of each part that is named as one, else the last layer."""
+    if not isinstance(module, nn.Module) or is_adaptable(module):
+        return _layers(module)[:1]
+    parts = [(name, child) for name, child in module.named_children() if _layers(child)]
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        inside = [_layers(child) for _, child in parts]
+        chained = all(_outputs(a[-1]) == _inputs(b[0]) for a, b in pairwise(inside))
+        chosen = parts[-1:] if chained else parts
+    else:
+        chosen = [part for part in parts if HEAD.fullmatch(part[0]) or part[0] in DETECTORS] or parts[-1:]
+    return [layer for _, child in chosen for layer in _ends(child)]
+
+
+def _outputs(layer: nn.Module) -> int:
+    return int(getattr(layer, "out_channels", getattr(layer, "out_features", 0)))
+
+
+def _inputs(layer: nn.Module) -> int:
+    return int(getattr(layer, "in_channels", getattr(layer, "in_features", 0)))
+
+
+def _last(model: nn.Module, named: list[Named], constant: set[nn.Module]) -> list[nn.Module]:
+    """The last layer, if nothing with parameters follows it and it does not end one of several blocks of one form.
+
+    The last of a list of parallel layers stands for all of them, and for those of the lists beside it.
+    """
+    owning = [n for n in named if any(p is not None for p in n.module._parameters.values()) or is_adaptable(n.module)]
+    owning = [n for n in owning if n.module not in constant]
+    if not owning or not is_adaptable(owning[-1].module) or _repeats(model, owning[-1].name):
+        return []
+    last = owning[-1]
+    for above in _above(last.name):
+        parent = model.get_submodule(above)
+        if isinstance(parent, nn.ModuleList):
+            beside = model.get_submodule(above.rpartition(".")[0]).children()
+            lists = [each for each in beside if each is parent or _parallel(each, len(parent))]
+            if _parallel(parent, len(parent)):
+                return [layer for each in lists for layer in _ends(each)]
+    return [last.module]
+
+
+def _above(name: str) -> Iterator[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _parallel(module: nn.Module, length: int) -> bool:
+    """Whether it is a list of so many parts, each of which ends in a pointwise layer of as many outputs."""
+    if not isinstance(module, nn.ModuleList) or len(module) != length:
+        return False
+    ends = _ends(module)
+    pointwise = all(isinstance(end, nn.Linear) or set(getattr(end, "kernel_size", ())) == {1} for end in ends)
+    return len(ends) == length > 1 and pointwise and len({_outputs(end) for end in ends}) == 1
+
+
+def _repeats(model: nn.Module, name: str) -> bool:
+    """Whether the layer is in one of several blocks of the same form, as the last layer of a feature extractor is."""
+    inner, repeated = name, False
+    for above in _above(name):
+        parent, entry = model.get_submodule(above), model.get_submodule(inner)
+        if not isinstance(entry, nn.Linear) and isinstance(parent, (nn.Sequential, nn.ModuleList)):
+            repeated |= any(_form(each) == _form(entry) for each in parent.children() if each is not entry)
+        inner = above
+    return repeated
+
+
+def _form(module: nn.Module) -> list[tuple[type, object]]:
+    return [(original_class(m), weight_shape(m)) for m in _layers(module)]
+
+
+def warn_of_frozen(model: nn.Module, named: list[Named], settled: set[nn.Module]) -> None:
+    """Warn where no head was found and layers stay frozen that may be one: linear ones, and those of one output.
+
+    Not of the settled ones: they are adapted, or excluded by the user.
+    """
+    constant = constants(model, named)
+    candidates = [
+        n
+        for n in named
+        if n.name and n.module not in constant | settled and is_adaptable(n.module)
+        if (isinstance(n.module, nn.Linear) or _outputs(n.module) == 1) and not _repeats(model, n.name)
+    ]
+    if candidates:
+        fewest = sorted(candidates, key=lambda n: _outputs(n.module))
+        names = ", ".join(n.name for n in fewest[:4]) + (", …" if len(fewest) > 4 else "")
+        warnings.warn(
+            f"{original_class(model).__name__}: no head was found, and layers stay frozen that may be new: {names}. "
+            f"Name what is new, modules_to_save=[{fewest[0].name!r}], or give example=x, what the model takes; "
+            "modules_to_save=None says that nothing is.",
+            stacklevel=_callers(),
+        )
+
+
+def _callers() -> int:
+    """The level of the frame that called the library."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "convlora":
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def outputs_of(model: nn.Module, named: list[Named], constant: set[nn.Module], example: object) -> list[nn.Module]:
+    """The layers whose outputs are the model's, seen in one forward in eval mode; the model is left as it was.
+
+    What comes after a layer without parameters of its own, or is constant, makes no difference: an activation, an
+    interpolation, a sum of two heads. A layer that a norm layer follows is none. Of an output that is a sum of several
+    layers' outputs those are left out that other layers read, too: a residual network's blocks.
+
+    Args:
+        model: the model.
+        named: its modules.
+        constant: layers that are no heads.
+        example: what the model takes: one argument, a tuple of arguments, or a dict of keyword arguments.
+
+    Raises:
+        TargetError: the model does not take it.
+    """
+    flow = _Flow()
+    leaves = [n.module for n in named if is_adaptable(n.module) or not any(True for _ in n.module.children())]
+    owning = [m for m in leaves if m not in constant and any(True for _ in m.parameters())]
+    with ExitStack() as undo:
+        undo.enter_context(base_alone(model))
+        for module in owning:
+            undo.callback(module.register_forward_pre_hook(flow.read, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(flow.write).remove)
+        undo.enter_context(torch.no_grad())
+        undo.enter_context(flow)
+        try:
+            if isinstance(example, Mapping):
+                output = model(**example)
+            else:
+                output = model(*example) if isinstance(example, tuple) else model(example)
+        except Exception as cause:
+            raise TargetError(
+                f"{type(model).__name__} does not take the example ({type(cause).__name__}: {cause}). Give what "
+                "its forward takes: one argument, a tuple of arguments, or a dict of keyword arguments. Nothing was "
+                "changed."
+            ) from cause
+    seen = [flow.sources_of([tensor]) for tensor in tensors_in(output)]
+    heads = {layer for sources in seen for layer in sources if len(sources) == 1 or layer not in flow.was_read}
+    return [module for module in owning if module in heads and is_adaptable(module)]
+
+
+class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Of which layers' outputs each tensor is made, the last layers on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.was_read: set[nn.Module] = set()
+        self._sources: dict[StorageWeakRef, set[nn.Module]] = {}  # by storage, so that a write to a view counts
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler at the first operation, which takes seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """An operation's results are made of what its arguments are made of."""
+        result = func(*args, **(kwargs or {}))
+        sources = self.sources_of(tensors_in((args, kwargs)))
+        if sources:
+            for key in map(_storage, tensors_in(result)):
+                self._sources[key] = self._sources.get(key, set()) | sources
+        return result
+
+    def sources_of(self, tensors: Iterable[Tensor]) -> set[nn.Module]:
+        """The layers that these tensors are made of."""
+        return {layer for tensor in tensors for layer in self._sources.get(_storage(tensor), ())}
+
+    def read(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before a layer's forward."""
+        self.was_read |= self.sources_of(tensors_in((args, kwargs)))
+
+    def write(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After it."""
+        for tensor in tensors_in(output):
+            self._sources[_storage(tensor)] = {module}
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    """Another storage never has the same key while this one is kept, though the memory is free by then."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor in what a forward takes or gives: sequences, mappings and data classes of any depth."""
+    if isinstance(value, Tensor):
+        if value.layout == torch.strided:
+            yield value
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, (tuple, list, set)):
+        for each in value:
+            yield from tensors_in(each)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in([getattr(value, each.name) for each in fields(value)])
