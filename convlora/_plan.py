@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ._layer.change import Change, Option, Shapes
 from ._layer.functional import scaling_of
 from ._layer.masked import Masks
-from ._layer.paths import Path
+from ._layer.paths import TrainingPath
 from ._methods.registry import METHODS
 
 NormPolicy = Literal["freeze", "track"]
@@ -148,7 +148,7 @@ class Plan:
     base_parameters: int
     saved_parameters: int
     others: tuple[Part, ...] = ()
-    path: Path = "auto"
+    path: TrainingPath = "auto"
     mask_activations: Masks = False
     init: Init = "kaiming"
     freeze_A: bool = False

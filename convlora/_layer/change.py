@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .dora import channel_scale, scaled_output, scaled_weight
 from .functional import has_channels_last, in_dtype, no_autocast
 from .kept import Scaling
-from .paths import Path
+from .paths import TrainingPath
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
@@ -75,7 +75,7 @@ class Change(nn.Module):
         rank: int,
         scaling: float,
         dropout: float = 0.0,
-        path: Path = "auto",
+        path: TrainingPath = "auto",
         *,
         groups: int = 1,
         transposed: bool = False,
@@ -90,7 +90,7 @@ class Change(nn.Module):
         self.scaling = scaling
         self.strength = 1.0
         self.dropout = dropout
-        self.path: Path = path
+        self.path: TrainingPath = path
         self.groups = groups if transposed else 0
         asked: dict[str, Any] = {**options}
         if self.by_channel:

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from . import depthwise, paths
 from .convolution import convolve, convolve_plainly
 from .functional import Geometry, Ints, autocasts, is_transformed
-from .paths import Path, Shapes
+from .paths import Shapes, TrainingPath
 
 PLAIN: dict[Any, Any] = {cls.forward: cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -26,7 +26,7 @@ def is_plain(layer: nn.Module, cls: Any) -> bool:
 
 
 def linear(
-    layer: nn.Module, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, path: Path
+    layer: nn.Module, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, path: TrainingPath
 ) -> Tensor | None:
     """A linear layer's adapted forward with a branch beside the base, where autograd needs no dense gradient."""
     if is_transformed() or path not in ("auto", "branch") or not (lora_A.requires_grad or lora_B.requires_grad):
@@ -36,7 +36,7 @@ def linear(
 
 
 def convolution(
-    layer: nn.Module, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, path: Path
+    layer: nn.Module, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, path: TrainingPath
 ) -> Tensor | None:
     """The adapted forward of a plain convolution with the own autograd behind it.
 
@@ -131,7 +131,7 @@ def _shapes(
 
 def choose(
     x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bool, width: int, trains_A: bool, device: str
-) -> tuple[Path, bool]:
+) -> tuple[TrainingPath, bool]:
     """The path for an input and a weight of these sizes, and whether calls count most; see ``paths.py``."""
     shapes = _shapes(x, weight, geometry, rank, input_grad, width, trains_A)
     return paths.choose(shapes), paths.launching_decides(shapes, device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .change import Change
 from .functional import in_dtype, no_autocast
 from .kept import Scaling
-from .paths import Path
+from .paths import TrainingPath
 
 Weighted = tuple[tuple[Change, float], ...]
 
@@ -35,7 +35,7 @@ class Mix:
         return max(change.dropout for change in self.changes)
 
     @property
-    def path(self) -> Path:
+    def path(self) -> TrainingPath:
         """The way that all changes are told to take, or the layer's choice."""
         paths = {change.path for change in self.changes}
         return paths.pop() if len(paths) == 1 else "auto"

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Path = Literal["auto", "fused", "weight", "branch"]
-PATHS: tuple[Path, ...] = ("auto", "fused", "weight", "branch")
+TrainingPath = Literal["auto", "fused", "weight", "branch"]
+PATHS: tuple[TrainingPath, ...] = ("auto", "fused", "weight", "branch")
 
 # Both as ``benchmarks/paths.py`` found them over ResNet-50 at 128 and 224 px, DenseNet-121, MobileNetV3, ConvNeXt-atto
 # and EfficientNet-Lite0 on two x86 cores with AVX2: the choices lose 0.5 to 2.1 % of these layers' time.
@@ -66,7 +66,7 @@ class Shapes:
         return self.in_channels // self.groups * self.kernel
 
 
-def choose(shapes: Shapes) -> Path:
+def choose(shapes: Shapes) -> TrainingPath:
     """The path with the least estimated cost beyond what all three have in common."""
     if shapes.groups > 1:
         return "weight"  # rank-r tensors would need r channels for each group
@@ -84,7 +84,7 @@ def launching_decides(s: Shapes, device: str) -> bool:
     return beyond <= LAUNCHING.get(device, LAUNCHING_ELSEWHERE)
 
 
-def estimate(s: Shapes) -> dict[Path, float]:
+def estimate(s: Shapes) -> dict[TrainingPath, float]:
     """Cost of each path in training, in FLOPs, bytes counted as FLOPs by :data:`BALANCE`.
 
     The base's convolution and its gradient to the input are in all of them, and not counted.

@@ -14,7 +14,7 @@ from .._layer.change import Change, Option
 from .._layer.dora import channel_norms
 from .._layer.masked import Masks, mixin_for
 from .._layer.masters import keep_in_fp32
-from .._layer.paths import Path
+from .._layer.paths import TrainingPath
 from .._layer.places import BASE, SWAPPING, Place
 from .._methods.lora import LoRA
 from .._plan import Init, LayerPlan, NormPolicy, Plan
@@ -56,7 +56,7 @@ def inject(
     budget: Budget | None = None,
     importance: Mapping[str, float] | None = None,
     example: Any = None,
-    path: Path = "auto",
+    path: TrainingPath = "auto",
     mask_activations: Masks = False,
     adapter_name: str = "default",
 ) -> M:

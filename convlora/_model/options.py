@@ -18,7 +18,7 @@ import torch
 from .._layer.adapted import Adapters
 from .._layer.change import Option
 from .._layer.masked import Masks
-from .._layer.paths import PATHS, Path
+from .._layer.paths import PATHS, TrainingPath
 from .._methods.lora import LoRA
 from .._methods.registry import METHODS, check_options, method_for, named_methods
 from .._plan import INITS, NORM_POLICIES, Init, NormPolicy
@@ -56,7 +56,7 @@ class Options(TypedDict, total=False):
     budget: Budget | None
     importance: Mapping[str, float] | None
     example: Any
-    path: Path
+    path: TrainingPath
     mask_activations: Masks
 
 
@@ -88,7 +88,7 @@ class Request:
     budget: Budget | None = None
     importance: Mapping[str, float] | None = None
     example: Any = None
-    path: Path = "auto"
+    path: TrainingPath = "auto"
     mask_activations: Masks = False
     adapter_name: str = "default"
 

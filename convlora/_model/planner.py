@@ -10,7 +10,7 @@ from torch import nn
 
 from .._layer.change import Option
 from .._layer.masked import Masks, mixin_for
-from .._layer.paths import Path
+from .._layer.paths import TrainingPath
 from .._layer.swap import check_swappable, original_class
 from .._plan import Init, LayerPlan, NormPolicy, Part, Plan
 from .budget import allotted
@@ -47,7 +47,7 @@ def plan(
     budget: Budget | None = None,
     importance: Mapping[str, float] | None = None,
     example: Any = None,
-    path: Path = "auto",
+    path: TrainingPath = "auto",
     mask_activations: Masks = False,
     adapter_name: str = "default",
 ) -> Plan:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 from torch import nn
 
-from .._layer.paths import Path as Way
+from .._layer.paths import TrainingPath
 from .._model.options import Pattern, Request
 from .._model.targets import Target
 from .._plan import Init, NormPolicy
@@ -129,7 +129,7 @@ class Adapting(Targeting):
         list[str] | None, typer.Option("--method-option", metavar="NAME=VALUE", help="An option of the method.")
     ] = None
     init: Annotated[Init | None, typer.Option(help="How the factors begin; default kaiming.")] = Request.init
-    path: Annotated[Way, typer.Option(help="How a convolution computes in training.")] = Request.path
+    path: Annotated[TrainingPath, typer.Option(help="How a convolution computes in training.")] = Request.path
     mask_activations: Annotated[
         Literal["bytes", "bits"] | None, typer.Option(help="Activations keep a mask in training, so much a number.")
     ] = None
