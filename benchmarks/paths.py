@@ -34,9 +34,9 @@ from convlora._layer import paths as chooser
 from convlora._layer.adapted import AdaptedLayer, active_adapter
 from convlora._layer.change import Change
 from convlora._layer.convolution import convolve
-from convlora._layer.fast import _padding, is_plain, shapes_of
+from convlora._layer.fast import _padding, is_plain, sizes_of
 from convlora._layer.functional import Geometry
-from convlora._layer.paths import Shapes
+from convlora._layer.paths import LayerSizes
 from convlora._layer.swap import original_class
 
 PATHS = ("fused", "weight", "branch")
@@ -55,15 +55,15 @@ class Case:
     geometry: Geometry
     x: tuple[int, ...]
     """The input as it is convolved: ``(N, C_in, H, W)``."""
-    shapes: Shapes
+    sizes: LayerSizes
     """What the choice is made from."""
 
     def __str__(self) -> str:
         (out, into, height, width), stride, dilation = self.weight, self.geometry.stride, self.geometry.dilation
         stepped = f" /{stride[0]}" if stride[0] > 1 else ""
         dilated = f" d{dilation[0]}" if dilation[0] > 1 else ""
-        first = "" if self.shapes.input_grad else " first"
-        rank = f" r{self.shapes.rank}"
+        first = "" if self.sizes.input_grad else " first"
+        rank = f" r{self.sizes.rank}"
         return f"{into}→{out} {height}×{width}{stepped}{dilated} @{self.x[2]}×{self.x[3]}{rank}{first}"
 
 
@@ -83,7 +83,7 @@ class Timed:
     @property
     def chosen(self) -> str:
         """The path that the present constants choose."""
-        return chooser.choose(self.case.shapes)
+        return chooser.choose(self.case.sizes)
 
     @property
     def lost(self) -> float:
@@ -127,9 +127,9 @@ def _case(layer: Any, x: Tensor) -> Case | None:
         size, padding = (*size[:2], size[2] + top + bottom, size[3] + left + right), (0, 0)
     geometry = Geometry(layer.stride, padding, layer.dilation, layer.groups)
     seen = torch.empty(1, dtype=x.dtype).expand(size).requires_grad_(x.requires_grad)
-    shapes = shapes_of(layer, seen, geometry, change.rank)
+    sizes = sizes_of(layer, seen, geometry, change.rank)
     weight = (layer.out_channels, layer.in_channels, *layer.kernel_size)
-    return Case(weight, geometry, size, shapes)
+    return Case(weight, geometry, size, sizes)
 
 
 def pass_of(case: Case, path: str, device: torch.device, layout: torch.memory_format) -> Callable[[], object]:
@@ -139,8 +139,8 @@ def pass_of(case: Case, path: str, device: torch.device, layout: torch.memory_fo
     def numbers(*size: int) -> Tensor:
         return torch.randn(size, generator=generator).to(device)
 
-    rank = case.shapes.rank
-    x = numbers(*case.x).contiguous(memory_format=layout).requires_grad_(case.shapes.input_grad)
+    rank = case.sizes.rank
+    x = numbers(*case.x).contiguous(memory_format=layout).requires_grad_(case.sizes.input_grad)
     weight = numbers(*case.weight).contiguous(memory_format=layout)
     lora_A = numbers(rank, *case.weight[1:]).contiguous(memory_format=layout).requires_grad_()
     lora_B = numbers(case.weight[0], rank).requires_grad_()
@@ -210,7 +210,7 @@ def estimates(timed: Sequence[Timed]) -> str:
     """A line for each shape: what ``chooser.estimate`` says of it, and by how much each path is not the fastest."""
     rows: list[Row] = [("shape", *(f"{path}{unit}" for path in PATHS for unit in ("", " ms")))]
     for item in timed:
-        costs = {str(path): cost for path, cost in chooser.estimate(item.case.shapes).items()}
+        costs = {str(path): cost for path, cost in chooser.estimate(item.case.sizes).items()}
         least = item.times[item.best]
         pairs = ((figure(costs[path] / 1e6), figure(1e3 * (item.times[path] - least))) for path in PATHS)
         rows.append((str(item.case), *itertools.chain.from_iterable(pairs)))
@@ -239,7 +239,7 @@ def to_json(timed: Sequence[Timed], where: dict[str, Any], options: argparse.Nam
     """Everything measured, as plain JSON data."""
     names = ("model", "batch", "size", "rank", "rounds", "repeats", "channels_last")
     layers = [asdict(item) | {"chosen": item.chosen, "best": item.best, "lost": item.lost} for item in timed]
-    costs = [chooser.estimate(item.case.shapes) for item in timed]
+    costs = [chooser.estimate(item.case.sizes) for item in timed]
     return {
         "settings": {name: getattr(options, name) for name in names},
         "environment": where,

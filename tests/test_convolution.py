@@ -16,7 +16,7 @@ import convlora
 from convlora._layer import adapted, convolution, depthwise
 from convlora._layer.convolution import convolve, convolve_plainly
 from convlora._layer.functional import Geometry
-from convlora._layer.paths import Shapes, choose
+from convlora._layer.paths import LayerSizes, choose
 from convlora._methods import lora as lora_method
 
 PATHS = ["auto", "fused", "weight", "branch"]
@@ -426,7 +426,7 @@ def test_unknown_path_is_refused(net):
 
 def test_the_choice_follows_the_shapes():
     def chosen(out, into, kernel, positions, groups=1, rank=8):
-        shapes = Shapes(out, into, kernel, groups, rank, positions, positions, input_grad=True)
+        shapes = LayerSizes(out, into, kernel, groups, rank, positions, positions, input_grad=True)
         return choose(shapes)
 
     assert chosen(512, 512, 9, positions=16 * 56 * 56) == "fused"  # large image: W + ΔW costs next to nothing
@@ -437,7 +437,7 @@ def test_the_choice_follows_the_shapes():
 
 def test_with_a_constant_A_the_choice_is_between_the_paths_that_keep_no_input():
     def chosen(channels, rank, positions):
-        return choose(Shapes(16, channels, 9, 1, rank, positions, positions, input_grad=True, trains_A=False))
+        return choose(LayerSizes(16, channels, 9, 1, rank, positions, positions, input_grad=True, trains_A=False))
 
     assert chosen(16, 8, positions=16 * 56 * 56) == "fused"
     assert chosen(512, 8, positions=9) == "branch"

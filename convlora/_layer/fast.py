@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from . import depthwise, paths
 from .convolution import convolve, convolve_plainly
 from .functional import Geometry, Ints, autocasts, is_transformed
-from .paths import Shapes, TrainingPath
+from .paths import LayerSizes, TrainingPath
 
 PLAIN: dict[Any, Any] = {cls.forward: cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -105,17 +105,17 @@ def _padding(layer: _ConvNd) -> tuple[int, ...] | None:
     return _each(layer, 0 if isinstance(layer.padding, str) else layer.padding)
 
 
-def shapes_of(layer: _ConvNd, x: Tensor, geometry: Geometry, rank: int) -> Shapes:
+def sizes_of(layer: _ConvNd, x: Tensor, geometry: Geometry, rank: int) -> LayerSizes:
     weight = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-    return _shapes(x.shape, weight, geometry, rank, x.requires_grad, x.element_size())
+    return _sizes(x.shape, weight, geometry, rank, x.requires_grad, x.element_size())
 
 
-def _shapes(
+def _sizes(
     x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bool, width: int, trains_A: bool = True
-) -> Shapes:
+) -> LayerSizes:
     sizes = zip(x[2:], weight[2:], geometry.stride, geometry.padding, geometry.dilation, strict=True)
     outputs = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
-    return Shapes(
+    return LayerSizes(
         out_channels=weight[0],
         in_channels=x[1],
         kernel=math.prod(weight[2:]),
@@ -133,8 +133,8 @@ def choose(
     x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bool, width: int, trains_A: bool, device: str
 ) -> tuple[TrainingPath, bool]:
     """The path for an input and a weight of these sizes, and whether calls count most; see ``paths.py``."""
-    shapes = _shapes(x, weight, geometry, rank, input_grad, width, trains_A)
-    return paths.choose(shapes), paths.launching_decides(shapes, device)
+    sizes = _sizes(x, weight, geometry, rank, input_grad, width, trains_A)
+    return paths.choose(sizes), paths.launching_decides(sizes, device)
 
 
 choose_once = lru_cache(maxsize=4096)(choose)

@@ -40,7 +40,7 @@ THIN_EACH = 28
 
 
 @dataclass(frozen=True)
-class Shapes:
+class LayerSizes:
     """What decides: a layer, its rank and its input. Counts, no units."""
 
     out_channels: int
@@ -66,25 +66,25 @@ class Shapes:
         return self.in_channels // self.groups * self.kernel
 
 
-def choose(shapes: Shapes) -> TrainingPath:
+def choose(sizes: LayerSizes) -> TrainingPath:
     """The path with the least estimated cost beyond what all three have in common."""
-    if shapes.groups > 1:
+    if sizes.groups > 1:
         return "weight"  # rank-r tensors would need r channels for each group
-    costs, best = estimate(shapes), PATHS[1]
+    costs, best = estimate(sizes), PATHS[1]
     # Without a gradient to A the other two keep h in the place of x, and that is what A was frozen for.
-    is_lean = not shapes.trains_A and shapes.rank * shapes.outputs < shapes.in_channels * shapes.inputs
+    is_lean = not sizes.trains_A and sizes.rank * sizes.outputs < sizes.in_channels * sizes.inputs
     for path in PATHS[3:] if is_lean else PATHS[2:]:  # the compiler does not follow min with a key over symbols
         best = path if costs[path] < costs[best] else best
     return best
 
 
-def launching_decides(s: Shapes, device: str) -> bool:
+def launching_decides(s: LayerSizes, device: str) -> bool:
     """Whether a layer without groups is so small that calls count, and not arithmetic."""
     beyond = 4 * s.outputs * s.out_channels + 3 * s.inputs * s.in_channels
     return beyond <= LAUNCHING.get(device, LAUNCHING_ELSEWHERE)
 
 
-def estimate(s: Shapes) -> dict[TrainingPath, float]:
+def estimate(s: LayerSizes) -> dict[TrainingPath, float]:
     """Cost of each path in training, in FLOPs, bytes counted as FLOPs by :data:`BALANCE`.
 
     The base's convolution and its gradient to the input are in all of them, and not counted.
@@ -109,7 +109,7 @@ def estimate(s: Shapes) -> dict[TrainingPath, float]:
     return {"fused": merge + low_rank, "weight": merge + dense, "branch": branch + low_rank}
 
 
-def branch_wins(s: Shapes, adapters: int, scattered: bool) -> bool:
+def branch_wins(s: LayerSizes, adapters: int, scattered: bool) -> bool:
     """Whether, in inference, a branch for each sample costs less than W + ΔW and a part of the batch for each adapter.
 
     Args:

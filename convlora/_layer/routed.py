@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from .change import Change
 from .compiler import uncompiled
 from .convolution import conv, is_pointwise, sampled
-from .fast import is_batch, is_plain, prepare, shapes_of
+from .fast import is_batch, is_plain, prepare, sizes_of
 from .functional import Geometry, autocasts, is_transformed, no_autocast
 from .mix import Mix
 from .paths import branch_wins
@@ -145,8 +145,8 @@ def _convolution(layer: _ConvNd, x: Tensor, mixture: Mixture) -> Tensor | None:
     if layer.groups == 1:
         if mixture.pairs is None:
             return None
-        shapes = shapes_of(layer, x, geometry, largest_rank(mixture.pairs))
-        if not branch_wins(shapes, len(mixture.kinds), mixture.is_scattered):
+        sizes = sizes_of(layer, x, geometry, largest_rank(mixture.pairs))
+        if not branch_wins(sizes, len(mixture.kinds), mixture.is_scattered):
             return None
     with no_autocast(x.device.type):
         if layer.groups > 1:
