@@ -256,10 +256,10 @@ def _fields(base: nn.Module, adapter_name: str, config: PeftConfig) -> dict[str,
     return fields
 
 
-Adapters = Mapping[str, tuple[Plan, dict[str, Tensor], Manifest]]
+EveryAdapter = Mapping[str, tuple[Plan, dict[str, Tensor], Manifest]]
 
 
-def _install(base: nn.Module, adapters: Adapters, active: str) -> None:
+def _install(base: nn.Module, adapters: EveryAdapter, active: str) -> None:
     try:
         for plan, tensors, manifest in adapters.values():
             install(plan, tensors, manifest, base)

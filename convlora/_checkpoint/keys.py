@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from .._layer.adapted import CHILD, Adapters
+from .._layer.adapted import CHILD, LayerAdapters
 from .._layer.change import Change
 from .._layer.places import Place
 from .._model.state import RECORD, Injection
@@ -52,7 +52,9 @@ def own_keys(model: nn.Module, plan: Plan, buffers: Iterable[str]) -> set[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     owners = {module for name in plan.modules_to_save for module in modules[name].modules()}
     owners |= {modules[name] for name in plan.norms if plan.norm == "track"}
-    owners = {module for module in owners if not isinstance(module, (Adapters, Change))}  # another adapter's factors
+    owners = {
+        module for module in owners if not isinstance(module, (LayerAdapters, Change))
+    }  # another adapter's factors
     inside = {key for key in tensors_of(model) if modules.get(key.rpartition(".")[0]) in owners}
     with_bias = {modules[name] for name in plan.biases}
     return inside | {dotted(n, "bias") for n, m in modules.items() if m in with_bias} | set(buffers)
@@ -60,6 +62,6 @@ def own_keys(model: nn.Module, plan: Plan, buffers: Iterable[str]) -> set[str]:
 
 def base_keys(model: nn.Module, state: Mapping[str, Tensor], own: set[str]) -> list[str]:
     """Keys of the base: all but the adapter's and any adapter's changes."""
-    there = (module for module in model.modules() if isinstance(module, Adapters))
+    there = (module for module in model.modules() if isinstance(module, LayerAdapters))
     ends = {f"{CHILD}.{key}" for adapters in there for key in adapters.state_dict(keep_vars=True)}
     return [key for key in state if key not in own and ".".join(key.rsplit(".", 3)[-3:]) not in ends]

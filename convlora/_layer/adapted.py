@@ -55,7 +55,7 @@ OFFLOADED = "_hf_hook"
 DAMAGED = "The adapter of this layer is damaged ({}); inject or load it again."
 
 
-class Adapters(nn.ModuleDict):
+class LayerAdapters(nn.ModuleDict):
     """A layer's adapters by name, and which of them is active."""
 
     active: Owner | None = None
@@ -336,7 +336,7 @@ def supports_dropout(layer: nn.Module) -> bool:
 def attach(layer: nn.Module, adapter_name: str, change: Change) -> None:
     """Put an adapter's change beside the layer's weight, at rest; swap the class where it is the first."""
     if CHILD not in layer._modules:
-        layer.add_module(CHILD, Adapters())
+        layer.add_module(CHILD, LayerAdapters())
         swap(layer, AdaptedLayer)
     held(layer).add_module(adapter_name, change)
 
@@ -383,10 +383,10 @@ def aside_of(layer: nn.Module) -> Aside | None:
     return cast("Aside | None", vars(layer).get(ASIDE))
 
 
-def held(layer: nn.Module) -> Adapters:
+def held(layer: nn.Module) -> LayerAdapters:
     """What an adapted layer holds of its adapters."""
     aside = vars(layer).get(ASIDE)
-    return cast(Adapters, layer._modules[CHILD] if aside is None else aside.adapters)
+    return cast(LayerAdapters, layer._modules[CHILD] if aside is None else aside.adapters)
 
 
 def change_of(layer: nn.Module, adapter_name: str) -> Change | None:

@@ -40,7 +40,7 @@ def layer_forward(layer: nn.Module, base: type[nn.Module], adapters: Any, route:
 
     Args:
         layer: the layer, of the base class ``base``.
-        adapters: what it holds of them (``adapted.Adapters``); samples of others go through the base alone.
+        adapters: what it holds of them (``adapted.LayerAdapters``); samples of others go through the base alone.
         route: of this layer.
         args, kwargs: what the layer was called with.
     """

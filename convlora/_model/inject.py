@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .._layer.adapted import Adapters, attach, base_weight
+from .._layer.adapted import LayerAdapters, attach, base_weight
 from .._layer.change import Change, Option
 from .._layer.dora import channel_norms
 from .._layer.masked import Masks, mixin_for
@@ -279,7 +279,7 @@ def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) 
     with_bias = {model.get_submodule(name) for name in plan.biases}
     copies: dict[int, Tensor] = {}  # by identity: tensors shared between modules stay shared
     places = {(place.module, place.name): place for place in injection.places}
-    for module in (m for m in model.modules() if not isinstance(m, (Adapters, Change))):
+    for module in (m for m in model.modules() if not isinstance(m, (LayerAdapters, Change))):
         parameters = module._parameters if module in owned else {}
         if module in with_bias - owned:
             parameters = {"bias": module._parameters["bias"]}

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar, cast
 
 from torch import Tensor, nn
 
-from .._layer.adapted import AdaptedLayer, Adapters, base_weight
+from .._layer.adapted import AdaptedLayer, LayerAdapters, base_weight
 from .._layer.change import Change
 from .._layer.computed import has_parameter, weight_shape
 from .._layer.places import BASE, MIXTURE, SWAPPING, Place
@@ -206,7 +206,7 @@ def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[
 def _later(injection: Injection, names: dict[nn.Module, str]) -> Iterator[Finding]:
     known = {(place.module, place.name) for place in injection.places}
     for module, name in names.items():
-        for key in () if isinstance(module, (Adapters, Change)) else module._buffers:
+        for key in () if isinstance(module, (LayerAdapters, Change)) else module._buffers:
             if (module, key) not in known and key not in module._non_persistent_buffers_set:
                 what = "this buffer was registered after convlora.inject; the base that a file is for does not have it"
                 yield Finding(f"{name}.{key}", what, "Register it before you inject, or as persistent=False", "warned")

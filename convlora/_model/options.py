@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypedDict, TypeVar
 
 import torch
 
-from .._layer.adapted import Adapters
+from .._layer.adapted import LayerAdapters
 from .._layer.change import Option
 from .._layer.masked import Masks
 from .._layer.paths import PATHS, TrainingPath
@@ -225,7 +225,7 @@ def check_name(adapter_name: str) -> None:
         raise TargetError(f"adapter_name={adapter_name!r}; it must be a name without a dot.")
     if not adapter_name.isprintable():
         raise TargetError(f"adapter_name={adapter_name!r} holds characters that do not show; choose another.")
-    if hasattr(Adapters(), adapter_name):
+    if hasattr(LayerAdapters(), adapter_name):
         raise TargetError(f"adapter_name={adapter_name!r} is taken by torch's ModuleDict; choose another.")
 
 

@@ -16,7 +16,7 @@ from typing import Generic, TypeGuard, TypeVar
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .._layer.adapted import Adapters
+from .._layer.adapted import LayerAdapters
 from .._layer.change import Change
 from .._layer.computed import weight_shape
 from ..errors import TargetError
@@ -61,7 +61,7 @@ def modules_of(model: nn.Module) -> list[Named]:
     """Each module of the base once, with all its names; the root's is empty."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, (Adapters, Change)):
+        if not isinstance(module, (LayerAdapters, Change)):
             names.setdefault(module, []).append(name)
     return [Named(tuple(all_names), module) for module, all_names in names.items()]
 
