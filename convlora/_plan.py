@@ -101,7 +101,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Part:
+class FrozenModule:
     """A module with parameters of its own that is neither a listed layer nor trained in full: it stays frozen."""
 
     name: str
@@ -147,7 +147,7 @@ class Plan:
     norms: tuple[str, ...]
     base_parameters: int
     saved_parameters: int
-    others: tuple[Part, ...] = ()
+    others: tuple[FrozenModule, ...] = ()
     path: TrainingPath = "auto"
     mask_activations: Masks = False
     init: Init = "kaiming"
@@ -196,7 +196,7 @@ class Plan:
         layers = {key: tuple(_layer_from_json(item, use_rslora) for item in data[key]) for key in ("layers", "skipped")}
         names = {key: tuple(data[key]) for key in ("modules_to_save", "norms")}
         names["biases"] = tuple(data.get("biases", ()))
-        others = tuple(Part(**item) for item in data["others"])
+        others = tuple(FrozenModule(**item) for item in data["others"])
         return cls(**{**data, **layers, **names, "others": others})
 
     def __str__(self) -> str:

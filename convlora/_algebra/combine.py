@@ -21,7 +21,7 @@ from .._model.targets import exactly
 from .._plan import LayerPlan, Plan
 from ..errors import StateError, TargetError
 from .approximation import Approximation, LayerError, check_factors, check_products
-from .methods import DENSITIES, METHODS, Combined, Method, Parts
+from .methods import DENSITIES, METHODS, Combined, Method, WeightedLoRA
 
 
 def combine_adapters(
@@ -80,7 +80,7 @@ def combine_adapters(
         check_factors(each)
     shares = {name: float(weights[name]) for name in adapters}
     plan = _planned(root, adapters, adapter_name)
-    parts = {layer.name: _parts(root.get_submodule(layer.name), adapters, shares) for layer in plan.layers}
+    parts = {layer.name: _weighted(root.get_submodule(layer.name), adapters, shares) for layer in plan.layers}
     with torch.inference_mode(False), torch.no_grad():
         combined = METHODS[method](parts, rank, density, seed)
         layers = [
@@ -179,6 +179,6 @@ def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str
     return replace(plan, saved_parameters=plan.saved_parameters + numbers)
 
 
-def _parts(layer: nn.Module, adapters: Mapping[str, Adapter], shares: Mapping[str, float]) -> Parts:
+def _weighted(layer: nn.Module, adapters: Mapping[str, Adapter], shares: Mapping[str, float]) -> WeightedLoRA:
     there = ((name, change_of(layer, name)) for name in adapters)
     return {name: (cast(LoRA, change), shares[name] * change.strength) for name, change in there if change is not None}

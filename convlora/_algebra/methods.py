@@ -13,21 +13,21 @@ from .._methods.lora import LoRA
 from .approximation import spectrum_of, spectrum_of_sum
 
 Method = Literal["exact", "svd", "ties", "dare"]
-Parts = dict[str, tuple[LoRA, float]]
+WeightedLoRA = dict[str, tuple[LoRA, float]]
 """One layer's factors and their weight, by adapter."""
 Combined = dict[str, tuple[Tensor, Tensor, float, float]]
 """Of each layer: lora_A, lora_B for a scaling of 1, what they lose, and ‖ΔW‖."""
 
 
-def _terms(parts: Parts) -> list[tuple[Tensor, Tensor, float]]:
+def _terms(parts: WeightedLoRA) -> list[tuple[Tensor, Tensor, float]]:
     return [(*lora.factors(), share * lora.scaling) for lora, share in parts.values()]
 
 
-def _own_rank(parts: Parts) -> int:
+def _own_rank(parts: WeightedLoRA) -> int:
     return max(len(lora.factors()[0]) for lora, _ in parts.values())
 
 
-def _exact(every: Mapping[str, Parts], rank: int | None, density: float, seed: int) -> Combined:
+def _exact(every: Mapping[str, WeightedLoRA], rank: int | None, density: float, seed: int) -> Combined:
     found: Combined = {}
     for name, parts in every.items():
         terms = _terms(parts)
@@ -42,21 +42,21 @@ def _exact(every: Mapping[str, Parts], rank: int | None, density: float, seed: i
     return found
 
 
-def _svd(every: Mapping[str, Parts], rank: int | None, density: float, seed: int) -> Combined:
+def _svd(every: Mapping[str, WeightedLoRA], rank: int | None, density: float, seed: int) -> Combined:
     return {name: _nearest(spectrum_of_sum(name, _terms(parts)), parts, rank) for name, parts in every.items()}
 
 
-def _nearest(spectrum: Spectrum, parts: Parts, rank: int | None) -> tuple[Tensor, Tensor, float, float]:
+def _nearest(spectrum: Spectrum, parts: WeightedLoRA, rank: int | None) -> tuple[Tensor, Tensor, float, float]:
     fitting = min(rank or _own_rank(parts), max(spectrum.room, 1))
     return (*spectrum.factors(fitting, 1.0), spectrum.lost(fitting), spectrum.size)
 
 
-def _ties(every: Mapping[str, Parts], rank: int | None, density: float, seed: int) -> Combined:
+def _ties(every: Mapping[str, WeightedLoRA], rank: int | None, density: float, seed: int) -> Combined:
     """Trim, elect a sign, average those that agree. Trimmed over an adapter's layers together, as in the paper."""
     names = dict.fromkeys(name for parts in every.values() for name in parts)
     least = {name: _threshold([p[name][0] for p in every.values() if name in p], density) for name in names}
 
-    def merged(parts: Parts) -> Tensor:
+    def merged(parts: WeightedLoRA) -> Tensor:
         trimmed = []
         for name, (lora, share) in parts.items():
             delta = lora.delta_weight()
@@ -76,11 +76,11 @@ def _threshold(loras: list[LoRA], density: float) -> Tensor:
     return sizes.kthvalue(sizes.numel() - kept + 1).values
 
 
-def _dare(every: Mapping[str, Parts], rank: int | None, density: float, seed: int) -> Combined:
+def _dare(every: Mapping[str, WeightedLoRA], rank: int | None, density: float, seed: int) -> Combined:
     """Drop at random, scale up what is left: the expected change is the adapters' weighted sum."""
     generator = torch.Generator().manual_seed(seed)
 
-    def thinned(parts: Parts) -> Tensor:
+    def thinned(parts: WeightedLoRA) -> Tensor:
         deltas = []
         for lora, share in parts.values():
             delta = lora.delta_weight()
@@ -91,7 +91,7 @@ def _dare(every: Mapping[str, Parts], rank: int | None, density: float, seed: in
     return {name: _nearest(spectrum_of(name, thinned(parts)), parts, rank) for name, parts in every.items()}
 
 
-METHODS: dict[str, Callable[[Mapping[str, Parts], int | None, float, int], Combined]] = {
+METHODS: dict[str, Callable[[Mapping[str, WeightedLoRA], int | None, float, int], Combined]] = {
     "exact": _exact,
     "svd": _svd,
     "ties": _ties,

@@ -23,7 +23,7 @@ from .likeness import unlike_branch, unlike_geometry
 from .multiplied import read_lycoris_ia3, read_lycoris_oft
 from .peft_methods import PEFT_METHODS, read_loha, read_lokr
 from .rebuilt import Found, by_any_name, layer_fault, refuse, take
-from .stored import Parts, Stored, Taken
+from .stored import LayerTensors, Stored, Taken
 
 PREFIXES = ("lycoris_", "lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lora_")
 _MAGNITUDES = "dora_scale"
@@ -121,12 +121,12 @@ def method_of(parts: Iterable[str]) -> LycorisMethod | None:
     return None
 
 
-def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, Parts]:
+def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, LayerTensors]:
     """The tensors by how the file writes their layer's name."""
-    layers: dict[str, Parts] = {}
+    layers: dict[str, LayerTensors] = {}
     for key, tensor in tensors.items():
         name, _, part = key.partition(".")
-        layers.setdefault(name, Parts())[part] = tensor
+        layers.setdefault(name, LayerTensors())[part] = tensor
     return layers
 
 
@@ -152,7 +152,7 @@ def from_lycoris_tensors(tensors: Mapping[str, Tensor], root: nn.Module, origin:
 
 def _fault(
     written: str,
-    parts: Parts,
+    parts: LayerTensors,
     flat: Mapping[str, list[str]],
     named: Mapping[str, Named],
     taken: dict[str, Taken],
@@ -176,7 +176,7 @@ def _fault(
 
 def _read(read: Callable[[Stored], Taken], found: Stored) -> Taken:
     """What a layer has, with its alpha, and with DoRA's magnitudes."""
-    parts, shape = Parts(found.parts), found.shape
+    parts, shape = LayerTensors(found.parts), found.shape
     alpha, magnitudes = parts.pop("alpha", None), parts.pop(_MAGNITUDES, None)
     if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
         raise TargetError(f"alpha of shape {tuple(alpha.shape)}, {alpha.dtype}; it must be one real number")

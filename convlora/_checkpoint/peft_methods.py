@@ -24,7 +24,7 @@ from .._plan import LayerPlan, Plan
 from ..errors import TargetError
 from .likeness import is_faithful, is_torchs_own, unlike_branch, unlike_layer
 from .multiplied import MULTIPLYING
-from .stored import Parts, PeftMethod, Stored, Taken
+from .stored import LayerTensors, PeftMethod, Stored, Taken
 
 STOCK, REGISTERED, ALONE = "LORA", "CONVLORA", "CONVLORA_ALONE"
 """Types of file: LoRA that stock peft reads, one that it reads with convlora's layers registered, and one that convlora
@@ -80,13 +80,13 @@ def read_lokr(found: Stored) -> Taken:
     wanted = LoKr.shapes(shape, max(rank, 1), **options)
     for name, sides, kernel in (("lokr_w1", (rows, columns), ()), ("lokr_w2", inner, shape[2:])):
         if name in wanted and name not in parts:
-            parts = Parts({**parts, name: _multiplied(parts, name, sides, kernel, rank)})
+            parts = LayerTensors({**parts, name: _multiplied(parts, name, sides, kernel, rank)})
             for used in (f"{name}_a", f"{name}_b", "lokr_t2" if name == "lokr_w2" else ""):
                 parts.pop(used, None)
     return Taken("lokr", rank, found.scaling(rank), parts, options)
 
 
-def _multiplied(parts: Parts, name: str, sides: tuple[int, int], kernel: tuple[int, ...], rank: int) -> Tensor:
+def _multiplied(parts: LayerTensors, name: str, sides: tuple[int, int], kernel: tuple[int, ...], rank: int) -> Tensor:
     """W₁ or W₂ of its factors, whose shapes are compared before."""
     A, B, core = parts[f"{name}_a"], parts[f"{name}_b"], parts.get("lokr_t2") if name == "lokr_w2" else None
     (c, d), size = sides, math.prod(kernel)

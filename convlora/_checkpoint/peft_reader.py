@@ -24,7 +24,7 @@ from .likeness import unlike_layer
 from .peft_format import PREFIX, dotted, with_end
 from .peft_methods import PEFT_METHODS, REGISTERED, STOCK
 from .rebuilt import Found, by_any_name, layer_fault, refuse, take
-from .stored import Parts, PeftMethod, Stored, Taken
+from .stored import LayerTensors, PeftMethod, Stored, Taken
 
 BESIDE = {
     *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
@@ -72,7 +72,7 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
             refuse(origin, [f"{name} has names of {len(pattern.forms)} lengths and forms; no network has {_FORMS}"])
     named = by_any_name(root)
     in_full = {name for name, _ in with_end(named, config.get("modules_to_save") or ())}
-    layers: dict[str, Parts] = {}
+    layers: dict[str, LayerTensors] = {}
     own: dict[str, Tensor] = {}
     saved: dict[str, None] = {}
     biases: dict[str, None] = {}
@@ -81,7 +81,7 @@ def from_peft_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         key = full_key.removeprefix(PREFIX)
         part = next((part for part in method.tensors if key.endswith(f".{part}")), "")
         if part:
-            layers.setdefault(key.removesuffix(f".{part}"), Parts())[part] = tensor
+            layers.setdefault(key.removesuffix(f".{part}"), LayerTensors())[part] = tensor
         elif name := _outermost(key, in_full):
             if key.removeprefix(name + ".").split(".")[0] not in _WRAPPERS:  # bias="all" lists these twice
                 saved[name] = None

@@ -15,7 +15,7 @@ from .._plan import LayerPlan, Plan
 from ..errors import TargetError
 
 
-class Parts(dict[str, Tensor]):
+class LayerTensors(dict[str, Tensor]):
     """A layer's tensors in a file, by what follows its name."""
 
     def __missing__(self, name: str) -> Tensor:
@@ -40,7 +40,7 @@ class Stored:
         name: the layer's.
     """
 
-    parts: Parts
+    parts: LayerTensors
     shape: tuple[int, ...]
     layer: nn.Module
     alpha: float | None = None

@@ -16,8 +16,8 @@ from .._layer.swap import check_restorable
 from ..errors import StateError
 from .integrity import refuse_changed, shortened
 from .state import (
+    InjectedPart,
     Injection,
-    Part,
     activate,
     check_enabled,
     check_intact,
@@ -96,7 +96,7 @@ def _own(layer: nn.Module) -> Iterator[nn.Parameter]:
     return (p for name, p in layer.named_parameters() if not name.startswith((f"{CHILD}.", "bias")))
 
 
-def _fold(parts: list[Part], weights: list[list[nn.Parameter]]) -> None:
+def _fold(parts: list[InjectedPart], weights: list[list[nn.Parameter]]) -> None:
     try:
         for (_, injection), merged in zip(parts, weights, strict=True):
             for layer, weight in zip(injection.layers, merged, strict=True):
@@ -137,7 +137,7 @@ def unmerge(model: M) -> M:
     return model
 
 
-def _unfold(parts: list[Part]) -> None:
+def _unfold(parts: list[InjectedPart]) -> None:
     for _, injection in parts:
         for layer in injection.layers:
             unfold(layer)
@@ -157,7 +157,7 @@ def unmerged(root: nn.Module, injection: Injection) -> Iterator[None]:
         to_the_end(lambda: _fold(parts, weights))
 
 
-def _parts(model: nn.Module, merged: bool) -> list[Part]:
+def _parts(model: nn.Module, merged: bool) -> list[InjectedPart]:
     """The injected parts in this state, at least one."""
     parts = [(root, injection) for _, root, injection in injected(model) if injection.merged is merged]
     if not parts:

@@ -12,7 +12,7 @@ from .._layer.change import Option
 from .._layer.masked import Masks, mixin_for
 from .._layer.paths import TrainingPath
 from .._layer.swap import check_swappable, original_class
-from .._plan import Init, LayerPlan, NormPolicy, Part, Plan
+from .._plan import FrozenModule, Init, LayerPlan, NormPolicy, Plan
 from .budget import allotted
 from .checks import check_any_left, check_model
 from .choice import Choice, has_bias
@@ -143,12 +143,12 @@ def _size(parameters: Iterable[nn.Parameter | None]) -> int:
     return sum(p.numel() for p in {p for p in parameters if p is not None})
 
 
-def _others(named: list[Named], inside_saved: set[nn.Module], listed: list[Named]) -> Iterator[Part]:
+def _others(named: list[Named], inside_saved: set[nn.Module], listed: list[Named]) -> Iterator[FrozenModule]:
     inside_listed = {module for n in listed for module in n.module.modules()}
     for n in named:
         size = _size(n.module._parameters.values())
         if size and n.module not in inside_saved | inside_listed:
-            yield Part(n.name, original_class(n.module).__name__, size)
+            yield FrozenModule(n.name, original_class(n.module).__name__, size)
 
 
 def _modules_to_save(model: nn.Module, named: list[Named], request: Request) -> tuple[list[Named], str]:

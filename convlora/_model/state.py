@@ -477,11 +477,11 @@ def the_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
     return found[0][1], found[0][2]
 
 
-Part = tuple[nn.Module, Injection]
+InjectedPart = tuple[nn.Module, Injection]
 """An injected module and its record."""
 
 
-def ready(model: nn.Module, *needs: Callable[[Injection], None]) -> list[Part]:
+def ready(model: nn.Module, *needs: Callable[[Injection], None]) -> list[InjectedPart]:
     """Every injected part of the model, once each meets these needs (``check_…`` below) and is intact.
 
     Raises:
@@ -490,7 +490,7 @@ def ready(model: nn.Module, *needs: Callable[[Injection], None]) -> list[Part]:
     return checked([(root, injection) for _, root, injection in injected(model)], *needs)
 
 
-def ready_alone(model: nn.Module, *needs: Callable[[Injection], None]) -> Part:
+def ready_alone(model: nn.Module, *needs: Callable[[Injection], None]) -> InjectedPart:
     """As :func:`ready`, the one injected part.
 
     Raises:
@@ -499,7 +499,7 @@ def ready_alone(model: nn.Module, *needs: Callable[[Injection], None]) -> Part:
     return checked([the_injection(model)], *needs)[0]
 
 
-def checked(parts: list[Part], *needs: Callable[[Injection], None]) -> list[Part]:
+def checked(parts: list[InjectedPart], *needs: Callable[[Injection], None]) -> list[InjectedPart]:
     """The parts themselves, once each meets these needs and is intact."""
     for root, injection in parts:
         for check in needs:

@@ -24,7 +24,7 @@ from .adapters import checked_weights
 from .checks import check_model
 from .mixing import Mixtures
 from .norms import FrozenNorm, TrackedNorm
-from .state import Injection, Part, check_enabled, check_unmerged, ready, to_the_end, weights_of
+from .state import InjectedPart, Injection, check_enabled, check_unmerged, ready, to_the_end, weights_of
 
 Asked = str | Mapping[str, float] | None
 
@@ -103,7 +103,7 @@ def _owner(injection: Injection, asked: Asked) -> Owner:
 @contextmanager
 def _looking(model: nn.Module, asked: tuple[Asked, ...]) -> Iterator[list[Route]]:
     """Modules that would not look for a route by themselves do so meanwhile; in other threads to no effect."""
-    parts: list[Part] = []
+    parts: list[InjectedPart] = []
     modules: list[nn.Module] = []
     block = object()
 
