@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 
 from .cases import Sample, Subject, equal, evaluate, relative_error, run
-from .libraries import Convlora, Factors, Library
+from .libraries import Convlora, LayerFactors, Library
 
 MERGE_TOLERANCE = 1e-5
 """Of the largest output: float32 rounding through a whole network, with room."""
@@ -119,7 +119,9 @@ class _Way:
         torch.optim.Adam([t for f in factors.values() for t in (f.a, f.b)], lr=1e-4).step()
         return error if exact else None
 
-    def _against(self, oracle: nn.Module, adapted: nn.Module, factors: dict[str, Factors], sample: Sample) -> float:
+    def _against(
+        self, oracle: nn.Module, adapted: nn.Module, factors: dict[str, LayerFactors], sample: Sample
+    ) -> float:
         """The larger of the outputs' difference in eval mode and the worst factor gradient's after one backward."""
         difference = relative_error(evaluate(adapted, sample), evaluate(oracle, sample))
         for name in factors:
@@ -128,7 +130,7 @@ class _Way:
             torch.autograd.backward(loss(self._train(model, sample, gradients=True)))
         return max(difference, *(_compare(name, f, oracle.get_submodule(name)) for name, f in factors.items()))
 
-    def _in_double(self, factors: dict[str, Factors]) -> float:
+    def _in_double(self, factors: dict[str, LayerFactors]) -> float:
         """The same in float64, where rounding is far below any mistake."""
         oracle, adapted = self.subject.fresh().double(), self.subject.fresh().double()
         adapted = self.library.inject(adapted, self.subject.case)
@@ -205,7 +207,7 @@ class _Way:
             return run(model, sample, training=True)
 
 
-def randomise(factors: dict[str, Factors]) -> None:
+def randomise(factors: dict[str, LayerFactors]) -> None:
     """Give the factors small values, as training would."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -228,13 +230,13 @@ def _freeze_alike(base: nn.Module, adapted: nn.Module) -> None:
         parameter.requires_grad_(name in trained)
 
 
-def _add_all(model: nn.Module, factors: dict[str, Factors]) -> bool:
+def _add_all(model: nn.Module, factors: dict[str, LayerFactors]) -> bool:
     """Make a plain network the oracle; False where it is so only in part."""
     added = [_add(model.get_submodule(name), factor) for name, factor in factors.items()]
     return all(added)
 
 
-def _add(layer: nn.Module, factor: Factors) -> bool:
+def _add(layer: nn.Module, factor: LayerFactors) -> bool:
     """Put W + ΔW into a plain layer; False where its weight is no Parameter or ΔW has another form."""
     plain = isinstance(layer._parameters.get("weight"), nn.Parameter)
     if not plain:
@@ -260,7 +262,7 @@ def _materialise(layer: nn.Module) -> None:
         layer.weight = nn.Parameter(weight.detach())
 
 
-def _compare(name: str, factor: Factors, layer: nn.Module) -> float:
+def _compare(name: str, factor: LayerFactors, layer: nn.Module) -> float:
     """A layer's factor gradients against dB = s·dW·Aᵀ and dA = s·Bᵀ·dW; the relative error, 0 where none can be."""
     weight: Any = layer.weight
     grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -18,7 +18,7 @@ RANK, ALPHA = 8, 16.0
 
 
 @dataclass(frozen=True)
-class Factors:
+class LayerFactors:
     """One layer's B and A, as stored, and what multiplies their product."""
 
     a: Tensor
@@ -41,7 +41,7 @@ class Library(Protocol):
     def inject(self, model: nn.Module, case: Case) -> nn.Module:
         """Put a rank 8 adapter into the case's layers; the module to call."""
 
-    def factors(self, adapted: nn.Module) -> dict[str, Factors]:
+    def factors(self, adapted: nn.Module) -> dict[str, LayerFactors]:
         """Each adapted layer's factors by the name that the layer has in the base."""
 
     def held(self, adapted: nn.Module) -> list[str]:
@@ -69,11 +69,11 @@ class Convlora:
         """In place; factors in every layer that has room for some, as the others have, and none taken whole."""
         return convlora.inject(model, RANK, alpha=ALPHA, target_modules=case.targets, method_pattern={"*": "lora"})
 
-    def factors(self, adapted: nn.Module) -> dict[str, Factors]:
+    def factors(self, adapted: nn.Module) -> dict[str, LayerFactors]:
         """From the children of the adapted layers."""
         layers = {layer.name: adapted.get_submodule(layer.name) for layer in convlora.summary(adapted).layers}
         loras: dict[str, Any] = {name: layer.get_submodule("convlora.default") for name, layer in layers.items()}
-        return {name: Factors(lora.lora_A, lora.lora_B, lora.scaling) for name, lora in loras.items()}
+        return {name: LayerFactors(lora.lora_A, lora.lora_B, lora.scaling) for name, lora in loras.items()}
 
     def held(self, adapted: nn.Module) -> list[str]:
         """Those that the plan lists."""
@@ -122,14 +122,14 @@ class Peft:
         adapted: nn.Module = peft.get_peft_model(model, config)
         return adapted
 
-    def factors(self, adapted: nn.Module) -> dict[str, Factors]:
+    def factors(self, adapted: nn.Module) -> dict[str, LayerFactors]:
         """From peft's own layers."""
         from peft.tuners.lora import LoraLayer
 
         base: Any = adapted.get_base_model()  # type: ignore[operator]
         found = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
         return {
-            name: Factors(layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
+            name: LayerFactors(layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
             for name, layer in found.items()
         }
 

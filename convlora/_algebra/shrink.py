@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .._layer.functional import Factors
 from .._methods.lora import LoRA
 from .._model.state import (
     check_enabled,
@@ -62,7 +63,7 @@ def shrink(
     smaller: list[tuple[LoRA, Tensor, Tensor]] = []
     with torch.inference_mode(False), torch.no_grad():
         for planned, change in zip(old.layers, adapter.changes, strict=True):
-            A, B = cast("tuple[Tensor, Tensor]", change.factors())
+            A, B = cast(Factors, change.factors())
             spectrum, full = spectrum_of_sum(planned.name, [(A, B, change.scaling)]), len(A)
             is_lora = issubclass(planned.change, LoRA)
             fitting = min(goal.rank_of(spectrum), full) if is_lora else full

@@ -177,7 +177,7 @@ def warn_of_old_card(file: Path) -> None:
 
 def _check_nothing_lost(root: nn.Module, injection: Injection) -> None:
     own = own_keys(root, injection.adapters[injection.active].plan, ())
-    factors = {id(p) for adapter in injection.adapters.values() for p in adapter.factors()}
+    factors = {id(p) for adapter in injection.adapters.values() for p in adapter.parameters()}
     for name, parameter in root.named_parameters():
         if parameter.requires_grad and name not in own and id(parameter) not in factors:
             raise StateError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .dora import channel_scale, scaled_output, scaled_weight
-from .functional import has_channels_last, in_dtype, no_autocast
+from .functional import Factors, has_channels_last, in_dtype, no_autocast
 from .kept import Scaling
 from .paths import TrainingPath
 
@@ -144,11 +144,14 @@ class Change(nn.Module):
         """The new weight of a base weight, which comes in ``weight_shape``, in the wider dtype of the two."""
         raise NotImplementedError
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """A ``(rank, *weight_shape[1:])`` and B ``(C_out, rank)``, where the change is scaling · B @ A; else None."""
+    def factors(self) -> Factors | None:
+        """A ``(r, *weight_shape[1:])`` and B ``(C_out, r)`` where the change is scaling · B @ A; else None.
+
+        r is ``rank``, or 2 · ``rank`` for the anchored LoRA of PiSSA and OLoRA.
+        """
         return None
 
-    def factors_at(self, base: Tensor) -> tuple[Tensor, Tensor] | None:
+    def factors_at(self, base: Tensor) -> Factors | None:
         """The same, for training alone, of a change whose factors depend on the base's weight."""
         return self.factors()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .functional import largest_rank
+from .functional import Factors, largest_rank
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Spectrum:
         tails = self.S.double().square().flip(0).cumsum(0).flip(0)  # tails[r]: lost² at rank r
         return max(1, int((tails > (tolerance * self.size) ** 2).sum()))
 
-    def factors(self, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    def factors(self, rank: int, scaling: float) -> Factors:
         """lora_A and lora_B of this rank with scaling · B @ A nearest to ΔW; each carries half of the size.
 
         Where the change has a lower rank than asked for, the rest of A is drawn and that of B is zero, as in a fresh

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .change import Change
-from .functional import in_dtype, no_autocast
+from .functional import Factors, in_dtype, no_autocast
 from .kept import Scaling
 from .paths import TrainingPath
 
@@ -70,18 +70,18 @@ class Mix:
         """Σ weight · ΔW of this base weight."""
         return self.effective_weight(base) - base
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
+    def factors(self) -> Factors | None:
         """A of all changes above one another, and B side by side, each times its weight and scaling; None as there."""
         return self._joined([None if change.use_dora else change.factors() for change in self.changes])
 
-    def factors_at(self, base: Tensor) -> tuple[Tensor, Tensor] | None:
+    def factors_at(self, base: Tensor) -> Factors | None:
         """The same, for training alone, of changes whose factors depend on the base's weight."""
         return self._joined([None if change.use_dora else change.factors_at(base) for change in self.changes])
 
-    def _joined(self, pairs: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    def _joined(self, pairs: list[Factors | None]) -> Factors | None:
         if None in pairs:
             return None
-        each = [(*cast("tuple[Tensor, Tensor]", p), w * c.scaling) for p, (c, w) in zip(pairs, self.parts, strict=True)]
+        each = [(*cast(Factors, p), w * c.scaling) for p, (c, w) in zip(pairs, self.parts, strict=True)]
         return torch.cat([A for A, _, _ in each]), torch.cat([strength * B for _, B, strength in each], dim=1)
 
     def output(self, *_: object) -> None:

@@ -25,13 +25,10 @@ from .change import Change
 from .compiler import uncompiled
 from .convolution import conv, is_pointwise, sampled
 from .fast import is_batch, is_plain, prepare, sizes_of
-from .functional import Geometry, autocasts, is_transformed, no_autocast
+from .functional import Factors, Geometry, autocasts, is_transformed, no_autocast
 from .mix import Mix
 from .paths import branch_wins
 from .routing import Kind, Owner, Route
-
-Pair = tuple[Tensor, Tensor]
-"""Factors A ``(rank, …)`` and scaling · B ``(C_out, rank)``."""
 
 
 @uncompiled
@@ -69,9 +66,9 @@ class Mixture:
     kinds: list[Kind]
 
     @cached_property
-    def pairs(self) -> list[Pair] | None:
+    def pairs(self) -> list[Factors] | None:
         """A and scaling · B of each kind; None where a change is no branch beside the base, as with DoRA."""
-        there: list[Pair | None] = []
+        there: list[Factors | None] = []
         for change in self.changes:
             pair = None if change is None or change.use_dora else change.factors()
             if change is not None and pair is None:
@@ -86,10 +83,10 @@ class Mixture:
         """Whether some samples of one kind do not lie side by side."""
         return not all(kind.is_run for kind in self.kinds)
 
-    def factors(self, like: Tensor) -> Pair:
+    def factors_of_samples(self, like: Tensor) -> Factors:
         """A ``(N, rank, …)`` and scaling · B ``(N, C_out, rank)`` of each sample; zeros beyond its own rank."""
-        pairs = cast("list[Pair]", self.pairs)
-        rank = largest_rank(pairs)
+        pairs = cast("list[Factors]", self.pairs)
+        rank = _highest_rank(pairs)
         stacked_A = torch.stack([_filled(a, rank) for a, _ in pairs]).to(like.dtype)
         stacked_B = torch.stack([_filled(b.T, rank).T for _, b in pairs]).to(like.dtype)
         return self.each(stacked_A), self.each(stacked_B)
@@ -103,7 +100,7 @@ class Mixture:
         return per_sample(of_kinds, self.kinds)
 
 
-def largest_rank(pairs: list[Pair]) -> int:
+def _highest_rank(pairs: list[Factors]) -> int:
     """Of several factors."""
     return max(len(a) for a, _ in pairs)
 
@@ -145,13 +142,13 @@ def _convolution(layer: _ConvNd, x: Tensor, mixture: Mixture) -> Tensor | None:
     if layer.groups == 1:
         if mixture.pairs is None:
             return None
-        sizes = sizes_of(layer, x, geometry, largest_rank(mixture.pairs))
+        sizes = sizes_of(layer, x, geometry, _highest_rank(mixture.pairs))
         if not branch_wins(sizes, len(mixture.kinds), mixture.is_scattered):
             return None
     with no_autocast(x.device.type):
         if layer.groups > 1:
             return _conv_each(x, mixture.weights(weight).to(dtype), layer.bias, geometry)
-        A, B = mixture.factors(x)
+        A, B = mixture.factors_of_samples(x)
         y = conv(x, weight.to(dtype), layer.bias, geometry)
         if is_pointwise(A.shape[3:], geometry):
             h = torch.bmm(A.flatten(2), sampled(x, geometry.stride).flatten(2))
@@ -185,7 +182,7 @@ def _linear(layer: nn.Module, x: Tensor, mixture: Mixture) -> Tensor | None:
     weight = cast(Tensor, layer._parameters["weight"])
     y = F.linear(x, weight, cast("Tensor | None", layer.bias))
     with no_autocast(x.device.type):
-        A, B = mixture.factors(y)
+        A, B = mixture.factors_of_samples(y)
         h = x.to(y.dtype).reshape(len(x), -1, x.shape[-1]) @ A.transpose(1, 2)
         return y + (h @ B.transpose(1, 2)).view(y.shape)
 

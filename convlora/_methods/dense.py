@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._layer.change import Change, Shape, Shapes
+from .._layer.functional import Factors
 from .lora import LoRA, stored_factors
 
 
@@ -49,7 +50,7 @@ class Dense(Change):
         """The sum."""
         return weight + self.diff
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         """D and the identity, on the side where that is smaller."""
         self.run_hooks()
         return _factors(self.diff)
@@ -74,7 +75,7 @@ class Dense(Change):
         self.diff.copy_(A if B.shape[0] == A.shape[0] else B.flatten(1).view_as(self.diff))
 
 
-def _factors(diff: Tensor) -> tuple[Tensor, Tensor]:
+def _factors(diff: Tensor) -> Factors:
     rows, columns = diff.shape[0], diff[0].numel()
     one = torch.eye(min(rows, columns), dtype=diff.dtype, device=diff.device)
     if rows <= columns:

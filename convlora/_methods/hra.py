@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._layer.change import Change, Shape, Shapes
-from .._layer.functional import no_autocast
+from .._layer.functional import Factors, no_autocast
 from ..errors import TargetError
 
 
@@ -71,12 +71,12 @@ class HRA(Change):
         A, B = self._factors(weight)
         return torch.addmm(weight.flatten(1), B, A.flatten(1)).view(weight.shape)
 
-    def factors_at(self, base: Tensor) -> tuple[Tensor, Tensor]:
+    def factors_at(self, base: Tensor) -> Factors:
         """Bᵀ ``(rank, ...)`` and W A N ``(C_out, rank)``."""
         with no_autocast(base.device.type):
             return self._factors(self._wide(base))
 
-    def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _factors(self, weight: Tensor) -> Factors:
         unit = F.normalize(self.hra_u, dim=0)
         u, v = unit[:, ::2], unit[:, 1::2]
         d = v - u

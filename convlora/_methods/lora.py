@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._layer.change import Change, Shape, Shapes
-from .._layer.functional import delta_weight, plus_delta
+from .._layer.functional import Factors, delta_weight, plus_delta
 
 
 class LoRA(Change):
@@ -48,7 +48,7 @@ class LoRA(Change):
         """Whether B is zero still."""
         return not self.lora_B.any()
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         """A ``(rank, ...)`` and B ``(C_out, rank)`` with ΔW = scaling · B @ A."""
         self.run_hooks()
         return self.lora_A, self.lora_B
@@ -131,7 +131,7 @@ class AnchoredLoRA(LoRA):
         """Whether A and B are as they began."""
         return torch.equal(self.lora_A, self.lora_A0) and torch.equal(self.lora_B, self.lora_B0)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         """Of twice the rank: (B − B0) @ A + B0 @ (A − A0), which is exactly zero at the start."""
         A, B = super().factors()
         return torch.cat([A, A - self.lora_A0]), torch.cat([B - self.lora_B0, self.lora_B0], dim=1)

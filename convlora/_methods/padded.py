@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._layer.change import Change, Shape
-from .._layer.functional import no_autocast, plus_delta
+from .._layer.functional import Factors, no_autocast, plus_delta
 from .._layer.kept import Scaling
 from .._layer.mix import Mix
 from .dense import Dense
@@ -85,7 +85,7 @@ class PaddedLoRA(LoRA):
         """As :meth:`set_factors`."""
         self.set_factors(lora_A, lora_B)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         """Without the zeros."""
         self.run_hooks()
         return self.lora_A[: self.rank], self.lora_B[:, : self.rank]

@@ -26,13 +26,11 @@ from torch import Tensor, nn
 
 from .._layer.adapted import AdaptedLayer, held
 from .._layer.computed import compute
+from .._layer.functional import Factors
 from .._layer.lowrank import Spectrum
 from .._plan import LayerPlan, Plan
 from ..errors import TargetError
 from .init_data import leading_directions
-
-Factors = tuple[Tensor, Tensor]
-"""A ``(rank, fan_in)`` and B ``(C_out, rank)``."""
 
 
 def first_factors(plan: Plan, root: nn.Module, data: Iterable[Any] | None) -> dict[str, Factors]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._layer.adapted import LayerAdapters, attach, base_weight
 from .._layer.change import Change, Option
 from .._layer.dora import channel_norms
+from .._layer.functional import Factors
 from .._layer.masked import Masks, mixin_for
 from .._layer.masters import keep_in_fp32
 from .._layer.paths import TrainingPath
@@ -20,7 +21,7 @@ from .._methods.lora import LoRA
 from .._plan import Init, LayerPlan, NormPolicy, Plan
 from ..errors import UnsupportedLayerError
 from .checks import check_model
-from .init import Factors, first_factors
+from .init import first_factors
 from .norms import keeps_statistics
 from .options import Budget, Pattern, Request, in_our_words
 from .planner import make_plan

@@ -169,7 +169,7 @@ def _computed(adapter: Adapter) -> Iterator[Finding]:
 def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[nn.Module, str]) -> Iterator[Finding]:
     nested = [each for _, _, each in injections(root)]  # this one, and parts injected inside it
     known = {id(place.now) for each in nested for place in each.places if place.is_parameter}
-    known |= {id(factor) for each in nested for other in each.adapters.values() for factor in other.factors()}
+    known |= {id(factor) for each in nested for other in each.adapters.values() for factor in other.parameters()}
     inside_new = tuple(f"{name}." for name in replaced_modules(root, injection))
     for name, parameter in root.named_parameters():
         if parameter.requires_grad and id(parameter) not in known and not name.startswith(inside_new):
@@ -299,7 +299,7 @@ def _adopt(root: nn.Module, injection: Injection, adapter: Adapter, new: dict[st
         adapter.plan,
         modules_to_save=saved,
         saved_parameters=_count(adapter.modules[name] for name in saved) + _biases(adapter),
-        base_parameters=_count([root]) - sum(factor.numel() for factor in adapter.factors()),
+        base_parameters=_count([root]) - sum(factor.numel() for factor in adapter.parameters()),
         skipped=tuple(_listed_anew(root, adapter, new)),
     )
     activate(root, injection, injection.now)

@@ -86,7 +86,7 @@ class Adapter:
         zeros = (change_of(layer, self.plan.adapter_name) for layer in self.idle)
         return [*self.changes, *(change for change in zeros if change is not None)]
 
-    def factors(self) -> Iterator[nn.Parameter]:
+    def parameters(self) -> Iterator[nn.Parameter]:
         """The trained tensors of every layer's change, with DoRA the magnitudes among them."""
         for change in self.all_changes:
             yield from change.parameters()

@@ -55,7 +55,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         for adapter in map(injection.adapters.__getitem__, injection.trained):
             constant = [lora.lora_A for lora in adapter.changes if adapter.plan.freeze_A and isinstance(lora, LoRA)]
             constants = set(map(id, constant))
-            yield from (factor for factor in adapter.factors() if id(factor) not in constants)
+            yield from (factor for factor in adapter.parameters() if id(factor) not in constants)
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
