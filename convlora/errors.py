@@ -1,8 +1,12 @@
-"""What convlora raises. Every kind is a :class:`ValueError`, names the layer and the value, and says the remedy."""
+"""The errors that convlora raises. Each is a :class:`ValueError` and names the layer, the value and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class ConvLoraError(ValueError):
-    """The kind that all errors of convlora share."""
+    """The base class of all errors of convlora."""
 
 
 class TargetError(ConvLoraError):
@@ -19,3 +23,9 @@ class StateError(ConvLoraError):
 
 class CheckpointError(ConvLoraError):
     """An adapter's file is missing, damaged, or made for another base model. Nothing was changed."""
+
+
+def few(parts: Sequence[str], rest: str = "  and {} more", shown: int = 8) -> list[str]:
+    """The first parts of a list that may be long, and a last part that says how many more there are."""
+    more = len(parts) - shown
+    return [*parts[:shown], rest.format(more)] if more > 0 else list(parts)

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ._checkpoint.digests import digest, is_near, is_other, sketch
-from ._checkpoint.files import few
-from ._checkpoint.keys import base_keys
-from ._checkpoint.peft_format import dotted
 from ._model.inject import carry_out
 from ._model.integrity import check_trainable
+from ._model.keys import base_keys
 from ._model.options import Request
 from ._model.state import injections
-from .errors import CheckpointError, TargetError
+from ._model.targets import dotted
+from .errors import CheckpointError, TargetError, few
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

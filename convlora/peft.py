@@ -20,14 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from ._checkpoint.contents import adapter_tensors
 from ._checkpoint.loading import install
 from ._checkpoint.manifest import Manifest
-from ._checkpoint.peft_format import (
-    PREFIX,
-    dotted,
-    faults_for_any_peft,
-    faults_for_stock_peft,
-    peft_config,
-    peft_type,
-)
+from ._checkpoint.peft_format import PREFIX, faults_for_any_peft, faults_for_stock_peft, peft_config, peft_type
 from ._checkpoint.peft_methods import ALONE, REGISTERED, STOCK
 from ._checkpoint.peft_reader import from_peft_tensors
 from ._checkpoint.rebuilt import rebuild
@@ -35,6 +28,7 @@ from ._model.adapters import set_adapter
 from ._model.checks import check_model
 from ._model.remove import remove
 from ._model.state import check_enabled, check_plain, check_single, check_unmerged, injections, ready_alone
+from ._model.targets import dotted
 from ._plan import Plan
 from .errors import StateError, TargetError, UnsupportedLayerError
 

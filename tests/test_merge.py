@@ -74,7 +74,7 @@ def test_all_that_is_not_finite_is_one_error_and_a_long_list_is_cut_short():
     refused(net, "stem.weight", "block.0.weight", "fc.weight")
     many = convlora.inject(torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(12))), 2, target_modules="*")
     randomise(many, math.inf)
-    with pytest.raises(StateError, match=r"^0\.weight, .*, 7\.weight and 3 more: NaN or Inf"):
+    with pytest.raises(StateError, match=r"^0\.weight, .*, 7\.weight, and 3 more: NaN or Inf"):
         convlora.merge(many)
 
 

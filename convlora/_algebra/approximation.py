@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .._checkpoint.files import is_finite
 from .._layer.change import Change
+from .._layer.functional import is_finite
 from .._layer.lowrank import Spectrum, tolerance_of
 from .._model.options import checked_rank
 from .._model.state import Adapter

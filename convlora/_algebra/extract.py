@@ -8,13 +8,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .._checkpoint.files import is_finite
-from .._checkpoint.keys import base_keys, places_of, tensors_as
 from .._layer.adapted import AdaptedLayer, change_of, own_weight
+from .._layer.functional import is_finite
 from .._layer.places import BASE
 from .._methods.lora import LoRA
 from .._model.checks import check_model
 from .._model.inject import applied
+from .._model.keys import base_keys, places_of, tensors_as
 from .._model.options import MORE_THAN_ANY, Request
 from .._model.planner import make_plan
 from .._model.state import check_addable, check_plain, check_whole, root_of

@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._model.targets import dotted
 from .._plan import Plan
 from .._version import __version__
 from ..errors import TargetError
 from .digests import fingerprint
 from .markdown import cell, code, count, joined, quoted, shown, sizes, table, yaml_number
-from .peft_format import dotted, factor_shapes
+from .peft_format import factor_shapes
 
 CARD = "README.md"
 _SEAL = "<!-- convlora card {}: written anew with the adapter; once edited, it is left alone -->"

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from .._model.keys import own_keys, tensors_as
 from .._model.state import Adapter, Injection
-from .keys import own_keys, tensors_as
-from .peft_format import dotted, factor_shapes
+from .._model.targets import dotted
+from .peft_format import factor_shapes
 
 State = dict[str, Tensor]
 

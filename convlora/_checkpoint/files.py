@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from .._layer.functional import is_finite
 from ..errors import CheckpointError
 
 LIMIT = 8 * 2**20
@@ -252,12 +253,6 @@ def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no JSON number")
 
 
-def few(parts: Sequence[str], rest: str = "  and {} more", shown: int = 8) -> list[str]:
-    """The first parts of what may be long, and how many more there are."""
-    more = len(parts) - shown
-    return [*parts[:shown], rest.format(more)] if more > 0 else list(parts)
-
-
 def plain(text: str) -> str:
     """Text from a file as an error may show it: what looks like another letter, or like nothing, as its code.
 
@@ -284,10 +279,3 @@ def finite_faults(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> I
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor) and (key not in own or is_finite(own[key])):
             yield f"{key}: holds NaN or Inf"
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are: in one pass, without a copy."""
-    if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())

@@ -12,14 +12,15 @@ from .._layer.computed import weight_shape
 from .._layer.places import BASE
 from .._layer.swap import original_class
 from .._model.choice import geometry
+from .._model.keys import base_keys, own_keys, tensors_as
 from .._model.norms import keeps_statistics
+from .._model.targets import dotted
 from .._plan import LayerPlan, Plan
-from ..errors import CheckpointError
+from ..errors import CheckpointError, few
 from .digests import differ, digest, is_other
-from .files import few, plain
-from .keys import base_keys, own_keys, tensors_as
+from .files import plain
 from .manifest import Form, Manifest, form_of
-from .peft_format import dotted, factor_shapes
+from .peft_format import factor_shapes
 
 
 def check_fits(

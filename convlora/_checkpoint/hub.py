@@ -16,9 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NoReturn
 
 from .._version import __version__
-from ..errors import CheckpointError
+from ..errors import CheckpointError, few
 from .card import CARD, is_replaceable
-from .files import few
 from .manifest import CONFIG, TENSORS
 
 if TYPE_CHECKING:

@@ -15,19 +15,20 @@ from .._layer.adapted import CHILD
 from .._layer.computed import weight_shape
 from .._layer.places import BASE
 from .._model.inject import applied
+from .._model.keys import own_keys, places_of, tensors_as
 from .._model.options import check_name
 from .._model.state import activate, check_addable, root_of, the_adapter, the_injection
+from .._model.targets import dotted
 from .._plan import Plan
-from ..errors import CheckpointError
+from ..errors import CheckpointError, few
 from .contents import State, adapter_state
 from .digests import digest
-from .files import TensorFile, few, finite_faults, opened, plain
+from .files import TensorFile, finite_faults, opened, plain
 from .fitting import check_fits
 from .foreign import file_in, read_foreign
 from .hub import local_directory
-from .keys import own_keys, places_of, tensors_as
 from .manifest import Manifest, is_own, read_manifest
-from .peft_format import PREFIX, dotted
+from .peft_format import PREFIX
 from .peft_methods import MAGNITUDE
 
 M = TypeVar("M", bound=nn.Module)

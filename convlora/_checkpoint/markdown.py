@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from .files import few
+from ..errors import few
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> list[str]:

@@ -14,7 +14,7 @@ from .._layer.computed import has_parameter
 from .._layer.places import BASE
 from .._layer.swap import original_class
 from .._model.state import RECORD, Adapter
-from .._model.targets import modules_of
+from .._model.targets import dotted, modules_of
 from .._plan import LayerPlan
 from .likeness import is_faithful, is_torchs_own
 from .multiplied import scaled_bias
@@ -31,15 +31,6 @@ def factor_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
         spatial, count = (1,) * len(layer.weight_shape[2:]), layer.magnitudes
         shapes[dotted(layer.name, MAGNITUDE)] = (1, count, *spatial) if spatial else (count,)
     return shapes
-
-
-def dotted(*parts: str) -> str:
-    """A key of its parts; the root's name is empty.
-
-    >>> dotted("layer1.0", "weight"), dotted("", "weight")
-    ('layer1.0.weight', 'weight')
-    """
-    return ".".join(part for part in parts if part)
 
 
 def peft_config(model: nn.Module, adapter: Adapter) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from .._layer.computed import weight_shape
 from .._model.options import LARGEST_ALPHA
-from .._model.targets import Named
+from .._model.targets import Named, dotted
 from ..errors import CheckpointError
 from .files import read_json
 from .likeness import unlike_layer
-from .peft_format import PREFIX, dotted, with_end
+from .peft_format import PREFIX, with_end
 from .peft_methods import PEFT_METHODS, REGISTERED, STOCK
 from .rebuilt import Found, by_any_name, layer_fault, refuse, take
 from .stored import LayerTensors, PeftMethod, Stored, Taken

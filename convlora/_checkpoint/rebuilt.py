@@ -19,17 +19,16 @@ from .._layer.swap import original_class
 from .._methods.dense import Dense
 from .._model.checks import check_adaptable, check_plan
 from .._model.choice import geometry
+from .._model.keys import base_keys, own_keys, tensors_as
 from .._model.options import Request
 from .._model.planner import make_plan
-from .._model.targets import Named, is_adaptable, modules_of
+from .._model.targets import Named, dotted, is_adaptable, modules_of
 from .._plan import LayerPlan, Plan
-from ..errors import CheckpointError, TargetError, UnsupportedLayerError
+from ..errors import CheckpointError, TargetError, UnsupportedLayerError, few
 from .contents import State
-from .files import few, plain
+from .files import plain
 from .fitting import check_fits
-from .keys import base_keys, own_keys, tensors_as
 from .manifest import Manifest, form_of
-from .peft_format import dotted
 from .peft_methods import MAGNITUDE
 from .stored import Stored, Taken
 

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 
 from .._layer.places import BASE
 from .._model.integrity import check_nothing_outside, refuse_changed
+from .._model.keys import base_keys, own_keys, tensors_as
 from .._model.merge import unmerged
 from .._model.options import check_alpha
 from .._model.state import Adapter, Injection, ready_alone, the_adapter
-from ..errors import CheckpointError, StateError
+from ..errors import CheckpointError, StateError, few
 from .atomic import put_back, replacing, tidy
 from .card import CARD, About, card, checked_about, is_replaceable
 from .contents import State, adapter_state, moved_buffers
 from .digests import digest, sketch
-from .files import few, finite_faults, sealed
-from .keys import base_keys, own_keys, tensors_as
+from .files import finite_faults, sealed
 from .manifest import CONFIG, FORMAT, TENSORS
 from .peft_format import PREFIX, peft_config
 

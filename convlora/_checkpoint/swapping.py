@@ -18,6 +18,7 @@ from .._methods.dense import Dense
 from .._methods.padded import PaddedLoRA
 from .._model.hotswap import check_prepared, rank_in_file
 from .._model.inject import recorded
+from .._model.keys import own_keys, places_of
 from .._model.state import (
     Adapter,
     Injection,
@@ -29,16 +30,15 @@ from .._model.state import (
     the_adapter,
     to_the_end,
 )
+from .._model.targets import dotted
 from .._plan import Plan
-from ..errors import CheckpointError
+from ..errors import CheckpointError, few
 from .contents import State
 from .digests import Remembered
-from .files import few, plain
+from .files import plain
 from .hub import local_directory
-from .keys import own_keys, places_of
 from .loading import read_adapter
 from .manifest import Manifest
-from .peft_format import dotted
 
 M = TypeVar("M", bound=nn.Module)
 _REMEMBERED: WeakKeyDictionary[nn.Module, Remembered] = WeakKeyDictionary()

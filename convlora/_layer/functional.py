@@ -85,6 +85,13 @@ def hashed(tensor: Tensor) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
+def is_finite(tensor: Tensor | None) -> bool:
+    """Whether the tensor, if there is one, has no NaN and no Inf: one pass, without a copy."""
+    if tensor is None or tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
+
+
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """A block that computes in the tensors' own dtypes.
 

@@ -22,7 +22,7 @@ from .._methods.dense import Dense
 from .._methods.lora import AnchoredLoRA, LoRA
 from .._methods.padded import PaddedLoRA
 from .._plan import LayerPlan
-from ..errors import StateError, UnsupportedLayerError
+from ..errors import StateError, UnsupportedLayerError, few
 from .checks import check_model
 from .options import checked_rank
 from .state import (
@@ -41,8 +41,6 @@ SWAPPABLE = {kind.method for kind in (LoRA, AnchoredLoRA, Dense)}
 """Methods that a file holds as two factors and no more."""
 
 Forms = dict[nn.Module, tuple[Shape, dict[str, Any]]]
-SHOWN = 8
-"""How many layers an error lists."""
 
 
 class Padded(NamedTuple):
@@ -98,7 +96,8 @@ def prepare_for_hotswap(model: M, max_rank: int = 16) -> M:
     check_swappable(type(root).__name__, root, Gated)
     with SWAPPING, torch.inference_mode(False):
         if faults := list(_faults(injection, max_rank)):
-            raise UnsupportedLayerError(_listed(faults))
+            listed = "\n  ".join(["Hot swaps need LoRA of one width:", *few(faults, "and {} more")])
+            raise UnsupportedLayerError(f"{listed}\nNothing was changed.")
         forms = _forms(injection)
         made = {name: list(_padded(forms, each, max_rank)) for name, each in injection.adapters.items()}
         to_the_end(lambda: _put(root, injection, made))
@@ -124,11 +123,6 @@ def check_prepared(root: nn.Module, adapter: Adapter) -> None:
             f"Adapter {adapter.plan.adapter_name!r} of {type(root).__name__} is not prepared: call "
             "convlora.prepare_for_hotswap(model, max_rank) first, before torch.compile. Nothing was changed."
         )
-
-
-def _listed(faults: list[str]) -> str:
-    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-    return "\n  ".join(["Hot swaps need LoRA of one width:", *faults[:SHOWN], *more]) + "\nNothing was changed."
 
 
 def _faults(injection: Injection, max_rank: int) -> Iterator[str]:

@@ -14,7 +14,7 @@ from .._layer.change import Change
 from .._layer.computed import has_parameter, weight_shape
 from .._layer.places import BASE, MIXTURE, SWAPPING, Place
 from .._plan import LayerPlan
-from ..errors import StateError
+from ..errors import StateError, few
 from .choice import geometry
 from .norms import POLICIES, keeps_statistics
 from .state import (
@@ -31,10 +31,9 @@ from .state import (
     the_injection,
     untrained_biases,
 )
+from .targets import dotted
 
 M = TypeVar("M", bound=nn.Module)
-SHOWN = 8
-"""How many findings an error or warning lists."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def check(model: nn.Module) -> list[Finding]:
             *_moved(injection),
         )
     )
-    return [replace(finding, name=".".join(filter(None, (name, finding.name)))) for name, finding in named]
+    return [replace(finding, name=dotted(name, finding.name)) for name, finding in named]
 
 
 def refuse_changed(root: nn.Module, injection: Injection, saved: Adapter | None = None) -> None:
@@ -102,14 +101,8 @@ def check_trainable(model: nn.Module, stacklevel: int) -> None:
             warnings.warn(text, stacklevel=stacklevel + 1)
 
 
-def shortened(names: list[str]) -> str:
-    """As many names as an error lists, and how many more there are."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
 def _listed(findings: list[Finding]) -> str:
-    more = [f"and {len(findings) - SHOWN} more; convlora.check(model) lists all"] if len(findings) > SHOWN else []
-    return "\n  ".join([*map(str, findings[:SHOWN]), *more])
+    return "\n  ".join(few([*map(str, findings)], "and {} more; convlora.check(model) lists all"))
 
 
 def _findings(root: nn.Module, injection: Injection) -> Iterator[Finding]:
@@ -233,7 +226,8 @@ def check_nothing_outside(model: nn.Module, root: nn.Module) -> None:
     if outside:
         part = next(name for name, module in model.named_modules() if module is root)
         raise StateError(
-            f"{shortened(outside)}: trained outside the injected part {part!r} of {type(model).__name__}, and would "
+            f"{', '.join(few(outside, 'and {} more'))}: trained outside the injected part {part!r} of "
+            f"{type(model).__name__}, and would "
             f"not be saved. Inject into the whole, with target_modules={part + '.*'!r} and these modules in "
             f"modules_to_save; or give model.{part} to have its adapter alone and keep the others yourself. "
             "Nothing was written."

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from .._layer.adapted import CHILD, fold, unfold
 from .._layer.computed import compute
+from .._layer.functional import is_finite
 from .._layer.places import BASE, SWAPPING
 from .._layer.swap import check_restorable
-from ..errors import StateError
-from .integrity import refuse_changed, shortened
+from ..errors import StateError, few
+from .integrity import refuse_changed
 from .state import (
     InjectedPart,
     Injection,
@@ -26,6 +27,7 @@ from .state import (
     injected,
     to_the_end,
 )
+from .targets import dotted
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,26 +72,22 @@ def merge(model: M, check: bool = True) -> M:
 
 def _check_finite(root: nn.Module, injection: Injection, weights: list[nn.Parameter]) -> None:
     """Raise StateError where the adapter makes a tensor NaN or Inf that is not so in the base."""
-    names = {module: f"{name}." if name else "" for name, module in root.named_modules()}
+    names = {module: name for name, module in root.named_modules()}
     merged = zip(injection.layers, weights, strict=True)
-    spoilt = [f"{names[layer]}weight" for layer, weight in merged if _is_spoilt(weight, *_own(layer))]
+    spoilt = [dotted(names[layer], "weight") for layer, weight in merged if _is_spoilt(weight, *_own(layer))]
     there = (place for place in injection.places if place.module in names)
-    spoilt += [f"{names[place.module]}{place.name}" for place in there if _is_spoilt(place.now, place.of(BASE))]
+    spoilt += [dotted(names[place.module], place.name) for place in there if _is_spoilt(place.now, place.of(BASE))]
     if spoilt:
         raise StateError(
-            f"{shortened(spoilt)}: NaN or Inf with adapter {injection.label!r}, and finite in the base. The training "
+            f"{', '.join(few(spoilt, 'and {} more'))}: NaN or Inf with adapter {injection.label!r}, and finite in the "
+            "base. The training "
             "has diverged, or the strength is too large for the dtype. Load an adapter that is whole, and merge again; "
             "convlora.merge(model, check=False) merges it as it is. Nothing was changed."
         )
 
 
 def _is_spoilt(tensor: Tensor | None, *base: Tensor | None) -> bool:
-    return not _is_finite(tensor) and all(map(_is_finite, base))
-
-
-def _is_finite(tensor: Tensor | None) -> bool:
-    # float8, which torch cannot ask, is a constant buffer of the base's
-    return tensor is None or tensor.dtype.itemsize == 1 or bool(tensor.isfinite().all())
+    return not is_finite(tensor) and all(map(is_finite, base))
 
 
 def _own(layer: nn.Module) -> Iterator[nn.Parameter]:

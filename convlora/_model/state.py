@@ -34,6 +34,7 @@ from ..errors import StateError
 from .checks import check_model
 from .mixing import Mixtures
 from .norms import FrozenNorm, TrackedNorm, set_policy
+from .targets import dotted
 
 RECORD = "_convlora"
 
@@ -364,7 +365,7 @@ def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: di
 def _base_weights(root: nn.Module, prefix: str) -> dict[str, tuple[nn.Module, nn.Parameter]]:
     """The adapted layers that have a weight Parameter, and it, by state-dict key."""
     adapted = ((name, cast(nn.Module, m)) for name, m in root.named_modules() if isinstance(m, AdaptedLayer))
-    named = ((f"{prefix}{name}.weight" if name else f"{prefix}weight", layer) for name, layer in adapted)
+    named = ((prefix + dotted(name, "weight"), layer) for name, layer in adapted)
     return {key: (layer, base_weight(layer)) for key, layer in named if layer._parameters.get("weight") is not None}
 
 
@@ -384,9 +385,9 @@ def _is_merged(weights: dict[str, tuple[nn.Module, nn.Parameter]], state: dict[s
 
 def _give_base(root: nn.Module, injection: Injection, state: dict[str, Any], prefix: str) -> None:
     """Load a base's checkpoint into the tensors that are kept for the base, too, and where an adapter has the same."""
-    names = {module: f"{name}." if name else "" for name, module in root.named_modules()}
+    names = {module: name for name, module in root.named_modules()}
     for place in injection.places:
-        new = state.get(f"{prefix}{names.get(place.module, '?')}{place.name}")
+        new = state.get(prefix + dotted(names.get(place.module, "?"), place.name))
         base = place.of(BASE)
         if not isinstance(new, Tensor) or base is None or base.shape != new.shape:
             continue

@@ -26,6 +26,15 @@ Targets = Target | Iterable[Target] | None
 T = TypeVar("T")
 
 
+def dotted(*parts: str) -> str:
+    """A key of its parts; the root's name is empty.
+
+    >>> dotted("layer1.0", "weight"), dotted("", "weight")
+    ('layer1.0.weight', 'weight')
+    """
+    return ".".join(part for part in parts if part)
+
+
 def is_convolution(module: nn.Module) -> bool:
     """A torch convolution of any dimension, transposed too, or a module that keeps kernels of its own.
 

@@ -23,11 +23,11 @@ from .._algebra.extract import extract as extract_adapter
 from .._algebra.shrink import shrink as shrink_adapter
 from .._checkpoint.atomic import replacing
 from .._checkpoint.card import CARD, is_replaceable
-from .._checkpoint.keys import tensors_of
 from .._checkpoint.loading import load_adapter
 from .._checkpoint.manifest import TENSORS
 from .._checkpoint.saving import save_adapter, warn_of_old_card
 from .._model.adapters import scaled
+from .._model.keys import tensors_of
 from .._model.merge import merge as merge_adapter
 from .._model.remove import remove
 from .._model.summary import summary

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .._checkpoint.contents import adapter_tensors
 from .._checkpoint.digests import digest, fingerprint
-from .._checkpoint.files import is_finite
 from .._checkpoint.loading import load_adapter
-from .._checkpoint.peft_format import dotted, factor_shapes
+from .._checkpoint.peft_format import factor_shapes
+from .._layer.functional import is_finite
 from .._layer.lowrank import Spectrum
 from .._model.state import the_adapter, the_injection
+from .._model.targets import dotted
 from .._plan import LayerPlan, Plan
 from .answers import DIFFERS, Answer, CommandError, table
 from .files import is_foreign, located, read_saved

@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .._checkpoint.files import few
 from .._model.planner import plan
-from ..errors import ConvLoraError
+from ..errors import ConvLoraError, few
 from .answers import CommandError
 
 State = dict[str, Tensor]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from .._layer.adapted import CHILD, LayerAdapters
 from .._layer.change import Change
 from .._layer.places import Place
-from .._model.state import RECORD, Injection
 from .._plan import Plan
-from .peft_format import dotted
+from .state import RECORD, Injection
+from .targets import dotted
 
 
 def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
