@@ -128,6 +128,7 @@ class Plan:
         biases: names of modules, adapted or not, whose bias alone is trained and belongs to the adapter.
         others: all other modules with parameters, so that each parameter of the model is accounted for.
         base_parameters: of the whole base model; ``saved_parameters``: of ``modules_to_save`` and ``biases``.
+        notes: what of the arguments may be meant otherwise.
         state: planned, injected or merged.
         trained_now: in a summary of the active adapter, the numbers that require a gradient now, whoever has frozen or
             unfrozen some since; else None.
@@ -154,6 +155,7 @@ class Plan:
     freeze_A: bool = False
     biases: tuple[str, ...] = ()
     method: str = "lora"
+    notes: tuple[str, ...] = ()
     state: str = "planned"
     trained_now: int | None = None
 
@@ -195,7 +197,7 @@ class Plan:
         use_rslora = data["use_rslora"]
         layers = {key: tuple(_layer_from_json(item, use_rslora) for item in data[key]) for key in ("layers", "skipped")}
         names = {key: tuple(data[key]) for key in ("modules_to_save", "norms")}
-        names["biases"] = tuple(data.get("biases", ()))
+        names |= {key: tuple(data.get(key, ())) for key in ("biases", "notes")}
         others = tuple(FrozenModule(**item) for item in data["others"])
         return cls(**{**data, **layers, **names, "others": others})
 
@@ -260,6 +262,7 @@ class Plan:
             f"frozen besides: {self._besides()}",
             f"trainable: {self.trainable_parameters:,} of {self.base_parameters + self.adapter_parameters:,} "
             f"parameters ({self.trainable_share:.2%}), {self.adapter_parameters:,} of them in factors",
+            *(f"note: {note}" for note in self.notes),
         ]
 
     def _besides(self) -> str:

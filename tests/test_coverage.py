@@ -43,6 +43,7 @@ def found(name):
     return cases[name] if name in cases else timm_cases.case(name.removeprefix("timm/"))
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* linear layers with .* stay frozen")
 DEFAULT = ["test_nfnet", "test_coatnet", "test_mambaout", "test_vit", "repvgg_a0", "starnet_s050"]
 SAMPLE = [f"timm/{name}" if name in DEFAULT else thorough(f"timm/{name}") for name in TIMM]
 SAMPLE += [thorough(f"torchvision/{name}") for name in TORCHVISION] + [f"handmade/{name}" for name in BY_HAND]

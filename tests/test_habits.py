@@ -1,6 +1,8 @@
 """What users of other libraries write by habit, and what they are told."""
 
+import copy
 import warnings
+from html import escape
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from conftest import SmallNet, randomise, snapshot
 from torch import nn
 
 import convlora
-from convlora import CheckpointError, StateError
+from convlora import CheckpointError, StateError, TargetError
 
 IMAGES = torch.zeros(2, 3, 8, 8)
 
@@ -35,6 +37,60 @@ WORDS = {
 def test_another_library_s_argument_is_answered_with_the_name_here(call, word):
     with pytest.raises(TypeError, match=WORDS[word]):
         call(SmallNet(), **{word: 8})
+
+
+class Stages(nn.Module):
+    """As in a ResNet, several layers end in one name, and the head is no ``head``."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3)
+        block = {"conv1": nn.Conv2d(8, 8, 3), "conv2": nn.Conv2d(8, 8, 3)}
+        self.stage = nn.Sequential(nn.ModuleDict(block), nn.ModuleDict(copy.deepcopy(block)))
+        self.fc = nn.Linear(8, 2)
+
+
+@pytest.mark.parametrize("argument", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_name_that_other_layers_end_in_is_noted_in_plan_summary_and_file(argument, tmp_path):
+    given = {"conv1": 2} if argument == "rank_pattern" else ["conv1"]
+    net = convlora.inject(Stages(), 2, **{argument: given})
+    note = f"note: {argument}='conv1' is the layer of this name alone; add '*.conv1' for 2 more that end in it"
+    assert (
+        str(convlora.summary(net)).endswith(note)
+        and escape(note) in convlora.plan(Stages(), **{argument: given})._repr_html_()
+    )
+    randomise(net)
+    convlora.save_adapter(net, tmp_path)
+    assert note in str(convlora.summary(convlora.load_adapter(convlora.remove(net), tmp_path)))
+    both = {**given, "*.conv1": 2} if argument == "rank_pattern" else ["conv1", "*.conv1"]
+    assert convlora.plan(Stages(), **{argument: both}).notes == ()
+
+
+@pytest.mark.parametrize("targets", ["conv2", ["conv1", "conv2"]])
+def test_the_end_of_a_name_is_answered_with_the_pattern_for_it(targets):
+    with pytest.raises(TargetError, match=r"for all that end in 'conv2' \(2\) write '\*\.conv2'"):
+        convlora.plan(Stages(), target_modules=targets)
+
+
+def test_a_head_of_another_name_is_named():
+    with pytest.raises(TargetError, match=r"'head' matches no .* The head is 'fc'\.\n"):
+        convlora.plan(Stages(), modules_to_save=["head"])
+    with pytest.raises(TargetError, match=r"The head is 'fc'\. Closest names: stage"):
+        convlora.plan(Stages(), modules_to_save=["stag"])
+
+
+def test_a_transformer_whose_linear_layers_stay_frozen_is_told():
+    blocks = [nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(2)]
+    transformer = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), *blocks, nn.Linear(8, 2))
+    with pytest.warns(
+        UserWarning, match=r"1 here, and 4 linear layers with 512 .*target_modules=\[nn.Conv2d, nn.Linear"
+    ):
+        convlora.plan(transformer, modules_to_save="4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convlora.plan(transformer, modules_to_save="4", target_modules=nn.Conv2d)
+        convlora.plan(transformer, modules_to_save="4", target_modules=[nn.Conv2d, nn.Linear])
+        convlora.plan(transformer, modules_to_save="4", exclude_modules=["2.*", "3.*"])
 
 
 def step(model, optimizer):

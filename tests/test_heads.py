@@ -328,6 +328,7 @@ BY_EXAMPLE = {
 def heads(model, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".* linear layers with .* stay frozen")
         return list(convlora.plan(model, **options).modules_to_save)
 
 

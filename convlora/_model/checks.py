@@ -190,7 +190,7 @@ def check_plan(plan: Plan) -> None:
 def _check_shown(plan: Plan) -> None:
     """What of a plan is only shown: a table must not break on it, nor a terminal."""
     listed = (*plan.layers, *plan.skipped)
-    texts = [plan.model, plan.head_found_by, plan.state]
+    texts = [plan.model, plan.head_found_by, plan.state, *plan.notes]
     texts += [text for each in listed for text in (each.name, each.kind, each.note)]
     texts += [text for part in plan.others for text in (part.name, part.kind)]
     for text in texts:

@@ -20,7 +20,7 @@ from ..errors import TargetError
 from .checks import check_adaptable, check_any_conv, check_variant
 from .options import Request, check_alpha, check_among, checked_rank
 from .state import injections
-from .targets import ByPattern, Named, Targets, is_adaptable, is_convolution, is_packed, select
+from .targets import ByPattern, Named, Targets, is_adaptable, is_convolution, is_packed, narrow_names, select
 
 
 class Choice:
@@ -29,8 +29,12 @@ class Choice:
     def __init__(self, model: nn.Module, named: list[Named], inside_saved: set[nn.Module], request: Request) -> None:
         adaptable = [n for n in named if is_adaptable(n.module)]
 
+        self.notes: list[str] = []
+
         def matched(targets: Targets, argument: str) -> set[nn.Module]:
-            return {n.module for n in select(adaptable, targets, argument, model)}
+            found = select(adaptable, targets, argument, model)
+            self.notes += narrow_names(adaptable, targets, argument, found)
+            return {n.module for n in found}
 
         if request.target_modules is None:
             check_any_conv(adaptable, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import warnings
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._layer.computed import weight_shape
 from .._layer.swap import original_class
+from .._plan import LayerPlan
 from ..errors import TargetError
 from .observe import base_alone
 from .state import injections
@@ -198,6 +200,19 @@ def warn_of_frozen(model: nn.Module, named: list[Named], settled: set[nn.Module]
             f"{original_class(model).__name__}: no head was found, and layers stay frozen that may be new: {names}. "
             f"Name what is new, modules_to_save=[{fewest[0].name!r}], or give example=x, what the model takes; "
             "modules_to_save=None says that nothing is.",
+            stacklevel=_callers(),
+        )
+
+
+def warn_of_linear(model: nn.Module, layers: list[LayerPlan], others: list[nn.Module]) -> None:
+    """Warn where convolutions alone are adapted by default, and a transformer's linear layers have more parameters."""
+    adapted = [layer for layer in layers if layer.rank]
+    linear = [math.prod(weight_shape(module)) for module in others if isinstance(module, nn.Linear)]
+    if len(linear) > len(adapted) and sum(linear) > sum(layer.base_parameters for layer in adapted):
+        warnings.warn(
+            f"{original_class(model).__name__}: by default convolutions alone are adapted, {len(adapted)} here, and "
+            f"{len(linear)} linear layers with {sum(linear):,} parameters stay frozen. Adapt both with "
+            "target_modules=[nn.Conv2d, nn.Linear], or write target_modules=nn.Conv2d where this is meant.",
             stacklevel=_callers(),
         )
 

@@ -16,7 +16,7 @@ from .._plan import FrozenModule, Init, LayerPlan, NormPolicy, Plan
 from .budget import allotted
 from .checks import check_any_left, check_model
 from .choice import Choice, has_bias
-from .heads import LAST, NONE, find_heads, warn_of_frozen
+from .heads import LAST, NONE, find_heads, warn_of_frozen, warn_of_linear
 from .norms import POLICIES, keeps_statistics
 from .options import DEFAULT_RANK, Budget, Pattern, Request, in_our_words, numbers_in
 from .state import check_plain
@@ -89,6 +89,8 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     if found_by == NONE and request.example is None:
         adapted = {n.module for n, layer in zip(choice.listed, layers, strict=True) if layer.rank}
         warn_of_frozen(model, named, adapted | choice.excluded)
+    if request.target_modules is None:
+        warn_of_linear(model, layers, [n.module for n in named if n.module not in inside_saved | choice.excluded])
     norms = [n for n in named if keeps_statistics(n.module) and n.module not in inside_saved]
     for n in norms:
         check_swappable(n.name, n.module, POLICIES[request.norm])
@@ -121,6 +123,7 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         freeze_A=request.freeze_A,
         biases=tuple(biases),
         method=request.method,
+        notes=tuple(choice.notes),
     )
 
 
@@ -156,6 +159,6 @@ def _modules_to_save(model: nn.Module, named: list[Named], request: Request) -> 
     if isinstance(wanted, str) and wanted == "auto":
         return find_heads(model, named, request.example)
     with_tensors = [n for n in named if n.name and any(True for _ in n.module.parameters())]
-    found = select(with_tensors, wanted, "modules_to_save", model)
+    found = select(with_tensors, wanted, "modules_to_save", model, lambda: find_heads(model, named, request.example)[0])
     inner = {child for n in found for child in n.module.modules() if child is not n.module}
     return [n for n in found if n.module not in inner], "modules_to_save"

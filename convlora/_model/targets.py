@@ -110,8 +110,21 @@ def _ask(predicate: Callable[[str, nn.Module], bool], name: str, module: nn.Modu
         ) from cause
 
 
-def select(candidates: list[Named], targets: Targets, argument: str, model: nn.Module) -> list[Named]:
+def select(
+    candidates: list[Named],
+    targets: Targets,
+    argument: str,
+    model: nn.Module,
+    suggest: Callable[[], list[Named]] = list,
+) -> list[Named]:
     """The candidates that any target names; each target must name at least one.
+
+    Args:
+        candidates: the modules to choose from.
+        targets: the user's targets.
+        argument: the argument that they were given as, for errors.
+        model: the model, for errors.
+        suggest: what a target that matches nothing may have meant; default the nearest names.
 
     Raises:
         TargetError: all targets that match nothing, in one error, each with the nearest names there are.
@@ -122,8 +135,26 @@ def select(candidates: list[Named], targets: Targets, argument: str, model: nn.M
     others = [target for target in wanted if not _is_name(target)]
     missed = [t for t in wanted if not (t in names if _is_name(t) else any(matches(t, c) for c in candidates))]
     if missed:
-        raise TargetError(_missed(missed, candidates, argument, model))
+        raise TargetError(_missed(missed, candidates, argument, model, suggest))
     return [c for c in candidates if not plain.isdisjoint(c.names) or any(matches(target, c) for target in others)]
+
+
+def narrow_names(candidates: list[Named], targets: Targets, argument: str, found: list[Named]) -> list[str]:
+    """A note for each name that is one module's, where other modules end in it: users of peft mean all of those."""
+    chosen = {c.module for c in found}
+    notes = []
+    for target in filter(_is_name, as_targets(targets)):
+        others = sum(c.module not in chosen for c in _ending_in(target, candidates))
+        if others:
+            notes.append(
+                f"{argument}={target!r} is the layer of this name alone; "
+                f"add '*.{target}' for {others} more that end in it"
+            )
+    return notes
+
+
+def _ending_in(name: str, candidates: list[Named]) -> list[Named]:
+    return [c for c in candidates if any(each.endswith(f".{name}") for each in c.names)]
 
 
 def _is_name(target: Target) -> TypeGuard[str]:
@@ -150,12 +181,19 @@ class ByPattern(Generic[T]):
         return min(found, key=lambda each: each[0])[1] if found else default
 
 
-def _missed(missed: list[Target], candidates: list[Named], argument: str, model: nn.Module) -> str:
-    lines = [_missed_one(target, candidates, argument, model) for target in missed]
+def _missed(
+    missed: list[Target],
+    candidates: list[Named],
+    argument: str,
+    model: nn.Module,
+    suggest: Callable[[], list[Named]],
+) -> str:
+    suggested = [c.name for c in suggest()]
+    lines = [_missed_one(target, candidates, argument, model, suggested) for target in missed]
     return "\n".join([*lines, "`print(convlora.plan(model))` lists every layer. Nothing was changed."])
 
 
-def _missed_one(target: Target, candidates: list[Named], argument: str, model: nn.Module) -> str:
+def _missed_one(target: Target, candidates: list[Named], argument: str, model: nn.Module, suggested: list[str]) -> str:
     pattern = target.pattern if isinstance(target, re.Pattern) else target
     kind = type(model).__name__
     if not isinstance(pattern, str):
@@ -165,9 +203,12 @@ def _missed_one(target: Target, candidates: list[Named], argument: str, model: n
     inside = sum(c.name.startswith(pattern + ".") for c in candidates)
     if inside:
         return f"{line} For what is inside {pattern!r} ({inside}) write {pattern + '.*'!r}."
+    if _is_name(target) and (ending := len(_ending_in(target, candidates))):
+        return f"{line} A name is a whole one; for all that end in {pattern!r} ({ending}) write '*.{pattern}'."
     if isinstance(target, str) and set(pattern) & set("\\()|^$+"):
         line += " A string is a glob; for a regular expression give re.compile(...)."
-    near = difflib.get_close_matches(pattern, [c.name for c in candidates], n=4, cutoff=0.0)
+    line += f" The head is {', '.join(map(repr, suggested))}." if suggested else ""
+    near = difflib.get_close_matches(pattern, [c.name for c in candidates], n=4, cutoff=0.6 if suggested else 0.0)
     return f"{line} Closest names: {', '.join(near)}." if near else line
 
 
