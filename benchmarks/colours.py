@@ -3,7 +3,7 @@
     python -m benchmarks.colours                    # means and standard deviations of 500 patches a split
     python -m benchmarks.colours --fit              # the amounts and spreads that fit the published figures best
 
-Nothing here reads a label or runs a model: the knobs of `examples.histopathology.hospitals` come from published
+Nothing here reads a label or runs a model: the knobs of `examples.histopathology.making.hospitals` come from published
 colour statistics alone. The fit takes each patch's stains as they are drawn and asks for six numbers: the two
 spreads from patch to patch, and factors on haematoxylin and eosin for the training hospitals and for validation.
 It blurs the stains where the lens blurs the light, and leaves out noise and compression.
@@ -18,12 +18,12 @@ import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 from scipy.optimize import least_squares
 
-from examples.histopathology import hospitals
-from examples.histopathology.hospitals import PUBLISHED, Slide, choose_slide
-from examples.histopathology.layout import SPLITS
-from examples.histopathology.stain import Floats, intensity
-from examples.histopathology.standin import render_patch
-from examples.histopathology.tissue import Tissue, without_margin
+from examples.histopathology.data.layout import SPLITS
+from examples.histopathology.data.stain import Floats, intensity
+from examples.histopathology.making import hospitals
+from examples.histopathology.making.hospitals import PUBLISHED, Slide, choose_slide
+from examples.histopathology.making.standin import render_patch
+from examples.histopathology.making.tissue import Tissue, without_margin
 
 PATCHES = 500
 _STEP = 4  # every fourth pixel either way: the statistics of a patch need no more

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from examples.histopathology.data import HistoDataset, find_splits
-from examples.histopathology.standin import make_standin
-from examples.histopathology.writing import SplitWriter
+from examples.histopathology.data.dataset import HistoDataset, find_splits
+from examples.histopathology.making.standin import make_standin
+from examples.histopathology.making.writing import SplitWriter
 
 BATCH = 32
 

@@ -43,7 +43,7 @@ OWN, PEFT, LOCON, CHALLENGE, PCAM, WILDS = range(6)
 READERS = [
     *(f"convlora._checkpoint.{name}" for name in ("files", "manifest", "digests", "keys", "fitting")),
     *(f"convlora._checkpoint.{name}" for name in ("foreign", "peft_methods", "peft_reader", "lycoris", "rebuilt")),
-    *(f"examples.histopathology.{name}" for name in ("stored", "layout", "challenge", "pcam", "wilds", "rows")),
+    *(f"examples.histopathology.data.{name}" for name in ("stored", "layout", "challenge", "pcam", "wilds", "rows")),
 ]
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Json = Any
@@ -136,7 +136,7 @@ class Target:
         return outcome
 
     def _data(self, kind: int, payload: bytes) -> str:
-        from examples.histopathology import challenge, pcam, wilds
+        from examples.histopathology.data import challenge, pcam, wilds
         from examples.histopathology.errors import ExampleError
 
         file = self.folder / ("metadata.csv" if kind == WILDS else f"{kind}.h5")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from examples.histopathology.backbones import load_backbone
+from examples.histopathology.training.backbones import load_backbone
 
 from .data import Splits
 from .training import Recipe, accuracy, fit

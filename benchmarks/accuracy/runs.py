@@ -19,7 +19,7 @@ import convlora
 from benchmarks.overhead import measuring
 from benchmarks.overhead.peers import their_warnings_aside
 from benchmarks.overhead.subjects import NotAvailable
-from examples.histopathology import rates
+from examples.histopathology.runs import rates
 
 from .arms import Arm
 from .data import SHIFTS, Images, Splits, few

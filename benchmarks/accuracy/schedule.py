@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 import torch
 from torch import nn
 
-from examples.histopathology.rates import FURTHER
+from examples.histopathology.runs.rates import FURTHER
 
 from . import backbones, data, report
 from .arms import ALL_IMAGES, ARMS, EVERYWHERE, FIRST_ALONE, QUICK

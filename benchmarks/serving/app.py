@@ -23,7 +23,7 @@ from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from examples.histopathology.pictures import PictureError, TooLargeError, UnknownFormatError, opened
+from examples.histopathology.data.pictures import PictureError, TooLargeError, UnknownFormatError, opened
 
 from .batching import Asked, Batcher
 

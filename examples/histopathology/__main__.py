@@ -21,40 +21,27 @@ from rich.table import Table
 
 import convlora
 
-from . import (
-    comparison,
-    configuration,
-    content,
-    exhibits,
-    experiment,
-    exporting,
-    heatmap,
-    inspection,
-    leakage,
-    report,
-    sending,
-    sheet,
-    slidemap,
-    slides,
-    standin,
-    trackers,
-    wholeslide,
-)
-from .ablation import variants
-from .backbones import PATHOLOGY, check_backbone, native_size
-from .catalogue import find_methods, names
-from .costs import Cost
-from .costs import costs as measure_costs
-from .data import HistoDataset, find_splits, open_splits
+from .data import wholeslide
+from .data.dataset import HistoDataset, find_splits, open_splits
+from .data.layout import PATCH
+from .data.packing import pack
+from .data.tiles import find_tiles
 from .errors import ExampleError
 from .files import write_text
-from .layout import PATCH
-from .method import MODIFIERS, Method, modified
-from .packing import pack
-from .processes import PRECISIONS, Job, is_first_process, make_accelerator, several_processes
-from .rates import parse_rates
-from .tiles import find_tiles
-from .training import Recipe, accuracy, default_workers, pick_device
+from .making import slides, standin
+from .methods.ablation import variants
+from .methods.catalogue import find_methods, names
+from .methods.method import MODIFIERS, Method, modified
+from .predicting import exporting, heatmap, slidemap
+from .report import exhibits, inspection, outputs, sheet
+from .report.costs import Cost
+from .report.costs import costs as measure_costs
+from .runs import comparison, configuration, content, experiment, leakage, sending
+from .runs.rates import parse_rates
+from .training import trackers
+from .training.backbones import PATHOLOGY, check_backbone, native_size
+from .training.processes import PRECISIONS, Job, is_first_process, make_accelerator, several_processes
+from .training.recipe import Recipe, accuracy, default_workers, pick_device
 
 SMALL_SIZES = {"train": 960, "val": 320, "test": 320}
 FULL_SIZES = {"train": 100_000, "val": 34_904, "test": 85_054}  # the challenge's own
@@ -361,9 +348,9 @@ def predict(
     if not is_first_process():
         return
     beside = out.with_name(f"{out.stem}-probabilities.csv")
-    write_text(beside, report.probabilities_csv(split, logits, *point))
+    write_text(beside, outputs.probabilities_csv(split, logits, *point))
     logits = logits - point[0]
-    write_text(out, report.submission_csv(split.ids.tolist(), logits))
+    write_text(out, outputs.submission_csv(split.ids.tolist(), logits))
     shutil.rmtree(out.with_name(f"{out.name}.parts"), ignore_errors=True)
     for note in split.rows.notes:
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
@@ -611,7 +598,7 @@ def run(
     if job.is_first:
         remarks += comparison.reported([method.name for method in methods], splits)
         finish(options, splits, recipe, results, remarks, warnings)
-        trackers.track_results(job.accelerator, arguments(options, recipe, results), results)
+        outputs.track_results(job.accelerator, arguments(options, recipe, results), results)
     job.wait()
 
 
@@ -635,13 +622,13 @@ def finish(
     warnings: Sequence[str],
 ) -> None:
     """Write and show the outputs of a job."""
-    facts = [report.describe_split(name, split) for name, split in splits.items()]
+    facts = [outputs.describe_split(name, split) for name, split in splits.items()]
     test = splits["test"]
     given = arguments(options, recipe, results)
-    whole = report.Report(results, facts, given, caveat(splits), remarks, report.truths(splits))
+    whole = outputs.Report(results, facts, given, caveat(splits), remarks, outputs.truths(splits))
     whole = with_pictures(dataclasses.replace(whole, warnings=warnings, configuration=options.made_by), splits)
-    report.write_report(whole, options.out, report.submission_csv(test.ids.tolist(), whole.best.test_logits))
-    console.print(report.rich_table(whole))
+    outputs.write_report(whole, options.out, outputs.submission_csv(test.ids.tolist(), whole.best.test_logits))
+    console.print(outputs.rich_table(whole))
     for note in whole.notes():
         console.print(f"· {note}", highlight=False)
     console.print(
@@ -654,7 +641,7 @@ def finish(
         console.print(f"{options.out / name}", soft_wrap=True)
 
 
-def with_pictures(whole: report.Report, splits: dict[str, HistoDataset]) -> report.Report:
+def with_pictures(whole: outputs.Report, splits: dict[str, HistoDataset]) -> outputs.Report:
     """The report with patches and costs; a fault in either is a footnote, since what was trained must be shown."""
     console.print("looking at patches and costs", highlight=False)
     remarks = list(whole.remarks)

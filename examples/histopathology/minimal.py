@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Normalize  # type: ignore[import-untyped]
 
 import convlora
-from examples.histopathology.backbones import load_backbone
-from examples.histopathology.data import HistoDataset, open_splits
-from examples.histopathology.standin import make_standin
+from examples.histopathology.data.dataset import HistoDataset, open_splits
+from examples.histopathology.making.standin import make_standin
+from examples.histopathology.training.backbones import load_backbone
 
 
 def main(data: Path | None = None, out: Path = Path("runs/minimal"), epochs: int = 3) -> float:

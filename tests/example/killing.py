@@ -25,15 +25,14 @@ from toy_patches import write_toy
 from typer.testing import CliRunner
 
 import convlora
-from examples.histopathology import experiment, shards
 from examples.histopathology.__main__ import app
-from examples.histopathology.backbones import Normalisation
-from examples.histopathology.catalogue import find_method
-from examples.histopathology.data import open_splits
-from examples.histopathology.loading import View
-from examples.histopathology.processes import Job
-from examples.histopathology.training import Recipe, fit
-from examples.histopathology.transforms import EvalTransform, Normalise, TrainTransform
+from examples.histopathology.augment.transforms import EvalTransform, Normalisation, Normalise, TrainTransform
+from examples.histopathology.data.dataset import open_splits
+from examples.histopathology.methods.catalogue import find_method
+from examples.histopathology.runs import experiment, shards
+from examples.histopathology.training.loading import View
+from examples.histopathology.training.processes import Job
+from examples.histopathology.training.recipe import Recipe, fit
 
 SIZES = {"train": 64, "val": 16, "test": 16}
 RECIPE = Recipe(image_size=32, epochs=6, batch_size=16)

@@ -6,8 +6,8 @@ import numpy as np
 import tifffile
 from scipy.ndimage import gaussian_filter
 
-from examples.histopathology.stain import RUIFROK, intensity
-from examples.histopathology.writing import SplitWriter
+from examples.histopathology.data.stain import RUIFROK, intensity
+from examples.histopathology.making.writing import SplitWriter
 
 TILE = 96
 

@@ -23,11 +23,11 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from examples.histopathology.challenge import ChallengeRows
+from examples.histopathology.data.challenge import ChallengeRows
+from examples.histopathology.data.pcam import PcamRows
+from examples.histopathology.data.rows import Rows
+from examples.histopathology.data.wilds import WildsRows
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.pcam import PcamRows
-from examples.histopathology.rows import Rows
-from examples.histopathology.wilds import WildsRows
 
 SHAPE, ROW = (3, 96, 96), (1, 96, 96, 3)
 PIXELS = (np.arange(27648) % 251).astype(np.uint8)

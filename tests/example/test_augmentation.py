@@ -9,11 +9,17 @@ import pytest
 import torch
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from examples.histopathology import colour, resampling
-from examples.histopathology.backbones import Normalisation
-from examples.histopathology.draws import Draws
-from examples.histopathology.method import Augment
-from examples.histopathology.transforms import VIEWS, EvalTransform, Normalise, TrainTransform, dihedral
+from examples.histopathology.augment import colour, resampling
+from examples.histopathology.augment.draws import Draws
+from examples.histopathology.augment.transforms import (
+    VIEWS,
+    EvalTransform,
+    Normalisation,
+    Normalise,
+    TrainTransform,
+    dihedral,
+)
+from examples.histopathology.methods.method import Augment
 
 PLAIN = Normalise(Normalisation("none", "", (0.5, 0.4, 0.6), (0.2, 0.3, 0.25)))
 POLICIES = ("none", "dihedral", "crop", "affine")
@@ -98,7 +104,7 @@ def test_a_patch_is_augmented_alike_in_any_batch(images, policy, stain):
 def test_the_crop_is_drawn_as_torchvision_draws_it():
     from torchvision.transforms import v2
 
-    from examples.histopathology.transforms import _box
+    from examples.histopathology.augment.transforms import _box
 
     height, width = _box(Draws(0, 0, range(4000)), 96)
     torch.manual_seed(0)

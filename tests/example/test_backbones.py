@@ -10,7 +10,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from examples.histopathology.backbones import (
+from examples.histopathology.errors import ExampleError
+from examples.histopathology.training.backbones import (
     PATHOLOGY,
     check_backbone,
     check_input,
@@ -18,7 +19,6 @@ from examples.histopathology.backbones import (
     load_backbone,
     native_size,
 )
-from examples.histopathology.errors import ExampleError
 
 
 def test_every_packaged_tensor_maps_onto_timms_lite0():

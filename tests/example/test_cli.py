@@ -13,9 +13,12 @@ from layouts import write_challenge
 from toy_patches import SIZES, write_toy
 from typer.testing import CliRunner
 
-from examples.histopathology import costs, exhibits, experiment, memory, standin
 from examples.histopathology.__main__ import Options, app
 from examples.histopathology.errors import ExampleError
+from examples.histopathology.making import standin
+from examples.histopathology.report import costs, exhibits
+from examples.histopathology.runs import experiment
+from examples.histopathology.training import memory
 
 SMALL = ["--image-size", "64", "--epochs", "1", "--batch-size", "16"]
 

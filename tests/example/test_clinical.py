@@ -12,8 +12,8 @@ import pytest
 import torch
 from sklearn import metrics
 
-from examples.histopathology import clinical
-from examples.histopathology.clinical import (
+from examples.histopathology.runs import clinical
+from examples.histopathology.runs.clinical import (
     SPECIFICITY,
     estimates,
     numbered,

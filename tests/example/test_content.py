@@ -16,15 +16,15 @@ from layouts import write_challenge, write_wilds
 from toy_patches import SIZES, write_toy
 from typer.testing import CliRunner
 
-from examples.histopathology import content, experiment
 from examples.histopathology.__main__ import app
-from examples.histopathology.backbones import lite0_state
-from examples.histopathology.catalogue import find_method
-from examples.histopathology.data import HistoDataset, open_splits
+from examples.histopathology.data.dataset import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.leakage import warnings
-from examples.histopathology.processes import Job
-from examples.histopathology.training import Recipe
+from examples.histopathology.methods.catalogue import find_method
+from examples.histopathology.runs import content, experiment
+from examples.histopathology.runs.leakage import warnings
+from examples.histopathology.training.backbones import lite0_state
+from examples.histopathology.training.processes import Job
+from examples.histopathology.training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,10 +17,10 @@ from layouts import write_pcam
 from torch.utils.data import DataLoader
 from toy_patches import write_toy
 
-from examples.histopathology import stain
-from examples.histopathology.data import HistoDataset, find_splits, open_splits
+from examples.histopathology.data import stain
+from examples.histopathology.data.dataset import HistoDataset, find_splits, open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.writing import SplitWriter
+from examples.histopathology.making.writing import SplitWriter
 
 SHAPE = (3, 96, 96)
 

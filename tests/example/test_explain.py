@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 import convlora
-from examples.histopathology.explain import cam_layer, grad_cam, occlusion
+from examples.histopathology.report.explain import cam_layer, grad_cam, occlusion
 
 # fp32 rounding through a dozen layers, of maps between 0 and 1
 CLOSE = {"rtol": 0, "atol": 1e-5}

@@ -13,13 +13,14 @@ import torch
 from toy_patches import write_toy
 from typer.testing import CliRunner
 
-from examples.histopathology import experiment, exporting
 from examples.histopathology.__main__ import app
-from examples.histopathology.catalogue import find_method
-from examples.histopathology.data import HistoDataset, open_splits
+from examples.histopathology.data.dataset import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.processes import Job
-from examples.histopathology.training import Recipe
+from examples.histopathology.methods.catalogue import find_method
+from examples.histopathology.predicting import exporting
+from examples.histopathology.runs import experiment
+from examples.histopathology.training.processes import Job
+from examples.histopathology.training.recipe import Recipe
 
 RECIPE = Recipe(image_size=32, epochs=1, batch_size=16)
 

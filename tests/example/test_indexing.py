@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from layouts import write_challenge
 
-from examples.histopathology import challenge, indexing
-from examples.histopathology.data import HistoDataset
+from examples.histopathology.data import challenge, indexing
+from examples.histopathology.data.dataset import HistoDataset
+from examples.histopathology.data.layout import read_image
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.layout import read_image
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from layouts import write_challenge, write_pcam, write_wilds
 from PIL import Image
 from typer.testing import CliRunner
 
-from examples.histopathology import inspection
 from examples.histopathology.__main__ import app
-from examples.histopathology.data import HistoDataset, open_splits
+from examples.histopathology.data.dataset import HistoDataset, open_splits
+from examples.histopathology.report import inspection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

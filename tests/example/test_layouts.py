@@ -13,7 +13,7 @@ import torch
 from layouts import pixels, wilds_rows, write_challenge, write_pcam, write_table, write_wilds
 from PIL import Image
 
-from examples.histopathology.data import HistoDataset, find_splits, open_splits, require_centres
+from examples.histopathology.data.dataset import HistoDataset, find_splits, open_splits, require_centres
 from examples.histopathology.errors import ExampleError
 
 SIZES = {"train": 6, "val": 4, "test": 4}

@@ -13,12 +13,11 @@ import pytest
 import torch
 from toy_patches import write_toy
 
-from examples.histopathology.backbones import Normalisation
-from examples.histopathology.data import HistoDataset
-from examples.histopathology.draws import Draws
+from examples.histopathology.augment.draws import Draws
+from examples.histopathology.augment.transforms import Normalisation, Normalise
+from examples.histopathology.data.dataset import HistoDataset
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.loading import Batches, View, begin_epoch, make_loader
-from examples.histopathology.transforms import Normalise
+from examples.histopathology.training.loading import Batches, View, begin_epoch, make_loader
 
 HERE = Path(__file__).parent
 
@@ -132,8 +131,8 @@ def test_two_processes_train_what_one_does(tmp_path):
 
 
 def test_logs_hold_each_epoch_once_also_after_a_resume(tmp_path):
-    from examples.histopathology.logs import Log
-    from examples.histopathology.training import Epoch
+    from examples.histopathology.training.logs import Log
+    from examples.histopathology.training.recipe import Epoch
 
     history = [Epoch(1.0, 2.0, 0.5, 1e-3, 3.0)]
     for _ in range(2):  # as two runs would

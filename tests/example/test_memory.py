@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import convlora
-from examples.histopathology import memory
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.memory import LiveBytes, free_bytes, largest_batch, step_bytes
+from examples.histopathology.training import memory
+from examples.histopathology.training.memory import LiveBytes, free_bytes, largest_batch, step_bytes
 
 
 @pytest.fixture(scope="module")

@@ -15,25 +15,25 @@ from toy_patches import write_toy
 from typer.testing import CliRunner
 
 import convlora
-from examples.histopathology import catalogue, experiment
 from examples.histopathology.__main__ import app
-from examples.histopathology.ablation import RANKS, variants
-from examples.histopathology.backbones import Normalisation
-from examples.histopathology.catalogue import find_method, find_methods, method_from, read_method
-from examples.histopathology.comparison import TABLE, Sweep, reported
-from examples.histopathology.data import HistoDataset, open_splits
-from examples.histopathology.draws import Draws
+from examples.histopathology.augment.draws import Draws
+from examples.histopathology.augment.hed import from_hed, stain_jittered, to_hed
+from examples.histopathology.augment.transforms import VIEWS, Normalisation, Normalise, TrainTransform, dihedral
+from examples.histopathology.data.dataset import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.features import linear_head
-from examples.histopathology.hed import from_hed, stain_jittered, to_hed
-from examples.histopathology.loading import make_loader
-from examples.histopathology.method import Adapt, Augment
-from examples.histopathology.prediction import adapted_to, balanced, ensembled
-from examples.histopathology.processes import Job
-from examples.histopathology.rates import parse_rates
-from examples.histopathology.report import HEADER, Report, as_data
-from examples.histopathology.training import Recipe, fit, place, predict
-from examples.histopathology.transforms import VIEWS, Normalise, TrainTransform, dihedral
+from examples.histopathology.methods import catalogue
+from examples.histopathology.methods.ablation import RANKS, variants
+from examples.histopathology.methods.catalogue import find_method, find_methods, method_from, read_method
+from examples.histopathology.methods.method import Adapt, Augment
+from examples.histopathology.report.outputs import HEADER, Report, as_data
+from examples.histopathology.runs import experiment
+from examples.histopathology.runs.comparison import TABLE, Sweep, reported
+from examples.histopathology.runs.rates import parse_rates
+from examples.histopathology.training.features import linear_head
+from examples.histopathology.training.loading import make_loader
+from examples.histopathology.training.prediction import adapted_to, balanced, ensembled
+from examples.histopathology.training.processes import Job
+from examples.histopathology.training.recipe import Recipe, fit, place, predict
 
 RECIPE = Recipe(image_size=32, epochs=2, batch_size=16)
 PLAIN = Normalisation("none", "none", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -255,7 +255,7 @@ def test_hed_and_back_is_the_image():
 
 
 def test_a_pure_stain_has_one_amount():
-    from examples.histopathology.stain import HAEMATOXYLIN, unit_rows
+    from examples.histopathology.data.stain import HAEMATOXYLIN, unit_rows
 
     density = 0.5 * torch.tensor(unit_rows([HAEMATOXYLIN])[0], dtype=torch.float32)
     amounts = to_hed(10 ** -density.reshape(3, 1, 1)).flatten()

@@ -12,7 +12,7 @@ from toy_patches import write_toy
 
 import convlora
 from examples.histopathology import minimal
-from examples.histopathology.backbones import load_backbone
+from examples.histopathology.training.backbones import load_backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

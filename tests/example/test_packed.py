@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from layouts import write_challenge, write_pcam, write_wilds
 
-from examples.histopathology import packing
-from examples.histopathology.data import HistoDataset, open_splits
+from examples.histopathology.data import packing
+from examples.histopathology.data.dataset import HistoDataset, open_splits
+from examples.histopathology.data.packing import pack
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.inspection import open_all
-from examples.histopathology.packing import pack
+from examples.histopathology.report.inspection import open_all
 
 SIZES = {"train": 7, "val": 3, "test": 4}
 

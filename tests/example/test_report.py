@@ -13,15 +13,12 @@ import pytest
 import torch
 from layouts import write_wilds
 
-from examples.histopathology.charts import DRAWN, curves, pareto
-from examples.histopathology.clinical import temperature, youden_threshold
-from examples.histopathology.costs import Cost
-from examples.histopathology.data import open_splits
-from examples.histopathology.exhibits import Exhibits, Patch
-from examples.histopathology.experiment import Result
+from examples.histopathology.data.dataset import open_splits
 from examples.histopathology.files import replacing_directory, write_text
-from examples.histopathology.published import HEADER as PUBLISHED
-from examples.histopathology.report import (
+from examples.histopathology.report.charts import DRAWN, curves, pareto
+from examples.histopathology.report.costs import Cost
+from examples.histopathology.report.exhibits import Exhibits, Patch
+from examples.histopathology.report.outputs import (
     HEADER,
     Report,
     SplitFacts,
@@ -33,9 +30,12 @@ from examples.histopathology.report import (
     truths,
     write_report,
 )
-from examples.histopathology.scores import auc
-from examples.histopathology.training import Epoch
-from examples.histopathology.verify import Proofs
+from examples.histopathology.report.published import HEADER as PUBLISHED
+from examples.histopathology.runs.clinical import temperature, youden_threshold
+from examples.histopathology.runs.experiment import Result
+from examples.histopathology.runs.scores import auc
+from examples.histopathology.training.recipe import Epoch
+from examples.histopathology.training.verify import Proofs
 
 PROOFS = Proofs(
     patches=4, reload_bit_equal=True, reload_difference=0.0, merge_same_labels=True, merge_difference=1.2e-6

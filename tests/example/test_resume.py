@@ -15,17 +15,18 @@ from killing import Colours, train_colours
 from toy_patches import write_toy
 
 import convlora
-from examples.histopathology import content, experiment, training
-from examples.histopathology.catalogue import find_method
-from examples.histopathology.checkpoints import moving, random_state, set_random_state
-from examples.histopathology.data import HistoDataset, open_splits
+from examples.histopathology.augment.transforms import dihedral
+from examples.histopathology.data.dataset import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.loading import View, make_loader
-from examples.histopathology.method import Predict
-from examples.histopathology.prediction import ensembled, predict_by
-from examples.histopathology.processes import Job
-from examples.histopathology.training import Recipe, fit, predict
-from examples.histopathology.transforms import dihedral
+from examples.histopathology.methods.catalogue import find_method
+from examples.histopathology.methods.method import Predict
+from examples.histopathology.runs import content, experiment
+from examples.histopathology.training import recipe as training
+from examples.histopathology.training.checkpoints import moving, random_state, set_random_state
+from examples.histopathology.training.loading import View, make_loader
+from examples.histopathology.training.prediction import ensembled, predict_by
+from examples.histopathology.training.processes import Job
+from examples.histopathology.training.recipe import Recipe, fit, predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,7 +173,7 @@ def test_moving_is_what_training_moves():
 
 
 def test_bf16_trains_near_fp32_and_leaves_the_model_in_fp32(toy, tmp_path):
-    from examples.histopathology.processes import make_accelerator
+    from examples.histopathology.training.processes import make_accelerator
 
     losses = {}
     for precision in ("fp32", "bf16"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn import metrics
 
-from examples.histopathology.scores import (
+from examples.histopathology.runs.scores import (
     Confusion,
     auc,
     brier,

@@ -9,14 +9,15 @@ import pytest
 import torch
 from toy_patches import write_toy
 
-from examples.histopathology import content, sending, training
-from examples.histopathology.catalogue import find_methods
-from examples.histopathology.comparison import compare
-from examples.histopathology.data import open_splits
+from examples.histopathology.data.dataset import open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.processes import Job
-from examples.histopathology.sending import find_executor
-from examples.histopathology.training import Recipe
+from examples.histopathology.methods.catalogue import find_methods
+from examples.histopathology.runs import content, sending
+from examples.histopathology.runs.comparison import compare
+from examples.histopathology.runs.sending import find_executor
+from examples.histopathology.training import recipe as training
+from examples.histopathology.training.processes import Job
+from examples.histopathology.training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

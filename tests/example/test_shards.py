@@ -16,13 +16,13 @@ from test_resume import killing
 from toy_patches import write_toy
 
 import convlora
-from examples.histopathology import experiment, shards
-from examples.histopathology.catalogue import find_method
-from examples.histopathology.data import HistoDataset
-from examples.histopathology.method import Predict
-from examples.histopathology.prediction import predict_by
-from examples.histopathology.processes import Job
-from examples.histopathology.training import Recipe
+from examples.histopathology.data.dataset import HistoDataset
+from examples.histopathology.methods.catalogue import find_method
+from examples.histopathology.methods.method import Predict
+from examples.histopathology.runs import experiment, shards
+from examples.histopathology.training.prediction import predict_by
+from examples.histopathology.training.processes import Job
+from examples.histopathology.training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,11 +13,11 @@ import tifffile
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from examples.histopathology.data import open_splits
+from examples.histopathology.data.dataset import open_splits
+from examples.histopathology.data.stain import RUIFROK, intensity, unit_rows
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.slides import cut_slides, find_slides, read_picture
-from examples.histopathology.stain import RUIFROK, intensity, unit_rows
-from examples.histopathology.writing import SplitWriter
+from examples.histopathology.making.slides import cut_slides, find_slides, read_picture
+from examples.histopathology.making.writing import SplitWriter
 
 WARM = unit_rows([(0.55, 0.74, 0.38), (0.20, 0.88, 0.43)])
 

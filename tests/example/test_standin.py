@@ -12,14 +12,14 @@ import h5py
 import numpy as np
 import pytest
 
-from examples.histopathology import standin
-from examples.histopathology.data import HistoDataset, open_splits
+from examples.histopathology.data.dataset import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.hospitals import HOSPITALS, PUBLISHED, _slide
-from examples.histopathology.nuclei import FIBROBLAST, LYMPHOCYTE, choose_cells, draw, tumour_kind
-from examples.histopathology.standin import make_standin, render_patch
-from examples.histopathology.tissue import Tissue, without_margin
-from examples.histopathology.writing import SplitWriter
+from examples.histopathology.making import standin
+from examples.histopathology.making.hospitals import HOSPITALS, PUBLISHED, _slide
+from examples.histopathology.making.nuclei import FIBROBLAST, LYMPHOCYTE, choose_cells, draw, tumour_kind
+from examples.histopathology.making.standin import make_standin, render_patch
+from examples.histopathology.making.tissue import Tissue, without_margin
+from examples.histopathology.making.writing import SplitWriter
 
 TUMOUR = tumour_kind(1.0)
 SIZES = {"train": 40, "val": 12, "test": 12}
@@ -59,7 +59,7 @@ def test_the_bits_do_not_depend_on_the_number_of_processes(made, tmp_path, proce
 
 def test_workers_do_not_import_torch():
     # Each of them would spend seconds and hundreds of megabytes on it.
-    code = "import sys, examples.histopathology.standin; sys.exit('torch' in sys.modules)"
+    code = "import sys, examples.histopathology.making.standin; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -10,10 +10,10 @@ import h5py
 import numpy as np
 from strangers import ATTACKS, PIXELS, attempt
 
-from examples.histopathology.challenge import ChallengeRows
+from examples.histopathology.data.challenge import ChallengeRows
+from examples.histopathology.data.layout import SHAPE
+from examples.histopathology.data.pcam import PcamRows
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.layout import SHAPE
-from examples.histopathology.pcam import PcamRows
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)

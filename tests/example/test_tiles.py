@@ -14,7 +14,7 @@ from toy_patches import write_toy
 from typer.testing import CliRunner
 
 from examples.histopathology.__main__ import app
-from examples.histopathology.data import HistoDataset
+from examples.histopathology.data.dataset import HistoDataset
 from examples.histopathology.errors import ExampleError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

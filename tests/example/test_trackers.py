@@ -9,8 +9,8 @@ from toy_patches import write_toy
 from typer.testing import CliRunner
 
 from examples.histopathology.__main__ import app
-from examples.histopathology.processes import make_accelerator
-from examples.histopathology.trackers import NAMES, PROJECT, TrackedRun, flat
+from examples.histopathology.training.processes import make_accelerator
+from examples.histopathology.training.trackers import NAMES, PROJECT, TrackedRun, flat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,7 +93,7 @@ def test_an_unknown_tracker_and_one_that_is_not_installed_are_refused_before_any
         f"--tracker notes: give one of {', '.join(NAMES)}."
         in train(tmp_path, tmp_path / "out", "--tracker", "notes", status=1).stderr
     )
-    monkeypatch.setattr("examples.histopathology.trackers.get_available_trackers", lambda: [])
+    monkeypatch.setattr("examples.histopathology.training.trackers.get_available_trackers", lambda: [])
     text = train(tmp_path, tmp_path / "out", "--tracker", "comet_ml", status=1).stderr
     assert "--tracker comet_ml: its package is not installed: pip install comet-ml." in text
     assert {"mlflow", "wandb"} <= set(NAMES) and "tensorboard" not in NAMES

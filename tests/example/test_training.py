@@ -11,15 +11,21 @@ from torch import nn
 from toy_patches import write_toy
 
 import convlora
-from examples.histopathology import experiment, training
-from examples.histopathology.backbones import Normalisation
-from examples.histopathology.catalogue import find_method
-from examples.histopathology.data import HistoDataset, open_splits
-from examples.histopathology.draws import Draws
+from examples.histopathology.augment.draws import Draws
+from examples.histopathology.augment.transforms import (
+    CROP_SCALE,
+    EvalTransform,
+    Normalisation,
+    Normalise,
+    TrainTransform,
+)
+from examples.histopathology.data.dataset import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.processes import Job
-from examples.histopathology.training import EarlyStopping, Recipe, accuracy, class_balance, fit
-from examples.histopathology.transforms import CROP_SCALE, EvalTransform, Normalise, TrainTransform
+from examples.histopathology.methods.catalogue import find_method
+from examples.histopathology.runs import experiment
+from examples.histopathology.training import recipe as training
+from examples.histopathology.training.processes import Job
+from examples.histopathology.training.recipe import EarlyStopping, Recipe, accuracy, class_balance, fit
 
 RECIPE = Recipe(image_size=32, epochs=2, batch_size=16)
 

@@ -18,21 +18,11 @@ from PIL import Image, ImageDraw
 from torch import nn
 from typer.testing import CliRunner
 
-from examples.histopathology import wholeslide
 from examples.histopathology.__main__ import Options, app
-from examples.histopathology.backbones import Normalisation
-from examples.histopathology.catalogue import find_method
-from examples.histopathology.clinical import operating_point
-from examples.histopathology.data import HistoDataset, open_splits
-from examples.histopathology.errors import ExampleError
-from examples.histopathology.experiment import predict_split, read_card, read_point, run_method
-from examples.histopathology.heatmap import write_map
-from examples.histopathology.outlines import regions, rings
-from examples.histopathology.processes import Job
-from examples.histopathology.slidemap import Asked, classifier, classifier_of, predict_slide, summary, tiles_csv
-from examples.histopathology.slides import cut_slides
-from examples.histopathology.training import Recipe
-from examples.histopathology.wholeslide import (
+from examples.histopathology.augment.transforms import Normalisation
+from examples.histopathology.data import wholeslide
+from examples.histopathology.data.dataset import HistoDataset, open_splits
+from examples.histopathology.data.wholeslide import (
     AHEAD,
     WholeSlide,
     make_grid,
@@ -42,6 +32,23 @@ from examples.histopathology.wholeslide import (
     tissue_mask,
     tissue_tiles,
 )
+from examples.histopathology.errors import ExampleError
+from examples.histopathology.making.slides import cut_slides
+from examples.histopathology.methods.catalogue import find_method
+from examples.histopathology.predicting.heatmap import write_map
+from examples.histopathology.predicting.outlines import regions, rings
+from examples.histopathology.predicting.slidemap import (
+    Asked,
+    classifier,
+    classifier_of,
+    predict_slide,
+    summary,
+    tiles_csv,
+)
+from examples.histopathology.runs.clinical import operating_point
+from examples.histopathology.runs.experiment import predict_split, read_card, read_point, run_method
+from examples.histopathology.training.processes import Job
+from examples.histopathology.training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

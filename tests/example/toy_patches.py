@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.histopathology.writing import SplitWriter
+from examples.histopathology.making.writing import SplitWriter
 
 SIZES = {"train": 48, "val": 24, "test": 24}
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from examples.histopathology import experiment
-from examples.histopathology.catalogue import find_method
-from examples.histopathology.data import open_splits
-from examples.histopathology.processes import Job
-from examples.histopathology.training import Recipe, fit
+from examples.histopathology.data.dataset import open_splits
+from examples.histopathology.methods.catalogue import find_method
+from examples.histopathology.runs import experiment
+from examples.histopathology.training.processes import Job
+from examples.histopathology.training.recipe import Recipe, fit
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Augmentation and evaluation transforms, by the batch."""

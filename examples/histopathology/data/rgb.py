@@ -1,0 +1,106 @@
+"""Pictures of any kind as RGB, and a square of any size as a patch.
+
+Pillow reads a picture where it reads it well; `tifffile` reads TIFFs of more than 8 bits and of unusual compression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import ExampleError
+from .layout import PATCH
+from .pictures import PictureError, TooLargeError, opened_path
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def read_picture(path: Path) -> Bytes:
+    """A PNG, JPEG, WebP or TIFF as RGB: ``(H, W, 3)`` uint8.
+
+    Transparency is laid over white, gray and palettes become RGB, 16 bits become 8. Pillow reads it, or, where
+    it cannot, tifffile.
+
+    Raises:
+        ExampleError: unreadable, or more pixels than Pillow holds to be safe.
+    """
+    if not path.is_file():
+        raise ExampleError(f"{path}: no such picture.")
+    with _naming(path):
+        try:
+            with opened_path(path) as image:
+                if not _is_deep_tiff(image):
+                    return _to_rgb(image)
+        except PictureError as error:
+            if isinstance(error.__cause__, UnidentifiedImageError) and path.suffix.lower() in (".tif", ".tiff", ".svs"):
+                return _read_tiff(path)
+            raise
+        return _read_tiff(path)
+
+
+def resized(pixels: Bytes) -> Bytes:
+    """A square of any size as 96×96, each pixel the mean of what it covers."""
+    if pixels.shape[0] == PATCH:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((PATCH, PATCH), Image.Resampling.BOX))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what Pillow and tifffile raise into one error that names the picture."""
+    try:
+        yield
+    except TooLargeError as error:
+        raise ExampleError(
+            f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels. Export a region of it, or a lower magnification."
+        ) from error
+    except (OSError, ValueError, SyntaxError, KeyError, tifffile.TiffFileError) as error:
+        raise ExampleError(f"{path}: cannot be read as a picture ({error}). Save it as PNG or JPEG.") from error
+
+
+def _to_rgb(image: Image.Image) -> Bytes:
+    if image.mode.startswith(("I", "F")):
+        return _scale_to_bytes(np.asarray(image))
+    if "A" in image.mode.upper() or "transparency" in image.info:
+        colour = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour)
+    return np.asarray(image.convert("RGB"))
+
+
+def _is_deep_tiff(image: Image.Image) -> bool:
+    # Pillow opens 16-bit colour in separate planes without a word, and mixes up its pixels.
+    bits_per_sample = getattr(image, "tag_v2", {}).get(258, (8,))
+    return image.format == "TIFF" and max(bits_per_sample) > 8
+
+
+def _read_tiff(path: Path) -> Bytes:
+    """First series of a TIFF that Pillow does not read, or not well: more than 8 bits, unusual compression."""
+    with tifffile.TiffFile(path) as tiff:
+        series = tiff.series[0]
+        if Image.MAX_IMAGE_PIXELS is not None and series.size > 3 * Image.MAX_IMAGE_PIXELS:
+            raise TooLargeError
+        return _scale_to_bytes(series.asarray())
+
+
+def _scale_to_bytes(values: npt.NDArray[Any]) -> Bytes:
+    """Gray or colour of any depth to ``(H, W, 3)`` uint8; integers over their type's range, floats over [0, 1]."""
+    if values.ndim == 3 and values.shape[0] in (3, 4) and values.shape[2] not in (3, 4):
+        values = np.moveaxis(values, 0, 2)
+    if values.ndim == 2:
+        values = np.repeat(values[:, :, None], 3, axis=2)
+    if values.ndim != 3 or values.shape[2] not in (3, 4):
+        raise ValueError(f"an array of shape {values.shape} is no gray or RGB picture")
+    # Pillow hands 16-bit gray over as int32 in mode I.
+    wide = values.dtype.kind in "iu" and values.dtype.itemsize > 1
+    top = 65535 if wide else 255 if values.dtype == np.uint8 else 1
+    share = values.astype(np.float32) / top
+    if share.shape[2] == 4:
+        share = share[:, :, :3] * share[:, :, 3:] + 1 - share[:, :, 3:]
+    return np.rint(np.clip(share[:, :, :3], 0, 1) * 255).astype(np.uint8)

@@ -1,0 +1,1 @@
+"""Methods: a YAML file each, what such a file may say, and finding them by name."""

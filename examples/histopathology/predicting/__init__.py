@@ -1,0 +1,1 @@
+"""Predictions by a saved adapter beyond patches: whole slides, and ONNX."""

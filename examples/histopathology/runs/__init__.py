@@ -1,0 +1,1 @@
+"""Runs of one method and of many: configuration, proofs, scores, comparison."""

@@ -1,0 +1,253 @@
+"""The whole table: an equal learning-rate sweep for every trained arm, several seeds, paired differences.
+
+The sweep is on the first seed; while its best rate lies at an end it goes on there, twice at most. The rate with the
+lowest validation loss trains the other seeds. The test set has no say in it. A best rate that still lies at an end is
+said, since a better one may lie beyond.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..data.dataset import HistoDataset
+from ..errors import ExampleError
+from ..methods.method import Method, Predict
+from ..training.processes import Job
+from ..training.recipe import DIVERGED, Recipe
+from . import rates
+from .experiment import Result, run_method
+from .sending import Answer, Here, Trainings, everything_there
+
+TABLE = (
+    "probe,probe-augmented,probe-centre-ensemble,norms,full,lora,lora-lean,lora-track,"
+    "lora-ensemble,lora-balanced,lora-adabn,probe-augmented+balanced,full+ensemble"
+)
+
+# The report's own figures, single runs on the challenge's data: method -> (backbone, validation, test).
+REPORTED = {
+    "probe": [("ResNet50", ".8285", ".8981"), ("DINOv2", ".8745", ".9056")],
+    "probe-augmented": [("DINOv2", ".8803", "-")],
+    "probe-centre-ensemble": [("DINOv2", ".8935", ".9350")],
+    "probe-centre-ensemble+balanced": [("DINOv2", ".8935", ".9432")],
+    "lora-track": [("ResNet50", ".9391", ".9451")],
+}
+CHALLENGE = {"train": (100_000, {0, 3, 4}), "val": (34_904, {1}), "test": (85_054, {2})}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Validation losses of one training by learning rate, on the first seed."""
+
+    training: str
+    losses: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> float:
+        """The rate of the lowest validation loss."""
+        return min(self.losses, key=lambda lr: self.losses[lr])
+
+    @property
+    def beyond(self) -> float | None:
+        """The next rate behind the end at which the best one lies; None where it lies inside."""
+        return rates.beyond(self.losses, self.best)
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in sorted(self.losses.items()))
+        return f"{self.training}: {self.best:g} ({each}){'' if self.beyond is None else ', the end of the sweep'}"
+
+
+def compare(
+    methods: Sequence[Method],
+    splits: Mapping[str, HistoDataset],
+    recipe: Recipe,
+    lrs: Sequence[float],
+    seeds: int,
+    job: Job,
+    trainings: Trainings | None = None,
+) -> tuple[list[Result], list[Sweep]]:
+    """Sweep each training once, then run every method with every seed at its training's rate.
+
+    Args:
+        methods: rows.
+        splits: "train", "val" and "test".
+        recipe: everything else, of the first seed.
+        lrs: learning rates.
+        seeds: how many, from the recipe's up.
+        job: where.
+        trainings: what trains; None for this process, one after the other.
+    """
+    trainings = trainings or Here(splits, job)
+    shared = {method.training: method for method in methods}
+    plain = [dataclasses.replace(method, name=name, predict=Predict()) for name, method in shared.items()]
+    sweeps = sweep(plain, recipe, lrs, job, trainings)
+    rows = [
+        (method, dataclasses.replace(recipe, seed=seed, lr=sweeps[method.training].best))
+        for seed in range(recipe.seed, recipe.seed + seeds)
+        for method in methods
+    ]
+    if not isinstance(trainings, Here):
+        # Trainings first: rows that share one must find it done.
+        kept = {(method.training, each.seed): (method, each) for method, each in rows}
+        _wait([trainings.ran(_plain(method), each, suffix(each)) for method, each in kept.values()])
+        others = [(method, each) for method, each in rows if method.predict != Predict()]
+        _wait([trainings.ran(method, each, suffix(each)) for method, each in others])
+        job = everything_there(job)
+    results = [run_method(method, splits, each, job, suffix=suffix(each)) for method, each in rows]
+    return results, list(sweeps.values())
+
+
+def _plain(method: Method) -> Method:
+    return dataclasses.replace(method, name=method.training, predict=Predict())
+
+
+def _wait(sent: Sequence[Answer]) -> None:
+    for each in sent:
+        each.result()
+
+
+def sweep(
+    methods: Sequence[Method], recipe: Recipe, lrs: Sequence[float], job: Job, trainings: Trainings
+) -> dict[str, Sweep]:
+    """Train each method at each rate, then beyond an end that does best; an infinite loss counts as that."""
+    sweeps = {method.training: Sweep(method.training) for method in methods}
+    asked = [(method, lr) for method in methods for lr in lrs]
+    for _ in range(1 + rates.FURTHER):
+        sent = [
+            (method.training, lr, _sent(method, dataclasses.replace(recipe, lr=lr), trainings)) for method, lr in asked
+        ]
+        for training, lr, future in sent:
+            sweeps[training].losses[lr] = _val_loss(future, job, may_fail=len(lrs) > 1)
+        beyond = [(method, sweeps[method.training].beyond) for method in methods]
+        asked = [(method, lr) for method, lr in beyond if lr is not None]
+    return sweeps
+
+
+def _sent(method: Method, recipe: Recipe, trainings: Trainings) -> Answer:
+    return trainings.tried(method, recipe, f"{method.training}{suffix(recipe)}")
+
+
+def _val_loss(future: Answer, job: Job, may_fail: bool) -> float:
+    try:
+        return float(future.result())
+    except ExampleError as error:
+        if not may_fail or DIVERGED not in str(error):
+            raise
+        job.console.print(str(error), highlight=False)
+        return math.inf
+
+
+def suffix(recipe: Recipe) -> str:
+    """What a training's files are named by, behind its method."""
+    return f"-lr{recipe.lr:g}-seed{recipe.seed}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy of one method minus another's on the same patches, mean over seeds, with a 95 % interval.
+
+    ``split`` is "test" or "val". The ends of the interval are None where there is one patch, which has no spread.
+    """
+
+    first: str
+    second: str
+    mean: float
+    low: float | None
+    high: float | None
+    by_seed: tuple[float, ...]
+    split: str = "test"
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{value:+.3f}" for value in self.by_seed)
+        what = {"test": "test", "val": "validation"}[self.split]
+        spread = "no interval from one patch" if self.low is None else f"{self.low:+.4f}, {self.high:+.4f}"
+        return f"{self.first} − {self.second}, {what} accuracy: {self.mean:+.4f} [{spread}] (by seed {each})"
+
+
+def difference(first: Sequence[Result], second: Sequence[Result], labels: Tensor, split: str = "test") -> Difference:
+    """Paired by seed and patch; the interval by resampling patches (percentile bootstrap).
+
+    It says how far other patches of the same kind would move the difference. It says nothing of other seeds, which
+    ``by_seed`` shows, and is too narrow where patches resemble each other, as those of one slide do.
+
+    Args:
+        first: results of one method.
+        second: of the other; a seed that only one of the two has is left out.
+        labels: ``(N,)``, of the split.
+        split: "test" or "val".
+
+    Raises:
+        ValueError: no seed in common.
+    """
+    control = {result.seed: result for result in second}
+    pairs = [(result, control[result.seed]) for result in first if result.seed in control]
+    if not pairs:
+        raise ValueError("no seed in common")
+    right = [[((r.logits(split) > 0) == labels.bool()).double() for r in pair] for pair in pairs]
+    gains = torch.stack([a - b for a, b in right])
+    low, high = _interval(gains.mean(0).numpy())
+    by_seed = tuple(gains.mean(1).tolist())
+    return Difference(first[0].method, second[0].method, float(gains.mean()), low, high, by_seed, split)
+
+
+def _interval(each: npt.NDArray[np.float64]) -> tuple[float | None, float | None]:
+    """95 % of the mean of patches like these."""
+    if len(each) < 2:
+        return None, None
+    from scipy.stats import bootstrap  # which takes most of a second to import
+
+    found = bootstrap(
+        (each,), np.mean, n_resamples=2000, batch=max(1, 10**7 // len(each)), method="percentile", rng=_rng()
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def differences(results: Sequence[Result], labels: Mapping[str, Tensor]) -> list[Difference]:
+    """Every method against the probe of the same augmentation, and LoRA against every other that trains.
+
+    Args:
+        results: of any methods and seeds.
+        labels: ``(N,)`` by split. The test set's are taken; where it has none, validation's, by which the learning rate
+            and the epoch were chosen already, so that those differences are optimistic.
+    """
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.method, []).append(result)
+    split = next((name for name in ("test", "val") if name in labels), None)
+    if split is None or any(len(result.logits(split)) != len(labels[split]) for result in results):
+        return []
+    control = next((name for name in ("probe-augmented", "probe") if name in groups), None)
+    pairs: list[tuple[str, str]] = [(name, control) for name in groups if control is not None and name != control]
+    pairs += [("lora", name) for name in groups if "lora" in groups and name in ("norms", "full", "full-track")]
+    return [difference(groups[a], groups[b], labels[split], split) for a, b in pairs]
+
+
+def is_the_challenge(splits: Mapping[str, HistoDataset]) -> bool:
+    """Whether these are the challenge's own data, whole: by size, centres, and no source that made them."""
+    return all(
+        name in splits
+        and splits[name].source is None
+        and len(splits[name]) == size
+        and set(torch.as_tensor(splits[name].centres).tolist()) == centres
+        for name, (size, centres) in CHALLENGE.items()
+    )
+
+
+def reported(methods: Sequence[str], splits: Mapping[str, HistoDataset]) -> list[str]:
+    """The report's own figures for these methods, only where the data are the same."""
+    if not is_the_challenge(splits):
+        return []
+    return [
+        f"The report's {name}, {backbone}, a single run: validation {val}, test {test}."
+        for name in methods
+        for backbone, val, test in REPORTED.get(name, [])
+    ]
