@@ -370,6 +370,11 @@ TORCHVISION = {
     "RetinaNet": (detector("retinanet_resnet50_fpn"), ONE_STAGE),
     "FCOS": (detector("fcos_resnet50_fpn"), [*ONE_STAGE, "head.regression_head.bbox_ctrness"]),
     "SSDlite": (detector("ssdlite320_mobilenet_v3_large"), SSD),
+    "SSD": (detector("ssd300_vgg16"), [name.removesuffix(".1") for name in SSD]),
+    "Keypoint R-CNN": (
+        detector("keypointrcnn_resnet50_fpn", num_keypoints=4),
+        [*RPN, *BOX, "roi_heads.keypoint_predictor.kps_score_lowres"],
+    ),
 }
 
 
@@ -381,14 +386,93 @@ def test_heads_of_torchvision(name):
         assert sorted(heads(build())) == sorted(expected)
 
 
-EXAMPLES = {"LR-ASPP": X, "DeepLab": X, "RetinaNet": ([X[0]],), "SSDlite": ([X[0]],)}
+QUICK = ["LR-ASPP", "Faster R-CNN"]
 
 
-@pytest.mark.parametrize("name", ["LR-ASPP", *map(thorough, list(EXAMPLES)[1:])])
+@pytest.mark.parametrize("name", [*QUICK, *(thorough(name) for name in TORCHVISION if name not in QUICK)])
 def test_heads_of_torchvision_by_example(name):
     need("torchvision")
     build, expected = TORCHVISION[name]
-    assert sorted(heads(build(), example=EXAMPLES[name])) == sorted(expected)
+    model = build()
+    if hasattr(model, "transform"):
+        model.transform.min_size, model.transform.max_size = (64,), 64
+    example = X if name in ("LR-ASPP", "DeepLab") else ([X[0]],)
+    assert sorted(heads(model, example=example)) == sorted(expected)
+
+
+# ---- what is new is told by its norm layers
+
+
+def pretrained(module):
+    """Its norms have seen data, and were trained."""
+    for norm in module.modules():
+        if getattr(norm, "running_mean", None) is not None:
+            norm.running_mean.uniform_(-1, 1)
+        elif isinstance(norm, (nn.GroupNorm, nn.LayerNorm)):
+            nn.init.uniform_(norm.weight), nn.init.uniform_(norm.bias)
+    return module
+
+
+def on_pretrained(encoder, decoder):
+    net = nn.Module()
+    net.encoder, net.decoder, net.head = pretrained(encoder), decoder, nn.Conv2d(8, 1, 1)
+    net.forward = lambda x: net.head(net.decoder(net.encoder(x)))
+    return net
+
+
+def group_conv(inputs, outputs):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(2, outputs), nn.SiLU())
+
+
+def bare_norm():
+    """A norm and its convolution that were put among pretrained ones."""
+    net = nn.Sequential(*conv(3, 8), *conv(8, 8), *conv(8, 8))
+    pretrained(net[:3]), pretrained(net[6:])
+    return net
+
+
+NEW = {
+    "decoder": (lambda: on_pretrained(conv(3, 8), conv(8, 8)), ["decoder", "head"]),
+    "decoder behind group norms": (lambda: on_pretrained(group_conv(3, 8), conv(8, 8)), ["decoder", "head"]),
+    "decoder of group norms": (lambda: on_pretrained(group_conv(3, 8), group_conv(8, 8)), ["decoder", "head"]),
+    "pretrained decoder": (lambda: on_pretrained(conv(3, 8), pretrained(conv(8, 8))), ["head"]),
+    "decoder without norms": (lambda: on_pretrained(conv(3, 8), nn.Conv2d(8, 8, 3)), ["head"]),
+    "all random": (lambda: nn.Sequential(conv(3, 8), group_conv(8, 8), nn.Conv2d(8, 1, 1)), ["2"]),
+    "batch norms that saw data, group norms random": (
+        lambda: nn.Sequential(pretrained(conv(3, 8)), group_conv(8, 8), nn.Conv2d(8, 1, 1)),
+        ["2"],
+    ),
+    "a norm among others": (bare_norm, ["3", "4"]),
+    "branches for another number of classes": (
+        lambda: (net := Yolo(), pretrained(net.model[:3]), pretrained(net.model[3].cv2))[0],
+        [*YOLO[:3], "model.3.cv3"],
+    ),
+}
+
+
+@pytest.mark.parametrize("network", NEW)
+def test_what_is_new_beside_what_was_trained_is_trained_in_full(network):
+    build, expected = NEW[network]
+    model = build()
+    before = snapshot(model)
+    assert sorted(convlora.plan(model).modules_to_save) == sorted(expected)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("options", [{"target_modules": "decoder.*"}, {"exclude_modules": "decoder.*"}])
+def test_what_is_new_is_adapted_or_left_alone_where_the_user_says_so(options):
+    build, _ = NEW["decoder"]
+    assert convlora.plan(build(), **options).modules_to_save == ("head",)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_the_constant_of_a_detector_stays_one(trainable):
+    """Also where a file's weights came frozen, or all were made trainable."""
+    net = Yolo().requires_grad_(trainable)
+    before = net.model[3].dfl.conv.weight.clone()
+    convlora.inject(net, rank=2, method="dense" if trainable else "lora")
+    assert "model.3.dfl.conv" in {layer.name for layer in convlora.summary(net).skipped}
+    assert not net.model[3].dfl.conv.weight.requires_grad and torch.equal(net.model[3].dfl.conv.weight, before)
 
 
 # ---- what is new learns

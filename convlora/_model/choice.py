@@ -20,7 +20,17 @@ from ..errors import TargetError
 from .checks import check_adaptable, check_any_conv, check_variant
 from .options import Request, check_alpha, check_among, checked_rank
 from .state import injections
-from .targets import ByPattern, Named, Targets, is_adaptable, is_convolution, is_packed, narrow_names, select
+from .targets import (
+    ByPattern,
+    Named,
+    Targets,
+    is_adaptable,
+    is_convolution,
+    is_counting,
+    is_packed,
+    narrow_names,
+    select,
+)
 
 
 class Choice:
@@ -129,6 +139,8 @@ class Choice:
             return "excluded"
         if n.module not in self.targets:
             return "not a target"
+        if is_counting(n.module):
+            return "a constant: it holds 0, 1, 2, …"
         if not weight_shape(n.module):
             return "it has no weight, or one computed in a way that is not torch's"
         return ""

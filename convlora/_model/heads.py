@@ -23,7 +23,7 @@ from .._plan import LayerPlan
 from ..errors import TargetError
 from .observe import base_alone
 from .state import injections
-from .targets import Named, is_adaptable
+from .targets import Named, is_adaptable, is_counting
 
 CLASSIFIERS = ("fc", "classifier", "tail", "heads", "head")
 DETECTORS = {"cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score", "mask_fcn_logits", "kps_score_lowres"}
@@ -33,6 +33,10 @@ HEAD = re.compile(
     r"|(final|last|out|output|pred|prediction|cls|seg)(_?(conv|layer|block|proj))?|conv_?(out|last|final|seg))"
 )
 AUXILIARY = re.compile(r"aux\w*", re.IGNORECASE)
+ULTRALYTICS = re.compile(
+    r"(one2one_)?cv[2-5](_\w+)?|(enc|dec)_(score|bbox)_head|denoising_class_embed|proto\.semseg|classifier|aux_head|head"
+)
+"""In the last module of Ultralytics' networks: what gives an output, or is as long as there are classes."""
 
 
 def find_heads(model: nn.Module, named: list[Named], example: object = None) -> tuple[list[Named], str]:
@@ -49,6 +53,7 @@ def find_heads(model: nn.Module, named: list[Named], example: object = None) -> 
     found, how = _told(inner, named)
     if not how and example is not None:
         found, how = outputs_of(model, named, constant, example), "the example's outputs"
+        found += _of_detector(inner)  # in eval mode some make boxes that others read, or nothing
     if not found and how != "get_classifier()":
         found, how = _by_name(inner)
     if not how:
@@ -67,11 +72,53 @@ REMOVED = "its head has no layer"
 
 
 def constants(model: nn.Module, named: list[Named]) -> set[nn.Module]:
-    """Layers that the user had frozen while others were not: a detector's integral, say, or a backbone."""
+    """Layers that the user had frozen while others were not, a backbone, say; and those that hold 0, 1, 2, …"""
     layers = {n.module for n in named if is_adaptable(n.module)}
+    counting = {layer for layer in layers if is_counting(layer)}
     trainable = {layer for layer in layers if any(p.requires_grad for p in layer.parameters())}
     trainable |= {module for _, _, each in injections(model) for module, _ in each.frozen}
-    return layers - trainable if layers & trainable else set()
+    return counting | (layers - trainable if layers & trainable else set())
+
+
+def new_parts(model: nn.Module, named: list[Named]) -> list[Named]:
+    """The largest parts whose norm layers are all as they were made, in a model of which others are not.
+
+    A norm that has seen data has statistics of its own, and one that was trained has weights of its own. So a decoder
+    on a pretrained encoder is told from a pretrained decoder, and a random network has no such part. Before a norm that
+    is alone in this, the layer before it is one, too.
+    """
+    affine = {n.module: p for n in named if not is_adaptable(n.module) and (p := _vectors(n.module, "weight", "bias"))}
+    statistics = {n.module: p for n in named if (p := _vectors(n.module, "running_mean", "running_var"))}
+    trained, seen = ({m for m, tensors in each.items() if any(map(_varies, tensors))} for each in (affine, statistics))
+    fresh = affine.keys() - trained - statistics.keys() if trained else set()
+    if trained or seen:
+        fresh |= statistics.keys() - seen - trained
+    found = set(_all_fresh(model, fresh, seen | trained))
+    return [n for n in named if n.module in found]
+
+
+def _all_fresh(module: nn.Module, fresh: set[nn.Module], others: set[nn.Module]) -> Iterator[nn.Module]:
+    inside = set(module.modules())
+    if inside & fresh and not inside & others:
+        yield module
+    elif inside & fresh:
+        before: nn.Module | None = None
+        for child in module.children():
+            if child in fresh and before is not None and is_adaptable(before):
+                yield before
+            yield from _all_fresh(child, fresh, others)
+            before = child
+
+
+def _vectors(module: nn.Module, *names: str) -> list[Tensor]:
+    """These tensors of a module, if each is a vector of several numbers."""
+    found = [getattr(module, name, None) for name in names]
+    tensors = [t for t in found if isinstance(t, Tensor) and t.dim() == 1 and len(t) > 1 and not t.is_meta]
+    return tensors if len(tensors) == len(names) else []
+
+
+def _varies(tensor: Tensor) -> bool:
+    return bool((tensor != tensor[0]).any())
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -96,8 +143,7 @@ def _told(model: nn.Module, named: list[Named]) -> tuple[list[nn.Module], str]:
 
 
 def _by_name(model: nn.Module) -> tuple[list[nn.Module], str]:
-    detectors = [m for name, m in model.named_modules() if name.rpartition(".")[2] in DETECTORS and is_adaptable(m)]
-    if detectors:
+    if detectors := _of_detector(model):
         return detectors, "names of a detector's outputs"
     for name in CLASSIFIERS:
         if found := _ends(getattr(model, name, None)):
@@ -107,6 +153,19 @@ def _by_name(model: nn.Module) -> tuple[list[nn.Module], str]:
         return [layer for each in named.values() for layer in each], f"attribute {', '.join(map(repr, named))}"
     removed = any(isinstance(getattr(model, name, None), nn.Module) for name in CLASSIFIERS)
     return [], REMOVED if removed else ""
+
+
+def _of_detector(model: nn.Module) -> list[nn.Module]:
+    """The output layers of torchvision's, detectron2's and Ultralytics' networks, by their names there."""
+    found = [m for name, m in model.named_modules() if name.rpartition(".")[2] in DETECTORS and is_adaptable(m)]
+    for last in model.modules():
+        if any(cls.__module__ == "ultralytics.nn.modules.head" for cls in type(last).__mro__):
+            parts = [child for name, child in last.named_modules() if ULTRALYTICS.fullmatch(name)]
+            parts = [part for each in parts for part in (each if isinstance(each, nn.ModuleList) else [each])]
+            owning = [[m for m in part.modules() if next(m.parameters(False), None) is not None] for part in parts]
+            ends = [each[-1] for each in owning if each]
+            found += [end for end in ends if is_adaptable(end) or isinstance(end, nn.Embedding)]
+    return found
 
 
 def _ends(module: object) -> list[nn.Module]:

@@ -16,7 +16,7 @@ from .._plan import FrozenModule, Init, LayerPlan, NormPolicy, Plan
 from .budget import allotted
 from .checks import check_any_left, check_model
 from .choice import Choice, has_bias
-from .heads import LAST, NONE, find_heads, warn_of_frozen, warn_of_linear
+from .heads import LAST, NONE, find_heads, new_parts, warn_of_frozen, warn_of_linear
 from .norms import POLICIES, keeps_statistics
 from .options import DEFAULT_RANK, Budget, Pattern, Request, in_our_words, numbers_in
 from .state import check_plain
@@ -75,8 +75,13 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     asked_for = choice.targets <= inside_saved if choice.targets else False
     if found_by == LAST and (asked_for or choice.excluded & inside_saved):
         # The user's word is stronger: that layer is what to adapt, or to leave alone.
-        saved, found_by, choice.inside_saved = [], "no head beside what was asked for", set()
-        inside_saved = choice.inside_saved
+        saved, found_by, inside_saved = [], "no head beside what was asked for", set()
+    asked = choice.excluded | (choice.targets if request.target_modules is not None else set())
+    new = [n for n in _new_parts(model, named, request) if not asked & set(n.module.modules())]
+    if new:
+        inside_saved |= {module for n in new for module in n.module.modules() if module in bases}
+        saved, found_by = _outermost([*saved, *new], named), f"{found_by}; norm layers as they were made"
+    choice.inside_saved = inside_saved
     base_parameters = _size(p for n in named for p in n.module._parameters.values())
     rank = request.largest_rank
     if request.budget is None:
@@ -160,5 +165,16 @@ def _modules_to_save(model: nn.Module, named: list[Named], request: Request) -> 
         return find_heads(model, named, request.example)
     with_tensors = [n for n in named if n.name and any(True for _ in n.module.parameters())]
     found = select(with_tensors, wanted, "modules_to_save", model, lambda: find_heads(model, named, request.example)[0])
+    return _outermost(found, named), "modules_to_save"
+
+
+def _new_parts(model: nn.Module, named: list[Named], request: Request) -> list[Named]:
+    is_auto = isinstance(request.modules_to_save, str) and request.modules_to_save == "auto"
+    return new_parts(model, named) if is_auto else []
+
+
+def _outermost(found: list[Named], named: list[Named]) -> list[Named]:
+    """Those that are inside no other, in the model's order."""
     inner = {child for n in found for child in n.module.modules() if child is not n.module}
-    return [n for n in found if n.module not in inner], "modules_to_save"
+    chosen = {n.module for n in found} - inner
+    return [n for n in named if n.module in chosen]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeGuard, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -51,6 +52,15 @@ def is_packed(module: nn.Module) -> bool:
 def is_adaptable(module: nn.Module) -> bool:
     """A convolution or a linear layer."""
     return isinstance(module, nn.Linear) or is_convolution(module)
+
+
+def is_counting(module: nn.Module) -> bool:
+    """A constant that detectors take an expectation with: a convolution to one channel that holds 0, 1, 2, …"""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.is_meta or not is_convolution(module) or weight.dim() < 3:
+        return False
+    is_one = len(weight) == 1 and weight.numel() == weight.shape[1] > 2 and module._parameters.get("bias") is None
+    return is_one and torch.equal(weight.detach().flatten(), torch.arange(weight.numel()).to(weight))
 
 
 @dataclass(frozen=True)
