@@ -91,9 +91,9 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         layers = _within(numbers, choice, rank, request.importance)
         rank = max((layer.rank for layer in layers), default=0) or DEFAULT_RANK
     check_any_left(layers, choice.targets, saved, model)
-    if found_by == NONE and request.example is None:
+    if found_by.startswith(NONE) and request.example is None:
         adapted = {n.module for n, layer in zip(choice.listed, layers, strict=True) if layer.rank}
-        warn_of_frozen(model, named, adapted | choice.excluded)
+        warn_of_frozen(model, named, adapted | choice.excluded | inside_saved)
     if request.target_modules is None:
         warn_of_linear(model, layers, [n.module for n in named if n.module not in inside_saved | choice.excluded])
     norms = [n for n in named if keeps_statistics(n.module) and n.module not in inside_saved]
