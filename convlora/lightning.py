@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ._checkpoint.digests import digest, is_near, is_other, sketch
-from ._model.inject import carry_out
+from ._model.inject import inject_requested
 from ._model.integrity import check_trainable
 from ._model.keys import base_keys
 from ._model.options import Request
@@ -66,7 +66,7 @@ class AdapterCallback(Callback):  # type: ignore[misc]
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject; Lightning calls this before it loads a checkpoint and before it makes the optimizer."""
         if next(injections(pl_module), None) is None:
-            carry_out(self.request, self._network(pl_module))
+            inject_requested(self.request, self._network(pl_module))
         self._unwatch()
         self._watch = pl_module.register_load_state_dict_pre_hook(_before_load)
         self._let_copy_again(trainer, pl_module, stage)

@@ -288,16 +288,16 @@ def test_the_criterion_lays_what_is_missed_to_the_last_batch(monkeypatch):
     for second, still in (((10.0, 0.9), True), ((10.0, 1.1), False)):
         met = room._Met(layer, plan.layers[0])
         layer(10 * x[:1])  # all energy in the first direction
-        assert met.stands_still() is False
-        assert met.stands_still() is False  # no batch since
+        assert met.has_converged() is False
+        assert met.has_converged() is False  # no batch since
         layer(torch.stack([second[0] * x[0], second[1] * x[0] + 0 * x[1]]))
         turned = 10 * x[0] + (1.0 if still else 30.0) * x[1]
         layer(turned[None])
         rows = torch.stack([10 * x[0], second[0] * x[0], second[1] * x[0], turned]).double()
         energy, best = rows.square().sum(), torch.linalg.svdvals(rows)[0].square()
         missed = best - rows[:, 0].square().sum()
-        assert bool(missed <= room.SETTLED * (energy - 100) / energy * best) is still
-        assert met.stands_still() is still
+        assert bool(missed <= room.CONVERGED * (energy - 100) / energy * best) is still
+        assert met.has_converged() is still
         met.hook.remove()
 
 

@@ -196,4 +196,4 @@ def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_n
             tensor.copy_(tensors[key])
         for key, place in places_of(root).items():
             if key in tensors and key not in own_tensors:  # None in the base
-                place.give(adapter_name, tensors[key].to(next(root.parameters()).device))
+                place.set_tensor(adapter_name, tensors[key].to(next(root.parameters()).device))

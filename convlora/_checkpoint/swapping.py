@@ -176,7 +176,7 @@ def _write(
             change = cast(PaddedLoRA, change_of(layer, plan.adapter_name))
             change.dropout = plan.dropout
             stored = {name: tensors[dotted(planned.name, name)] for name in planned.stored_shapes}
-            change.take(stored, planned.scaling, planned.strength, planned.method == Dense.method)
+            change.load_stored(stored, planned.scaling, planned.strength, planned.method == Dense.method)
         for layer in idle:
             cast(PaddedLoRA, change_of(layer, plan.adapter_name)).clear()
         for tensor, numbers in own:

@@ -98,7 +98,7 @@ class LayerAdapters(nn.ModuleDict):
         there = ((cast("Change | None", self._modules.get(name)), weight) for name, weight in named)
         return tuple((change, weight) for change, weight in there if change is not None)
 
-    def told(self, owner: Owner) -> Hashable:
+    def change_key(self, owner: Owner) -> Hashable:
         """What tells an owner's change of this layer from others'."""
         return tuple((id(change), weight) for change, weight in self.parts(owner))
 
@@ -171,29 +171,16 @@ class AdaptedLayer(Swapped):
         is_eager = not torch.compiler.is_compiling() and not is_tracing()
         if is_eager and (OFFLOADED in vars(change) or isinstance(change, Mix)) and _is_offloaded(change):
             return _forward_offloaded(self, change, args, kwargs)
-        is_single = len(args) == 1 and not kwargs
         if layer.training or torch.is_grad_enabled():
             if is_eager and torch.is_grad_enabled() and _is_trained(layer, change):
                 adapters.kept.train()
-            if is_single or (not args and list(kwargs) == ["input"]):
+            if len(args) + len(kwargs) == 1 and (args or "input" in kwargs):
                 y = _forward_in_training(layer, self._convlora_base, change, args[0] if args else kwargs["input"])
                 if y is not None:
                     return y
-        if not is_eager:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        base = layer._parameters.get("weight")
-        if base is not None and is_single and is_plain(layer, self._convlora_base):  # as its forward, and shorter
-            try:
-                weight = adapters.kept.weight(base, change.sources(), change.numbers, change.effective_weight)
-            except AttributeError as cause:
-                raise StateError(DAMAGED.format(cause)) from cause
-            convolve = cast("Callable[..., Tensor]", layer._conv_forward)
-            return convolve(args[0], weight, layer.bias)
-        adapters.kept.serves = get_ident()
-        try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            adapters.kept.serves = None
+        if is_eager:
+            return _forward_with_kept_weight(layer, self._convlora_base, change, super().forward, args, kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse a new ``weight``: the property would add ΔW to it once more.
@@ -240,6 +227,24 @@ def _forward_offloaded(layer: AdaptedLayer, change: Change | Mix, args: tuple[An
         for hook, each in hooked:
             hook.post_forward(each, None)
         held(cast(nn.Module, layer)).kept.clear()  # it would hold what was offloaded
+
+
+def _forward_with_kept_weight(
+    layer: nn.Module, cls: type[nn.Module], change: Change | Mix, forward: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """Compute the base's forward with the effective weight, which is kept between calls that need no gradient."""
+    kept, base = held(layer).kept, layer._parameters.get("weight")
+    if base is not None and len(args) == 1 and not kwargs and is_plain(layer, cls):  # as its forward, in fewer calls
+        try:
+            weight = kept.weight(base, change.sources(), change.numbers, change.effective_weight)
+        except AttributeError as cause:
+            raise StateError(DAMAGED.format(cause)) from cause
+        return cast("Callable[..., Tensor]", layer._conv_forward)(args[0], weight, layer.bias)
+    kept.serves = get_ident()
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        kept.serves = None
 
 
 def _is_trained(layer: nn.Module, change: Change | Mix) -> bool:
@@ -353,22 +358,22 @@ def detach(layer: nn.Module, adapter_name: str) -> None:
     vars(layer).pop(ASIDE, None)
 
 
-def fold(layer: nn.Module, merged: nn.Parameter) -> None:
+def merge_layer(layer: nn.Module, merged: nn.Parameter) -> None:
     """Put the merged weight in the base's place and give the layer its plain class back; may be run twice."""
     adapters = held(layer)
     aside = aside_of(layer) or Aside.of(layer, class_below(layer), adapters, merged.dtype)
     vars(layer)[ASIDE] = aside
     adapters.kept.clear()
     layer._modules.pop(CHILD, None)
-    aside.take_out(layer, merged)
+    aside.put_merged(layer, merged)
 
 
-def unfold(layer: nn.Module) -> None:
-    """Undo :func:`fold`, also one that was interrupted halfway, and also twice."""
+def unmerge_layer(layer: nn.Module) -> None:
+    """Undo :func:`merge_layer`, also one that was interrupted halfway, and also twice."""
     aside = aside_of(layer)
     if aside is not None:
         layer._modules[CHILD] = aside.adapters
-        aside.put_back(layer)
+        aside.put_base(layer)
         swap(layer, AdaptedLayer)
         vars(layer).pop(ASIDE)
 
@@ -399,7 +404,9 @@ def active_adapter(layer: nn.Module) -> Change | Mix | None:
     """What the layer computes with; None for the base alone."""
     adapters, route = held(layer), route_of(layer)
     if route is not None:
-        owner = route.the_owner(layer, "weight", lambda owner: (adapters.told(owner), *route.own(layer, owner)))
+        owner = route.single_owner(
+            layer, "weight", lambda owner: (adapters.change_key(owner), *route.tensors_key(layer, owner))
+        )
         return adapters.of(owner)
     return adapters.current()
 

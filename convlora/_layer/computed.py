@@ -118,7 +118,7 @@ class Aside:
         """Modules besides the layer whose parameters the weight is computed from."""
         return [module for entry in self.parts["_modules"].values() for module in entry.modules()]
 
-    def take_out(self, layer: nn.Module, merged: nn.Parameter) -> None:
+    def put_merged(self, layer: nn.Module, merged: nn.Parameter) -> None:
         """Put the merged weight in the place of what the weight was computed from; the layer's class is plain then."""
         vars(layer).pop("weight", None)
         for key, entries in self.parts.items():
@@ -128,8 +128,8 @@ class Aside:
         layer._parameters["weight"] = merged
         self._sort(layer)
 
-    def put_back(self, layer: nn.Module) -> None:
-        """Undo :meth:`take_out`, also half of it, and also twice."""
+    def put_base(self, layer: nn.Module) -> None:
+        """Undo :meth:`put_merged`, also half of it, and also twice."""
         self._bring_adapters(layer._parameters.get("weight"))
         now = layer._parameters.pop("weight", None)
         for key, entries in self.parts.items():

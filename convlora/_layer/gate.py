@@ -91,7 +91,7 @@ class Gated(Swapped):
             gate.leave()
 
 
-def put_gate(root: nn.Module) -> None:
+def add_gate(root: nn.Module) -> None:
     """Let the root's forwards go through a gate; may be run again."""
     from torch._dynamo.eval_frame import skip_code  # late: torch's compiler takes as long as torch to import
 
@@ -102,8 +102,8 @@ def put_gate(root: nn.Module) -> None:
     set_below(root, Gated, is_there=True)
 
 
-def take_gate(root: nn.Module) -> None:
-    """Undo :func:`put_gate`; may be run again."""
+def remove_gate(root: nn.Module) -> None:
+    """Undo :func:`add_gate`; may be run again."""
     if isinstance(root, Gated):
         set_below(root, Gated, is_there=False)
     vars(root).pop(GATE, None)

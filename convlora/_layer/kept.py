@@ -67,7 +67,7 @@ class _Seen:
             else:
                 self._copy = bytearray(self._now)
 
-    def is_still(self, tensor: Tensor) -> bool:
+    def is_unchanged(self, tensor: Tensor) -> bool:
         return (
             tensor is self._tensor
             and tensor.data_ptr() == self._address  # so that the bytes are the tensor's
@@ -95,7 +95,7 @@ class _Entry(NamedTuple):
             and self.trainings == _trainings
             and stream == self.stream
             and len(sources) == len(self.sources)
-            and all(map(_Seen.is_still, self.sources, sources))
+            and all(map(_Seen.is_unchanged, self.sources, sources))
             and self.weight._version == self.version  # nobody wrote into what we handed out
         )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import Form, Ints, is_transformed
-from .swap import Swapped, check_restorable, original_class, restore, turn
+from .swap import Swapped, check_restorable, original_class, restore, swap_over
 
 aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ PACKED_FROM = 2**15
 """Numbers in a tensor from which on they are packed into bits: below, packing is calls and no bytes."""
 
 
-class _Kind(NamedTuple):
+class _Derivative(NamedTuple):
     """How an activation whose derivative is a mask goes backward, from a mask instead of its output."""
 
     mask: Callable[[Any, Tensor], Tensor]
@@ -48,20 +48,24 @@ def _passes(backward: Any, y: Tensor, *arguments: Any) -> Tensor:
 
 # ReLU's output is above 0 or NaN where the gradient passes, and 0 elsewhere. A comparison says so too, in four times as
 # long as a cast to bool.
-_RELU = _Kind(lambda module, y: y.to(torch.bool), aten.threshold_backward, lambda module: (-0.5,))
-_HARDTANH = _Kind(
+_RELU = _Derivative(lambda module, y: y.to(torch.bool), aten.threshold_backward, lambda module: (-0.5,))
+_HARDTANH = _Derivative(
     lambda module, y: _passes(aten.hardtanh_backward, y, module.min_val, module.max_val),
     aten.hardtanh_backward,
     lambda module: (-0.5, 200),
 )
-_LEAKY = _Kind(
+_LEAKY = _Derivative(
     lambda module, y: _passes(aten.leaky_relu_backward, y, 0.0, False),
     aten.leaky_relu_backward,
     lambda module: (module.negative_slope, False),
     offset=1,
     is_known=lambda module: module.negative_slope >= 0,
 )
-KINDS: dict[Any, _Kind] = {nn.ReLU.forward: _RELU, nn.Hardtanh.forward: _HARDTANH, nn.LeakyReLU.forward: _LEAKY}
+DERIVATIVES: dict[Any, _Derivative] = {
+    nn.ReLU.forward: _RELU,
+    nn.Hardtanh.forward: _HARDTANH,
+    nn.LeakyReLU.forward: _LEAKY,
+}
 """By the forward of their class, so that a subclass with the same forward is known too: nn.ReLU6 is one."""
 
 POOLS = (nn.MaxPool2d.forward, nn.AvgPool2d.forward)
@@ -79,11 +83,11 @@ class MaskedActivation(Masked):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The activation's own forward; where a gradient passes through, with a mask kept and no output."""
-        kind = KINDS[self._convlora_base.forward]
-        if len(args) == 1 and not kwargs and _is_kept(args[0]) and kind.is_known(self):
+        derivative = DERIVATIVES[self._convlora_base.forward]
+        if len(args) == 1 and not kwargs and _is_kept(args[0]) and derivative.is_known(self):
             x, in_place = args[0], cast(Any, self).inplace
             if not in_place or not (x.is_leaf or x._is_view()):  # which torch refuses, or tracks in its own way
-                return _Activation.apply(x, self, super().forward, kind, in_place)  # type: ignore[misc]
+                return _Activation.apply(x, self, super().forward, derivative, in_place)  # type: ignore[misc]
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -113,7 +117,7 @@ class MaskedPool(Masked):
 def mixin_for(module: nn.Module, masks: Masks = True) -> type[Masked] | None:
     """What a module would become; None where nothing less could be kept, or is to be kept."""
     forward: Any = original_class(module).forward
-    if masks and forward in KINDS:
+    if masks and forward in DERIVATIVES:
         return PackedActivation if masks == "bits" else MaskedActivation
     return MaskedPool if masks and forward in POOLS else None
 
@@ -126,7 +130,7 @@ def set_masked(module: nn.Module, masks: Masks) -> None:
     """
     mixin = mixin_for(module, masks)
     if mixin is not None:
-        turn(module, mixin)
+        swap_over(module, mixin)
     elif isinstance(module, Masked):
         restore(cast(nn.Module, module))
     else:
@@ -149,32 +153,32 @@ def _is_kept(x: Any) -> bool:
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, module: Any, forward: Callable[[Tensor], Tensor], kind: _Kind, in_place: bool
+        ctx: Any, x: Tensor, module: Any, forward: Callable[[Tensor], Tensor], derivative: _Derivative, in_place: bool
     ) -> Tensor:
         y = forward(x)
         if in_place:
             ctx.mark_dirty(x)
-        mask = kind.mask(module, y)
+        mask = derivative.mask(module, y)
         ctx.packed = None
         if module._convlora_packs and mask.numel() >= PACKED_FROM:
             ctx.packed = mask.shape, mask.stride()
             ctx.save_for_backward(pack(mask))
         else:
             ctx.save_for_backward(mask.view(torch.int8).sub_(1))
-        ctx.kind, ctx.arguments = kind, kind.arguments(module)
+        ctx.derivative, ctx.arguments = derivative, derivative.arguments(module)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (signs,), (g,) = ctx.saved_tensors, grads
         signs = (signs if ctx.packed is None else unpack(signs, *ctx.packed)).to(g.dtype)
-        if ctx.kind.offset:
-            signs.add_(ctx.kind.offset)
+        if ctx.derivative.offset:
+            signs.add_(ctx.derivative.offset)
         # Without memory of its own is what batches several gradients: autograd.grad(is_grads_batched=True), torch.func.
         if torch.is_grad_enabled() or not torch._C._has_storage(g) or g.stride() != signs.stride():
-            grad = ctx.kind.backward(g, signs, *ctx.arguments)
+            grad = ctx.derivative.backward(g, signs, *ctx.arguments)
         else:  # the same into memory that is at hand
-            grad = ctx.kind.backward.grad_input(g, signs, *ctx.arguments, grad_input=signs)
+            grad = ctx.derivative.backward.grad_input(g, signs, *ctx.arguments, grad_input=signs)
         return grad, None, None, None, None
 
 
@@ -271,5 +275,5 @@ def _smallest(ctx: Any) -> torch.dtype:
     """The smallest type of number that tells places within a window apart."""
     down, right = ((k - 1) * d for k, d in zip(ctx.window.kernel, ctx.window.dilation, strict=True))
     furthest = down * ctx.form.shape[3] + right
-    kinds = (torch.uint8, torch.int16, torch.int32, torch.int64)
-    return next(kind for kind in kinds if furthest <= torch.iinfo(kind).max)
+    dtypes = (torch.uint8, torch.int16, torch.int32, torch.int64)
+    return next(derivative for derivative in dtypes if furthest <= torch.iinfo(derivative).max)

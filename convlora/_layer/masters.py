@@ -74,7 +74,7 @@ def as_read(module: nn.Module, name: str, found: Any) -> Any:
     return found if dtype is None or not isinstance(found, Tensor) or found.dtype == dtype else found.to(dtype)
 
 
-def give_back(module: nn.Module, rounded: dict[int, nn.Parameter]) -> None:
+def restore_dtypes(module: nn.Module, rounded: dict[int, nn.Parameter]) -> None:
     """The module of its own class, all of its parameters in the base's dtype; may be run again.
 
     Args:

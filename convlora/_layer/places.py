@@ -116,11 +116,11 @@ class Place:
             self.kept[COPY] = None if base is None else copies.setdefault(id(base), base.clone())
         self.put(BASE if self.is_parameter else COPY)
 
-    def give(self, owner: str, tensor: Tensor) -> None:
+    def set_tensor(self, owner: str, tensor: Tensor) -> None:
         """Make a tensor the owner's."""
         tensors = self.home if owner == self.owner else self.kept
         tensors[self.name if owner == self.owner else owner] = tensor
 
-    def forget(self, owner: str) -> None:
+    def discard(self, owner: str) -> None:
         """Drop an owner's tensor that is not in the module."""
         self.kept.pop(owner, None)

@@ -1,9 +1,9 @@
-"""What adapted layers and batch norms compute where the samples of a batch go to several adapters.
+"""The forwards of adapted layers and batch norms for a batch whose samples use several adapters.
 
 A plain convolution computes the base for all samples at once and adds each sample's branch, as one convolution with a
-group for each sample; a grouped one runs once with a weight for each sample; where there are few adapters and many
-positions, it is cheaper to take the adapters one after another, each with its W + ΔW, and so does every layer whose
-forward is its own. A batch norm takes each sample's channels for channels of their own.
+group for each sample. A grouped convolution runs once with a weight for each sample. With few adapters and many
+positions it is cheaper to run the adapters one after another, each with its W + ΔW; layers with a custom forward always
+do that. A batch norm folds the samples into the channel dimension.
 
 Batched low-rank branches for many adapters: Wen and Chaudhuri, "Batched Low-Rank Adaptation of Foundation Models",
 2024 (arXiv:2312.05677).
@@ -28,46 +28,46 @@ from .fast import is_batch, is_plain, prepare, sizes_of
 from .functional import Factors, Geometry, autocasts, is_transformed, no_autocast
 from .mix import Mix
 from .paths import branch_wins
-from .routing import Kind, Owner, Route
+from .routing import Owner, Route, SampleGroup
 
 
 @uncompiled
 def layer_forward(layer: nn.Module, base: type[nn.Module], adapters: Any, route: Route, args: Any, kwargs: Any) -> Any:
-    """An adapted layer's forward, each sample with its own adapter's factors.
+    """Compute an adapted layer's forward, each sample with its own adapter.
 
     Args:
         layer: the layer, of the base class ``base``.
-        adapters: what it holds of them (``adapted.LayerAdapters``); samples of others go through the base alone.
+        adapters: what it holds of them (``LayerAdapters``); samples of adapters that it lacks use the base's weight.
         route: of this layer.
         args, kwargs: what the layer was called with.
     """
     route.check(layer)
-    kinds = route.kinds(lambda owner: (adapters.told(owner), *route.own(layer, owner)))
-    if len(kinds) > 1 and len(args) == 1 and not kwargs and not route.block.places[layer]:
-        way = _fast_way(layer, base, args[0])
-        if way is not None:
+    sample_groups = route.sample_groups(lambda owner: (adapters.change_key(owner), *route.tensors_key(layer, owner)))
+    if len(sample_groups) > 1 and len(args) == 1 and not kwargs and not route.block.places[layer]:
+        batched = _batched_forward(layer, base, args[0])
+        if batched is not None:
             route.check(layer, args[0].shape[0])
-            route.doubt(layer, args[0])
-            y = way(layer, args[0], Mixture([adapters.of(kind.owner) for kind in kinds], kinds))
+            route.note_ambiguous(layer, args[0])
+            y = batched(layer, args[0], Mixture([adapters.of(group.owner) for group in sample_groups], sample_groups))
             if y is not None:
                 return y
 
     def alone(owner: Owner, *args: Any, **kwargs: Any) -> Any:
-        return route.run_with(layer, owner, base.forward, *args, **kwargs)
+        return route.run_as(layer, owner, base.forward, *args, **kwargs)
 
-    return route.split(layer, alone, kinds, args, kwargs)
+    return route.split(layer, alone, sample_groups, args, kwargs)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a batch needs of a layer's adapters: the change of each kind of samples, None for the base alone."""
+    """The groups of a batch's samples and the layer's change for each group; None for the base's weight."""
 
     changes: list[Change | Mix | None]
-    kinds: list[Kind]
+    sample_groups: list[SampleGroup]
 
     @cached_property
     def pairs(self) -> list[Factors] | None:
-        """A and scaling · B of each kind; None where a change is no branch beside the base, as with DoRA."""
+        """A and scaling · B of each group; None if a change cannot be computed as a branch, as with DoRA."""
         there: list[Factors | None] = []
         for change in self.changes:
             pair = None if change is None or change.use_dora else change.factors()
@@ -80,11 +80,11 @@ class Mixture:
 
     @property
     def is_scattered(self) -> bool:
-        """Whether some samples of one kind do not lie side by side."""
-        return not all(kind.is_run for kind in self.kinds)
+        """Whether the samples of some group are not consecutive."""
+        return not all(group.is_contiguous for group in self.sample_groups)
 
     def factors_of_samples(self, like: Tensor) -> Factors:
-        """A ``(N, rank, …)`` and scaling · B ``(N, C_out, rank)`` of each sample; zeros beyond its own rank."""
+        """Stack A to ``(N, rank, …)`` and scaling · B to ``(N, C_out, rank)``, zero-padded to the highest rank."""
         pairs = cast("list[Factors]", self.pairs)
         rank = _highest_rank(pairs)
         stacked_A = torch.stack([_filled(a, rank) for a, _ in pairs]).to(like.dtype)
@@ -92,35 +92,37 @@ class Mixture:
         return self.each(stacked_A), self.each(stacked_B)
 
     def weights(self, base: Tensor) -> Tensor:
-        """The weight of each sample, ``(N, *base.shape)``."""
+        """Stack the effective weights of all samples: ``(N, *base.shape)``."""
         return self.each(torch.stack([base if c is None else c.effective_weight(base) for c in self.changes]))
 
-    def each(self, of_kinds: Tensor) -> Tensor:
-        """From one entry for each kind to one for each sample."""
-        return per_sample(of_kinds, self.kinds)
+    def each(self, of_groups: Tensor) -> Tensor:
+        """As :func:`per_sample`."""
+        return per_sample(of_groups, self.sample_groups)
 
 
 def _highest_rank(pairs: list[Factors]) -> int:
-    """Of several factors."""
+    """Return the highest rank among these factors."""
     return max(len(a) for a, _ in pairs)
 
 
-def per_sample(of_kinds: Tensor, kinds: list[Kind]) -> Tensor:
-    """From one entry for each kind to one for each sample, in the batch's order."""
-    kind_of = {row: index for index, kind in enumerate(kinds) for row in kind.rows}
-    return of_kinds.index_select(0, torch.tensor([kind_of[row] for row in range(len(kind_of))], device=of_kinds.device))
+def per_sample(of_groups: Tensor, sample_groups: list[SampleGroup]) -> Tensor:
+    """Expand a tensor with one entry per group to one entry per sample, in the batch's order."""
+    group_of = {row: index for index, group in enumerate(sample_groups) for row in group.rows}
+    return of_groups.index_select(
+        0, torch.tensor([group_of[row] for row in range(len(group_of))], device=of_groups.device)
+    )
 
 
 def _filled(rows: Tensor, count: int) -> Tensor:
-    """As many rows as asked for, the further ones zero."""
+    """Pad with zero rows up to ``count`` rows."""
     missing = count - len(rows)
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
-Way = Callable[[Any, Tensor, Mixture], "Tensor | None"]
+BatchedForward = Callable[[Any, Tensor, Mixture], "Tensor | None"]
 
 
-def _fast_way(layer: nn.Module, base: Any, x: Any) -> Way | None:
+def _batched_forward(layer: nn.Module, base: Any, x: Any) -> BatchedForward | None:
     weight = layer._parameters.get("weight")
     if weight is None or not isinstance(x, Tensor) or not x.numel() or is_transformed():
         return None
@@ -132,7 +134,7 @@ def _fast_way(layer: nn.Module, base: Any, x: Any) -> Way | None:
 
 
 def _convolution(layer: _ConvNd, x: Tensor, mixture: Mixture) -> Tensor | None:
-    """A plain convolution; None where it is cheaper to take the adapters one after another."""
+    """Compute a plain convolution for all samples at once; None if running the adapters in turn is cheaper."""
     weight = cast(Tensor, layer._parameters["weight"])
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else weight.dtype
     prepared = prepare(layer, x, dtype)
@@ -143,7 +145,7 @@ def _convolution(layer: _ConvNd, x: Tensor, mixture: Mixture) -> Tensor | None:
         if mixture.pairs is None:
             return None
         sizes = sizes_of(layer, x, geometry, _highest_rank(mixture.pairs))
-        if not branch_wins(sizes, len(mixture.kinds), mixture.is_scattered):
+        if not branch_wins(sizes, len(mixture.sample_groups), mixture.is_scattered):
             return None
     with no_autocast(x.device.type):
         if layer.groups > 1:
@@ -161,13 +163,13 @@ def _convolution(layer: _ConvNd, x: Tensor, mixture: Mixture) -> Tensor | None:
 
 
 def _conv_each(x: Tensor, weights: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """A convolution with a kernel of its own for each sample: one with the samples side by side as groups.
+    """Convolve each sample with its own kernel: one grouped convolution, with the samples as groups.
 
     Args:
         x: ``(N, C_in, *spatial)``.
         weights: ``(N, C_out, C_in / groups, *kernel)``.
         bias: ``(C_out,)``, the same for all.
-        geometry: of each.
+        geometry: of the layer.
     """
     n = x.shape[0]
     side_by_side = x.reshape(1, -1, *x.shape[2:])
@@ -188,21 +190,21 @@ def _linear(layer: nn.Module, x: Tensor, mixture: Mixture) -> Tensor | None:
 
 
 def batch_norm(norm: nn.Module, route: Route, x: Tensor) -> Tensor:
-    """torch's batch norm in eval mode, each sample with its own adapter's statistics, scale and shift.
+    """Compute torch's batch norm in eval mode, each sample with its own adapter's statistics, scale and shift.
 
     Args:
         norm: the layer.
         route: of this layer.
         x: ``(N, C, *spatial)`` or ``(N, C)``.
     """
-    kinds = route.kinds(lambda owner: owner)
-    tensors = [[route.tensor(norm, name, kind.owner) for kind in kinds] for name in BATCH_NORM]
+    sample_groups = route.sample_groups(lambda owner: owner)
+    tensors = [[route.tensor(norm, name, group.owner) for group in sample_groups] for name in BATCH_NORM]
     eps = cast(float, norm.eps)
-    if len(kinds) == 1:
+    if len(sample_groups) == 1:
         mean, var, weight, bias = (each[0] for each in tensors)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
     route.check(norm, x.shape[0])
-    mean, var, weight, bias = (_side_by_side(each, kinds) for each in tensors)
+    mean, var, weight, bias = (_side_by_side(each, sample_groups) for each in tensors)
     y = F.batch_norm(x.reshape(1, -1, *x.shape[2:]), mean, var, weight, bias, training=False, eps=eps)
     return y.view(x.shape)
 
@@ -210,7 +212,7 @@ def batch_norm(norm: nn.Module, route: Route, x: Tensor) -> Tensor:
 BATCH_NORM = ("running_mean", "running_var", "weight", "bias")
 
 
-def _side_by_side(of_kinds: list[Tensor | None], kinds: list[Kind]) -> Tensor | None:
-    """``(N · C,)``; None where no kind has one."""
-    there = [tensor for tensor in of_kinds if tensor is not None]
-    return per_sample(torch.stack(there), kinds).flatten() if there else None
+def _side_by_side(of_groups: list[Tensor | None], sample_groups: list[SampleGroup]) -> Tensor | None:
+    """Expand the groups' tensors ``(C,)`` to ``(N · C,)``; None if no group has one."""
+    there = [tensor for tensor in of_groups if tensor is not None]
+    return per_sample(torch.stack(there), sample_groups).flatten() if there else None

@@ -92,7 +92,7 @@ def swap(module: nn.Module, mixin: type[Swapped]) -> None:
     module.__class__ = swapped_class(mixin, type(module))
 
 
-def turn(module: nn.Module, mixin: type[Swapped]) -> None:
+def swap_over(module: nn.Module, mixin: type[Swapped]) -> None:
     """As :func:`swap`, from whatever class of ours it has by now: in one step, for threads that compute meanwhile.
 
     Raises:

@@ -55,13 +55,13 @@ class PaddedLoRA(LoRA):
         padded.rank = 0
         if change is not None:
             is_dense = change.is_dense if isinstance(change, PaddedLoRA) else isinstance(change, Dense)
-            padded.take(change.stored(), change.scaling, change.strength, is_dense)
+            padded.load_stored(change.stored(), change.scaling, change.strength, is_dense)
         return padded
 
     def begin(self) -> None:
         """Zero, as it is."""
 
-    def take(self, stored: Mapping[str, Tensor], scaling: float, strength: float, is_dense: bool) -> None:
+    def load_stored(self, stored: Mapping[str, Tensor], scaling: float, strength: float, is_dense: bool) -> None:
         """Compute from now on with what a file holds; no tensor becomes another object."""
         self.restore(stored)
         self.scaling, self.strength, self.is_dense = float(scaling), strength, is_dense

@@ -12,9 +12,9 @@ from torch import nn
 from .._layer.places import SWAPPING
 from ..errors import StateError, TargetError
 from .checks import check_model, check_not_ddp, warn_of_ddp
-from .inject import begin
+from .inject import add_requested
 from .options import Options, Request, check_number
-from .remove import drop
+from .remove import delete
 from .state import (
     RECORD,
     Blend,
@@ -64,7 +64,7 @@ def add_adapter(model: M, adapter_name: str, rank: int | None = None, **options:
     check_model(model)
     root, _ = the_injection(model)
     check_addable(root, adapter_name)
-    begin(request, root)
+    add_requested(request, root)
     return model
 
 
@@ -312,7 +312,7 @@ def delete_adapter(model: M, adapter_name: str) -> M:
         )
     with SWAPPING:
         check_unrouted(injection)
-        to_the_end(lambda: drop(injection, adapter_name))
+        to_the_end(lambda: delete(injection, adapter_name))
     return model
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from .._layer.adapted import attach, change_of, held
 from .._layer.change import Change, Shape
-from .._layer.gate import Gated, alone, put_gate
+from .._layer.gate import Gated, add_gate, alone
 from .._layer.places import SWAPPING
 from .._layer.swap import check_swappable
 from .._methods.dense import Dense
@@ -147,14 +147,14 @@ def _forms(injection: Injection) -> Forms:
 
 def _padded(forms: Forms, adapter: Adapter, max_rank: int) -> Iterator[Padded]:
     """What each layer gets of an adapter; what is in that form already stays the same object."""
-    name, resting = adapter.plan.adapter_name, set(adapter.resting)
+    name, frozen_factors = adapter.plan.adapter_name, set(adapter.frozen_factors)
     saved = {inner for part in adapter.plan.modules_to_save for inner in adapter.modules[part].modules()}
     for layer, (weight, channels) in forms.items():
         change = change_of(layer, name)
         if change is None and layer in saved:
             continue
         width = width_of(weight, max_rank)
-        asked = [change is None or _asks(change, each, resting) for each in ("lora_A", "lora_B")]
+        asked = [change is None or _asks(change, each, frozen_factors) for each in ("lora_A", "lora_B")]
         if isinstance(change, PaddedLoRA) and len(change.lora_A) == width:
             padded = change
         else:
@@ -163,20 +163,20 @@ def _padded(forms: Forms, adapter: Adapter, max_rank: int) -> Iterator[Padded]:
         yield Padded(layer, padded.train(layer.training), (asked[0], asked[1]))
 
 
-def _asks(change: Change, name: str, resting: set[tuple[nn.Module, str]]) -> bool:
+def _asks(change: Change, name: str, frozen_factors: set[tuple[nn.Module, str]]) -> bool:
     """Whether a factor is trainable while its adapter is active."""
     name = name if name in change._parameters else next(iter(change._parameters))
-    return cast(nn.Parameter, change._parameters[name]).requires_grad or (change, name) in resting
+    return cast(nn.Parameter, change._parameters[name]).requires_grad or (change, name) in frozen_factors
 
 
 def _put(root: nn.Module, injection: Injection, made: dict[str, list[Padded]]) -> None:
-    put_gate(root)
+    add_gate(root)
     with alone(root):
         for name, each in made.items():
             adapter = injection.adapters[name]
             own = set(adapter.layers)
             adapter.idle = [padded.layer for padded in each if padded.layer not in own]
-            adapter.resting.clear()
+            adapter.frozen_factors.clear()
             for layer, change, (with_A, with_B) in each:
                 attach(layer, name, change)
                 change.lora_A.requires_grad_(with_A)

@@ -24,7 +24,7 @@ from .._plan import LayerPlan
 from ..errors import TargetError
 from .observe import base_alone, run_batch
 
-SETTLED = 0.01
+CONVERGED = 0.01
 """Directions stand still once those before a batch miss at most this share of the energy that it could have kept."""
 WHOLE_UP_TO = 512
 """Columns up to which Σ patch · patchᵀ is kept whole: 1 MB in fp32."""
@@ -49,7 +49,7 @@ def leading_directions(
             run_batch(root, batch)
             batches += 1
             _refuse("is not finite in", [name for name, each in met.items() if not math.isfinite(each.new)])
-            moving = [each for each in moving if not each.stands_still()]
+            moving = [each for each in moving if not each.has_converged()]
             if all(each.directions is None for each in moving):  # those that no batch reached are refused below
                 break
     if not batches:
@@ -80,7 +80,7 @@ class _Met:
         self.directions: Tensor | None = None
         self.hook = layer.register_forward_hook(self._see, with_kwargs=True)
 
-    def stands_still(self) -> bool:
+    def has_converged(self) -> bool:
         """Find the directions anew, where the last batch showed any; whether those before were nearly as good.
 
         What they miss of all batches' energy is laid to the last batch alone. So what counts does not shrink as the
@@ -94,7 +94,7 @@ class _Met:
         if before is None:
             return False
         most = self.sum.kept(self.directions)
-        if most - self.sum.kept(before) > SETTLED * share * most:
+        if most - self.sum.kept(before) > CONVERGED * share * most:
             return False
         self.hook.remove()
         del self.sum

@@ -25,7 +25,7 @@ from .init import first_factors
 from .norms import keeps_statistics
 from .options import Budget, Pattern, Request, in_our_words
 from .planner import make_plan
-from .remove import drop, remove, set_flag, undo
+from .remove import delete, remove, set_flag, undo
 from .state import RECORD, Adapter, Injection, activate, check_plain, check_unrouted, hook_state_dicts, injections
 from .targets import Targets
 from .watch import watch
@@ -130,17 +130,17 @@ def inject(
 
     Whatever is raised, the model is as it was.
     """
-    return carry_out(Request.of(locals()), model)
+    return inject_requested(Request.of(locals()), model)
 
 
-def carry_out(request: Request, model: M) -> M:
+def inject_requested(request: Request, model: M) -> M:
     """Do what is asked on a plain model."""
     check_model(model)
     check_plain(model)
-    return begin(request, model)
+    return add_requested(request, model)
 
 
-def begin(request: Request, model: M) -> M:
+def add_requested(request: Request, model: M) -> M:
     """Put an adapter that is to be trained on a base, which may carry others."""
     plan = make_plan(model, request)
     refuse_meta(model)
@@ -184,7 +184,7 @@ def _apply(plan: Plan, model: M, given: Mapping[str, Factors]) -> M:
         if first:
             undo(injection, model)
         else:
-            drop(injection, plan.adapter_name)
+            delete(injection, plan.adapter_name)
         raise
     return model
 
@@ -209,7 +209,7 @@ def applied(plan: Plan, root: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         if isinstance(before, Injection):
-            drop(before, plan.adapter_name)
+            delete(before, plan.adapter_name)
         elif list(injections(root)):
             remove(root)
         raise

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .._layer.adapted import CHILD, fold, unfold
+from .._layer.adapted import CHILD, merge_layer, unmerge_layer
 from .._layer.computed import compute
 from .._layer.functional import is_finite
 from .._layer.places import BASE, SWAPPING
@@ -66,7 +66,7 @@ def merge(model: M, check: bool = True) -> M:
         for part, merged in zip(parts, weights, strict=True):
             if check:
                 _check_finite(*part, merged)
-        _fold(parts, weights)
+        _merge(parts, weights)
     return model
 
 
@@ -94,15 +94,15 @@ def _own(layer: nn.Module) -> Iterator[nn.Parameter]:
     return (p for name, p in layer.named_parameters() if not name.startswith((f"{CHILD}.", "bias")))
 
 
-def _fold(parts: list[InjectedPart], weights: list[list[nn.Parameter]]) -> None:
+def _merge(parts: list[InjectedPart], weights: list[list[nn.Parameter]]) -> None:
     try:
         for (_, injection), merged in zip(parts, weights, strict=True):
             for layer, weight in zip(injection.layers, merged, strict=True):
-                fold(layer, weight)
+                merge_layer(layer, weight)
             injection.merged = True
             injection.mask()
     except BaseException:
-        _unfold(parts)
+        _unmerge(parts)
         raise
 
 
@@ -127,7 +127,7 @@ def unmerge(model: M) -> M:
                     )
 
         def back() -> None:
-            _unfold(parts)
+            _unmerge(parts)
             for root, injection in parts:  # a ``scaled`` block may have been left since
                 activate(root, injection, injection.now, injection.disabled)
 
@@ -135,10 +135,10 @@ def unmerge(model: M) -> M:
     return model
 
 
-def _unfold(parts: list[InjectedPart]) -> None:
+def _unmerge(parts: list[InjectedPart]) -> None:
     for _, injection in parts:
         for layer in injection.layers:
-            unfold(layer)
+            unmerge_layer(layer)
         injection.merged = False
         injection.mask()
 
@@ -149,10 +149,10 @@ def unmerged(root: nn.Module, injection: Injection) -> Iterator[None]:
     parts = [(root, injection)] if injection.merged else []
     weights = [[cast(nn.Parameter, layer._parameters["weight"]) for layer in i.layers] for _, i in parts]
     try:
-        _unfold(parts)
+        _unmerge(parts)
         yield
     finally:
-        to_the_end(lambda: _fold(parts, weights))
+        to_the_end(lambda: _merge(parts, weights))
 
 
 def _parts(model: nn.Module, merged: bool) -> list[InjectedPart]:

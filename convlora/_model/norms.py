@@ -16,7 +16,7 @@ from .._layer.functional import is_transformed
 from .._layer.masters import DTYPES, Mastered
 from .._layer.routed import batch_norm
 from .._layer.routing import Route, route_of
-from .._layer.swap import Swapped, restore, turn
+from .._layer.swap import Swapped, restore, swap_over
 from .._plan import NormPolicy
 from ..errors import StateError
 
@@ -144,9 +144,9 @@ def _forward_routed(norm: nn.Module, cls: type[nn.Module], route: Route, args: A
         return rest(norm, batch_norm(norm, route, args[0]))
 
     def alone(owner: str, *args: Any, **kwargs: Any) -> Any:
-        return route.run_with(norm, owner, cls.forward, *args, **kwargs)
+        return route.run_as(norm, owner, cls.forward, *args, **kwargs)
 
-    return route.split(norm, alone, route.kinds(lambda owner: route.own(norm, owner)), args, kwargs)
+    return route.split(norm, alone, route.sample_groups(lambda owner: route.tensors_key(norm, owner)), args, kwargs)
 
 
 def _is_constant(norm: nn.Module, x: Any) -> bool:
@@ -217,7 +217,7 @@ def set_policy(norm: nn.Module, policy: NormPolicy | None, holder: nn.Module | N
     follows.
     """
     if policy is not None:
-        turn(norm, MasteredNorm if policy == "track" and DTYPES in vars(norm) else POLICIES[policy])
+        swap_over(norm, MasteredNorm if policy == "track" and DTYPES in vars(norm) else POLICIES[policy])
     elif isinstance(norm, (FrozenNorm, TrackedNorm)):
         restore(cast(nn.Module, norm))
     mode, mode_of_holder = vars(norm).get(MODES, (vars(norm)["training"], None))

@@ -7,9 +7,9 @@ from typing import TypeVar
 from torch import nn
 
 from .._layer.adapted import aside_of, detach
-from .._layer.gate import take_gate
+from .._layer.gate import remove_gate
 from .._layer.masked import set_masked
-from .._layer.masters import give_back
+from .._layer.masters import restore_dtypes
 from .._layer.places import BASE, SWAPPING
 from .._layer.swap import check_restorable
 from .norms import set_policy
@@ -61,21 +61,21 @@ def undo(injection: Injection, root: nn.Module) -> None:
             detach(layer, adapter.plan.adapter_name)
     rounded: dict[int, nn.Parameter] = {}
     for place in injection.places:
-        give_back(place.module, rounded)
-    take_gate(root)
+        restore_dtypes(place.module, rounded)
+    remove_gate(root)
     unhook_state_dicts(root)
     injection.adapters.clear()  # a shallow copy of the root has the same record: it is plain, too
     vars(root).pop(RECORD, None)
 
 
-def drop(injection: Injection, adapter_name: str) -> None:
+def delete(injection: Injection, adapter_name: str) -> None:
     """Take one adapter out that is not active; running it twice changes nothing more."""
     adapter = injection.adapters.get(adapter_name)
     if adapter is not None:
         for layer in (*adapter.layers, *adapter.idle):
             detach(layer, adapter_name)
         for place in injection.places:
-            place.forget(adapter_name)
+            place.discard(adapter_name)
         injection.adapters.pop(adapter_name)
 
 

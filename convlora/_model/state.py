@@ -54,7 +54,7 @@ class Adapter:
     """Layers for which it has zeros, so that another adapter's numbers can take their place; see ``hotswap.py``."""
     activations: list[nn.Module] = field(default_factory=list)
     """Those that keep a mask while it is active."""
-    resting: list[tuple[nn.Module, str]] = field(default_factory=list)
+    frozen_factors: list[tuple[nn.Module, str]] = field(default_factory=list)
     """Factors that were trainable when the adapter was last active, and are again when it is, as (module, name)."""
 
     @property
@@ -251,14 +251,14 @@ def _activate(root: nn.Module, injection: Injection, wanted: str | Blend, disabl
             place.put(MIXTURE)
         for passing in (COPY, MIXTURE):
             if place.owner != passing:
-                place.forget(passing)
+                place.discard(passing)
     for layer in injection.layers:
         held(layer).activate(None if disabled else _owner_in(layer, injection, blend))
     holders = holders_of(root)
     for norm in injection.norms:
         set_policy(norm, injection.policy(norm, blend, disabled), holders.get(norm))
     for name, each in injection.adapters.items():
-        _wake(each) if name in blend.trained else _rest(each)
+        _thaw_factors(each) if name in blend.trained else _freeze_factors(each)
     injection.active = blend.owner or next(iter(blend.weights))
     injection.blend, injection.disabled = None if isinstance(wanted, str) else blend, disabled
     injection.mask()
@@ -421,18 +421,18 @@ def holders_of(root: nn.Module) -> dict[nn.Module, nn.Module]:
     return {child: module for module in root.modules() for child in module.children()}
 
 
-def _rest(each: Adapter) -> None:
+def _freeze_factors(each: Adapter) -> None:
     for change in each.all_changes:
         for name, factor in change.named_parameters():
             if factor.requires_grad:
-                each.resting.append((change, name))
+                each.frozen_factors.append((change, name))
                 factor.requires_grad_(False)
 
 
-def _wake(each: Adapter) -> None:
-    for change, name in each.resting:
+def _thaw_factors(each: Adapter) -> None:
+    for change, name in each.frozen_factors:
         change.get_parameter(name).requires_grad_(True)
-    each.resting.clear()
+    each.frozen_factors.clear()
 
 
 def injections(model: nn.Module) -> Iterator[tuple[str, nn.Module, Injection]]:

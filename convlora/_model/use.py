@@ -162,9 +162,11 @@ class Routed(Swapped):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             route = cast(Route, route_of(module))
-            return route.split(module, alone, route.kinds(lambda owner: route.own(module, owner)), args, kwargs)
+            return route.split(
+                module, alone, route.sample_groups(lambda owner: route.tensors_key(module, owner)), args, kwargs
+            )
 
-        return route.surely(run, args, kwargs) if is_root else run(*args, **kwargs)
+        return route.run_confirming(run, args, kwargs) if is_root else run(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         found, module = _base(self).__getattr__(self, name), cast(nn.Module, self)
@@ -172,7 +174,9 @@ class Routed(Swapped):
         place = None if route is None else route.block.places[module].get(name)
         if route is None or place is None:
             return found
-        return route.tensor(module, name, route.the_owner(module, name, lambda owner: route.told(place, owner)))
+        return route.tensor(
+            module, name, route.single_owner(module, name, lambda owner: route.tensor_key(place, owner))
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy that is made inside a block is of the plain class.
