@@ -921,15 +921,15 @@ def test_a_name_that_no_adapter_has_is_refused(files):
 
 def test_an_interrupt_in_the_middle_of_the_numbers_leaves_the_new_adapter_whole(files, expected, monkeypatch):
     net = prepared(files, "rank 2")
-    take, calls = convlora._methods.padded.PaddedLoRA.take, []
+    load, calls = convlora._methods.padded.PaddedLoRA.load_stored, []
 
     def interrupted(self: Any, *args: Any) -> None:
         calls.append(self)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        take(self, *args)
+        load(self, *args)
 
-    monkeypatch.setattr(convlora._methods.padded.PaddedLoRA, "take", interrupted)
+    monkeypatch.setattr(convlora._methods.padded.PaddedLoRA, "load_stored", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convlora.hotswap_adapter(net, files["at another strength"])
     torch.testing.assert_close(predicts(net), expected["at another strength"], **CLOSE)

@@ -563,13 +563,13 @@ def _saved_average_is_read_on_its_base(average: nn.Module, update: Callable[[nn.
             convlora.load_adapter(base, folder)
         torch.testing.assert_close(base.eval()(images), copied.eval()(images), rtol=1e-5, atol=1e-6)
         other = SmallNet()  # of other numbers
-        with pytest.raises(convlora.CheckpointError, match="the base's numbers differ"):
+        with pytest.raises(convlora.CheckpointError, match="the base's weights differ"):
             convlora.load_adapter(other, folder)
         changed = SmallNet()
         changed.load_state_dict(convlora.remove(base).state_dict())
         with torch.no_grad():
             changed.stem.weight.copy_(changed.stem.weight.flip(1))  # BGR: the same numbers elsewhere
-        with pytest.raises(convlora.CheckpointError, match=r"stem\.weight: the base's numbers differ"):
+        with pytest.raises(convlora.CheckpointError, match=r"stem\.weight: the base's weights differ"):
             convlora.load_adapter(changed, folder)
 
 
@@ -863,7 +863,7 @@ def _() -> None:
 def _() -> None:
     base, net = _half(SmallNet, torch.bfloat16)
     with tempfile.TemporaryDirectory() as directory:
-        convlora._layer.masters.give_back(net.fc, {})
+        convlora._layer.masters.restore_dtypes(net.fc, {})
         convlora.save_adapter(net, directory)
         again = convlora.load_adapter(copy.deepcopy(base), directory).eval()
     assert again.fc._parameters["weight"].dtype == torch.float32
