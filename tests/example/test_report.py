@@ -22,7 +22,6 @@ from examples.histopathology.report.outputs import (
     HEADER,
     Report,
     SplitFacts,
-    Truth,
     as_data,
     html,
     markdown,
@@ -32,6 +31,7 @@ from examples.histopathology.report.outputs import (
 )
 from examples.histopathology.report.published import HEADER as PUBLISHED
 from examples.histopathology.runs.clinical import temperature, youden_threshold
+from examples.histopathology.runs.comparison import Truth
 from examples.histopathology.runs.experiment import Result
 from examples.histopathology.runs.scores import auc
 from examples.histopathology.training.recipe import Epoch
@@ -93,6 +93,20 @@ def test_differences_are_paired_by_seed_and_patch():
     (note,) = [note for note in whole.notes() if note.startswith("lora − probe")]
     # LoRA is right on one patch of four more: the mean of 0, 1, 0, 0 resampled lies between 0 and 0.75
     assert note == "lora − probe, test accuracy: +0.2500 [+0.0000, +0.7500] (by seed +0.250, +0.250, +0.250)"
+
+
+def test_differences_are_resampled_by_patient_or_slide_where_the_data_name_them():
+    labels, units = torch.tensor([0, 1, 1, 0]), torch.tensor([7, 3, 7, 7])
+    probe = dataclasses.replace(result("probe"), test_logits=torch.tensor([-1.0, -2.0, 0.5, -0.1]))
+    truth = {"test": Truth(labels, torch.full((4,), 2), units, "slide")}
+    whole = dataclasses.replace(report(probe, result("lora")), truth=truth)
+    # LoRA gains on the one patch of slide 3. Two slides drawn are 3 and 3 (mean 1), both (1/4), or 7 and 7 (0),
+    # each with a chance above 2.5 %; single patches would give 0.75 at most.
+    assert [(each.low, each.high, each.unit) for each in whole.differences()] == [(0.0, 1.0, "slide")]
+    (said,) = [note for note in whole.notes() if note.startswith("Differences are paired")]
+    assert "interval over slides" in said and "Whole slides were resampled" in said and "too narrow" not in said
+    alone = dataclasses.replace(whole, truth={"test": Truth(labels, torch.full((4,), 2), torch.zeros(4), "patient")})
+    assert "[no interval from one patient]" in str(alone.differences()[0])
 
 
 def test_without_test_labels_differences_are_of_validation_and_say_that_it_chose():

@@ -33,7 +33,7 @@ from ..data.dataset import HistoDataset
 from ..data.rows import NO_CENTRE, Rows
 from ..files import write_text
 from ..runs.clinical import OperatingPoint, numbered, operating_point
-from ..runs.comparison import Difference, differences
+from ..runs.comparison import Difference, Truth, differences
 from ..runs.configuration import NAME as CONFIGURATION
 from ..runs.experiment import Result
 from ..runs.scores import BINS, Confusion, auc, brier, confusion, confusion_by_centre, ece, reliability
@@ -43,7 +43,7 @@ from . import charts, costs
 from .costs import Cost
 from .exhibits import Exhibits
 from .published import HEADER as PUBLISHED
-from .published import Published, publish, published_notes
+from .published import UNITS, Published, publish, published_notes
 
 HEADER = ("method", "test acc.", "val acc.", "val loss", "trainable", "share", "adapter", "s/epoch")
 SCORES = ("method", "split", "AUC", "ECE", "Brier", "sensitivity", "specificity")
@@ -60,18 +60,6 @@ class SplitFacts:
     patches: int
     positives: float | None
     centres: dict[int, int]
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Labels and centres ``(N,)`` of a split; -1 where no centre is named."""
-
-    labels: Tensor
-    centres: Tensor
-    units: Tensor | None = None
-    """``(N,)``: number of the patient or slide that each patch is of, where the data name them."""
-    unit: str = "patch"
-    """What is drawn for intervals."""
 
 
 def truths(splits: Mapping[str, HistoDataset]) -> dict[str, Truth]:
@@ -217,7 +205,7 @@ class Report:
 
     def differences(self) -> list[Difference]:
         """Paired, on the test set or, where it has no labels, on validation."""
-        return differences(self.results, {name: truth.labels for name, truth in self.truth.items()})
+        return differences(self.results, self.truth)
 
     def _judged_notes(self) -> list[str]:
         """What the accuracies are worth: their standard error, and on which split they are."""
@@ -231,11 +219,20 @@ class Report:
 
     def _paired_notes(self) -> list[str]:
         found = self.differences()
-        explained = (
-            "Differences are paired by seed and patch; in brackets the 95 % interval over patches (percentile "
-            "bootstrap), which says nothing of other seeds and is too narrow where patches resemble each other."
+        if not found:
+            return []
+        unit = found[0].unit
+        drawn = (
+            "The data name no patient and no slide, so single patches were resampled: the interval is too narrow where "
+            "patches resemble each other."
+            if unit == "patch"
+            else f"Whole {UNITS[unit]} were resampled, with all of their patches."
         )
-        return [*([explained] if found else []), *map(str, found)]
+        explained = (
+            f"Differences are paired by seed and patch; in brackets the 95 % interval over {UNITS[unit]} (percentile "
+            f"bootstrap), which says nothing of other seeds. {drawn}"
+        )
+        return [explained, *map(str, found)]
 
 
 def describe_split(name: str, split: HistoDataset) -> SplitFacts:

@@ -37,6 +37,7 @@ REPORTED = {
     "probe-centre-ensemble+balanced": [("DINOv2", ".8935", ".9432")],
     "lora-track": [("ResNet50", ".9391", ".9451")],
 }
+RESAMPLES = 2000
 CHALLENGE = {"train": (100_000, {0, 3, 4}), "val": (34_904, {1}), "test": (85_054, {2})}
 
 
@@ -148,10 +149,23 @@ def suffix(recipe: Recipe) -> str:
 
 
 @dataclass(frozen=True)
+class Truth:
+    """Labels and centres ``(N,)`` of a split; -1 where no centre is named."""
+
+    labels: Tensor
+    centres: Tensor
+    units: Tensor | None = None
+    """``(N,)``: number of the patient or slide that each patch is of, where the data name them."""
+    unit: str = "patch"
+    """What is drawn for intervals."""
+
+
+@dataclass(frozen=True)
 class Difference:
     """Accuracy of one method minus another's on the same patches, mean over seeds, with a 95 % interval.
 
-    ``split`` is "test" or "val". The ends of the interval are None where there is one patch, which has no spread.
+    ``split`` is "test" or "val". ``unit`` says what was resampled: patients, slides or patches. The ends of the
+    interval are None where there is one unit, which has no spread.
     """
 
     first: str
@@ -161,24 +175,26 @@ class Difference:
     high: float | None
     by_seed: tuple[float, ...]
     split: str = "test"
+    unit: str = "patch"
 
     def __str__(self) -> str:
         each = ", ".join(f"{value:+.3f}" for value in self.by_seed)
         what = {"test": "test", "val": "validation"}[self.split]
-        spread = "no interval from one patch" if self.low is None else f"{self.low:+.4f}, {self.high:+.4f}"
+        spread = f"no interval from one {self.unit}" if self.low is None else f"{self.low:+.4f}, {self.high:+.4f}"
         return f"{self.first} − {self.second}, {what} accuracy: {self.mean:+.4f} [{spread}] (by seed {each})"
 
 
-def difference(first: Sequence[Result], second: Sequence[Result], labels: Tensor, split: str = "test") -> Difference:
-    """Paired by seed and patch; the interval by resampling patches (percentile bootstrap).
+def difference(first: Sequence[Result], second: Sequence[Result], truth: Truth, split: str = "test") -> Difference:
+    """Paired by seed and patch; the interval is a percentile bootstrap over the data's units.
 
-    It says how far other patches of the same kind would move the difference. It says nothing of other seeds, which
-    ``by_seed`` shows, and is too narrow where patches resemble each other, as those of one slide do.
+    It says how far other patients, slides or patches would move the difference. It says nothing of other seeds, which
+    ``by_seed`` shows. Where the data name neither patients nor slides, patches are resampled, and the interval is too
+    narrow where patches resemble each other, as those of one slide do.
 
     Args:
         first: results of one method.
         second: of the other; a seed that only one of the two has is left out.
-        labels: ``(N,)``, of the split.
+        truth: of the split.
         split: "test" or "val".
 
     Raises:
@@ -188,47 +204,44 @@ def difference(first: Sequence[Result], second: Sequence[Result], labels: Tensor
     pairs = [(result, control[result.seed]) for result in first if result.seed in control]
     if not pairs:
         raise ValueError("no seed in common")
-    right = [[((r.logits(split) > 0) == labels.bool()).double() for r in pair] for pair in pairs]
+    right = [[((r.logits(split) > 0) == truth.labels.bool()).double() for r in pair] for pair in pairs]
     gains = torch.stack([a - b for a, b in right])
-    low, high = _interval(gains.mean(0).numpy())
+    low, high = _interval(gains.mean(0).numpy(), truth.units)
     by_seed = tuple(gains.mean(1).tolist())
-    return Difference(first[0].method, second[0].method, float(gains.mean()), low, high, by_seed, split)
+    return Difference(first[0].method, second[0].method, float(gains.mean()), low, high, by_seed, split, truth.unit)
 
 
-def _interval(each: npt.NDArray[np.float64]) -> tuple[float | None, float | None]:
-    """95 % of the mean of patches like these."""
-    if len(each) < 2:
+def _interval(each: npt.NDArray[np.float64], units: Tensor | None) -> tuple[float | None, float | None]:
+    """The 95 % interval of the patches' mean: units are drawn as often as there are, with all their patches."""
+    own = np.arange(len(each)) if units is None else np.unique(units.numpy(), return_inverse=True)[1]
+    sums, sizes = np.bincount(own, each), np.bincount(own)
+    count = len(sizes)
+    if count < 2:
         return None, None
-    from scipy.stats import bootstrap  # which takes most of a second to import
-
-    found = bootstrap(
-        (each,), np.mean, n_resamples=2000, batch=max(1, 10**7 // len(each)), method="percentile", rng=_rng()
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    rng = np.random.default_rng(0)
+    drawn = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(RESAMPLES))
+    low, high = np.quantile([(times @ sums) / (times @ sizes) for times in drawn], (0.025, 0.975))
+    return float(low), float(high)
 
 
-def _rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
-def differences(results: Sequence[Result], labels: Mapping[str, Tensor]) -> list[Difference]:
+def differences(results: Sequence[Result], truths: Mapping[str, Truth]) -> list[Difference]:
     """Every method against the probe of the same augmentation, and LoRA against every other that trains.
 
     Args:
         results: of any methods and seeds.
-        labels: ``(N,)`` by split. The test set's are taken; where it has none, validation's, by which the learning rate
-            and the epoch were chosen already, so that those differences are optimistic.
+        truths: of the splits that have labels. The test set's is taken; where it has none, validation's, by which the
+            learning rate and the epoch were chosen already, so that those differences are optimistic.
     """
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.method, []).append(result)
-    split = next((name for name in ("test", "val") if name in labels), None)
-    if split is None or any(len(result.logits(split)) != len(labels[split]) for result in results):
+    split = next((name for name in ("test", "val") if name in truths), None)
+    if split is None or any(len(result.logits(split)) != len(truths[split].labels) for result in results):
         return []
     control = next((name for name in ("probe-augmented", "probe") if name in groups), None)
     pairs: list[tuple[str, str]] = [(name, control) for name in groups if control is not None and name != control]
     pairs += [("lora", name) for name in groups if "lora" in groups and name in ("norms", "full", "full-track")]
-    return [difference(groups[a], groups[b], labels[split], split) for a, b in pairs]
+    return [difference(groups[a], groups[b], truths[split], split) for a, b in pairs]
 
 
 def is_the_challenge(splits: Mapping[str, HistoDataset]) -> bool:
