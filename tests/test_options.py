@@ -62,7 +62,8 @@ def test_command_line_has_every_option_with_its_default():
 def test_docs_name_every_option():
     explained = re.findall(r"^        (\w+):", inspect.getdoc(convlora.inject).replace("\n    ", "\n        "), re.M)
     assert {*explained} - {"model", "TargetError", "UnsupportedLayerError", "StateError"} == {*DEFAULTS}
-    row = next(line for line in (PROJECT / "README.md").read_text("utf-8").splitlines() if "| `inject(model, " in line)
+    page = (PROJECT / "docs" / "reference" / "index.md").read_text("utf-8")
+    row = next(line for line in page.splitlines() if "| `inject(model, " in line)
     assert {*re.findall(r"`(\w+)`", row), "rank"} == {*DEFAULTS}
 
 

@@ -1,4 +1,4 @@
-"""Tables, a picture with its frontier, and docs/accuracy.md, all from the results; no figure is written by hand.
+"""Tables, a chart, and docs/accuracy.md, all from the results; no figure is written by hand.
 
 The page's rows stand in a file beside it. A row that is measured anew replaces the one there, and the others stay: a
 new arm costs its own trainings alone.
@@ -10,37 +10,41 @@ import json
 import platform
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.charts import Panel, chart
+from benchmarks.overhead.report import folded
 from benchmarks.overhead.tables import as_markdown, figure, megabytes
 
 from .arms import ARMS, FULL
 from .data import SHIFTS
 from .runs import Outcome, reported
 
-INTRODUCTION = """# Does it adapt?
+TITLE = """# The accuracy benchmark
 
-<!-- Written by `python -m benchmarks.accuracy --report`; change a figure by measuring again. -->
+<!-- Written by `python -m benchmarks.accuracy --report`; change a figure by measuring again. -->"""
+METHOD = """## How it is measured
 
 Real pretrained weights, real labelled images: scikit-learn's digits, upsampled; 600 to train on, 200 to choose the
-learning rate by, 997 to test. Every arm sees the same batches with the same augmentation, the same number of steps
-(AdamW, warm-up, cosine) and the same sweep of learning rates, which goes on by the same factor, twice at most, while
-its best is at an end; the rate with the best validation accuracy at the first seed is then used for all seeds. `lite0`
-is EfficientNet-Lite0 with its ImageNet weights; `scratch` is a small ResNet trained here on the digits 0 to 4, and
-adapted to 5 to 9; two such trainings are behind its rows, `lora-8`, `eva`, `lean`, `freeze-a`, `plus` and the other
-methods having the later one.
-`few-N`: N images of each class are trained on. The shifts change test images alone.
+learning rate by, 997 to test. Every method sees the same batches with the same augmentation, the same number of steps
+(AdamW, warm-up, cosine) and the same sweep of learning rates. The sweep goes on by the same factor, twice at most,
+while its best rate is the highest or lowest tried. The rate with the best validation accuracy at the first seed is
+then used for all seeds.
 
-- *accuracy*: mean over seeds ± standard deviation, in per cent; *train*: trainable parameters, as a share of the
-  network's;
-- *s*: processor seconds of all training steps, the least of the seeds; the probe's are without the frozen network's
-  forward, which is run once for all its learning rates. The rows are of several days, and of machines busy with other
-  work, so [performance](performance.md) has what times compare;
-- *saved*: what autograd keeps for a batch of 32; *file*: what is stored.
+`lite0` is EfficientNet-Lite0 with its ImageNet weights. `scratch` is a small ResNet trained here on the digits 0 to 4
+and adapted to 5 to 9. It was trained twice; `lora-8`, `eva`, `lean`, `freeze-a`, `plus` and the other methods use the
+later one. `few-N` trains on N images of each class. The shifts (inverted, coloured, noisy) change test images alone.
+
+- *accuracy*: mean over seeds ± standard deviation, in per cent.
+- *train*: trainable parameters, as a share of the network's.
+- *s*: processor seconds of all training steps, the least of the seeds. The probe's exclude the frozen network's
+  forward, which runs once for all its learning rates. The rows come from several days and from busy machines: compare
+  times in [performance](performance.md).
+- *saved*: what autograd keeps for a batch of 32. *file*: what is stored.
 """
 
 
@@ -158,7 +162,8 @@ def tables(rows: Iterable[Row]) -> str:
     """Every task's table."""
     parts = []
     for (backbone, task), found in by_task(rows).items():
-        parts += [f"## {backbone}, {task}", as_markdown([HEAD, *map(cells, found)]), *verdict(found)]
+        table = folded("Table", [as_markdown([HEAD, *map(cells, found)])])
+        parts += [f"### {backbone}, {task}", *verdict(found), *table]
     return "\n\n".join(parts)
 
 
@@ -185,72 +190,75 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     return [" ".join(words)]
 
 
-NAMED = ("probe", "norms", "lora-8", "lora-8-track", "lean-8", "peft-8", "full-freeze", FULL)
-"""Arms whose name stands beside their point; those on the frontier have theirs too."""
-SHOWN = 10
-"""Points of accuracy below the best that a picture shows."""
-Measure = Callable[[Row], float]
-TRAINED: tuple[str, Measure] = ("trainable, % of the network", lambda row: 100 * row.share)
-SAVED: tuple[str, Measure] = ("saved by autograd for 32 images, MB", lambda row: row.saved / 1e6)
+CHARTED = (
+    ("probe", "the head alone"),
+    ("norms", "norms, head"),
+    ("lora-1", "convlora, rank 1"),
+    ("lora-2", "convlora, rank 2"),
+    ("lora-8", "convlora, rank 8"),
+    ("lora-32", "convlora, rank 32"),
+    ("lora-8-track", "norms moving"),
+    ("lean-16", "lean, rank 16"),
+    ("lokr-8", "LoKr, rank 8"),
+    ("peft-8", "peft LoRA, rank 8"),
+    ("full-freeze", "full, norms fixed"),
+    (FULL, "full fine-tuning"),
+)
+"""Arms that the chart shows, with their labels; the others are in the tables alone."""
 
 
-def frontier(rows: Sequence[Row], cost: Measure = TRAINED[1]) -> list[Row]:
-    """Rows that no other beats at the same cost or less, from the cheapest on."""
-    found: list[Row] = []
-    for row in sorted(rows, key=lambda row: (cost(row), -row.mean)):
-        if not found or row.mean > found[-1].mean:
-            found.append(row)
-    return found
+def result(rows: Sequence[Row]) -> list[str]:
+    """The page's first sentence; nothing where one of the arms it compares was not measured."""
+    found = {row.arm: f"{100 * row.mean:.1f} %" for row in rows}
+    if not {"lora-8", "lean-16", "probe", "full-freeze", FULL} <= found.keys():
+        return []
+    return [
+        f"**On EfficientNet-Lite0 with its ImageNet weights, `inject(model)` reaches {found['lora-8']} and lean "
+        f"training of rank 16 {found['lean-16']}; full fine-tuning reaches {found['full-freeze']} with fixed running "
+        f"statistics and {found[FULL]} with moving ones, the head alone {found['probe']}.**"
+    ]
 
 
 def draw(groups: dict[tuple[str, str], list[Row]], path: Path) -> None:
-    """Accuracy against trainable share, a panel a task, then against memory where all images are trained on."""
-    from matplotlib.figure import Figure
-
-    wanted = [(task, *TRAINED) for task in groups] + [(task, *SAVED) for task in groups if task[1] == "all"]
-    columns = min(2, len(wanted))
-    lines = -(-len(wanted) // columns)
-    picture = Figure(figsize=(5.5 * columns, 4 * lines), layout="constrained")
-    panels = list(picture.subplots(lines, columns, squeeze=False).flat)
-    for axes, (task, label, cost) in zip(panels, wanted, strict=False):
-        rows = groups[task]
-        where, mean = [cost(r) for r in rows], [100 * r.mean for r in rows]
-        axes.errorbar(where, mean, [100 * r.spread for r in rows], fmt="o", markersize=3.5, linewidth=0.8, color="C0")
-        best = frontier(rows, cost)
-        axes.plot([cost(r) for r in best], [100 * r.mean for r in best], color="C1", linewidth=1)
-        for row, x, y in zip(rows, where, mean, strict=True):
-            if row in best or row.arm in NAMED:
-                axes.annotate(row.arm, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        if label == TRAINED[0]:
-            axes.set_xscale("log")
-        axes.set_ylim(max(min(mean), max(mean) - SHOWN) - 1, max(mean) + 1)
-        axes.set_title(", ".join(task), fontsize="small")
-        axes.set_xlabel(label)
-        axes.set_ylabel("test accuracy, %")
-    for axes in panels[len(wanted) :]:
-        axes.set_axis_off()
-    picture.savefig(path, dpi=110)
+    """Accuracy, trained share and memory of the arms that matter most, on the pretrained network, as an SVG file."""
+    found = {row.arm: row for row in next(iter(groups.values()))}
+    shown = [(found[arm], label) for arm, label in CHARTED if arm in found]
+    rows, labels = [row for row, _ in shown], [label for _, label in shown]
+    ours = [i for i, row in enumerate(rows) if row.arm.startswith(("lora", "lean", "lokr"))]
+    panels = [
+        Panel("accuracy, %", [100 * r.mean for r in rows], [f"{100 * r.mean:.1f}" for r in rows],
+              [100 * r.spread for r in rows], start=min(100 * r.mean for r in rows) - 2),
+        Panel("trained, %", [100 * r.share for r in rows], [figure(100 * r.share) for r in rows]),
+        Panel("memory, MB", [r.saved / 1e6 for r in rows], [figure(r.saved / 1e6) for r in rows]),
+    ]  # fmt: skip
+    picture = chart(
+        f"Accuracy: {', '.join(next(iter(groups)))}", labels, panels, ours, "memory: kept for the backward of 32 images"
+    )
+    path.write_text(picture, encoding="utf-8")
 
 
 def page(outcomes: list[Outcome], path: Path) -> str:
     """The page; its picture and its rows go beside it."""
     rows = keep(path.with_suffix(".jsonl"), rows_of(outcomes))
-    draw(by_task(rows), path.with_suffix(".png"))
+    draw(by_task(rows), path.with_suffix(".svg"))
     threads, versions = (
         ", ".join(sorted(found)) for found in ({str(r.threads) for r in rows}, {r.torch for r in rows})
     )
     trainings, reloads, merges = (sum(getattr(r, name) for r in rows) for name in ("trainings", "reloads", "merges"))
     faults = [fault for row in rows for fault in row.faults]
     legend = "\n".join(f"- {arm.name}: {arm.what}" for arm in ARMS.values())
+    groups = by_task(rows)
     parts = [
-        INTRODUCTION.rstrip(),
-        f"![accuracy against trainable share]({path.with_suffix('.png').name})",
-        f"Lines join what no cheaper arm beats. Arms more than {SHOWN} points below the best are in the tables alone.",
+        TITLE,
+        *result(next(iter(groups.values()))),
+        f"![Accuracy, trained share and memory]({path.with_suffix('.svg').name})",
+        METHOD.rstrip(),
+        "## Every measurement",
         tables(rows),
         *not_measured(outcomes),
         f"Saved and loaded again: {reloads} runs bit-equal, {len(faults)} not; merged and compared: {merges}.",
         *faults,
-        f"Arms:\n\n{legend}",
+        *folded("What each row is", [legend]),
         f"Machine: {platform.machine()}, threads of each training: {threads}, torch {versions}; {trainings} trainings.",
     ]
     return "\n\n".join([*parts, AGAIN])

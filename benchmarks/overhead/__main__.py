@@ -1,9 +1,9 @@
 """What a training step and a forward cost with an adapter, beside full fine-tuning and other libraries.
 
-    python -m benchmarks.overhead --model resnet50 --batch 16 --size 224 --json resnet50.json --plot resnet50.png
+    python -m benchmarks.overhead --model resnet50 --batch 16 --size 224 --json resnet50.json --plot resnet50.svg
     python -m benchmarks.overhead --model resnet50 --sweep rank 1 4 8 16 32 64 --json ranks.json
     python -m benchmarks.overhead --methods --model resnet18 --batch 8 --size 64 --threads 1 --json methods.json
-    python -m benchmarks.overhead --report resnet50.json ranks.json --plot docs/performance.png > docs/performance.md
+    python -m benchmarks.overhead --report resnet50.json ranks.json --plot docs/performance.svg > docs/performance.md
 
 Ratios come first, each of two times of the same round. Peers that are not installed are named, not measured.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from .arms import ALL_TRAINING, FULL_CONSTANT, INFERENCE, METHODS, SWEPT, TRAINING
+from .plot import draw
 from .report import markdown
 from .rounds import run
 from .runs import Run, Settings
@@ -48,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--methods", action="store_true", help="instead: each method beside the peers' layers of it")
     found.add_argument("--sweep", nargs="+", metavar=("WHAT", "VALUE"), help="rank, batch or size, and its values")
     found.add_argument("--json", type=Path, help="write everything there")
-    found.add_argument("--plot", type=Path, help="write a picture there (not of a sweep); with --report, of the first")
+    found.add_argument(
+        "--plot", type=Path, help="write a picture there (not of a sweep); with --report, of all networks"
+    )
     found.add_argument("--report", nargs="+", type=Path, metavar="JSON", help="write the docs' page, measure nothing")
     return found
 
@@ -101,7 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.report:
         measurements = [read(path) for path in options.report]
         if options.plot:
-            draw(next(run for runs in measurements for run in runs if run.training and not run.sweep), options.plot)
+            shown = [
+                run for runs in measurements for run in runs if run.training and not (run.sweep or run.settings.apart)
+            ]
+            draw(shown, options.plot)
         print(markdown(measurements, options.plot.name if options.plot else ""), end="")
         return
     if options.threads:
@@ -124,14 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         write(options.json, runs)
     if options.plot:
-        draw(runs[0], options.plot)
-
-
-def draw(measured: Run, path: Path) -> None:
-    """The picture; matplotlib is imported where one is asked for."""
-    from . import plot
-
-    plot.draw(measured, path)
+        draw(runs, options.plot)
 
 
 if __name__ == "__main__":

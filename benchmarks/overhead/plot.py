@@ -1,29 +1,44 @@
-"""A picture of a run: for each arm its time and its memory over full fine-tuning's."""
+"""A picture of runs: the time of a training step and the memory that it keeps, both over full fine-tuning's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from benchmarks.charts import Panel, chart
 
 from .arms import FULL
 from .runs import Run
-from .tables import describe
+
+COMPARED = {"convlora": "{}, {}", "peft": "… with peft"}
+"""Arms that are drawn of several runs, with what stands beside their bars; of one run all arms are drawn."""
 
 
-def draw(run: Run, path: Path) -> None:
-    """Bars of the training arms' ratios, with the quartiles of the times, into an image file."""
-    results = [r for r in run.training if not r.unavailable][::-1]
-    full = next(r for r in results if r.arm == FULL)
-    rows, ratios = range(len(results)), [r.ratio for r in results]
-    spread = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
-    figure = Figure(figsize=(8, 1.5 + 0.45 * len(results)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh([y + 0.2 for y in rows], [r.median for r in ratios], 0.36, xerr=spread, label="time", color="C0")
-    axes.barh([y - 0.2 for y in rows], [r.peak / full.peak for r in results], 0.36, label="peak memory", color="C1")
-    axes.set_yticks(list(rows), [r.arm for r in results])
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("over full fine-tuning's")
-    axes.set_title(describe(run.settings), fontsize="small")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """The training arms' ratios into an SVG file; full fine-tuning is 1."""
+    labels, pairs = [], []
+    for run in runs:
+        by_name = {r.arm: r for r in run.training if not r.unavailable}
+        for arm, result in by_name.items():
+            if len(runs) > 1 and arm not in COMPARED:
+                continue
+            model = run.settings.model.removeprefix("tf_").split("_")[0]
+            labels.append(arm if len(runs) == 1 else COMPARED[arm].format(model, run.settings.size))
+            pairs.append((result, by_name[FULL]))
+    ours = [i for i, (result, _) in enumerate(pairs) if result.arm.startswith("convlora")]
+    panels = [
+        _panel("time of a training step", [r.ratio.median for r, _ in pairs]),
+        _panel("kept for the backward", [r.saved / full.saved for r, full in pairs]),
+    ]
+    picture = chart(
+        "Time and memory over full fine-tuning's",
+        labels,
+        panels,
+        ours,
+        "network, side of an image in px; full fine-tuning is 1",
+    )
+    path.write_text(picture, encoding="utf-8")
+
+
+def _panel(heading: str, values: Sequence[float]) -> Panel:
+    return Panel(heading, values, [f"{value:.2f}" for value in values])

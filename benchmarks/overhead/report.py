@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from .arms import FULL_CONSTANT, METHODS
+from .arms import FULL, FULL_CONSTANT, METHODS
 from .runs import Run, Settings
 from .tables import (
     INFERENCE_HEAD,
@@ -21,31 +21,33 @@ from .tables import (
     training_rows,
 )
 
-INTRODUCTION = """# What it costs
+TITLE = """# Time and memory
 
-Written by `python -m benchmarks.overhead --report` from measurements; to change a figure, measure again.
+<!-- Written by `python -m benchmarks.overhead --report` from measurements; to change a figure, measure again. -->"""
+METHOD = """## How it is measured
 
 Networks have random weights and images are random numbers: speed depends on neither. A training step is `zero_grad`,
-forward in train mode, cross-entropy of two classes, backward, and a step of AdamW. Arms run in rounds: each round runs
-every arm once and begins with another one; the first round is not counted. A ratio is of two times of the same round;
-given are the median of the rounds and the quartiles. All arms run in one process, where one takes up the memory that
-another gave back; or, where the heading says *apart*, each in a process of its own, as one trains.
+a forward in train mode, cross-entropy of two classes, a backward, and a step of AdamW. The methods take turns: each
+round runs every method once and begins with another one; the first round is not counted. A ratio compares two times
+of the same round. The tables give the median of the rounds and the quartiles. All methods run in one process, unless
+the heading says *apart*: then each has a process of its own.
 
-- *time*: over full fine-tuning's, or for a forward without gradients over the plain network's.
-- *saved*: bytes that autograd keeps from the forward for the backward, each storage once, the model's own parameters
-  and buffers not counted.
+- *time*: over full fine-tuning's; for a forward without gradients, over the plain network's.
+- *saved*: bytes that autograd keeps from the forward for the backward. Each storage counts once; the model's
+  parameters and buffers do not count.
 - *peak*: the most bytes of tensors at once in a step, or in a forward, beyond parameters, buffers and the optimizer's
-  state; on a CPU what torch's profiler counts, on a GPU the caching allocator's peak. What libraries below torch
-  allocate is in neither.
+  state. On a CPU torch's profiler counts them, on a GPU the caching allocator. What libraries below torch allocate is
+  in neither.
 - *rest*: parameters and buffers. *optim*: the optimizer's state.
-- *train*: trainable numbers as a share of the base's parameters.
-- *file*: what is stored to have the trained model again, the base given: as the library writes it; elsewhere all that
-  moves in training, as safetensors. peft's files are without the norm statistics that moved.
+- *train*: trainable parameters, as a share of the base's.
+- *file*: what must be stored to have the trained model again, given the base. peft's files lack the running
+  statistics that moved.
 
-MB are millions of bytes. Norm statistics move in full fine-tuning and in other libraries as they come; the `-freeze`
-arms hold them constant, as this library does by default. A rank is not the same number of parameters in every library:
-loralib's factors for a kernel of k × k have k times the rank, and this library lowers a rank that would outweigh its
-layer. Where an arm adapts fewer convolutions than another it does less work; the lists below say how many.
+MB are millions of bytes. Running statistics move in full fine-tuning and in other libraries, as is their default; the
+`-freeze` rows hold them constant, as convlora does by default. A rank is not the same number of parameters in every
+library: loralib's factors for a k × k kernel have k times the rank, and convlora lowers a rank whose factors would
+have more parameters than the layer. A method that adapts fewer convolutions than another does less work; the lists
+say how many.
 """
 CLOSING = """## This page again
 
@@ -53,7 +55,7 @@ Install with `pip install -e ".[benchmarks]"`, run the commands above with `--js
 else, and write the page:
 
 ```bash
-python -m benchmarks.overhead --report FILE.json ... --plot docs/performance.png > docs/performance.md
+python -m benchmarks.overhead --report FILE.json ... --plot docs/performance.svg > docs/performance.md
 ```
 """
 
@@ -72,8 +74,32 @@ def command(s: Settings, threads: object, swept: str = "", values: Sequence[obje
     return " ".join(words)
 
 
+def _result(runs: Sequence[Run]) -> list[str]:
+    """The page's first sentence: the range of the ratios over all networks; nothing where convlora was not measured."""
+    ratios: dict[str, list[float]] = {"time": [], "saved": [], "forward": []}
+    for run in runs:
+        found = {r.arm: r for r in run.training + run.inference if not r.unavailable}
+        if "convlora" in found:
+            ratios["time"].append(found["convlora"].ratio.median)
+            ratios["saved"].append(found["convlora"].saved / found[FULL].saved)
+        if "unmerged" in found:
+            ratios["forward"].append(found["unmerged"].ratio.median)
+    span = {name: f"{min(found):.2f} to {max(found):.2f}" for name, found in ratios.items() if found}
+    if len(span) < len(ratios):
+        return []
+    return [
+        f"**A training step with convlora takes {span['time']} of full fine-tuning's time and keeps {span['saved']} of "
+        f"its memory for the backward. A forward of the unmerged model takes {span['forward']} of the base's time.**"
+    ]
+
+
+def folded(heading: str, parts: Sequence[str]) -> list[str]:
+    """Parts that are shown when the reader opens them."""
+    return [f"<details markdown>\n<summary>{heading}</summary>", *parts, "</details>"]
+
+
 def _section(run: Run) -> list[str]:
-    parts = [f"## {describe(run.settings)}", f"{machine(run.environment)}."]
+    parts = [f"{machine(run.environment)}."]
     if run.training:
         head = tuple(f"{name} {unit}".strip() for name, unit in zip(TRAINING_HEAD, TRAINING_UNITS, strict=True))
         parts += ["A training step:", as_markdown([head, *training_rows(run.training)]), _bullets(legend(run.training))]
@@ -83,14 +109,15 @@ def _section(run: Run) -> list[str]:
         parts += ["A forward without gradients:", as_markdown([INFERENCE_HEAD, *inference_rows(run.inference)])]
         parts += [_bullets(legend(run.inference))]
     flag = " --methods" if any(result.arm in METHODS for result in run.training) else ""
-    return [*parts, _again(command(run.settings, run.environment["threads"]) + flag)]
+    parts.append(_again(command(run.settings, run.environment["threads"]) + flag))
+    return [f"### {describe(run.settings)}", *folded("Tables", parts)]
 
 
 def _sweep(runs: Sequence[Run]) -> list[str]:
     first = runs[0]
     values = [getattr(run.settings, first.sweep) for run in runs]
     return [
-        f"## {first.settings.model} by {first.sweep}",
+        f"### {first.settings.model} by {first.sweep}",
         f"{describe(first.settings, first.sweep)}; {machine(first.environment)}.",
         "Time / bytes saved for the backward, both over full fine-tuning's:",
         as_markdown(sweep_rows(runs)),
@@ -109,8 +136,14 @@ def _again(line: str) -> str:
 
 def markdown(measurements: Sequence[Sequence[Run]], picture: str = "") -> str:
     """The whole page; each measurement is the runs of one file, in order. A picture is named as the page sees it."""
-    parts = [INTRODUCTION.rstrip()]
-    parts += [f"![time and peak memory over full fine-tuning's]({picture})"] if picture else []
+    plain = [run for runs in measurements for run in runs if not run.sweep]
+    parts = [TITLE, *_result(plain)]
+    parts += (
+        [f"![The time of a training step and the memory it keeps, over full fine-tuning's]({picture})"]
+        if picture
+        else []
+    )
+    parts += [METHOD.rstrip(), "## Every measurement"]
     for runs in measurements:
         for _, group in itertools.groupby(runs, key=lambda run: run.sweep):
             same = list(group)
