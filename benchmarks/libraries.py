@@ -164,10 +164,7 @@ def properties(folder: Path) -> dict[str, tuple[str, str, str]]:
 def table() -> str:
     """The table in Markdown."""
     head = ("", *(f"{name} {metadata.version(package)}" for name, (package, _) in LIBRARIES.items()))
-    rows = [
-        (kind, *(outcome(adapt, make) for _, adapt in LIBRARIES.values()))
-        for kind, make in KINDS.items()
-    ]
+    rows = [(kind, *(outcome(adapt, make) for _, adapt in LIBRARIES.values())) for kind, make in KINDS.items()]
     with tempfile.TemporaryDirectory() as folder, their_warnings_aside():
         rows += [(name, *cells) for name, cells in properties(Path(folder)).items()]
     return as_markdown([head, *rows])
