@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.machinery
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -254,6 +255,19 @@ def test_the_site_has_every_public_name(site: Path):
     pages = "".join(page.read_text(encoding="utf-8") for page in (site / "reference").rglob("*.html"))
     missing = [name for name in convlora.__all__ if not re.search(rf'id="convlora\.(?:errors\.)?{name}"', pages)]
     assert not missing
+
+
+def test_long_signatures_are_broken_over_lines(site: Path):
+    text = re.sub(r"<[^>]+>", "", (site / "reference" / "inject" / "index.html").read_text(encoding="utf-8"))
+    assert re.search(r"\binject\(\n\s+model: ", text)
+
+
+@pytest.mark.parametrize("name", ["r=8", "print_trainable_parameters", "merge_and_unload"])
+def test_a_search_for_a_name_of_pefts_finds_the_table_of_names(site: Path, name: str):
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    separator = index["config"]["separator"]
+    found = next(page for page in index["docs"] if page["location"] == "peft/#names-from-peft")
+    assert name in re.split(separator, re.sub(r"<[^>]+>", " ", found["text"]))
 
 
 def test_the_site_asks_no_other_host(site: Path):
