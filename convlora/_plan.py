@@ -1,4 +1,4 @@
-"""What an injection would do, as data and as a table: the one object between "which" and "do".
+"""The plan of an injection, as data and as a table.
 
 ``inject`` applies a plan, ``save_adapter`` writes it, ``load_adapter`` reads it back and applies it again, so that the
 three cannot disagree. Making a plan changes nothing.
@@ -26,12 +26,13 @@ INITS: tuple[Init, ...] = ("kaiming", "gaussian", "orthogonal", "pissa", "olora"
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: what it is and what it gets. ``rank`` 0 means that it is left alone, and ``note`` says why.
+    """The plan of one layer. ``rank`` 0 means that the layer is skipped; ``note`` then gives the reason.
 
     ``weight_shape`` is ``(C_out, C_in / groups, kH, kW)`` or ``(out_features, in_features)``; ``geometry`` holds a
-    convolution's stride, padding, dilation, groups and padding_mode. ``method`` and ``options`` say what change it is,
-    and ``scaling`` how strong; ``strength`` is how much of that change counts, 1 for all of it. A method without a rank
-    has rank 1. ``use_dora``: the weight's size per output channel is trained apart.
+    convolution's stride, padding, dilation, groups and padding_mode. ``method`` and ``options`` name the change of the
+    weight and ``scaling`` multiplies it; ``strength`` is the share of the finished change that is applied, 1 for all of
+    it. A method without a rank has rank 1. ``use_dora``: the magnitude of each output channel's weight is trained
+    separately.
     """
 
     name: str
@@ -48,38 +49,38 @@ class LayerPlan:
 
     @property
     def whole_scaling(self) -> float:
-        """The scaling that makes the same change at full strength; there is none with DoRA."""
+        """The scaling that gives the same change at strength 1; undefined with DoRA."""
         return self.scaling * self.strength
 
     @property
     def base_parameters(self) -> int:
-        """Numbers in the base's weight; 0 where it has none that could be adapted."""
+        """The number of parameters of the base's weight; 0 for a layer without a weight that could be adapted."""
         return math.prod(self.weight_shape) if self.weight_shape else 0
 
     @property
     def adapter_parameters(self) -> int:
-        """Numbers that are trained, with DoRA the magnitudes among them."""
+        """The number of trained parameters, DoRA's magnitudes included."""
         return self.parameters_at(self.rank)
 
     def parameters_at(self, rank: int) -> int:
-        """The same where another rank is asked for."""
+        """Return the number of trained parameters at another rank."""
         rank = self.change.rank_at(self.weight_shape, rank, **self.options) if rank else 0
         shapes = self.change.shapes(self.weight_shape, rank, **self.asked).values() if rank else ()
         return sum(map(math.prod, shapes)) + (self.magnitudes if rank else 0)
 
     @property
     def change(self) -> type[Change]:
-        """The class of its method."""
+        """The class of the layer's method."""
         return METHODS[self.method]
 
     @property
     def channels(self) -> dict[str, Any]:
-        """How channels lie in the weight."""
+        """The layout of the channels in the weight: ``groups`` and ``transposed``."""
         return {"groups": self.geometry.get("groups", 1), "transposed": bool(self.geometry.get("transposed"))}
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What its method is told beside the weight's shape and the rank."""
+        """The keyword arguments that the method's ``shapes`` gets besides the weight's shape and the rank."""
         return {**self.options, **(self.channels if self.change.by_channel else {})}
 
     @property
@@ -89,25 +90,25 @@ class LayerPlan:
 
     @property
     def magnitudes(self) -> int:
-        """How many magnitudes DoRA has here: one for each output channel."""
+        """The number of DoRA's magnitudes: one per output channel, or 0 without DoRA."""
         groups = self.transposed_groups
         channels = self.weight_shape[1] * groups if groups else self.weight_shape[0]
         return channels if self.use_dora else 0
 
     @property
     def stored_shapes(self) -> Shapes:
-        """Shapes of its tensors in a file, by what follows the layer's name in the key; without magnitudes."""
+        """The shapes of the layer's tensors in a file, by the end of their keys; magnitudes not included."""
         return self.change.stored_shapes(self.weight_shape, self.rank, **self.asked)
 
 
 @dataclass(frozen=True)
 class FrozenModule:
-    """A module with parameters of its own that is neither a listed layer nor trained in full: it stays frozen."""
+    """A module whose own parameters stay frozen: neither a listed layer nor trained in full."""
 
     name: str
     kind: str
     parameters: int
-    """Numbers in its own parameters, those of its children not counted."""
+    """The number of its own parameters, without those of its children."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,13 +119,13 @@ class Plan:
         adapter_name: the name under which the factors are kept.
         rank, alpha, method: as asked for; a layer's own are in ``layers``.
         layers: the layers that are adapted.
-        skipped: those that are not, each with its reason in ``note``.
+        skipped: the layers that are not, each with the reason in ``note``.
         modules_to_save: names of the modules trained in full, such as the head, and ``head_found_by`` how.
         norms: names of the norm layers that the policy ``norm`` concerns.
-        path: which way the layers take in training.
+        path: how the convolutions compute in training.
         mask_activations: whether activations keep a mask, and pooling no input, in training.
-        init: how the factors began.
-        freeze_A: whether every lora_A stays as it began, and lora_B alone is trained.
+        init: how the factors were initialised.
+        freeze_A: whether every lora_A keeps its initial values, and lora_B alone is trained.
         biases: names of modules, adapted or not, whose bias alone is trained and belongs to the adapter.
         others: all other modules with parameters, so that each parameter of the model is accounted for.
         base_parameters: of the whole base model; ``saved_parameters``: of ``modules_to_save`` and ``biases``.
@@ -161,39 +162,39 @@ class Plan:
 
     @property
     def use_dora(self) -> bool:
-        """Whether the layers' sizes per output channel are trained apart."""
+        """Whether the magnitudes of any layer's output channels are trained separately."""
         return any(layer.use_dora for layer in self.layers)
 
     @property
     def adapter_parameters(self) -> int:
-        """Numbers in the changes of all layers, with DoRA the magnitudes among them."""
+        """The number of parameters of all layers' changes, DoRA's magnitudes included."""
         return sum(layer.adapter_parameters for layer in self.layers)
 
     @property
     def constant_parameters(self) -> int:
-        """Numbers among them that are not trained: with ``freeze_A``, those in every lora_A."""
+        """The number of these that are not trained: with ``freeze_A``, the elements of every lora_A."""
         layers = self.layers if self.freeze_A else ()
         shapes = (layer.change.shapes(layer.weight_shape, layer.rank, **layer.asked) for layer in layers)
         return sum(math.prod(each["lora_A"]) for each in shapes if "lora_A" in each)
 
     @property
     def trainable_parameters(self) -> int:
-        """Numbers that training moves: the factors and the modules trained in full, or what requires a gradient now."""
+        """The number of trained parameters: factors and modules trained in full, or what requires a gradient now."""
         planned = self.adapter_parameters - self.constant_parameters + self.saved_parameters
         return planned if self.trained_now is None else self.trained_now
 
     @property
     def trainable_share(self) -> float:
-        """Trainable parameters as a share of all, the factors included; 0 to 1."""
+        """The share of trainable parameters in all parameters, factors included; 0 to 1."""
         return self.trainable_parameters / max(self.base_parameters + self.adapter_parameters, 1)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
+        """Return the plan as plain JSON data."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that :meth:`to_json` wrote; raises TypeError or KeyError where the data are another thing."""
+        """Read what :meth:`to_json` wrote; raise TypeError or KeyError for any other data."""
         use_rslora = data["use_rslora"]
         layers = {key: tuple(_layer_from_json(item, use_rslora) for item in data[key]) for key in ("layers", "skipped")}
         names = {key: tuple(data[key]) for key in ("modules_to_save", "norms")}
@@ -208,7 +209,7 @@ class Plan:
         return str(self)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Return the table as HTML, for notebooks."""
         cells = [[f"<td>{escape(cell)}</td>" for cell in row] for row in self._rows()]
         table = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
         notes = "<br>".join(map(escape, self._footer()))
@@ -245,7 +246,7 @@ class Plan:
         return ["  ".join(_pad(*cell) for cell in zip(row, widths, left, strict=True)).rstrip() for row in rows]
 
     def _rank(self, layer: LayerPlan) -> str:
-        """The rank, and the method where it is not the plan's."""
+        """Return the rank, preceded by the method where that is not the plan's."""
         change, own = layer.change, METHODS[self.method]
         other = layer.rank and not issubclass(change, own)
         words = [layer.method] * bool(other) + [str(layer.rank)] * change.has_rank
@@ -255,11 +256,11 @@ class Plan:
         moves = "statistics move and belong to the adapter" if self.norm == "track" else "frozen in eval behaviour"
         saved = ", ".join(self.modules_to_save) or "none"
         return [
-            f"adapted layers: {len(self.layers)}, left alone: {len(self.skipped)}",
+            f"adapted layers: {len(self.layers)}, skipped: {len(self.skipped)}",
             f"trained in full: {saved} ({self.head_found_by}), {self.saved_parameters:,} parameters",
-            *([f"biases trained besides: of {len(self.biases)} modules"] if self.biases else []),
+            *([f"biases also trained: of {len(self.biases)} modules"] if self.biases else []),
             f"norm layers with statistics: {len(self.norms)}, {moves}",
-            f"frozen besides: {self._besides()}",
+            f"also frozen: {self._besides()}",
             f"trainable: {self.trainable_parameters:,} of {self.base_parameters + self.adapter_parameters:,} "
             f"parameters ({self.trainable_share:.2%}), {self.adapter_parameters:,} of them in factors",
             *(f"note: {note}" for note in self.notes),

@@ -149,7 +149,7 @@ def test_other_weights_of_the_base_are_named_and_can_be_allowed(saved):
     with torch.no_grad():
         base.hidden.bias += 1
         base.stem.weight += 1
-    refused(base, directory, r"(?s)stem\.weight: the base's numbers differ.*hidden\.bias.*check_base=False")
+    refused(base, directory, r"(?s)stem\.weight: the base's weights differ.*hidden\.bias.*check_base=False")
     convlora.load_adapter(base, directory, check_base=False)
 
 
@@ -167,7 +167,7 @@ def test_other_weights_of_the_base_are_named_and_can_be_allowed(saved):
 def test_a_base_digest_of_an_unknown_form_is_another_base(saved, digest, message):
     base, directory, _ = saved
     rewrite(directory, lambda m, t: m["base"].update({"stem.weight": digest}) is None)
-    refused(base, directory, r"stem\.weight: the base's numbers differ" + message)
+    refused(base, directory, r"stem\.weight: the base's weights differ" + message)
     convlora.load_adapter(base, directory, check_base=False)
 
 

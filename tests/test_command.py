@@ -435,7 +435,7 @@ def test_merged_weights_predict_as_the_adapter_does(folder, tmp_path, with_weigh
 def test_merge_onto_random_weights_is_refused_unless_asked_for(folder, tmp_path):
     out = tmp_path / "merged.safetensors"
     answer = run("merge", NETWORK, folder / "a", out, *CLASSES, code=1)
-    assert "the base's numbers differ" in answer.stderr and not list(tmp_path.iterdir())
+    assert "the base's weights differ" in answer.stderr and not list(tmp_path.iterdir())
     run("merge", NETWORK, folder / "a", out, *CLASSES, "--any-base")
     assert out.is_file()
 

@@ -236,7 +236,7 @@ def listed(manifest):
         (lambda m, t: m["plan"].update(rank=10**30), r"no layer of so high a rank"),
         (lambda m, t: m["plan"].update(adapter_name="de\u200bfault"), r"adapter_name='de\\u200bfault'"),
         (lambda m, t: m["plan"].update(model="\x1b[2J"), r"is no text to show"),
-        (lambda m, t: m["plan"]["skipped"].append(listed(m) | {"name": "x"}), r"left alone has a rank"),
+        (lambda m, t: m["plan"]["skipped"].append(listed(m) | {"name": "x"}), r"skipped layer has a rank"),
         (lambda m, t: m["plan"].update(base_parameters="many"), r"'many' is no number of parameters"),
         (lambda m, t: m["plan"]["norms"].append("block.3"), r"block\.3: a norm with statistics in the file, a Conv2d"),
         (lambda m, t: m.update(format=True), r"is of format True"),

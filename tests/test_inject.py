@@ -258,7 +258,7 @@ REFUSALS = [
     ({"target_modules": "(stem|fc)"}, TargetError, r"give re\.compile"),
     ({"target_modules": "bn1"}, TargetError, r"matches no layer that could be adapted of SmallNet"),
     ({"target_modules": nn.ConvTranspose2d}, TargetError, r"target_modules=ConvTranspose2d matches no layer"),
-    ({"target_modules": [3]}, TargetError, r"3 is no target; give a type"),
+    ({"target_modules": [3]}, TargetError, r"3 is not a valid target; give a type"),
     ({"exclude_modules": "nothing"}, TargetError, r"exclude_modules='nothing' matches no layer"),
     ({"exclude_modules": "*"}, TargetError, r"No layer of SmallNet would be adapted.*stem: excluded"),
     ({"rank_pattern": {"stme": 4}}, TargetError, r"rank_pattern='stme' matches no layer.*stem"),
@@ -284,8 +284,8 @@ REFUSALS = [
     ({"dropout": 1.0}, TargetError, r"dropout=1\.0; it must be at least 0 and below 1"),
     ({"adapter_name": "a.b"}, TargetError, r"adapter_name='a\.b'; it must be a name without a dot"),
     ({"adapter_name": "keys"}, TargetError, r"adapter_name='keys' is taken"),
-    ({"target_modules": 5}, TargetError, r"5 is no target; give a type"),
-    ({"target_modules": nn.Conv2d(1, 1, 1)}, TargetError, r"Conv2d\(.*is no target; give a type"),
+    ({"target_modules": 5}, TargetError, r"5 is not a valid target; give a type"),
+    ({"target_modules": nn.Conv2d(1, 1, 1)}, TargetError, r"Conv2d\(.*is not a valid target; give a type"),
     ({"target_modules": (), "modules_to_save": None}, TargetError, r"nothing would train"),
     ({"dropout": "x"}, TargetError, r"dropout='x'"),
     ({"alpha": True}, TargetError, r"alpha=True"),
@@ -327,8 +327,11 @@ def test_second_injection_is_refused(net):
 @pytest.mark.parametrize(
     "wrap, message",
     [
-        (lambda m: nn.DataParallel(m), r"DataParallel\. Take the model inside, inject first, then wrap"),
-        (lambda m: torch.compile(m), r"OptimizedModule\. Take the model inside, inject first, then torch\.compile"),
+        (lambda m: nn.DataParallel(m), r"DataParallel\. Unwrap it \(`model\.module`\): inject first, then wrap"),
+        (
+            lambda m: torch.compile(m),
+            r"OptimizedModule\. Unwrap it \(`model\._orig_mod`\): inject first, then torch\.compile",
+        ),
         (lambda m: torch.jit.trace(m.eval(), torch.randn(1, 3, 8, 8)), r"inject into the Python module"),
     ],
 )
@@ -344,10 +347,10 @@ def test_distributed_model_is_refused_with_the_remedy(net):
 
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel\. Take the model inside"):
+        with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel\. Unwrap it"):
             convlora.inject(DistributedDataParallel(net))
         wrapped = DistributedDataParallel(convlora.inject(net))
-        with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel\. Take the model inside"):
+        with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel\. Unwrap it"):
             convlora.add_adapter(wrapped, "second")  # whose gradients it would not synchronise
         assert len(list(convlora.adapter_parameters(wrapped))) == 5
     finally:

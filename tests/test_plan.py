@@ -32,7 +32,7 @@ def test_no_adapter_is_larger_than_its_layer(geometry, rank):
         assert layer.rank == rank or one_more > layer.base_parameters  # not capped harder than needed
         assert layer.scaling == pytest.approx(2.0)  # the cap changes no step size
     for layer in plan.skipped:
-        assert layer.note == "even rank 1 would outweigh the layer"
+        assert layer.note == "even rank 1 would have more parameters than the layer"
 
 
 def test_plan_touches_nothing_and_counts_what_inject_then_does(net):
@@ -59,13 +59,13 @@ def test_table_says_layer_rank_sizes_reasons_and_totals(net):
     assert str(convlora.summary(net)).splitlines() == [
         "SmallNet: adapter 'default', rank 8, alpha 16 (injected)",
         "layer    kind    weight      rank  base  adapter",
-        "block.0  Conv2d  16×1×3×3   dense   144      144  rank 8 would outweigh the layer",
+        "block.0  Conv2d  16×1×3×3   dense   144      144  rank 8 would have more parameters than the layer",
         "block.3  Conv2d  16×16×1×1      8   256      256",
         "stem     Conv2d  16×3×3×3       -   432        0  excluded",
-        "adapted layers: 2, left alone: 1",
+        "adapted layers: 2, skipped: 1",
         "trained in full: fc (attribute 'fc'), 39 parameters",
         "norm layers with statistics: 2, frozen in eval behaviour",
-        "frozen besides: 2 BatchNorm2d (64), 1 Linear (204)",
+        "also frozen: 2 BatchNorm2d (64), 1 Linear (204)",
         "trainable: 439 of 1,571 parameters (27.94%), 400 of them in factors",
     ]
     convlora.merge(net)
@@ -85,7 +85,7 @@ def test_a_layer_too_small_to_factor_is_taken_whole_and_a_frozen_one_stays_a_con
         plan = convlora.plan(model, 2, modules_to_save=None, **options)
         assert {layer.name: layer.method for layer in plan.layers} == methods
         assert {layer.name for layer in plan.layers if layer.use_dora} <= {"0"}
-        assert "even rank 1 would outweigh the layer" in {layer.note for layer in plan.skipped}
+        assert "even rank 1 would have more parameters than the layer" in {layer.note for layer in plan.skipped}
     convlora.inject(model, 2, modules_to_save=None)
     x = torch.randn(2, 3, 6, 6)
     model(x).square().sum().backward()

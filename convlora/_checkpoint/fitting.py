@@ -123,4 +123,4 @@ def _number_faults(manifest: Manifest, state: Mapping[str, Tensor], here: Mappin
     for key, text in manifest.base.items():
         if is_other(text, manifest.sketches.get(key, ""), state[key], here[key]):
             form, own = (each.rpartition(":")[0] for each in (text, here[key]))
-            yield f"  {key}: the base's numbers differ" + (f" ({form!r} in the file, {own!r} here)" * (form != own))
+            yield f"  {key}: the base's weights differ" + (f" ({form!r} in the file, {own!r} here)" * (form != own))

@@ -165,38 +165,52 @@ class _Convolution(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, saved: tuple[Any, ...], g: Tensor, x: Tensor | Form) -> tuple[Tensor | None, ...]:
-    """To x, A, B and the bias, each where it is needed."""
-    kept, weight, lora_A, lora_B, bias, hidden = saved
-    for_x, _, for_A, for_B, for_bias, *_ = ctx.needs_input_grad
-    geometry, scaling, path = ctx.geometry, ctx.scaling, ctx.path
-    A, B = in_dtype(lora_A, g.dtype), in_dtype(lora_B, g.dtype)
+    """Compute the gradients of x, A, B and the bias; None for each that is not needed."""
+    bias, for_bias = saved[4], ctx.needs_input_grad[4]
+    grads = (_gradients_from_dense if ctx.path == "weight" else _gradients_of_rank_r)(ctx, saved, g, x)
+    return (*grads, in_dtype(g.sum((0, *range(2, g.ndim))), bias.dtype) if for_bias else None)
+
+
+def _gradients_from_dense(ctx: Any, saved: tuple[Any, ...], g: Tensor, x: Tensor | Form) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of x, A and B on path ``"weight"``: those of A and B from the dense weight gradient."""
+    kept, weight, lora_A, lora_B, *_ = saved
+    for_x, _, for_A, for_B, *_ = ctx.needs_input_grad
+    grad_x = grad_A = grad_B = None
+    if for_A or for_B:
+        grad_A, grad_B = _through_dense(g, kept, lora_A, lora_B, ctx.scaling, ctx.geometry, for_A)
+    if for_x:
+        merged = plus_delta(weight, lora_A, lora_B, ctx.scaling)
+        grad_x = _input_grad(g, x, in_dtype(merged, g.dtype), ctx.geometry)
+    return grad_x, grad_A, grad_B
+
+
+def _gradients_of_rank_r(ctx: Any, saved: tuple[Any, ...], g: Tensor, x: Tensor | Form) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of x, A and B on the other paths: those of A and B through tensors of r channels."""
+    kept, weight, lora_A, lora_B, _, hidden = saved
+    for_x, _, for_A, for_B, *_ = ctx.needs_input_grad
+    geometry, scaling, is_branch = ctx.geometry, ctx.scaling, ctx.path == "branch"
+    A, B, flat = in_dtype(lora_A, g.dtype), in_dtype(lora_B, g.dtype), _flat(g)
+    read = None if kept is None else _as_read(kept, A, geometry)
     grad_x = grad_A = grad_B = t = None
-    if path == "weight":
-        if for_A or for_B:
-            grad_A, grad_B = _through_dense(g, kept, lora_A, lora_B, scaling, geometry, for_A)
-    else:
-        flat = _flat(g)
-        read = None if kept is None else _as_read(kept, A, geometry)
-        if for_A and for_x and path == "fused" and _as_one_product(g, weight, geometry):
-            grad_x, t = _both(flat, g, x, plus_delta(weight, lora_A, lora_B, scaling), B, geometry)
-        elif for_A or (for_x and path == "branch"):
-            t = _mix(B.T, flat)
-        if for_A:
-            assert t is not None and read is not None, "computed above"
-            grad_A = in_dtype(_weight_grad(t, g, read, A, geometry), lora_A.dtype).mul_(scaling)
-        if for_B:
-            if read is not None and (hidden is None or torch.is_grad_enabled()):
-                # Computed again rather than saved: in the forward it would cost as much, and memory besides.
-                hidden = _project(read, A, geometry)
-            grad_B = in_dtype(_outer(flat, hidden), lora_B.dtype).mul_(scaling)
+    if for_A and for_x and not is_branch and _as_one_product(g, weight, geometry):
+        grad_x, t = _both(flat, g, x, plus_delta(weight, lora_A, lora_B, scaling), B, geometry)
+    elif for_A or (for_x and is_branch):
+        t = _mix(B.T, flat)
+    if for_A:
+        assert t is not None and read is not None, "computed above"
+        grad_A = in_dtype(_weight_grad(t, g, read, A, geometry), lora_A.dtype).mul_(scaling)
+    if for_B:
+        if read is not None and (hidden is None or torch.is_grad_enabled()):
+            # Recomputed here: computing it in the forward would take as long, and saving it would take memory.
+            hidden = _project(read, A, geometry)
+        grad_B = in_dtype(_outer(flat, hidden), lora_B.dtype).mul_(scaling)
     if for_x and grad_x is None:
-        merged = weight if path == "branch" else plus_delta(weight, lora_A, lora_B, scaling)
+        merged = weight if is_branch else plus_delta(weight, lora_A, lora_B, scaling)
         grad_x = _input_grad(g, x, in_dtype(merged, g.dtype), geometry)
-        if path == "branch":
+        if is_branch:
             assert t is not None, "computed above"
             _add_input_grad(grad_x, t, g, x, A, scaling, geometry)
-    grad_bias = in_dtype(g.sum((0, *range(2, g.ndim))), bias.dtype) if for_bias else None
-    return grad_x, grad_A, grad_B, grad_bias
+    return grad_x, grad_A, grad_B
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

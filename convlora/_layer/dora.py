@@ -1,4 +1,4 @@
-"""DoRA: the weight's direction and its size per output channel, trained apart; arithmetic on plain tensors.
+"""DoRA: the direction and the magnitude of each output channel's weight, trained separately; on plain tensors.
 
 Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024 (arXiv:2402.09353): W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, the
 norm over all that meets one output channel and, as in section 4.3 there, a constant to the gradient. For a convolution
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def channel_norms(weight: Tensor, groups: int) -> Tensor:
-    """The Frobenius norm of what meets each output channel: ``(C_out,)``, in the weight's dtype.
+    """Compute the Frobenius norm of each output channel's weight: ``(C_out,)``, in the weight's dtype.
 
     Args:
         weight: ``(C_out, ...)``, or ``(C_in, C_out / groups, ...)`` of a transposed convolution.
@@ -29,13 +29,13 @@ def channel_norms(weight: Tensor, groups: int) -> Tensor:
 
 
 def channel_scale(magnitude: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """m / ‖W‖ per output channel; where all of a channel is zero, m."""
+    """Compute m / ‖W‖ per output channel, or m for a channel of zeros."""
     norms = channel_norms(weight.detach(), groups)
     return magnitude / torch.where(norms > 0, norms, 1)
 
 
 def scaled_weight(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
-    """Each output channel's kernel times its scale, in the weight's memory format."""
+    """Multiply each output channel's weight by its scale; the memory format is kept."""
     if not groups:
         return weight * scale.view(-1, *[1] * (weight.ndim - 1))
     rows = weight.shape[0]
@@ -44,9 +44,9 @@ def scaled_weight(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
 
 
 def scaled_output(y: Tensor, scale: Tensor, bias: Tensor | None, channel_dim: int) -> Tensor:
-    """The output with scaled weights, of one that has the bias in it already, in y's dtype; a scale of 1 moves no bit.
+    """Scale an output that contains the bias, as if the weight had been scaled; a scale of 1 changes no bit.
 
-    The channels, as many as there are scales, are in ``channel_dim``.
+    ``channel_dim`` is the dimension of the output channels. The result has y's dtype.
     """
     shape = [1] * y.ndim
     shape[channel_dim] = -1

@@ -1,4 +1,4 @@
-"""The adapter's arithmetic on plain tensors: no module, no state.
+"""The arithmetic of LoRA on plain tensors, without modules or state.
 
 Low-rank adaptation: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021 (arXiv:2106.09685);
 rank-stabilised scaling: Kalajdzievski, 2023 (arXiv:2312.03732). A convolution's weight is read as the matrix
@@ -24,7 +24,7 @@ Factors = tuple[Tensor, Tensor]
 
 
 class Geometry(NamedTuple):
-    """How a kernel is applied; a number for each spatial dimension."""
+    """The geometry of a convolution; one number per spatial dimension."""
 
     stride: Ints
     padding: Ints
@@ -33,27 +33,27 @@ class Geometry(NamedTuple):
 
 
 class Form(NamedTuple):
-    """All that a gradient needs to know of a tensor whose numbers are not kept."""
+    """Shape and strides of a tensor that is not kept: enough to compute the gradient of its shape."""
 
     shape: Ints
     strides: Ints
 
     @classmethod
     def of(cls, tensor: Tensor) -> Form:
-        """A tensor's."""
+        """Return a tensor's form."""
         return cls(tensor.shape, tensor.stride())
 
     def stride(self, dim: int) -> int:
-        """As the tensor's."""
+        """Return one stride, as ``Tensor.stride`` does."""
         return self.strides[dim]
 
     def empty(self, like: Tensor) -> Tensor:
-        """A tensor of this form, its numbers not written: memory that is there for a moment."""
+        """Return an uninitialised tensor of this form, in the dtype and on the device of ``like``."""
         return torch.empty_strided(self.shape, self.strides, dtype=like.dtype, device=like.device)
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The change ΔW that an adapter makes to a layer's weight.
+    """Compute ΔW, the change that LoRA makes to a layer's weight.
 
     >>> delta_weight(torch.ones(2, 3, 5, 5), torch.ones(8, 2), scaling=0.5).shape
     torch.Size([8, 3, 5, 5])
@@ -79,7 +79,7 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 
 def hashed(tensor: Tensor) -> str:
-    """A 64-bit hash of a tensor's numbers, 16 hex digits, wherever they lie."""
+    """Return a 64-bit hash of a tensor's values as 16 hex digits; the device makes no difference."""
     host = tensor.detach().cpu().contiguous()
     data = (ctypes.c_char * host.nbytes).from_address(host.data_ptr()) if host.nbytes else b""
     return hashlib.blake2b(data, digest_size=8).hexdigest()
@@ -93,27 +93,27 @@ def is_finite(tensor: Tensor | None) -> bool:
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A block that computes in the tensors' own dtypes.
+    """Return a context in which autocast is off.
 
-    W + ΔW is computed in one: a product in half precision would make it differ from the merged weight.
+    W + ΔW is computed in it; under autocast B @ A would be rounded to half precision and not match the merged weight.
     """
     return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
 
 
 def autocasts(device_type: str) -> bool:
-    """Whether autocast is on for a kind of device; meta, say, has none."""
-    # PyTorch 2.6's compiler cannot ask the first, and compiles for no kind of device that has no autocast.
+    """Return whether autocast is on for a device type. Some, such as meta, do not have it."""
+    # PyTorch 2.6 cannot compile is_autocast_available, and its compiler serves only devices that have autocast.
     there = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
     return there and torch.is_autocast_enabled(device_type)
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """W + ΔW in the weight's dtype, shape and memory format; the sum is taken in the wider dtype and rounded once.
+    """Compute W + ΔW in the weight's dtype, shape and memory format, rounding once from the wider dtype.
 
-    One product that starts from W: less traffic through memory than ΔW by itself and then a sum.
+    One fused product and sum (addmm), which moves less memory than computing ΔW first.
 
     Args:
-        weight: as many numbers as ``(C_out, *lora_A.shape[1:])`` has.
+        weight: with as many elements as ``(C_out, *lora_A.shape[1:])``.
         lora_A: ``(rank, C_in / groups, kH, kW)``.
         lora_B: ``(C_out, rank)``, or ``(C_out, rank, 1, 1)`` as peft keeps it.
         scaling: what multiplies B @ A.
@@ -135,36 +135,36 @@ def plus_delta(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 
 
 def has_channels_last(weight: Tensor) -> bool:
-    """Whether a kernel's input channels lie side by side in memory, as in torch's channels_last formats."""
+    """Return whether a kernel is in one of torch's channels_last memory formats."""
     return weight.ndim > 2 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``; where there is nothing to do, a comparison costs a tenth of the call.
+    """Return ``tensor.to(dtype)``, without the call if the dtype is already right.
 
-    In training each layer's caches are full of other things, and a call that does nothing takes 15 µs.
+    The comparison takes a tenth of the time of that call, which is 15 µs in training, when caches are cold.
     """
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def is_tracing() -> bool:
-    """Whether ``torch.jit.trace`` records what is computed."""
+    """Return whether ``torch.jit.trace`` is recording."""
     return torch._C._get_tracing_state() is not None
 
 
 def is_transformed() -> bool:
-    """Whether tracing, ``torch.func`` or forward mode is at work, which the autograd functions here do not know."""
+    """Return whether tracing, ``torch.func`` or forward mode is active: our autograd functions support none of them."""
     functions: bool = torch._C._are_functorch_transforms_active()
     return functions or is_tracing() or cast(Any, forward_ad)._current_level >= 0
 
 
 def is_float_on_cpu(x: Tensor) -> bool:
-    """Whether matrix products may stand in for oneDNN's kernels: what they save was measured there alone."""
+    """Return whether x is fp32 or fp64 on a CPU: only there do matrix products replace oneDNN's kernels."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def move_like(tensor: Tensor, other: Tensor | None) -> Tensor:
-    """The tensor, the same object, on the other's device and in its dtype; its gradient with it."""
+    """Move the tensor and its gradient to the other's device and dtype, in place; return the same object."""
     if other is not None and (other.device, other.dtype) != (tensor.device, tensor.dtype):
         grad, tensor.grad = tensor.grad, None
         tensor.data = tensor.data.to(other.device, other.dtype)
@@ -173,7 +173,7 @@ def move_like(tensor: Tensor, other: Tensor | None) -> Tensor:
 
 
 def largest_rank(weight_shape: Sequence[int]) -> int:
-    """The largest rank whose two factors hold no more numbers than the weight; 0 where none does.
+    """Return the largest rank at which A and B have no more parameters than the weight; 0 if there is none.
 
     >>> largest_rank((64, 64, 3, 3)), largest_rank((32, 1, 3, 3)), largest_rank((1, 512))
     (57, 7, 0)
@@ -183,12 +183,12 @@ def largest_rank(weight_shape: Sequence[int]) -> int:
 
 
 def scaling_of(alpha: float, rank: int, use_rslora: bool) -> float:
-    """What multiplies B @ A: alpha / rank, or alpha / √rank with rsLoRA."""
+    """Return the factor of B @ A: alpha / rank, or alpha / √rank with rsLoRA."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def alpha_of(scaling: float, rank: int, use_rslora: bool) -> float:
-    """The alpha whose :func:`scaling_of` this is: to the bit where there is one, else the nearest."""
+    """Return the alpha with exactly this :func:`scaling_of`, or the nearest if there is none."""
     near = scaling / scaling_of(1.0, rank, use_rslora)
     alphas = (near, math.nextafter(near, math.inf), math.nextafter(near, 0.0))
     return next((alpha for alpha in alphas if scaling_of(alpha, rank, use_rslora) == scaling), near)

@@ -1,4 +1,4 @@
-"""The nearest change of a lower rank, by the singular value decomposition; on plain tensors.
+"""The best approximation of a change by a lower rank, by singular value decomposition; on plain tensors.
 
 A change ΔW is read as the matrix ``(C_out, fan_in)``. The first r singular values and vectors are the nearest matrix of
 rank r in the Frobenius norm (Eckart and Young, 1936).
@@ -34,10 +34,10 @@ class Spectrum:
 
     @classmethod
     def of(cls, delta: Tensor) -> Spectrum:
-        """Of a dense change, shaped like the weight."""
+        """Decompose a dense change, shaped like the weight."""
         matrix = delta.detach().flatten(1)
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        if matrix.shape[1] > 2 * matrix.shape[0]:  # wide: what is left of the rows decomposes faster
+        if matrix.shape[1] > 2 * matrix.shape[0]:  # wide: decomposing the triangular factor is faster
             Q, R = torch.linalg.qr(matrix.T)
             U, S, V = torch.linalg.svd(R.T, full_matrices=False)
             return cls(U, S, V @ Q.T, tuple(delta.shape))
@@ -46,7 +46,7 @@ class Spectrum:
 
     @classmethod
     def of_sum(cls, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Spectrum:
-        """Of Σ factor · B @ A, given as ``(A, B, factor)``; in double precision, never forming the dense matrix.
+        """Decompose Σ factor · B @ A, given as ``(A, B, factor)``, in double precision, without the dense matrix.
 
         Both stacks of factors are orthogonalised, and the small core between them is decomposed.
         """
@@ -64,19 +64,19 @@ class Spectrum:
         return float(torch.linalg.vector_norm(self.S))
 
     def lost(self, rank: int) -> float:
-        """‖ΔW − ΔW_r‖: what the first ``rank`` singular values leave out."""
+        """Return ‖ΔW − ΔW_r‖, the error of the best approximation of this rank."""
         return float(torch.linalg.vector_norm(self.S[rank:]))
 
     def rank_for(self, tolerance: float) -> int:
-        """The smallest rank, at least 1, that loses at most ``tolerance`` · ‖ΔW‖."""
+        """Return the smallest rank, at least 1, whose error is at most ``tolerance`` · ‖ΔW‖."""
         tails = self.S.double().square().flip(0).cumsum(0).flip(0)  # tails[r]: lost² at rank r
         return max(1, int((tails > (tolerance * self.size) ** 2).sum()))
 
     def factors(self, rank: int, scaling: float) -> Factors:
-        """lora_A and lora_B of this rank with scaling · B @ A nearest to ΔW; each carries half of the size.
+        """Return A and B of this rank with scaling · B @ A nearest to ΔW; each gets the root of the singular values.
 
-        Where the change has a lower rank than asked for, the rest of A is drawn and that of B is zero, as in a fresh
-        adapter, so that training on can use it.
+        If the change has a lower rank than asked for, the rest of A is random and the rest of B is zero, as in a fresh
+        adapter, so that further training can use it.
         """
         there = min(rank, int((self.S[:1] * torch.finfo(self.S.dtype).eps < self.S).sum()))
         roots = (self.S[:there] / abs(scaling)).sqrt()
@@ -90,12 +90,12 @@ class Spectrum:
 
     @property
     def room(self) -> int:
-        """The largest rank that the layer should have: its factors would outweigh it beyond."""
+        """The largest rank that the layer should have: above it, A and B have more parameters than the layer."""
         return largest_rank(self.shape)
 
 
 def tolerance_of(energy: float) -> float:
-    """The relative error that is left when this share of ‖ΔW‖² is kept.
+    """Return the relative error that remains if this share of ‖ΔW‖² is kept.
 
     >>> round(tolerance_of(0.99), 6)
     0.1

@@ -1,4 +1,4 @@
-"""What a plan refuses: arguments out of range, wrappers, layers that cannot carry an adapter."""
+"""Checks by which a plan is refused: arguments out of range, wrapped models, layers that cannot be adapted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .targets import Named, is_convolution
 
 
 def check_variant(n: Named, change: type[Change], init: str, use_dora: bool) -> None:
-    """A layer that the variants asked for are defined for."""
+    """Raise UnsupportedLayerError where DoRA or EVA is asked for and not defined for the layer."""
     if use_dora and not has_parameter(n.module):
         raise UnsupportedLayerError(
             f"{n.name}: its weight is computed (weight_norm, spectral_norm), and DoRA's magnitudes need one that "
@@ -34,14 +34,14 @@ def check_variant(n: Named, change: type[Change], init: str, use_dora: bool) -> 
         and not isinstance(n.module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
     ):
         raise UnsupportedLayerError(
-            f"{n.name}: init='eva' needs to know what the kernels meet, as in nn.Linear and torch's convolutions that "
-            f"are not transposed; this is a {original_class(n.module).__name__}. Use another init or exclude_modules. "
+            f"{n.name}: init='eva' reads the input patches of nn.Linear and of torch's convolutions that are not "
+            f"transposed; this is a {original_class(n.module).__name__}. Use another init or exclude_modules. "
             "Nothing was changed."
         )
 
 
 def check_any_conv(adaptable: list[Named], model: nn.Module) -> None:
-    """The default targets are convolutions: there must be one."""
+    """Raise TargetError if the model has no convolution, since these are the default targets."""
     if not any(is_convolution(n.module) for n in adaptable):
         raise TargetError(
             f"{type(model).__name__} has no convolution. For linear layers name their type, target_modules=nn.Linear; "
@@ -50,7 +50,7 @@ def check_any_conv(adaptable: list[Named], model: nn.Module) -> None:
 
 
 def check_any_left(layers: list[LayerPlan], targets: set[nn.Module], saved: list[Named], model: nn.Module) -> None:
-    """Targets of which none can be adapted are a mistake, and so is an adapter that trains nothing."""
+    """Raise TargetError if no target can be adapted, or if the adapter would train nothing."""
     if targets and not any(layer.rank for layer in layers):
         name = type(model).__name__
         remedy = "Name other layers, a rank or a method that they have; target_modules=() trains the head alone."
@@ -61,17 +61,17 @@ def check_any_left(layers: list[LayerPlan], targets: set[nn.Module], saved: list
 
 
 WRAPPERS = {
-    "DistributedDataParallel": "inject first, then wrap",
-    "DataParallel": "inject first, then wrap",
-    "FullyShardedDataParallel": "inject first, then wrap",
-    "FSDPModule": "inject first, then shard",
-    "OptimizedModule": "inject first, then torch.compile",
-    "ScriptModule": "inject into the Python module, then trace it",
+    "DistributedDataParallel": "Unwrap it (`model.module`): inject first, then wrap",
+    "DataParallel": "Unwrap it (`model.module`): inject first, then wrap",
+    "FullyShardedDataParallel": "Unwrap it (`model.module`): inject first, then wrap",
+    "FSDPModule": "Inject first, then shard",
+    "OptimizedModule": "Unwrap it (`model._orig_mod`): inject first, then torch.compile",
+    "ScriptModule": "Inject into the Python module, then trace it",
 }
 
 
 def check_model(model: nn.Module) -> None:
-    """A module, neither wrapped nor compiled nor sharded, and every layer with a shape."""
+    """Raise if the model is not a module, is wrapped, compiled or sharded, or has a lazy layer without a shape."""
     if not isinstance(model, nn.Module):
         raise TargetError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
     for name, module in model.named_modules():
@@ -83,8 +83,9 @@ def check_model(model: nn.Module) -> None:
                 )
             if cls.__name__ in WRAPPERS and cls.__module__.startswith("torch."):
                 where = name or "the model"
-                remedy = f"Take the model inside, {WRAPPERS[cls.__name__]}"
-                raise UnsupportedLayerError(f"{where} is wrapped: {cls.__name__}. {remedy}. Nothing was changed.")
+                raise UnsupportedLayerError(
+                    f"{where} is wrapped: {cls.__name__}. {WRAPPERS[cls.__name__]}. Nothing was changed."
+                )
         if any(nn.parameter.is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
             raise UnsupportedLayerError(
                 f"{name}: {type(module).__name__} has no shape yet; run one batch through the model before "
@@ -93,17 +94,17 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_not_ddp(model: nn.Module) -> None:
-    """Raise where DDP would go on averaging the gradients of another adapter's parameters."""
+    """Raise if the model is in a DDP, which would go on averaging the gradients of another adapter's parameters."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise UnsupportedLayerError(
             "The model is wrapped in DistributedDataParallel, which would not average the gradients of another "
-            "adapter. Call convlora.set_adapter on the model inside (ddp.module), then wrap it again before you train. "
-            "Nothing was changed."
+            "adapter. Call convlora.set_adapter on the unwrapped model (ddp.module), then wrap it again before you "
+            "train. Nothing was changed."
         )
 
 
 def warn_of_ddp(root: nn.Module, stacklevel: int) -> None:
-    """Warn where a DDP that holds the model would not average the gradients of the adapter that is active now."""
+    """Warn if a DDP that holds the model would not average the gradients of the adapter that is active now."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     ddp = nn.parallel.DistributedDataParallel
@@ -117,10 +118,10 @@ def warn_of_ddp(root: nn.Module, stacklevel: int) -> None:
 
 
 def check_adaptable(n: Named, dropout: float) -> None:
-    """A plain floating weight, a free attribute, and a forward that dropout knows."""
+    """Raise unless the layer has a plain floating-point weight, and a plain forward if dropout is asked for."""
     weight = n.module._parameters.get("weight")
     if weight is not None and not weight.is_floating_point():
-        raise UnsupportedLayerError(f"{n.name}: its weight is not of a floating type; use exclude_modules.")
+        raise UnsupportedLayerError(f"{n.name}: its weight does not hold floating-point numbers; use exclude_modules.")
     if weight is not None and is_traceable_wrapper_subclass(weight):
         raise UnsupportedLayerError(
             f"{n.name}: its weight is a {type(weight).__name__}, not a plain tensor (quantized or sharded?). Inject "
@@ -148,16 +149,16 @@ def check_adaptable(n: Named, dropout: float) -> None:
 
 
 def check_plan(plan: Plan) -> None:
-    """A plan that comes from a file: every value as :func:`plan` would have made it."""
+    """Raise TargetError if a plan from a file has a value that :func:`plan` would not have given it."""
     Request.of(vars(plan))
     checked_rank(plan.rank, "rank")
     check_alpha(plan.alpha, "alpha")
     names = [layer.name for layer in plan.layers]
     for name in (*names, *plan.modules_to_save, *plan.norms, *plan.biases):
         if not isinstance(name, str):
-            raise TargetError(f"{name!r} is no layer name.")
+            raise TargetError(f"{name!r} is not a layer name.")
     if plan.rank > MORE_THAN_ANY:
-        raise TargetError(f"rank={plan.rank}; there is no layer of so high a rank.")
+        raise TargetError(f"rank={plan.rank}; no layer has so high a rank.")
     if len(set(names)) < len(names):
         raise TargetError("a layer is listed twice.")
     for layer in plan.layers:
@@ -188,7 +189,7 @@ def check_plan(plan: Plan) -> None:
 
 
 def _check_shown(plan: Plan) -> None:
-    """What of a plan is only shown: a table must not break on it, nor a terminal."""
+    """Check the values that are only shown, so that they cannot garble a table or a terminal."""
     listed = (*plan.layers, *plan.skipped)
     texts = [plan.model, plan.head_found_by, plan.state, *plan.notes]
     texts += [text for each in listed for text in (each.name, each.kind, each.note)]
@@ -197,7 +198,7 @@ def _check_shown(plan: Plan) -> None:
         if not isinstance(text, str) or not text.isprintable():
             raise TargetError(f"{text!r} is no text to show.")
     if any(each.rank for each in plan.skipped):
-        raise TargetError("a layer that is left alone has a rank.")
+        raise TargetError("a skipped layer has a rank.")
     counts = [plan.base_parameters, plan.saved_parameters, *(part.parameters for part in plan.others)]
     counts += [n for each in listed for n in (*each.weight_shape, each.rank)]
     for count in counts:

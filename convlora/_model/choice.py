@@ -96,7 +96,7 @@ class Choice:
             note = f"rank {rank}: {change.ranks}"
         elif fitting < rank:
             least = "even rank 1" if change.has_rank else f"method {change.method!r}"
-            note = f"{f'rank {rank}' if fitting else least} would outweigh the layer"
+            note = f"{f'rank {rank}' if fitting else least} would have more parameters than the layer"
             if self._is_taken_whole(n, fitting):
                 # The difference itself holds no more, and can be any.
                 planned = replace(planned, method=Dense.method, options={}, scaling=1.0, use_dora=False)

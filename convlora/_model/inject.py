@@ -270,35 +270,42 @@ def _freeze_base(injection: Injection, model: nn.Module) -> None:
 
 
 def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) -> None:
-    """Give the adapter copies of its own of all that training moves besides factors, kept until it is active.
+    """Copy for the adapter each tensor, besides factors, that training changes; it is kept until the adapter is active.
 
-    Every buffer is among them: not only statistics move in train mode.
+    All buffers are copied, since train mode may change other buffers than running statistics.
     """
     plan = adapter.plan
-    trained = {module for name in plan.modules_to_save for module in model.get_submodule(name).modules()}
-    owned = trained | {norm for norm, policy in adapter.norms.items() if policy == "track"}
+    in_full = {module for name in plan.modules_to_save for module in model.get_submodule(name).modules()}
     with_bias = {model.get_submodule(name) for name in plan.biases}
     copies: dict[int, Tensor] = {}  # by identity: tensors shared between modules stay shared
+    for place in _places_changed(injection, adapter, model, in_full, with_bias):
+        module, name, base = place.module, place.name, place.of(BASE)
+        is_trained, dtype = module in with_bias and name == "bias", None if base is None else base.dtype
+        if module in in_full and isinstance(base, nn.Parameter):
+            # Also for a tied parameter that is copied already: each of its modules must read it in the base's dtype.
+            is_trained = True
+            dtype = torch.float32 if keep_in_fp32(module, name, base, module in adapter.norms) else dtype
+        if base is not None and id(base) not in copies:
+            copies[id(base)] = _own_copy(base, is_trained, dtype)
+        place.kept[plan.adapter_name] = None if base is None else copies[id(base)]
+
+
+def _places_changed(
+    injection: Injection, adapter: Adapter, model: nn.Module, in_full: set[nn.Module], with_bias: set[nn.Module]
+) -> Iterator[Place]:
+    """Yield the places whose tensors training the adapter changes; places that are new are added to the record."""
+    owned = in_full | {norm for norm, policy in adapter.norms.items() if policy == "track"}
     places = {(place.module, place.name): place for place in injection.places}
     for module in (m for m in model.modules() if not isinstance(m, (LayerAdapters, Change))):
         parameters = module._parameters if module in owned else {}
         if module in with_bias - owned:
             parameters = {"bias": module._parameters["bias"]}
-        for name, now in (*parameters.items(), *module._buffers.items()):
-            if now is None and name in parameters:
-                continue
-            place = places.get((module, name))
-            if place is None:
-                place = Place(module, name, is_parameter=name in parameters)
-                injection.places.append(place)
-            base = place.of(BASE)
-            is_trained, dtype = module in with_bias and name == "bias", None if base is None else base.dtype
-            if module in trained and isinstance(base, nn.Parameter):
-                is_trained = True  # of a tied parameter each module is told, and the copy is one
-                dtype = torch.float32 if keep_in_fp32(module, name, base, module in adapter.norms) else dtype
-            if base is not None and id(base) not in copies:
-                copies[id(base)] = _own_copy(base, is_trained, dtype)
-            place.kept[plan.adapter_name] = None if base is None else copies[id(base)]
+        names = [name for name, parameter in parameters.items() if parameter is not None]
+        for name in (*names, *module._buffers):
+            if (module, name) not in places:
+                places[module, name] = Place(module, name, is_parameter=name in parameters)
+                injection.places.append(places[module, name])
+            yield places[module, name]
 
 
 def _own_copy(base: Tensor, is_trained: bool, dtype: torch.dtype | None) -> Tensor:

@@ -211,21 +211,32 @@ class MasteredNorm(Mastered, TrackedNorm):
 
 
 def set_policy(norm: nn.Module, policy: NormPolicy | None, holder: nn.Module | None) -> None:
-    """Freeze the norm, track it, or with None give it back its own class and mode; may be run again.
+    """Freeze the norm, track it, or (with None) restore its class and mode. May be run again.
 
-    A norm that was frozen gets the mode that it had; where the module that holds it has changed its mode meanwhile, it
-    follows.
+    Args:
+        norm: a norm layer with running statistics.
+        policy: what the active adapter asks for.
+        holder: the module whose child the norm is; None for the root.
     """
     if policy is not None:
         swap_over(norm, MasteredNorm if policy == "track" and DTYPES in vars(norm) else POLICIES[policy])
     elif isinstance(norm, (FrozenNorm, TrackedNorm)):
         restore(cast(nn.Module, norm))
-    mode, mode_of_holder = vars(norm).get(MODES, (vars(norm)["training"], None))
-    followed = holder is None or mode_of_holder in (None, holder.training)
-    mode = mode if followed or holder is None else holder.training
+    mode = _mode_unfrozen(norm, holder)
     if policy == "freeze":
         vars(norm)[MODES] = mode, None if holder is None else holder.training
-        vars(norm)["training"] = False  # for who looks past the property
+        vars(norm)["training"] = False  # for code that reads the instance's dictionary instead of the property
     else:
         norm.training = mode
-        vars(norm).pop(MODES, None)  # last: an interrupt before it must not lose the mode
+        vars(norm).pop(MODES, None)  # last: an interrupt before this line must not lose the mode
+
+
+def _mode_unfrozen(norm: nn.Module, holder: nn.Module | None) -> bool:
+    """Return the mode that the norm has when it is not frozen.
+
+    That is its mode before it was frozen, or the mode of the module that holds it, if that has changed since.
+    """
+    mode, mode_of_holder = vars(norm).get(MODES, (vars(norm)["training"], None))
+    if holder is None or mode_of_holder is None or mode_of_holder == holder.training:
+        return cast(bool, mode)
+    return holder.training

@@ -105,8 +105,8 @@ def matches(target: Target, candidate: Named) -> bool:
     if callable(target) and not isinstance(target, nn.Module):
         return any(_ask(target, name, candidate.module) for name in candidate.names)
     raise TargetError(
-        f"{target!r} is no target; give a type such as nn.Conv2d, a glob such as 'layer4.*', a compiled regular "
-        "expression, or a function (name, module) -> bool."
+        f"{target!r} is not a valid target; give a type such as nn.Conv2d, a glob such as 'layer4.*', a compiled "
+        "regular expression, or a function (name, module) -> bool."
     )
 
 
