@@ -332,7 +332,7 @@ def test_second_injection_is_refused(net):
             lambda m: torch.compile(m),
             r"OptimizedModule\. Unwrap it \(`model\._orig_mod`\): inject first, then torch\.compile",
         ),
-        (lambda m: torch.jit.trace(m.eval(), torch.randn(1, 3, 8, 8)), r"inject into the Python module"),
+        (lambda m: torch.jit.trace(m.eval(), torch.randn(1, 3, 8, 8)), r"Inject into the Python module"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit")

@@ -1,4 +1,4 @@
-"""The adapted layer: the effective weight that the base's own forward reads, and how a layer comes to have it.
+"""The adapted layer: a layer whose own forward reads the effective weight.
 
 A layer is adapted by a class swap (``swap.py``) that turns ``weight`` into a property, W + ΔW. The base Parameter stays
 in ``_parameters["weight"]``, so the layer keeps its forward, geometry, hooks and state-dict keys.
@@ -33,8 +33,8 @@ CHILD = "convlora"
 """The child of an adapted layer that holds its adapters by name, hence the key ``conv1.convlora.default.lora_A``."""
 
 ASIDE = "_convlora_aside"
-"""The attribute of a merged layer that holds its adapters and what the merged weight has taken the place of. As no
-child, so that who walks through the modules finds the plain layer, and no factors beside a weight that has them."""
+"""The attribute of a merged layer that holds its adapters and what the merged weight has replaced. It is not a child
+module, so that ``modules()`` and ``state_dict()`` show a plain layer without factors."""
 
 
 ASSIGNED = (
@@ -43,44 +43,44 @@ ASSIGNED = (
 )
 
 GETATTR = nn.Module.__getattr__
-"""torch's own: torch.fx puts another in its place while it follows a network's code."""
+"""torch's own function; torch.fx replaces it while it traces a network."""
 
 WRITERS = {"reset_parameters", "convert_conv2d_weight_memory_format", "convert_conv3d_weight_memory_format"}
-"""Functions that read ``weight`` to write into it in place: they are given the base's, where the write lasts."""
+"""Functions that read ``weight`` to write into it in place. They get the base's weight, where the write lasts."""
 SHARDED = "_is_fsdp_managed_module"
-"""What FSDP puts on each module that it manages. It takes parameters out, and puts views of its flat one in."""
+"""The attribute that FSDP sets on each module whose parameters it replaces by views of its flat parameter."""
 OFFLOADED = "_hf_hook"
-"""What accelerate puts on each module with tensors of its own: a hook that brings them before the module's forward."""
+"""The attribute of accelerate's hook, which loads a module's tensors to the device before its forward."""
 
 DAMAGED = "The adapter of this layer is damaged ({}); inject or load it again."
 
 
 class LayerAdapters(nn.ModuleDict):
-    """A layer's adapters by name, and which of them is active."""
+    """The changes of one layer by adapter name, and which adapter is active."""
 
     active: Owner | None = None
-    """None where the layer computes with the base's weight alone."""
+    """None if the layer computes with the base's weight."""
 
     live: Mix | None = None
-    """What is active in a model that is prepared for hot swaps: found without a name, which compilers would guard."""
+    """The active change of a model that is prepared for hot swaps, held without its name, on which compilers guard."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kept = Kept()
 
     def activate(self, owner: Owner | None) -> None:
-        """Let the layer compute with this owner's changes."""
+        """Make the layer compute with this owner's changes, or with the base's weight (None)."""
         there = () if owner is None else self._there(owner)
         self.active, self.live = owner, there[0][0].live(there[0][1]) if len(there) == 1 else None
 
     def current(self) -> Change | Mix | None:
-        """What the layer computes with outside of ``use_adapters`` blocks; None for the base alone."""
+        """Return the active change, as used outside of ``use_adapters`` blocks; None for the base's weight."""
         if self.live is not None:
             return self.live
         return None if self.active is None else self.of(self.active)
 
     def of(self, owner: Owner) -> Change | Mix | None:
-        """What the layer computes with for an owner; None where it has nothing of it."""
+        """Return the change that an owner computes with here; None if it has none."""
         if isinstance(owner, str):
             change = cast("Change | None", self._modules.get(owner))
             if change is None or change.strength == 1:
@@ -89,7 +89,7 @@ class LayerAdapters(nn.ModuleDict):
         return Mix(parts) if parts else None
 
     def parts(self, owner: Owner) -> Weighted:
-        """The changes of an owner in this layer, each with the weight that it has in all, where that is not 0."""
+        """Return an owner's changes here, each with its weight times its strength, if that is not 0."""
         parts = ((change, weight * change.strength) for change, weight in self._there(owner))
         return tuple((change, weight) for change, weight in parts if weight)
 
@@ -99,24 +99,24 @@ class LayerAdapters(nn.ModuleDict):
         return tuple((change, weight) for change, weight in there if change is not None)
 
     def change_key(self, owner: Owner) -> Hashable:
-        """What tells an owner's change of this layer from others'."""
+        """Return a key that two owners share only if they compute with the same change here."""
         return tuple((id(change), weight) for change, weight in self.parts(owner))
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = cast(Any, super())._replicate_for_data_parallel()
-        replica.live = None  # it is of the model that was replicated: by its name a replica finds its own
+        replica.live = None  # that change belongs to the original; the replica looks up its own by name
         return replica
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.kept.clear()  # of another dtype or on another device
+        self.kept.clear()  # computed in another dtype or on another device
         return cast(Any, super())._apply(*args, **kwargs)
 
 
 class AdaptedLayer(Swapped):
-    """What the swap adds to a convolution or linear layer."""
+    """The mixin that turns a convolution or linear layer into an adapted one."""
 
     _convlora_prefix: ClassVar[str] = "Adapted"
-    # torch.fx takes a module for a leaf when its class is from torch.nn; traced into, it could not follow the property.
+    # torch.fx treats classes from torch.nn as leaves. It could not trace through the property.
     _convlora_module: ClassVar[str | None] = "torch.nn.modules.conv"
 
     @property
@@ -126,7 +126,7 @@ class AdaptedLayer(Swapped):
         if not torch.compiler.is_compiling() and (SHARDED in vars(layer) or OFFLOADED in vars(layer)):
             asker = sys._getframe(1).f_globals.get("__name__", "")
             if asker.startswith(("torch.distributed.fsdp.", "accelerate.")):
-                # They ask by getattr for the tensor that they move, and FSDP would shard W + ΔW in its place.
+                # They read the tensor that they move by getattr; given W + ΔW, FSDP would shard that.
                 return vars(layer)["weight"] if "weight" in vars(layer) else cast(Tensor, GETATTR(layer, "weight"))
         try:
             if not torch.compiler.is_compiling():
@@ -140,15 +140,17 @@ class AdaptedLayer(Swapped):
                     _check_dropout(layer, self._convlora_base, reader)
             return layer_weight(layer)
         except AttributeError as cause:
-            # As an AttributeError of a property it would fall through to nn.Module.__getattr__, which would hand
-            # back the base weight without a word.
+            # Python answers an AttributeError in a property with nn.Module.__getattr__, which would silently return
+            # the base's weight.
             raise StateError(DAMAGED.format(cause)) from cause
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
         if "weight" not in vars(self) and SHARDED not in vars(self):
             raise StateError(ASSIGNED)
-        vars(self)["weight"] = value  # torch's older weight_norm: its hook writes the base's weight here each time
+        vars(self)["weight"] = (
+            value  # the hook of torch's older weight_norm writes the base's weight here before each forward
+        )
 
     @weight.deleter
     def weight(self) -> None:
@@ -157,10 +159,10 @@ class AdaptedLayer(Swapped):
         del vars(self)["weight"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's own forward with the effective weight; with dropout in training, base plus branch."""
+        """Compute the base's own forward with the effective weight; with dropout in training, base plus branch."""
         layer = cast(nn.Module, self)
         if not isinstance(self, AdaptedLayer):
-            # Another library kept this method bound, as its wrapper's inner forward, and the layer is merged or plain.
+            # A wrapper of another library has kept this bound method, and the layer has been merged or restored since.
             return type(layer).forward(layer, *args, **kwargs)
         route, adapters = route_of(layer), held(layer)
         if route is not None:
@@ -191,7 +193,7 @@ class AdaptedLayer(Swapped):
         if name == "weight" and "_convlora_loading" not in vars(self):
             if SHARDED not in vars(self) or name in cast(nn.Module, self)._parameters:
                 raise StateError(ASSIGNED)
-            cast(nn.Module, self)._parameters[name] = param  # FSDP puts back what it took out
+            cast(nn.Module, self)._parameters[name] = param  # FSDP restores the parameter that it had replaced
             return
         super().register_parameter(name, param)  # type: ignore[misc]
 
@@ -205,7 +207,7 @@ class AdaptedLayer(Swapped):
 
 
 def own_weight(layer: nn.Module) -> Tensor:
-    """The base's weight of an adapted, unmerged layer: its Parameter, or what it is computed to be."""
+    """Return the base's weight of an adapted, unmerged layer: its Parameter, or the value computed for it."""
     weight = layer._parameters.get("weight")
     if weight is None:
         weight = vars(layer).get("weight")
@@ -217,7 +219,7 @@ def _is_offloaded(change: Change | Mix) -> bool:
 
 
 def _forward_offloaded(layer: AdaptedLayer, change: Change | Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The forward with the factors brought by accelerate's hook on them, which comes before their own forward only."""
+    """Compute the forward with the factors loaded by accelerate's hooks, which nothing else runs."""
     hooked = [(vars(each)[OFFLOADED], each) for each, _ in change.parts if OFFLOADED in vars(each)]
     for hook, each in hooked:
         hook.pre_forward(each)
@@ -226,7 +228,7 @@ def _forward_offloaded(layer: AdaptedLayer, change: Change | Mix, args: tuple[An
     finally:
         for hook, each in hooked:
             hook.post_forward(each, None)
-        held(cast(nn.Module, layer)).kept.clear()  # it would hold what was offloaded
+        held(cast(nn.Module, layer)).kept.clear()  # a kept weight would hold on to the offloaded tensors
 
 
 def _forward_with_kept_weight(
@@ -254,24 +256,27 @@ def _is_trained(layer: nn.Module, change: Change | Mix) -> bool:
     for tensor in change.tensors():
         if tensor.requires_grad:
             return True
-    return any(each._modules for each, _ in change.parts)  # parametrized: what it is computed from may be
+    return any(
+        each._modules for each, _ in change.parts
+    )  # parametrized: the tensors that it is computed from may be trained
 
 
 def _traced_weight(layer: nn.Module) -> Tensor | None:
-    """What ``torch.fx`` records where the code that it follows reads ``weight``: the layer's attribute, read anew.
+    """Return the proxy that makes ``torch.fx`` record a read of the layer's ``weight``; None if fx is not tracing it.
 
-    None where it follows other code than a network of which this layer is a part. torch.fx gives a proxy only where a
-    Parameter is read through ``__getattr__``.
+    torch.fx returns proxies only for Parameters that are read through ``__getattr__``.
     """
     proxy = nn.Module.__getattr__(layer, "weight") if has_parameter(layer) else None
     if not isinstance(proxy, Proxy):
         return None
-    proxy.node.target = proxy.node.target.removesuffix(".weight")  # the layer itself; the same proxy comes each time
+    proxy.node.target = proxy.node.target.removesuffix(
+        ".weight"
+    )  # the layer itself; fx returns the same proxy each time
     return cast(Tensor, proxy.weight)
 
 
 def _check_dropout(layer: nn.Module, cls: type[nn.Module], reader: object) -> None:
-    """Raise where the base's forward reads the weight in training and the adapter has dropout: ours was passed by."""
+    """Raise StateError if the base's forward reads the weight in training and the adapter has dropout."""
     change = active_adapter(layer)
     if change is not None and change.dropout and reader is getattr(cls.forward, "__code__", None):
         raise StateError(
@@ -282,10 +287,9 @@ def _check_dropout(layer: nn.Module, cls: type[nn.Module], reader: object) -> No
 
 
 def layer_weight(layer: nn.Module) -> Tensor:
-    """W + ΔW of an adapted layer; the base's own tensor where no adapter is active.
+    """Return W + ΔW of an adapted layer, or the base's own tensor if no adapter is active.
 
-    In the layer's own forward, where no gradient is asked for, it is computed once and kept until a tensor that it came
-    from has changed.
+    In the layer's own forward without gradients it is computed once and kept until one of its sources changes.
     """
     base, change = own_weight(layer), active_adapter(layer)
     if change is None:
@@ -296,12 +300,12 @@ def layer_weight(layer: nn.Module) -> Tensor:
 
 
 def _forward_in_training(layer: nn.Module, cls: type[nn.Module], change: Change | Mix, x: Tensor) -> Tensor | None:
-    """What a layer with a plain forward computes where gradients are asked for; None where the base's forward does."""
-    if layer.training and change.dropout:  # compilers guard what is read
+    """Compute a plain layer's forward with gradients; None where the base's forward must do it."""
+    if layer.training and change.dropout:  # in this order: compilers guard on every value that is read
         return _forward_with_dropout(layer, own_weight(layer), change, x)
     base = layer._parameters.get("weight")
     if base is None or not torch.is_grad_enabled() or is_tracing():
-        return None  # a computed weight is computed once a forward, by the property: spectral_norm moves each time
+        return None  # the property computes it once per forward, since spectral_norm updates its vectors each time
     forward = convolution if is_plain(layer, cls) else linear if cls.forward is nn.Linear.forward else None
     if forward is None:
         return None
@@ -326,20 +330,20 @@ def _forward_with_dropout(layer: nn.Module, base: Tensor, change: Change | Mix, 
 
 
 def _plain_output(layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """What a layer with a plain forward computes with this weight and bias."""
+    """Compute a plain layer's forward with this weight and bias."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
     return cast("Callable[..., Tensor]", layer._conv_forward)(x, weight, bias)
 
 
 def supports_dropout(layer: nn.Module) -> bool:
-    """Whether the layer's forward is linear in its weight as known here, so that the adapter can be a branch."""
+    """Return whether the layer has the plain forward of torch, so that the adapter can be a branch beside it."""
     cls = original_class(layer)
     return cls.forward is nn.Linear.forward or is_plain(layer, cls)
 
 
 def attach(layer: nn.Module, adapter_name: str, change: Change) -> None:
-    """Put an adapter's change beside the layer's weight, at rest; swap the class where it is the first."""
+    """Add an adapter's change to a layer without activating it; the first one swaps the layer's class."""
     if CHILD not in layer._modules:
         layer.add_module(CHILD, LayerAdapters())
         swap(layer, AdaptedLayer)
@@ -347,7 +351,7 @@ def attach(layer: nn.Module, adapter_name: str, change: Change) -> None:
 
 
 def detach(layer: nn.Module, adapter_name: str) -> None:
-    """Undo :func:`attach`, also one that was interrupted halfway, and also where the layer is merged."""
+    """Undo :func:`attach`, also an interrupted one, and also on a merged layer."""
     if carries(layer):
         held(layer)._modules.pop(adapter_name, None)
         if held(layer)._modules:
@@ -359,7 +363,7 @@ def detach(layer: nn.Module, adapter_name: str) -> None:
 
 
 def merge_layer(layer: nn.Module, merged: nn.Parameter) -> None:
-    """Put the merged weight in the base's place and give the layer its plain class back; may be run twice."""
+    """Replace the base's weight by the merged one and restore the layer's plain class. May be run again."""
     adapters = held(layer)
     aside = aside_of(layer) or Aside.of(layer, class_below(layer), adapters, merged.dtype)
     vars(layer)[ASIDE] = aside
@@ -369,7 +373,7 @@ def merge_layer(layer: nn.Module, merged: nn.Parameter) -> None:
 
 
 def unmerge_layer(layer: nn.Module) -> None:
-    """Undo :func:`merge_layer`, also one that was interrupted halfway, and also twice."""
+    """Undo :func:`merge_layer`, also an interrupted one. May be run again."""
     aside = aside_of(layer)
     if aside is not None:
         layer._modules[CHILD] = aside.adapters
@@ -379,29 +383,29 @@ def unmerge_layer(layer: nn.Module) -> None:
 
 
 def carries(layer: nn.Module) -> bool:
-    """Whether a module holds adapters, merged or not."""
+    """Return whether a module holds adapters, merged or not."""
     return CHILD in layer._modules or ASIDE in vars(layer)
 
 
 def aside_of(layer: nn.Module) -> Aside | None:
-    """What a merged layer's weight has taken the place of; None where it is not merged."""
+    """Return what a merged layer's weight has replaced; None if the layer is not merged."""
     return cast("Aside | None", vars(layer).get(ASIDE))
 
 
 def held(layer: nn.Module) -> LayerAdapters:
-    """What an adapted layer holds of its adapters."""
+    """Return the adapters of an adapted layer, merged or not."""
     aside = vars(layer).get(ASIDE)
     return cast(LayerAdapters, layer._modules[CHILD] if aside is None else aside.adapters)
 
 
 def change_of(layer: nn.Module, adapter_name: str) -> Change | None:
-    """What the layer has of this adapter; None where it has nothing, or other code took of it."""
+    """Return this adapter's change of the layer; None if there is none or other code has deleted tensors of it."""
     change = cast("Change | None", held(layer)._modules.get(adapter_name) if carries(layer) else None)
     return change if change is not None and change.is_whole() else None
 
 
 def active_adapter(layer: nn.Module) -> Change | Mix | None:
-    """What the layer computes with; None for the base alone."""
+    """Return the change that the layer computes with now; None for the base's weight."""
     adapters, route = held(layer), route_of(layer)
     if route is not None:
         owner = route.single_owner(
@@ -412,9 +416,9 @@ def active_adapter(layer: nn.Module) -> Change | Mix | None:
 
 
 def base_weight(layer: nn.Module) -> nn.Parameter:
-    """The base's own weight Parameter of a layer, adapted, merged or plain: what ``layer.weight`` was at first.
+    """Return the base's own weight Parameter of a layer, whether adapted, merged or plain.
 
-    In-place changes to ``layer.weight`` of an adapted layer are lost, since that is computed; changes to this last.
+    In-place changes to ``layer.weight`` of an adapted layer are lost, since it is computed; changes to this one last.
 
     Raises:
         StateError: the layer has no weight Parameter, or its weight is computed from others (weight_norm, say).

@@ -1,7 +1,7 @@
-"""Ranks under a budget: how many numbers the factors may hold together, and which layer gets which share of them.
+"""Ranks under a budget: the number of parameters that all factors may have, and how layers share it.
 
-Ranks are handed out one at a time, each to the layer with the largest score / (rank + 1), so that they come out in
-proportion to the scores: the method of D'Hondt, by which seats are given out. Without scores all layers count alike.
+Ranks are assigned one at a time, each to the layer with the largest score / (rank + 1), so that ranks are proportional
+to scores (the D'Hondt method of apportionment). Without scores all layers count equally.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .targets import is_adaptable, is_packed, modules_of
 
 
 def allotted(layers: Sequence[LayerPlan], numbers: int, importance: Mapping[str, float] | None) -> dict[str, int]:
-    """Each layer's rank by name, 0 for those that get none; together they hold at most ``numbers``.
+    """Return each layer's rank by name, 0 for layers that get none; together they use at most ``numbers`` parameters.
 
     Args:
         layers: those that are adapted, each with the largest rank that it may have.
-        numbers: what the factors, and magnitudes with DoRA, may hold together.
+        numbers: of parameters that all factors, and DoRA's magnitudes, may have together.
         importance: a score for each layer by its name; None for equal ones.
 
     Raises:
@@ -45,7 +45,7 @@ def allotted(layers: Sequence[LayerPlan], numbers: int, importance: Mapping[str,
         _, index = heapq.heappop(waiting)
         layer, rank = layers[index], ranks[index]
         cost = layer.parameters_at(rank + 1) - layer.parameters_at(rank)
-        if rank < layer.rank and cost <= left:  # else never again: less is left each time
+        if rank < layer.rank and cost <= left:  # otherwise drop it for good: what is left only shrinks
             ranks[index], left = rank + 1, left - cost
             heapq.heappush(waiting, (-scores[index] / (rank + 2), index))
     if layers and not any(ranks):
@@ -71,7 +71,7 @@ def _scores(layers: Sequence[LayerPlan], importance: Mapping[str, float] | None)
 
 
 def sensitivity(model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]) -> dict[str, float]:
-    """How much the loss depends on each convolution and linear layer, for ``importance``.
+    """Measure how much the loss depends on each convolution and linear layer, for ``importance``.
 
     >>> scores = convlora.sensitivity(model, itertools.islice(loader, 4), lambda m, b: F.cross_entropy(m(b[0]), b[1]))
     >>> convlora.inject(model, budget="1%", importance=scores)
@@ -137,7 +137,7 @@ def _root(model: nn.Module) -> nn.Module:
 
 
 def _kernel(layer: nn.Module) -> nn.Parameter | None:
-    """The weight, or the largest parameter that it is computed from."""
+    """Return the weight, or the largest of the parameters that it is computed from."""
     if not is_adaptable(layer) or is_packed(layer):
         return None
     weight = layer._parameters.get("weight")

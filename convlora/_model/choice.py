@@ -1,4 +1,4 @@
-"""What one layer gets of what was asked for: its rank and alpha, or the reason why it is left alone."""
+"""The choice for one layer: its method, rank and scaling, or the reason why it is skipped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .targets import (
 
 
 class Choice:
-    """What the user asks for, its patterns matched once against the model's adaptable layers."""
+    """A user's request whose patterns have been matched, once, against the model's adaptable layers."""
 
     def __init__(self, model: nn.Module, named: list[Named], inside_saved: set[nn.Module], request: Request) -> None:
         adaptable = [n for n in named if is_adaptable(n.module)]
@@ -60,16 +60,16 @@ class Choice:
         matched(self.ranks.patterns, "rank_pattern")
         matched(self.alphas.patterns, "alpha_pattern")
         matched(self.methods.patterns, "method_pattern")
-        # Every convolution is listed, so that none is missed in silence; linear layers where they were asked for.
+        # Every convolution is listed, so that the user sees which are skipped; linear layers only if they are targets.
         self.listed = [n for n in named if n.module in self.targets or _is_to_be_listed(n.module)]
 
     def layer(self, n: Named, rank: int) -> LayerPlan:
-        """What one layer gets."""
+        """Plan one layer at the rank that its pattern or the request asks for."""
         rank = checked_rank(self.ranks.of(n, rank), f"rank_pattern for {n.name}")
         return self.at(n, rank)
 
     def at(self, n: Named, rank: int) -> LayerPlan:
-        """What one layer gets where this rank is asked for."""
+        """Plan one layer at this rank."""
         asked = self.request
         alpha = self.alphas.of(n, asked.alpha_at(rank))
         check_alpha(alpha, f"alpha_pattern for {n.name}")
@@ -98,7 +98,7 @@ class Choice:
             least = "even rank 1" if change.has_rank else f"method {change.method!r}"
             note = f"{f'rank {rank}' if fitting else least} would have more parameters than the layer"
             if self._is_taken_whole(n, fitting):
-                # The difference itself holds no more, and can be any.
+                # The whole difference has as many parameters as the layer and can represent any change.
                 planned = replace(planned, method=Dense.method, options={}, scaling=1.0, use_dora=False)
                 change, fitting = Dense, 1
         if fitting:
@@ -107,14 +107,14 @@ class Choice:
             check_variant(n, change, asked.beginning, planned.use_dora)
         if fitting and change.trains_bias and not has_bias(n.module):
             note = "it has no bias to train"
-        # A capped layer keeps the scaling that was asked for: the cap is ours, not a wish for a larger step.
+        # A layer whose rank was capped keeps the scaling of the rank that was asked for, hence the size of its steps.
         return replace(planned, rank=fitting, note=note)
 
     def _is_taken_whole(self, n: Named, fitting: int) -> bool:
-        """Whether a layer with no room for the change that was asked for is given its whole difference.
+        """Return whether a layer too small for the method that was asked for trains its whole difference instead.
 
-        Not where a method was named for it, or ranks keep to a budget. A frozen layer that has room for nothing else
-        may be a constant, as a detector's integral is, and stays one.
+        It does not if a method was named for it or there is a budget. A layer that the user had frozen and for which
+        even rank 1 is too large may be a constant, such as the integral of a detector, and is skipped.
         """
         if self.request.budget is not None or self.methods.of(n, ""):
             return False
@@ -126,7 +126,7 @@ class Choice:
         check_among(named_methods(), method, f"method_pattern for {n.name}")
         if method != asked.method:
             return METHODS[method], {}
-        # With A constant, (B − B0) A is B A from a B of zeros: nothing is to be taken away.
+        # With A frozen, (B − B0) A is the same as B A with B zero at the start: no anchor is needed.
         change = METHODS[method] if asked.freeze_A else method_for(method, asked.beginning)
         return change, dict(asked.method_options or {})
 
@@ -147,12 +147,12 @@ class Choice:
 
 
 def has_bias(module: nn.Module) -> bool:
-    """Whether there is a bias that could be trained."""
+    """Return whether the module has a bias."""
     return module._parameters.get("bias") is not None
 
 
 def _largest_rank(planned: LayerPlan, rank: int) -> int:
-    """The largest rank up to this one at which a layer's change holds no more numbers than its weight; 0 for none.
+    """Return the largest rank up to this one at which the change has no more parameters than the weight, or 0.
 
     Raises:
         TargetError: the method has no change of such a weight.
@@ -170,7 +170,7 @@ def _is_to_be_listed(module: nn.Module) -> bool:
 
 
 def geometry(module: nn.Module) -> dict[str, Any]:
-    """A convolution's stride, padding, dilation, groups and padding_mode as JSON data; empty for others."""
+    """Return a convolution's stride, padding, dilation, groups and padding_mode as JSON data; {} for other layers."""
     if not is_convolution(module):
         return {}
     names = ("stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "transposed")

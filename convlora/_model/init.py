@@ -1,4 +1,4 @@
-"""How factors begin, other than as plain LoRA's: drawn otherwise, from the base's weight, or from data.
+"""Initialisation of the factors other than LoRA's own: from another distribution, the base's weight, or data.
 
 The weight is read as the matrix ``(C_out, fan_in)`` that the factors change: ``(C_out, C_in / groups · kH · kW)`` for a
 convolution, depthwise and grouped too, ``(C_in, C_out / groups · kH · kW)`` for a transposed one.
@@ -10,9 +10,9 @@ convolution, depthwise and grouped too, ``(C_in, C_out / groups · kH · kW)`` f
 - ``eva``: A from data, as ``init_data.py`` finds it; B zero. The paper also moves ranks between
   layers; here they stay as planned.
 
-PiSSA and OLoRA take their product away from the base's weight. Here the base stays as it is, and the factors are
-anchored instead: the change is scaling · (B @ A − B0 @ A0), the same function of the same trained numbers, and exactly
-zero at the start.
+The papers of PiSSA and OLoRA subtract the initial product from the base's weight. Here the base is not changed, and
+the factors are anchored instead: the change is scaling · (B @ A − B0 @ A0). It is the same function of the same trained
+parameters, and exactly zero at the start.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .init_data import leading_directions
 
 
 def first_factors(plan: Plan, root: nn.Module, data: Iterable[Any] | None) -> dict[str, Factors]:
-    """Each layer's factors by its name; nothing where they begin as the layer draws them itself. Changes nothing.
+    """Return the initial A and B by layer name; layers that initialise themselves are left out. Changes nothing.
 
     Raises:
         TargetError: data are missing, empty, not asked for, do not reach a layer, or are not finite there.
@@ -93,7 +93,7 @@ _BEGINNINGS: Mapping[str, Callable[[LayerPlan, float, nn.Module], Factors]] = {
 
 
 def _matrix(planned: LayerPlan, layer: nn.Module) -> Tensor:
-    """The base's weight as ``(C_out, fan_in)``, in fp32 at least; one that is computed as in eval mode."""
+    """Return the base's weight as ``(C_out, fan_in)``, in fp32 or wider; a computed weight as in eval mode."""
     weight = layer._parameters.get("weight")
     if weight is None:
         adapters = held(layer) if isinstance(layer, AdaptedLayer) else None

@@ -1,4 +1,4 @@
-"""Carrying out a plan, all or nothing."""
+"""Injection: a plan is carried out completely, or the model stays as it was."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ def inject(
     A layer's weight becomes W + scaling · B A (Hu et al. 2021, arXiv:2106.09685), with A of shape
     ``(r, C_in / groups, kH, kW)`` and B of ``(C_out, r)`` for a 2-D convolution, ``(r, in_features)`` and
     ``(out_features, r)`` for a linear layer. A fresh adapter changes no output. Where the factors
-    would outweigh their layer, it is given its whole difference instead, at its own size; the summary says which. Make
-    the optimizer after this call, and wrap in DDP or torch.compile after it.
+    would have more parameters than their layer, its difference is trained in full instead, which has as many parameters
+    as the layer; the summary says where. Create the optimizer after this call, and wrap in DDP or torch.compile after
+    it.
 
     Args:
         model: any module; convolutions of every dimension and geometry, transposed too, and linear layers.
@@ -82,7 +83,7 @@ def inject(
             (``"layer4.*"``, ``"*.conv2"``), a compiled regular expression (matched in full), a predicate ``(name,
             module) -> bool``, or several of these. Linear layers are adapted where a target
             names them. ``()`` adapts none: a probe of the head.
-        exclude_modules: layers to leave alone, named in the same ways.
+        exclude_modules: layers to skip, named in the same ways.
         rank_pattern: another rank for the layers that a glob or regular expression names; the first match counts.
         alpha_pattern: likewise for alpha.
         modules_to_save: modules trained in full and saved with the adapter. ``"auto"`` finds the heads, as
@@ -92,17 +93,17 @@ def inject(
             ``model.train()``; ``"track"`` lets the statistics move, and they belong to the adapter.
         dropout: probability of dropping an input of the adapter's branch in training; 0 ≤ dropout < 1.
         use_rslora: scale by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732).
-        use_dora: train the weight's size per output channel apart from its direction (Liu et al. 2024,
+        use_dora: train the magnitude and the direction of each output channel's weight separately (Liu et al. 2024,
             arXiv:2402.09353).
-        freeze_A: train B alone; A stays as it began (Zhang et al. 2023, arXiv:2308.03303). A convolution then keeps
-            A ∗ x, of r channels, for the backward in the place of its input. See ``docs/variants.md``.
+        freeze_A: train B alone; A keeps its initial values (Zhang et al. 2023, arXiv:2308.03303). A convolution then
+            keeps A ∗ x, of r channels, for the backward instead of its input. See ``docs/variants.md``.
         method: how a weight may change: ``"lora"``, or another of ``docs/methods.md``. What is said above of the
             factors holds for LoRA; in every method a fresh adapter changes no output.
         method_pattern: another method for the layers that a glob or regular expression names; the first match counts.
-        method_options: what ``method`` may be asked besides, by name.
-        init: how the factors begin: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``; ``"pissa"``, ``"olora"`` from the
-            base's weight; ``"eva"`` from data. None means ``"eva"`` where ``init_data`` are given, else ``"kaiming"``.
-            See ``docs/variants.md``.
+        method_options: further options of ``method``, by name.
+        init: the initialisation of the factors: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``; ``"pissa"`` and
+            ``"olora"`` from the base's weight; ``"eva"`` from data. None means ``"eva"`` where ``init_data`` are given,
+            else ``"kaiming"``. See ``docs/variants.md``.
         init_data: what the training sees: a loader whose batches are tensors, tuples or lists that begin with one, or
             dicts; or one batch as a tensor. The base reads them in eval mode, until what it looks for stands still: a
             few batches as a rule. The model is as it was afterwards.
@@ -134,28 +135,28 @@ def inject(
 
 
 def inject_requested(request: Request, model: M) -> M:
-    """Do what is asked on a plain model."""
+    """Inject a requested adapter into a model that carries none."""
     check_model(model)
     check_plain(model)
     return add_requested(request, model)
 
 
 def add_requested(request: Request, model: M) -> M:
-    """Put an adapter that is to be trained on a base, which may carry others."""
+    """Add a requested adapter, which is to be trained, to a base that may carry others."""
     plan = make_plan(model, request)
     refuse_meta(model)
     return apply(plan, model, first_factors(plan, model, request.init_data))
 
 
 def apply(plan: Plan, model: M, factors: Mapping[str, Factors] | None = None) -> M:
-    """Carry out a plan on a plain base, or beside the adapters that it carries, at rest then.
+    """Carry out a plan on a base. Beside other adapters, the new one is added without being activated.
 
     On any error, an interrupt included, the model is as it was.
 
     Args:
-        plan: what to do.
+        plan: the plan.
         model: the base.
-        factors: what layers' factors begin as, by layer name; else A as a fresh layer's, B zero.
+        factors: the initial A and B by layer name; for other layers A is random and B zero.
     """
     refuse_meta(model)
     with SWAPPING:
@@ -190,7 +191,7 @@ def _apply(plan: Plan, model: M, given: Mapping[str, Factors]) -> M:
 
 
 def recorded(plan: Plan, model: nn.Module) -> Adapter:
-    """What a model remembers of an adapter with this plan."""
+    """Make the record of an adapter with this plan."""
     return Adapter(
         plan=plan,
         modules={name: model.get_submodule(name) for name in _names(plan)},
@@ -202,7 +203,7 @@ def recorded(plan: Plan, model: nn.Module) -> Adapter:
 
 @contextmanager
 def applied(plan: Plan, root: nn.Module) -> Iterator[None]:
-    """The plan carried out; taken back where the block that gives the adapter its numbers fails."""
+    """Carry out the plan; undo it if the block, which loads the adapter's tensors, fails."""
     before = vars(root).get(RECORD)
     try:
         apply(plan, root)
@@ -242,18 +243,18 @@ def _new_change(layer: nn.Module, planned: LayerPlan, plan: Plan, given: Mapping
 
 
 def _norm_policies(plan: Plan, model: nn.Module) -> dict[nn.Module, NormPolicy]:
-    """The plan's policy for its norms; those inside modules trained in full are trained, so their statistics move."""
+    """Return each norm's policy: the plan's, but ``"track"`` inside modules that are trained in full."""
     policies: dict[nn.Module, NormPolicy] = {model.get_submodule(name): plan.norm for name in plan.norms}
     saved = (module for name in plan.modules_to_save for module in model.get_submodule(name).modules())
     return policies | {module: "track" for module in saved if keeps_statistics(module)}
 
 
 def refuse_meta(model: nn.Module) -> None:
-    """Raise where a tensor of the model is on the meta device: there are no numbers to adapt."""
+    """Raise UnsupportedLayerError if a tensor of the model is on the meta device, where it has no values."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise UnsupportedLayerError(
-                f"{name} is on the meta device and holds no numbers; load the base's weights before convlora.inject "
+                f"{name} is on the meta device and has no values; load the base's weights before convlora.inject "
                 "(convlora.plan works without). Nothing was changed."
             )
 

@@ -1,4 +1,4 @@
-"""What several adapters have in one place, by weight: heads, biases, statistics."""
+"""Mixtures: weighted means of several adapters' heads, biases and running statistics."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .._layer.places import BASE, Place
 
 
 class Mixtures:
-    """What places have of several adapters; tensors that modules share stay shared."""
+    """Makes mixtures of several adapters' tensors; tensors that modules share stay shared."""
 
     def __init__(self, places: Iterable[Place]) -> None:
         self.means = {place.module: place for place in places if place.name == "running_mean"}
         self.made: dict[tuple[tuple[int, float], ...], Tensor | None] = {}
 
     def of(self, place: Place, weights: Mapping[str, float]) -> Tensor | None:
-        """A tensor of its own, not trained; of a buffer, the base's is in it where the weights sum to less than 1.
+        """Return a new tensor that is not trained. A buffer includes the base's if the weights sum to less than 1.
 
-        Where one of the adapters has nothing there, the tensor of the largest weight.
+        If one of the adapters has no tensor in this place, return the one with the largest weight.
         """
         key = tuple((id(place.of(name)), weight) for name, weight in weights.items())
         if key not in self.made:
@@ -41,9 +41,9 @@ class Mixtures:
 
 
 def mixed(place: Place, mean: Place | None, weights: Mapping[str, float]) -> Tensor | None:
-    """A parameter: base + Σ weight · (each − base). A buffer: the adapters' in proportion to the weights' sizes.
+    """Mix a parameter to base + Σ weight · (each − base), a buffer to the mean weighted by |weight|.
 
-    A running variance holds the spread between the means. Counters are those of the largest weight. The base may be
+    A running variance includes the variance between the means. A counter is that of the largest weight. The base may be
     among the adapters, under the name ``BASE``.
 
     Args:
@@ -78,6 +78,6 @@ def _sum(weights: Tensor, tensors: list[Tensor]) -> Tensor:
 
 
 def _tensors_in(mean: Place, names: Collection[str]) -> list[Tensor]:
-    """The adapters' running means; none where one has none."""
+    """Return the adapters' running means, or an empty list if one has none."""
     means = [tensor.double() for name in names if (tensor := mean.of(name)) is not None]
     return means if len(means) == len(names) else []

@@ -1,4 +1,4 @@
-"""Making a plan: which layers, which ranks, which head, which norms. Reads the model and changes nothing."""
+"""Planning: which layers, ranks, head and norms an injection would adapt. The model is read, never changed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def plan(
     mask_activations: Masks = False,
     adapter_name: str = "default",
 ) -> Plan:
-    """What :func:`convlora.inject` would do with the same arguments, without touching the model.
+    """Return what :func:`convlora.inject` would do with the same arguments, without changing the model.
 
     >>> print(convlora.plan(model, rank=8))
     >>> convlora.plan(model).trainable_share
@@ -69,12 +69,12 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     check_model(model)
     named = modules_of(model)
     saved, found_by = _modules_to_save(model, named, request)
-    bases = {n.module for n in named}  # without what other adapters have put beside
+    bases = {n.module for n in named}  # without the modules of other adapters
     inside_saved = {module for s in saved for module in s.module.modules() if module in bases}
     choice = Choice(model, named, inside_saved, request)
     asked_for = choice.targets <= inside_saved if choice.targets else False
     if found_by == LAST and (asked_for or choice.excluded & inside_saved):
-        # The user's word is stronger: that layer is what to adapt, or to leave alone.
+        # What the user names takes precedence: that layer is to be adapted, or skipped.
         saved, found_by, inside_saved = [], "no head beside what was asked for", set()
     asked = choice.excluded | (choice.targets if request.target_modules is not None else set())
     new = [n for n in _new_parts(model, named, request) if not asked & set(n.module.modules())]
@@ -133,7 +133,7 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
 
 
 def _within(numbers: int, choice: Choice, rank: int, importance: Mapping[str, float] | None) -> list[LayerPlan]:
-    """Every layer with the rank that the budget leaves it; ``rank`` and ``rank_pattern`` are the largest."""
+    """Plan every layer at the rank that the budget allows; ``rank`` and ``rank_pattern`` are upper bounds."""
     largest = [choice.layer(n, rank) for n in choice.listed]
     ranks = allotted([layer for layer in largest if layer.rank], numbers, importance)
     layers = []
@@ -147,7 +147,7 @@ def _within(numbers: int, choice: Choice, rank: int, importance: Mapping[str, fl
 
 
 def _size(parameters: Iterable[nn.Parameter | None]) -> int:
-    """Numbers in the parameters together, a shared one counted once."""
+    """Return the number of elements of these parameters; a shared parameter counts once."""
     return sum(p.numel() for p in {p for p in parameters if p is not None})
 
 

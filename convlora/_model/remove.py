@@ -1,4 +1,4 @@
-"""Taking an injection back: the base as it was, or the merged model as a plain one."""
+"""Removal: restores the base as it was, or leaves the merged model as a plain one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def remove(model: M) -> M:
-    """Take the adapter out: the base as it was before :func:`inject`, or, where merged, the merged plain model.
+    """Remove the adapter: the base is as before :func:`inject`; a merged model stays, as a plain model.
 
     >>> model = convlora.remove(model)                    # the base: same objects, keys, classes, bits, flags
     >>> model = convlora.remove(convlora.merge(model))    # a plain model that predicts like the adapted one
@@ -47,7 +47,7 @@ def remove(model: M) -> M:
 
 
 def undo(injection: Injection, root: nn.Module) -> None:
-    """Take back what was done, however much of it was; running it twice changes nothing more."""
+    """Undo an injection, also one that was interrupted. May be run again."""
     holders = holders_of(root)
     for norm in injection.norms:
         set_policy(norm, None, holders.get(norm))
@@ -69,7 +69,7 @@ def undo(injection: Injection, root: nn.Module) -> None:
 
 
 def delete(injection: Injection, adapter_name: str) -> None:
-    """Take one adapter out that is not active; running it twice changes nothing more."""
+    """Delete one adapter that is not active. May be run again."""
     adapter = injection.adapters.get(adapter_name)
     if adapter is not None:
         for layer in (*adapter.layers, *adapter.idle):
@@ -80,7 +80,7 @@ def delete(injection: Injection, adapter_name: str) -> None:
 
 
 def _give_flags_back(injection: Injection) -> None:
-    """The base's requires_grad flags, also for what an adapter trained and a merged model keeps."""
+    """Restore the base's requires_grad flags, also on trained parameters that a merged model keeps."""
     was_trainable = set(injection.frozen)
     for place in injection.places:
         if place.is_parameter and (place.module, place.name) not in was_trainable:
@@ -95,7 +95,7 @@ def _give_flags_back(injection: Injection) -> None:
 
 
 def set_flag(module: nn.Module, key: str, requires_grad: bool) -> None:
-    """Let a parameter ask for gradients or not, if it is still there."""
+    """Set a parameter's requires_grad, if the module still has the parameter."""
     parameter = module._parameters.get(key)
     if parameter is not None:  # the user may have pruned or dropped it since
         parameter.requires_grad_(requires_grad)

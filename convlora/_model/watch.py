@@ -1,4 +1,4 @@
-"""Whether an optimizer that takes its first step has what is trained of an injected model."""
+"""A warning at an optimizer's first step if it does not hold the trained parameters of an injected model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _watches = False
 
 
 def watch(root: nn.Module) -> None:
-    """Look at optimizers for this model's sake, from now on."""
+    """Check the optimizers of this model from now on, each at its first step."""
     global _watches
     if not _watches:
         _watches = True
