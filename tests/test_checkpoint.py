@@ -245,7 +245,7 @@ def rewrite(directory, change):
         (lambda m, t: m["plan"]["layers"][0].update(rank=2.0), r"rank of stem=2\.0"),
         (lambda m, t: m["plan"]["layers"][0].update(geometry=None), r"geometry None"),
         (lambda m, t: m["plan"]["layers"].append(m["plan"]["layers"][0]), r"a layer is listed twice"),
-        (lambda m, t: m["plan"]["layers"][0].update(name=["stem"]), r"\['stem'\] is no layer name|cannot be read"),
+        (lambda m, t: m["plan"]["layers"][0].update(name=["stem"]), r"\['stem'\] is not a layer name|cannot be read"),
         (lambda m, t: m["plan"]["modules_to_save"].append("stem"), r"stem: adapted and trained in full at once"),
         (lambda m, t: "[" * 100_000, r"its manifest cannot be read"),
         (lambda m, t: m.update(base=3), r"its manifest cannot be read"),

@@ -1,4 +1,4 @@
-"""Forwards of a whole model, and writes to its numbers: many of the first at once, or one of the second alone."""
+"""A readers-writer lock: forwards of a whole model may run together, and a write of its weights runs alone."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ GATE = "_convlora_gate"
 
 
 class Gate:
-    """A lock that forwards share. Whoever writes waits for those under way, and later ones wait for the write."""
+    """A lock that forwards share. A write waits for running forwards, and later forwards wait for the write."""
 
     def __init__(self) -> None:
         self._changed = Condition()
         self._inside: dict[int, int] = {}
-        """How many forwards each thread has under way, one inside the other."""
+        """The number of nested forwards that each thread is running."""
         self._writer: int | None = None
         self._depth = 0
         self._waiting = 0
@@ -47,7 +47,7 @@ class Gate:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No forward of another thread is under way inside the block; blocks of one thread may be inside each other."""
+        """Inside the block no other thread runs a forward; blocks of one thread may be nested."""
         me = get_ident()
         with self._changed:
             self._waiting += 1
@@ -75,12 +75,12 @@ class Gate:
 
 
 class Gated(Swapped):
-    """The root of a model whose numbers are swapped while other threads compute."""
+    """The mixin of a root module whose adapters are swapped while other threads compute."""
 
-    _convlora_prefix: ClassVar[str] = ""  # who asks for a model's class is told the same name
+    _convlora_prefix: ClassVar[str] = ""  # the class keeps its name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """A forward through the gate. Not inside of what is compiled, where a lock would be traced once."""
+        """Run a forward through the gate; compiled code goes around it, since a lock would be traced only once."""
         if torch.compiler.is_compiling():
             return cast(Any, super()).__call__(*args, **kwargs)
         gate = vars(self)[GATE]
@@ -92,10 +92,12 @@ class Gated(Swapped):
 
 
 def add_gate(root: nn.Module) -> None:
-    """Let the root's forwards go through a gate; may be run again."""
-    from torch._dynamo.eval_frame import skip_code  # late: torch's compiler takes as long as torch to import
+    """Make the root's forwards go through a gate. May be run again."""
+    from torch._dynamo.eval_frame import (
+        skip_code,
+    )  # imported late, since torch's compiler takes as long to import as torch
 
-    # The compiler begins inside: this frame, the outermost of a compiled model, runs as it is, and holds the lock.
+    # These frames are not compiled: compilation begins inside, and the lock is held in Python.
     for function in (Gated.__call__, Gate.enter, Gate.leave):
         skip_code(function.__code__)
     vars(root).setdefault(GATE, Gate())
@@ -111,7 +113,7 @@ def remove_gate(root: nn.Module) -> None:
 
 @contextmanager
 def alone(root: nn.Module) -> Iterator[None]:
-    """A block in which no other thread is inside a forward of the whole model, where it has a gate."""
+    """Inside the block no other thread runs a forward of the model, if the model has a gate."""
     gate = vars(root).get(GATE)
     if gate is None:
         yield
@@ -119,7 +121,7 @@ def alone(root: nn.Module) -> Iterator[None]:
     with gate.alone():
         tensors = (*root.parameters(), *root.buffers()) if torch.accelerator.is_available() else ()
         waited = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
-        for device in waited:  # forwards have ended on the host alone
+        for device in waited:  # forwards have ended on the host, perhaps not on the device
             torch.accelerator.synchronize(device)
         try:
             yield

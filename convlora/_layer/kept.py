@@ -1,10 +1,10 @@
 """The effective weight, kept between forwards that need no gradient while nothing that it came from changes.
 
-Only a layer's own forward is served with what is kept, in the thread that runs it; whoever else reads ``weight`` gets
-one computed afresh. What it came from is told by torch's version counters, by trainings (a fused optimizer moves no
-counter) and, in host memory, by numbers: all of the factors', ``PROBED`` of the base's. What none of these shows is a
-write through ``.data`` or a numpy view with no training in between, on the CPU to a part of the *base* weight that
-misses the probed numbers, on an accelerator to any tensor.
+Only a layer's own forward reads the kept weight, in the thread that runs it; other readers of ``weight`` get a newly
+computed one. A change of the sources is detected by torch's version counters, by training (a fused optimizer does not
+increment the counters) and, in host memory, by values: all elements of the factors and ``PROBED`` elements of the base.
+None of these detects a write through ``.data`` or a numpy view without training in between: on the CPU, one to elements
+of the *base* weight that are not probed; on an accelerator, one to any tensor.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from .functional import is_transformed
 
 Scaling = float | tuple[float, ...]
 PROBED = 64
-"""As many numbers of a base weight in host memory, spread evenly over it, are compared. All of them would be as much
-reading as the layer's own; what writes past the counters (averaging, rounding, loading) writes nearly all of them."""
+"""How many elements of a base weight in host memory, evenly spread, are compared with their earlier values. Comparing
+all would read as much memory as the layer's forward does; writes that bypass the counters (averaging, rounding,
+loading) change nearly every element."""
 NUMBERS: dict[int, Any] = {1: "B", 2: "H", 4: "I", 8: "Q"}
-"""Formats of as many bytes as floating types have."""
+"""memoryview's integer format for each element size in bytes."""
 _HAS_PROCESSES = torch.distributed.is_available()
 _trainings = 0
-"""Counts what may be followed by writes that leave no trace on a tensor: forwards of adapted layers that ask for
-gradients, and steps of optimizers. What was kept before does not count after it."""
+"""Counts forwards of adapted layers with gradients, and steps of optimizers. Writes that no tensor shows may follow
+either, so a weight that was kept at a lower count is not used."""
 _watching = False
-"""Whether optimizers tell of their steps: from the first weight that is kept."""
+"""Whether the hook on optimizer steps is registered, which happens when the first weight is kept."""
 
 
 def _count_training(*_: Any) -> None:
@@ -46,22 +47,22 @@ def _watch_optimizers() -> None:
 
 
 class _Seen:
-    """A tensor as it was: the object, its memory (kept alive, so that none takes its address), how often written."""
+    """A snapshot of a tensor: the object, its memory (kept alive, so that its address is not reused), its version."""
 
     __slots__ = ("_address", "_copy", "_memory", "_now", "_shape", "_stride", "_tensor", "_version")
 
     def __init__(self, tensor: Tensor, is_probed: bool) -> None:
-        """``is_probed``: of its numbers, where they lie in host memory, only some are compared."""
+        """``is_probed``: in host memory, compare only ``PROBED`` of its elements."""
         self._tensor, self._memory, self._address = tensor, tensor.detach(), tensor.data_ptr()
         self._shape, self._stride = tensor.shape, tensor.stride()
         self._version = None if tensor.device.type == "cpu" and not is_probed else tensor._version
         self._now: Any = None
         self._copy: Any = None
-        if tensor.device.type == "cpu":  # as bytes: next to no work beside torch.equal's for a few thousand numbers
+        if tensor.device.type == "cpu":  # as bytes, which for a few thousand elements is far faster than torch.equal
             self._now = (ctypes.c_char * tensor.nbytes).from_address(self._address)
-            if is_probed:  # as integers of their size, which memoryview compares without a copy
+            if is_probed:  # as integers of the same size, which memoryview compares without a copy
                 form = NUMBERS[tensor.itemsize]
-                # An odd stride, so not one column of it.
+                # An odd stride, so that the elements are not all from one column.
                 self._now = memoryview(self._now).cast("B").cast(form)[:: tensor.numel() // PROBED | 1]
                 self._copy = memoryview(bytearray(self._now)).cast(form)
             else:
@@ -79,7 +80,7 @@ class _Seen:
 
 
 class _Entry(NamedTuple):
-    """What is kept, and all that it came from."""
+    """A kept weight, and snapshots of all that it was computed from."""
 
     weight: Tensor
     version: int
@@ -89,30 +90,30 @@ class _Entry(NamedTuple):
     stream: int
 
     def is_right(self, sources: tuple[Tensor, ...], scaling: Scaling, stream: int) -> bool:
-        # Each forward of each layer comes by here, its caches full of other things: few calls, few objects.
+        # Every forward of every layer runs this with cold caches: few calls, few objects.
         return (
             scaling == self.scaling
             and self.trainings == _trainings
             and stream == self.stream
             and len(sources) == len(self.sources)
             and all(map(_Seen.is_unchanged, self.sources, sources))
-            and self.weight._version == self.version  # nobody wrote into what we handed out
+            and self.weight._version == self.version  # nobody wrote into the weight
         )
 
 
 class Kept:
-    """One layer's effective weight, and what it came from. Copies and pickles start empty."""
+    """Keeps one layer's effective weight. Copies and pickles start empty."""
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
         self.serves: int | None = None
-        """The thread in which the layer's own forward is under way, and may have what is kept when it reads its
-        ``weight``; None for none. Where several threads run it at once, some compute their own."""
+        """The thread that runs the layer's own forward and may read the kept weight; None outside of forwards. If
+        several threads run it at once, some of them compute their own weight."""
 
     def weight(
         self, base: Tensor, factors: tuple[Tensor, ...] | None, scaling: Scaling, compute: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """W + ΔW for the layer's own forward: kept where no gradient flows through it, else computed.
+        """Return W + ΔW for the layer's own forward: the kept one if no gradient flows through it, else a new one.
 
         Args:
             base: W.
@@ -122,7 +123,7 @@ class Kept:
         """
         is_written = type(scaling) is not float and isinstance(scaling, Tensor)
         if factors is None or is_written or torch._C._len_torch_dispatch_stack():
-            # Of unknown origin, or written in place, or fake or recorded under a mode, which must see it computed.
+            # Unknown sources, a scaling written in place, or a dispatch mode, which must see it computed.
             return compute(base)
         sources, entry = (base, *factors), self._entry
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
@@ -139,19 +140,19 @@ class Kept:
         _watch_optimizers()
         trainings = _trainings
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve outside
-            # Before computing: what is written meanwhile counts as a change. Factors are small enough to compare.
+            # Before computing, so that a concurrent write counts as a change. Factors are small: all is compared.
             seen = (_Seen(base, True), *(_Seen(factor, False) for factor in factors))
             weight = compute(base)
         self._entry = _Entry(weight, weight._version, seen, scaling, trainings, stream)
         return weight
 
     def train(self) -> None:
-        """A forward with gradients is under way: nothing that was kept anywhere counts any more."""
+        """Record a forward with gradients: from now on no weight that any layer has kept is used."""
         _count_training()
         self.clear()
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Discard the kept weight."""
         self._entry = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
@@ -162,7 +163,7 @@ class Kept:
 
 
 def _has_its_own_memory(source: Tensor) -> bool:
-    """A plain tensor that shares its memory with no other tensor or process."""
+    """Return whether a plain tensor shares its memory with no other tensor or process."""
     if type(source) not in (nn.Parameter, Tensor) or source.is_inference():
         return False
     shared = not source.is_cuda and cast(Any, source).is_shared()  # on CUDA every tensor says that it is
@@ -170,7 +171,7 @@ def _has_its_own_memory(source: Tensor) -> bool:
 
 
 def _stream(tensor: Tensor) -> int | None:
-    """The queue of work on which the weight is ready, for another one would have to wait; None while it is captured."""
+    """Return the CUDA stream on which the weight is ready; None while a graph is captured."""
     if torch.cuda.is_current_stream_capturing():
         return None
     return torch.cuda.current_stream(tensor.device).cuda_stream

@@ -1,9 +1,9 @@
-"""Activations and pooling that keep for the backward what their derivative needs, and no more.
+"""Activations and pooling that keep for the backward only what their derivative needs.
 
-torch keeps the output of a ReLU, 32 bits a number in fp32; its derivative needs one. Of max pooling torch keeps the
-input and an int64 index for each output; the gradient needs to know which number of the window was the largest. Of
-average pooling it keeps the input, and the gradient needs its shape alone.
-Forward and gradient have the bits that torch's have: the output is torch's own, and so is the backward's arithmetic.
+torch keeps the output of a ReLU, 32 bits per element in fp32; its derivative needs one bit. Of max pooling torch keeps
+the input and an int64 index per output; the gradient needs the position of the maximum within its window. Of average
+pooling torch keeps the input; the gradient needs its shape alone.
+Outputs and gradients equal torch's bit for bit: torch's own functions compute the forward and the backward.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from .swap import Swapped, check_restorable, original_class, restore, swap_over
 aten = torch.ops.aten
 
 Masks = bool | Literal["bits"]
-"""Whether masks are kept: a byte a number, or a bit, which a step pays for with a few passes over bytes."""
+"""Whether masks are kept: one byte per element, or one bit, which takes a few more passes over the bytes."""
 
 PACKED_FROM = 2**15
-"""Numbers in a tensor from which on they are packed into bits: below, packing is calls and no bytes."""
+"""The smallest number of elements that is packed into bits; below it, packing costs calls and saves few bytes."""
 
 
 class _Derivative(NamedTuple):
-    """How an activation whose derivative is a mask goes backward, from a mask instead of its output."""
+    """The backward of an activation, computed from a mask instead of its output."""
 
     mask: Callable[[Any, Tensor], Tensor]
-    """Of the module and its output: where the gradient passes as it is, as bool."""
+    """(module, output) -> bool tensor: True where the derivative is 1."""
     backward: Any
-    """torch's backward, which is given signs in place of what torch would have kept: below 0 where it does not pass."""
+    """torch's backward function. It gets signs instead of the output: negative where the mask is False."""
     arguments: Callable[[Any], tuple[Any, ...]]
-    """What else it is given."""
+    """module -> the further arguments of ``backward``."""
     offset: int = 0
-    """What is added to the signs first."""
+    """A constant that is added to the signs first."""
     is_known: Callable[[Any], bool] = lambda module: True
-    """Whether the output tells what torch reads of the input."""
+    """module -> whether the mask follows from the output alone."""
 
 
 def _passes(backward: Any, y: Tensor, *arguments: Any) -> Tensor:
-    """Where torch's own backward lets a gradient of 1 pass."""
+    """Compute the mask by applying torch's own backward to a gradient of ones."""
     return cast(Tensor, backward(y.new_ones(()).expand_as(y), y, *arguments)).to(torch.bool)
 
 
-# ReLU's output is above 0 or NaN where the gradient passes, and 0 elsewhere. A comparison says so too, in four times as
-# long as a cast to bool.
+# ReLU's output is positive or NaN where the derivative is 1, and 0 elsewhere. Casting it to bool takes a quarter of a
+# comparison's time.
 _RELU = _Derivative(lambda module, y: y.to(torch.bool), aten.threshold_backward, lambda module: (-0.5,))
 _HARDTANH = _Derivative(
     lambda module, y: _passes(aten.hardtanh_backward, y, module.min_val, module.max_val),
@@ -66,45 +66,45 @@ DERIVATIVES: dict[Any, _Derivative] = {
     nn.Hardtanh.forward: _HARDTANH,
     nn.LeakyReLU.forward: _LEAKY,
 }
-"""By the forward of their class, so that a subclass with the same forward is known too: nn.ReLU6 is one."""
+"""By the class's forward function, so that subclasses that inherit it are included (nn.ReLU6 inherits Hardtanh's)."""
 
 POOLS = (nn.MaxPool2d.forward, nn.AvgPool2d.forward)
 
 
 class Masked(Swapped):
-    """Base of the mixins here: in training the base's own output, and less kept for the backward."""
+    """The base class of the mixins here, which compute the module's own output and keep less for the backward."""
 
 
 class MaskedActivation(Masked):
-    """An activation that keeps a mask, a byte a number."""
+    """An activation that keeps a mask of one byte per element."""
 
     _convlora_prefix: ClassVar[str] = "Masked"
     _convlora_packs: ClassVar[bool] = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The activation's own forward; where a gradient passes through, with a mask kept and no output."""
+        """Compute the activation's own forward; if a gradient is needed, keep a mask and not the output."""
         derivative = DERIVATIVES[self._convlora_base.forward]
         if len(args) == 1 and not kwargs and _is_kept(args[0]) and derivative.is_known(self):
             x, in_place = args[0], cast(Any, self).inplace
-            if not in_place or not (x.is_leaf or x._is_view()):  # which torch refuses, or tracks in its own way
+            if not in_place or not (x.is_leaf or x._is_view()):  # torch refuses leaves, and tracks views itself
                 return _Activation.apply(x, self, super().forward, derivative, in_place)  # type: ignore[misc]
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class PackedActivation(MaskedActivation):
-    """An activation that keeps a mask, a bit a number."""
+    """An activation that keeps a mask of one bit per element."""
 
     _convlora_prefix: ClassVar[str] = "Packed"
     _convlora_packs: ClassVar[bool] = True
 
 
 class MaskedPool(Masked):
-    """A pooling that keeps no input: of the largest numbers the places in their windows, of averages nothing."""
+    """A pooling that keeps no input: max pooling keeps the maxima's positions in their windows."""
 
     _convlora_prefix: ClassVar[str] = "Masked"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The pooling's own forward; where a gradient passes through, with no input kept."""
+        """Compute the pooling's own forward; if a gradient is needed, do not keep the input."""
         if len(args) == 1 and not kwargs and _is_kept(args[0]) and args[0].ndim == 4:
             pool: Any = self
             if self._convlora_base.forward is nn.AvgPool2d.forward:
@@ -115,7 +115,7 @@ class MaskedPool(Masked):
 
 
 def mixin_for(module: nn.Module, masks: Masks = True) -> type[Masked] | None:
-    """What a module would become; None where nothing less could be kept, or is to be kept."""
+    """Return the mixin that saves memory in this module; None if there is none or masks are off."""
     forward: Any = original_class(module).forward
     if masks and forward in DERIVATIVES:
         return PackedActivation if masks == "bits" else MaskedActivation
@@ -123,7 +123,7 @@ def mixin_for(module: nn.Module, masks: Masks = True) -> type[Masked] | None:
 
 
 def set_masked(module: nn.Module, masks: Masks) -> None:
-    """Let the module keep a mask, or give it its own class back; may be run again.
+    """Make the module keep a mask, or restore its class. May be run again.
 
     Raises:
         StateError: another library has put its own class on top of ours.
@@ -138,9 +138,9 @@ def set_masked(module: nn.Module, masks: Masks) -> None:
 
 
 def _is_kept(x: Any) -> bool:
-    """Whether autograd will keep something, and the functions here know how."""
+    """Return whether autograd would keep something of x, and the functions here support x."""
     return (
-        not torch.compiler.is_compiling()  # compilers choose by themselves what to keep
+        not torch.compiler.is_compiling()  # compilers decide themselves what to keep
         and not is_transformed()
         and type(x) in (Tensor, nn.Parameter)
         and x.requires_grad
@@ -231,7 +231,7 @@ class _AveragePool(torch.autograd.Function):
 
 
 class _Window(NamedTuple):
-    """The arguments of a max pooling, a number for each of both directions."""
+    """The arguments of a max pooling, each for height and width."""
 
     kernel: Ints
     stride: Ints
@@ -262,7 +262,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 def _corners(ctx: Any, like: Tensor) -> Tensor:
-    """Where in the flat image the window of each output begins, also outside of it: int64, ``(height, width)``."""
+    """Return the flat index where each output's window begins; padding counts: int64, ``(height, width)``."""
     height, width = (
         torch.arange(count, device=like.device) * stride - padding
         for count, stride, padding in zip(like.shape[2:], ctx.window.stride, ctx.window.padding, strict=True)
@@ -272,7 +272,7 @@ def _corners(ctx: Any, like: Tensor) -> Tensor:
 
 
 def _smallest(ctx: Any) -> torch.dtype:
-    """The smallest type of number that tells places within a window apart."""
+    """Return the smallest integer type that can hold every position within a window."""
     down, right = ((k - 1) * d for k, d in zip(ctx.window.kernel, ctx.window.dilation, strict=True))
     furthest = down * ctx.form.shape[3] + right
     dtypes = (torch.uint8, torch.int16, torch.int32, torch.int64)

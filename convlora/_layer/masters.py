@@ -1,8 +1,8 @@
-"""Trained parameters of a half-precision base: kept in fp32, as factors are, and read in the base's own dtype.
+"""Trained parameters of a half-precision base. Adapters keep them in fp32; the module reads them in the base's dtype.
 
-Steps of 1e-5 vanish in bf16, and a GradScaler refuses gradients in fp16. The optimizer, the state dict and the file
-have the fp32 parameter. The module's forward, and whoever else reads the attribute, gets it rounded to the base's
-dtype, so that a fresh head computes the base's bits.
+In bf16, updates of 1e-5 are rounded away, and a GradScaler refuses gradients in fp16. The optimizer, the state dict and
+the file contain the fp32 parameter. The module's forward and all other code that reads the attribute get it rounded to
+the base's dtype, so that a fresh head gives the base's output bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .swap import Swapped, is_swapped, restore, swap
 
 DTYPES = "_convlora_dtypes"
-"""The module's attribute that holds the base's dtype of each such parameter, by its name."""
+"""The module's attribute that holds the base's dtype of each such parameter, by parameter name."""
 
 
 class Mastered(Swapped):
@@ -34,18 +34,18 @@ class Mastered(Swapped):
 
 
 def is_half(tensor: Tensor) -> bool:
-    """Whether training it as it is would lose small steps."""
+    """Return whether a tensor is in half precision, where small updates are rounded away."""
     return tensor.is_floating_point() and tensor.dtype.itemsize < 4
 
 
 def keep_in_fp32(module: nn.Module, name: str, base: Tensor, is_norm: bool) -> bool:
-    """Whether an adapter keeps its own tensor of this parameter in fp32; the module then reads it in the base's dtype.
+    """Return whether an adapter is to keep this parameter in fp32, and make the module read it in the base's dtype.
 
     Args:
-        module: to whose parameter an adapter gets a trained one of its own.
-        name: the parameter's.
-        base: the base's tensor there.
-        is_norm: whether it is a norm whose class the norm policy chooses.
+        module: the module that holds the parameter.
+        name: the parameter's name.
+        base: the base's parameter.
+        is_norm: whether the module is a norm, whose class the norm policy sets.
     """
     if not is_half(base):
         return False
@@ -64,22 +64,22 @@ def keep_in_fp32(module: nn.Module, name: str, base: Tensor, is_norm: bool) -> b
 
 
 def base_dtype(module: nn.Module, name: str) -> torch.dtype | None:
-    """The base's dtype of a parameter that adapters keep in fp32; None for every other."""
+    """Return the base's dtype of a parameter that adapters keep in fp32; None for all others."""
     return cast("dict[str, torch.dtype]", vars(module).get(DTYPES, {})).get(name)
 
 
 def as_read(module: nn.Module, name: str, found: Any) -> Any:
-    """What code that reads this attribute computes with."""
+    """Return an attribute's value as the module's forward reads it: in the base's dtype."""
     dtype = base_dtype(module, name)
     return found if dtype is None or not isinstance(found, Tensor) or found.dtype == dtype else found.to(dtype)
 
 
 def restore_dtypes(module: nn.Module, rounded: dict[int, nn.Parameter]) -> None:
-    """The module of its own class, all of its parameters in the base's dtype; may be run again.
+    """Restore the module's class and the base's dtype of its parameters. May be run again.
 
     Args:
-        module: any.
-        rounded: parameters rounded so far, by the identity of what they were; shared ones stay shared.
+        module: any module.
+        rounded: the parameters rounded so far, by the id of the original, so that shared parameters stay shared.
     """
     for name, dtype in vars(module).get(DTYPES, {}).items():
         now = module._parameters.get(name)

@@ -1,7 +1,7 @@
-"""Places in a module whose tensor differs from owner to owner: the base has its own, and so has each adapter.
+"""Places: parameters and buffers of a module for which the base and every adapter have a tensor of their own.
 
-The head, norm statistics and every other buffer are such places. One owner's tensor is in the module, where the
-forward, the optimizer and the state dict find it; the others' are kept here, the same objects, until it is their turn.
+The head, running statistics and all other buffers are such places. The tensor of one owner is in the module, where the
+forward, the optimizer and the state dict find it; the other owners' tensors are kept here until they are activated.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .masters import base_dtype
 BASE = ""
 """The base as an owner; no adapter can have this name."""
 COPY = "."
-"""A passing copy of a base buffer, in place while adapters are disabled, so that no forward moves the base."""
+"""The owner of temporary copies of base buffers: while adapters are disabled, no forward changes the base."""
 MIXTURE = ".."
-"""Several adapters' tensors by weight, in place while they compute together."""
+"""The owner of a weighted mean of several adapters' tensors, used while they are active together."""
 
 SWAPPING = RLock()
-"""Held by who changes classes or tensors of modules, from the check to the change: a ``use_adapters`` block that
-another thread opens, or a forward inside it, must find neither half-way."""
+"""Held from the check to the change by all code that changes classes or tensors of modules, so that a ``use_adapters``
+block in another thread never sees a half-finished change."""
 
 
 @dataclass
 class Place:
-    """A parameter's or buffer's place in a module. A buffer may be None, for all owners or for some."""
+    """One parameter or buffer of a module, with a tensor per owner. A buffer may be None for some or all owners."""
 
     module: nn.Module
     name: str
@@ -40,7 +40,7 @@ class Place:
     kept: dict[str, Tensor | None] = field(default_factory=dict)
     """The other owners' tensors."""
     moves: int = 0
-    """How often a tensor was put into the module: counted just before, when the one that leaves is kept already."""
+    """How often a tensor was put into the module; incremented just before, when the old tensor is kept already."""
 
     @property
     def home(self) -> dict[str, Tensor | None]:
@@ -50,17 +50,17 @@ class Place:
 
     @property
     def now(self) -> Tensor | None:
-        """The tensor in the module; None where the user has taken it away."""
+        """The tensor in the module; None if the user has deleted it."""
         return self.home.get(self.name)
 
     @property
     def is_saved(self) -> bool:
-        """Whether the state dict holds it."""
+        """Whether the state dict contains it."""
         return self.is_parameter or self.name not in self.module._non_persistent_buffers_set
 
     def of(self, owner: str) -> Tensor | None:
-        """This owner's tensor; where it has none here, the base's."""
-        while True:  # a forward of another thread asks while put() is at work; it must not wait for a lock
+        """Return this owner's tensor, or the base's if it has none here."""
+        while True:  # another thread's forward may call this during put(), and must not wait for a lock
             moves, kept = self.moves, self.kept
             found = kept.get(owner if owner in kept or owner == self.owner else BASE, self)
             found = self.now if found is self else found
@@ -68,22 +68,22 @@ class Place:
                 return cast("Tensor | None", found)
 
     def own(self, owner: str) -> Tensor | None:
-        """The owner's own tensor; None where it has the base's."""
+        """Return the owner's own tensor; None if it uses the base's."""
         return self.of(owner) if self.has(owner) else None
 
     def has(self, owner: str) -> bool:
-        """Whether the owner has its own here, which may be None in the place of a buffer."""
+        """Return whether the owner has an entry of its own here, which may be None for a buffer."""
         return owner in self.kept or owner == self.owner
 
     def has_moved(self, owner: str) -> bool:
-        """Whether the owner's tensor holds other numbers than the base's, or the base has none."""
+        """Return whether the owner's tensor has other values than the base's, or the base has none."""
         now, base = self.of(owner), self.of(BASE)
         return now is not None and (base is None or not torch.equal(now, base.to(now.device, now.dtype)))
 
     def put(self, owner: str) -> None:
-        """Put the owner's tensor, or the base's where it has none, into the module; bit for bit, the same object.
+        """Put the owner's tensor, the same object, into the module; the base's if the owner has none.
 
-        It follows the model to the device and dtype where that is by now. May be run again after an interrupt.
+        The tensor is moved to the model's current device and dtype. May be run again after an interrupt.
         """
         if owner not in self.kept and owner != self.owner:
             owner = BASE
@@ -99,17 +99,17 @@ class Place:
             del self.kept[owner]
 
     def _like(self, owner: str, now: Tensor | None) -> Tensor | None:
-        """A tensor of the device and dtype that the owner's has by now; ``now`` is the one in the module."""
+        """Return a tensor with the device and dtype that the owner's must have; ``now`` is the one in the module."""
         dtype = None if now is None else base_dtype(self.module, self.name)
         if now is None or dtype is None:
             return now
         return now.new_empty(0, dtype=dtype if owner == BASE else torch.promote_types(dtype, torch.float32))
 
     def put_copy(self, copies: dict[int, Tensor]) -> None:
-        """Put the base's tensor in; of a buffer, a copy.
+        """Put the base's parameter, or a copy of its buffer, into the module.
 
         Args:
-            copies: those made so far, by the identity of what they are copies of; shared buffers stay shared.
+            copies: the copies so far, by the id of the original, so that shared buffers stay shared.
         """
         if not self.is_parameter and self.owner != COPY:
             base = self.of(BASE)
@@ -117,10 +117,10 @@ class Place:
         self.put(BASE if self.is_parameter else COPY)
 
     def set_tensor(self, owner: str, tensor: Tensor) -> None:
-        """Make a tensor the owner's."""
+        """Set the owner's tensor."""
         tensors = self.home if owner == self.owner else self.kept
         tensors[self.name if owner == self.owner else owner] = tensor
 
     def discard(self, owner: str) -> None:
-        """Drop an owner's tensor that is not in the module."""
+        """Delete the tensor of an owner that is not in the module."""
         self.kept.pop(owner, None)

@@ -590,7 +590,7 @@ def check_whole(root: nn.Module) -> None:
     """Raise StateError where the model's numbers are not here: on the meta device, or sharded over processes."""
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
         if tensor.is_meta:
-            raise StateError(f"{name} is on the meta device and holds no numbers. Nothing was changed.")
+            raise StateError(f"{name} is on the meta device and has no values. Nothing was changed.")
         if hasattr(tensor, "device_mesh") or hasattr(tensor, "_fsdp_flattened"):
             raise StateError(IN_SHARDS.format(name))
     for name, module in root.named_modules():
