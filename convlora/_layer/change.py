@@ -1,4 +1,4 @@
-"""What one layer has of one adapter: a change of its weight. All that is the same for every method.
+"""The change that one adapter makes to one layer's weight: all that is common to every method.
 
 A method is a class of changes, and each is one file of ``_methods/``. It says which tensors it trains, how they begin
 and what it makes of the base's weight; the rest of the library knows it by :class:`Change` alone.
@@ -37,35 +37,35 @@ class Change(nn.Module):
     Attributes:
         weight_shape: ``(C_out, C_in / groups, kH, kW)`` or ``(out_features, in_features)``; the base's weight has as
             many numbers.
-        scaling: how strong the change is; alpha / rank, or alpha / √rank with rsLoRA, in methods that have an alpha.
-        strength: how much of the whole change counts, W + strength · (W' − W); see :func:`convlora.set_scale`.
+        scaling: the factor of the change; alpha / rank, or alpha / √rank with rsLoRA, in methods that have an alpha.
+        strength: the share of the change that is applied, W + strength · (W' − W); see :func:`convlora.set_scale`.
         dropout: probability with which the inputs of the change are zeroed in training.
-        path: which way a convolution with factors takes in training; see ``paths.py``.
+        path: how a convolution with factors computes in training; see ``paths.py``.
         groups: of a transposed convolution, which keeps ``(C_in, C_out / groups, kH, kW)``; 0 for every other layer.
-        lora_magnitude: only with DoRA: ``(C_out,)``, the size of the weight that meets each output channel.
+        lora_magnitude: only with DoRA: ``(C_out,)``, the magnitude of each output channel's weight.
     """
 
     method: ClassVar[str]
     formula: ClassVar[str]
     fresh: ClassVar[str] = "factor is as it began"
-    """What a warning says of every layer where nothing was trained."""
+    """The words by which a warning describes an untrained layer."""
     inits: ClassVar[tuple[str, ...]] = ("kaiming",)
-    """Ways in which it may begin."""
+    """The initialisations that the method has."""
     has_rank: ClassVar[bool] = True
-    """Whether its size depends on a rank."""
+    """Whether its number of parameters depends on a rank."""
     has_alpha: ClassVar[bool] = True
-    """Whether ``scaling`` comes from an alpha; else it is 1, and one that is set by hand takes W part of the way."""
+    """Whether ``scaling`` comes from an alpha. Otherwise it is 1; any other value interpolates from W to W'."""
     defaults: ClassVar[Mapping[str, Option]] = {}
-    """What it may be asked besides, ``method_options``, with the values that it has otherwise."""
+    """The method's options (``method_options``) and their default values."""
     by_channel: ClassVar[bool] = False
-    """Whether :meth:`shapes` is told besides how channels lie in the weight: ``groups`` and ``transposed``."""
+    """Whether :meth:`shapes` also gets the layout of the channels: ``groups`` and ``transposed``."""
     trains_bias: ClassVar[bool] = False
     """Whether the layer's own bias, where it has one, is trained and belongs to the adapter."""
     fast: ClassVar[tuple[str, ...]] = ()
     """Tensors that may learn at a higher rate, see :func:`convlora.parameter_groups`. As LoRA's B, they begin at zero,
     the others' gradient is zero until they move, and they read what the others make of the layer's input."""
     ranks: ClassVar[str] = ""
-    """Why :meth:`rank_at` may be lower than the rank that is asked for."""
+    """The reason why :meth:`rank_at` may return less than the rank that is asked for."""
     use_dora: bool = False
 
     def __init__(
@@ -82,7 +82,7 @@ class Change(nn.Module):
         **options: Option,
     ) -> None:
         super().__init__()
-        # fp32 also on half-precision bases: steps of 1e-4 vanish in bf16.
+        # fp32 also on half-precision bases: in bf16, updates of 1e-4 are rounded away.
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.weight_shape = tuple(weight_shape)
         self.rank = rank
@@ -110,7 +110,7 @@ class Change(nn.Module):
 
     @classmethod
     def shapes(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
-        """The trained tensors by name.
+        """Return the shapes of the trained tensors by name.
 
         Raises:
             TargetError: there is no such change of a weight of this shape; the layer's name is put before.
@@ -119,29 +119,29 @@ class Change(nn.Module):
 
     @classmethod
     def rank_at(cls, weight: Shape, rank: int, **options: Any) -> int:
-        """The largest rank up to this one that there is for a weight of this shape; 0 where there is none."""
+        """Return the largest rank up to this one that the method has for this weight, or 0."""
         return rank
 
     @classmethod
     def idle_in(cls, layer: nn.Module, **options: Any) -> str:
-        """Why it would change nothing that this layer computes; empty where it does."""
+        """Return the reason why the method would not change this layer's output; empty if it would."""
         return ""
 
     @classmethod
     def constants(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
-        """The tensors by name that belong to the adapter and are not trained."""
+        """Return the shapes, by name, of tensors that belong to the adapter and are not trained."""
         return {}
 
     def begin(self) -> None:
-        """Fill the tensors, which are zeros, so that the weight is the base's to the bit."""
+        """Initialise the tensors, which are zeros, so that the new weight equals the base's bit for bit."""
         raise NotImplementedError
 
     def is_fresh(self) -> bool:
-        """Whether the tensors still change nothing."""
+        """Return whether the tensors still change nothing."""
         raise NotImplementedError
 
     def changed(self, weight: Tensor) -> Tensor:
-        """The new weight of a base weight, which comes in ``weight_shape``, in the wider dtype of the two."""
+        """Compute the new weight from the base's, given in ``weight_shape`` and in the wider of both dtypes."""
         raise NotImplementedError
 
     def factors(self) -> Factors | None:
@@ -152,11 +152,11 @@ class Change(nn.Module):
         return None
 
     def factors_at(self, base: Tensor) -> Factors | None:
-        """The same, for training alone, of a change whose factors depend on the base's weight."""
+        """As :meth:`factors`, in training only, for a change whose factors depend on the base's weight."""
         return self.factors()
 
     def output(self, x: Tensor, bias: Tensor | None, compute: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """A plain layer's output in training by tensors smaller than its weight; None for autograd through the weight.
+        """Compute a plain layer's output in training without a weight gradient; None for autograd through the weight.
 
         Args:
             x: the input.
@@ -167,22 +167,22 @@ class Change(nn.Module):
 
     @classmethod
     def stored_shapes(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
-        """Shapes in a file, by what follows the layer's name in the key."""
+        """Return the shapes in a file, by the part of the key after the layer's name."""
         return cls.shapes(weight, rank, **options) | cls.constants(weight, rank, **options)
 
     def stored(self) -> Mapping[str, Tensor]:
-        """The tensors as a file holds them, by the names of :meth:`stored_shapes`."""
+        """Return the tensors as a file contains them, by the names of :meth:`stored_shapes`."""
         return {name: getattr(self, name) for name in self.names}
 
     def restore(self, stored: Mapping[str, Tensor]) -> None:
-        """Take the numbers that :meth:`stored` gave."""
+        """Load the tensors that :meth:`stored` returned."""
         for name in self.names:
             getattr(self, name).copy_(stored[name])
 
     # ---- what follows from it
 
     def effective_weight(self, base: Tensor) -> Tensor:
-        """What the layer computes with in the place of its base weight, in its dtype, shape and memory format."""
+        """Compute the weight that replaces the base's, in the base's dtype, shape and memory format."""
         with no_autocast(base.device.type):
             changed = self._strengthened(self._wide(base))
             if self.use_dora:
@@ -196,12 +196,12 @@ class Change(nn.Module):
         return _like(_shaped(in_dtype(changed, base.dtype), base.shape), base)
 
     def delta(self, base: Tensor) -> Tensor:
-        """ΔW of this base weight; with DoRA, before the magnitudes."""
+        """Compute ΔW for this base weight; with DoRA, before the magnitudes."""
         weight = self._wide(base)
         return _shaped(self._strengthened(weight) - weight, base.shape)
 
     def _strengthened(self, weight: Tensor) -> Tensor:
-        """The new weight of a wide one; with a scaling that is the user's own, that part of the way to it."""
+        """Compute the new weight; without an alpha, ``scaling`` interpolates from W to it."""
         changed = self.changed(weight)
         return changed if self.has_alpha or self.scaling == 1 else torch.lerp(weight, changed, self.scaling)
 
@@ -210,7 +210,7 @@ class Change(nn.Module):
         return _shaped(in_dtype(base, torch.promote_types(base.dtype, self.own_dtype())), self.weight_shape)
 
     def scaled_output(self, layer: nn.Module, y: Tensor, base: Tensor) -> Tensor:
-        """With DoRA, the output of a layer that computed y before the magnitudes."""
+        """Apply DoRA's magnitudes to an output that was computed without them."""
         with no_autocast(base.device.type):
             with torch.no_grad():
                 changed = self._strengthened(self._wide(base))
@@ -218,13 +218,13 @@ class Change(nn.Module):
         return scaled_output(y, scale, cast("Tensor | None", layer.bias), -1 if isinstance(layer, nn.Linear) else 1)
 
     def give_magnitudes(self, norms: Tensor) -> None:
-        """Make it DoRA, with these sizes of the output channels' weights."""
+        """Turn the change into DoRA, with these magnitudes of the output channels."""
         self.use_dora = True
         self.lora_magnitude = nn.Parameter(norms)
 
     @property
     def numbers(self) -> Scaling:
-        """All that the effective weight depends on besides tensors."""
+        """All that the effective weight depends on apart from tensors."""
         return self.scaling
 
     @property
@@ -233,47 +233,47 @@ class Change(nn.Module):
         return ((self, 1.0),)
 
     def sources(self) -> tuple[Tensor, ...] | None:
-        """All tensors that the effective weight is computed from besides the base's.
+        """Return all tensors, apart from the base's, from which the effective weight is computed.
 
-        None where one of them is itself computed (``parametrize``, pruning), by code that may read anything.
+        None if one of them is itself computed (``parametrize``, pruning), by code that may read anything.
         """
         if self._modules or (self._forward_pre_hooks and any(self._writing_hooks())):
             return None
         return self.tensors()
 
     def is_whole(self) -> bool:
-        """Whether other code has left it all its tensors."""
+        """Return whether no tensor has been deleted by other code."""
         return all(hasattr(self, name) for name in self.names)
 
     def run_hooks(self) -> None:
-        """Let torch's older hooks, pruning's among them, compute their tensor; nothing calls this module's forward."""
+        """Run torch's older hooks (pruning) that compute a tensor, since this module's forward is never called."""
         if self._forward_pre_hooks:
             for hook in self._writing_hooks():
                 hook(self, ())
 
     def _writing_hooks(self) -> Iterator[Any]:
-        """Those of torch's hooks that write a tensor's attribute anew; others are a user's."""
+        """Yield the hooks of torch that recompute a tensor; all others are the user's."""
         hooks = self._forward_pre_hooks.values()
         return (h for h in hooks if str(getattr(h, "_tensor_name", getattr(h, "name", ""))) in self.names)
 
     def live(self, share: float) -> Any:
-        """In a model that is prepared for hot swaps, what its layer computes with; see ``_methods/padded.py``.
+        """Return what the layer computes with in a model prepared for hot swaps; see ``_methods/padded.py``.
 
         Args:
-            share: its weight among the adapters that are active, its own strength not included.
+            share: its weight among the active adapters, without its own strength.
         """
         return None
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it holds."""
+        """Return all its tensors."""
         return cast("tuple[Tensor, ...]", (*self._parameters.values(), *self._buffers.values()))
 
     def own_dtype(self) -> torch.dtype:
-        """In which the change is computed. No property, whose AttributeError would name it and not what is missing."""
+        """Return the dtype of the change. A method: in a property, an AttributeError would hide what is missing."""
         return cast(Tensor, getattr(self, self.names[0])).dtype
 
     def extra_repr(self) -> str:
-        """The line that ``print(model)`` shows."""
+        """Return the line that ``print(model)`` shows."""
         dropout = f", dropout={self.dropout:g}" if self.dropout else ""
         options = "".join(f", {name}={value}" for name, value in self.options.items())
         rank = f"rank={self.rank}, " if self.has_rank else ""
@@ -281,18 +281,18 @@ class Change(nn.Module):
         return f"{rank}scaling={self.scaling:g}{strength}{options}{dropout}{', DoRA' if self.use_dora else ''}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint of the base holds no adapter at all: it loads, strictly too, and leaves it as it is.
+        # A checkpoint of the base has no adapter keys: it loads, strict or not, and does not change the adapter.
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _shaped(weight: Tensor, shape: Shape) -> Tensor:
-    """In this shape; a layer such as timm's CondConv2d has several kernels in a row of its weight."""
+    """Reshape the weight if needed; timm's CondConv2d, for one, keeps several kernels in a row of its weight."""
     return weight if weight.ndim == len(shape) else weight.reshape(shape)
 
 
 def _like(weight: Tensor, base: Tensor) -> Tensor:
-    """The weight in the base's memory format."""
+    """Return the weight in the base's memory format."""
     if has_channels_last(base):
         return weight.movedim(1, -1).contiguous().movedim(-1, 1)
     return weight

@@ -1,7 +1,7 @@
-"""A model made ready for the numbers of other adapters: ``prepare_for_hotswap``.
+"""``prepare_for_hotswap``: prepares a model so that adapters can be exchanged without recompilation.
 
-Every adapter gets, in every layer that any of them adapts, a change in one form (``_methods/padded.py``): factors of
-one rank and a tensor for the strength. What a compiler sees of two adapters is then the same.
+In every layer that any adapter adapts, each adapter gets a change of the same form (``_methods/padded.py``): factors of
+one rank, and a tensor for the strength. All adapters then look the same to a compiler.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from .state import (
 
 M = TypeVar("M", bound=nn.Module)
 SWAPPABLE = {kind.method for kind in (LoRA, AnchoredLoRA, Dense)}
-"""Methods that a file holds as two factors and no more."""
+"""Methods that a file stores as two factors and nothing else."""
 
 Forms = dict[nn.Module, tuple[Shape, dict[str, Any]]]
 
 
 class Padded(NamedTuple):
-    """What a layer gets of an adapter."""
+    """The padded change of one layer."""
 
     layer: nn.Module
     change: PaddedLoRA
@@ -105,19 +105,19 @@ def prepare_for_hotswap(model: M, max_rank: int = 16) -> M:
 
 
 def width_of(weight: Shape, max_rank: int) -> int:
-    """How many rows A has: ``max_rank``, or as many as make up any change of a small layer."""
+    """Return the number of rows of A: ``max_rank``, or a small layer's full rank."""
     full = min(weight[0], math.prod(weight[1:]))
     return max(max_rank, full) if full < 2 * max_rank else max_rank
 
 
 def rank_in_file(planned: LayerPlan) -> int:
-    """The rank of a layer's change as a product of two factors; 0 where it is none, or more than that."""
+    """Return the rank of a change that is a product of two factors and nothing else; otherwise 0."""
     is_product = planned.method in SWAPPABLE and not planned.use_dora
     return planned.stored_shapes["lora_A.weight"][0] if is_product else 0
 
 
 def check_prepared(root: nn.Module, adapter: Adapter) -> None:
-    """Raise StateError where the adapter's numbers cannot be swapped."""
+    """Raise StateError unless the adapter is prepared for hot swaps."""
     if not isinstance(root, Gated) or not all(isinstance(change, PaddedLoRA) for change in adapter.all_changes):
         raise StateError(
             f"Adapter {adapter.plan.adapter_name!r} of {type(root).__name__} is not prepared: call "
@@ -140,13 +140,13 @@ def _faults(injection: Injection, max_rank: int) -> Iterator[str]:
 
 
 def _forms(injection: Injection) -> Forms:
-    """Each layer's weight as its changes have it, and how channels lie in it."""
+    """Return each layer's weight shape, as its changes see it, and the layout of its channels."""
     changes = ((layer, cast(Change, next(iter(held(layer).values())))) for layer in injection.layers)
     return {layer: (c.weight_shape, {"groups": c.groups or 1, "transposed": c.groups > 0}) for layer, c in changes}
 
 
 def _padded(forms: Forms, adapter: Adapter, max_rank: int) -> Iterator[Padded]:
-    """What each layer gets of an adapter; what is in that form already stays the same object."""
+    """Yield the padded change of each layer; changes that are padded already stay the same objects."""
     name, frozen_factors = adapter.plan.adapter_name, set(adapter.frozen_factors)
     saved = {inner for part in adapter.plan.modules_to_save for inner in adapter.modules[part].modules()}
     for layer, (weight, channels) in forms.items():
@@ -164,7 +164,7 @@ def _padded(forms: Forms, adapter: Adapter, max_rank: int) -> Iterator[Padded]:
 
 
 def _asks(change: Change, name: str, frozen_factors: set[tuple[nn.Module, str]]) -> bool:
-    """Whether a factor is trainable while its adapter is active."""
+    """Return whether a factor is trained while its adapter is active."""
     name = name if name in change._parameters else next(iter(change._parameters))
     return cast(nn.Parameter, change._parameters[name]).requires_grad or (change, name) in frozen_factors
 

@@ -1,4 +1,4 @@
-"""What of an injected model is no longer as injection left it, since other code has changed it."""
+"""``check``: finds what other code has changed in an injected model; ``adopt``: takes in a new head."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is no longer as injection left it.
+    """One change that other code has made to an injected model.
 
     Attributes:
-        name: of the module, parameter or buffer.
-        what: what is found.
-        remedy: what to do.
+        name: the name of the module, parameter or buffer.
+        what: what was found.
+        remedy: what to do about it.
         level: ``"refused"``: training, saving and merging refuse; ``"unsaved"``: saving alone refuses; ``"warned"``:
             who begins a training is warned; ``"noted"``: only :func:`check` says it.
     """
@@ -58,7 +58,7 @@ class Finding:
 
 
 def check(model: nn.Module) -> list[Finding]:
-    """What other code has changed in an injected model since, and what to do about it; empty where all is whole.
+    """Return what other code has changed in an injected model, and what to do about it; an empty list if nothing.
 
     >>> for finding in convlora.check(model):
     ...     print(finding)
@@ -84,7 +84,7 @@ def check(model: nn.Module) -> list[Finding]:
 
 
 def refuse_changed(root: nn.Module, injection: Injection, saved: Adapter | None = None) -> None:
-    """Raise StateError for findings with which training, merging, or saving that adapter would go wrong."""
+    """Raise StateError for findings that would spoil training, merging, or saving that adapter."""
     faults = [finding for finding in _findings(root, injection) if finding.level == "refused"]
     faults += _computed(saved) if saved is not None else ()
     if faults:
@@ -92,7 +92,7 @@ def refuse_changed(root: nn.Module, injection: Injection, saved: Adapter | None 
 
 
 def check_trainable(model: nn.Module, stacklevel: int) -> None:
-    """At the beginning of a training: raise as :func:`refuse_changed`, and warn of what would train otherwise."""
+    """At the start of a training, raise as :func:`refuse_changed` does, and warn of lesser findings."""
     for _, root, injection in injected(model):
         refuse_changed(root, injection)
         told = [finding for finding in _findings(root, injection) if finding.level == "warned"]
@@ -149,7 +149,7 @@ def _classes(injection: Injection, adapter: Adapter, names: dict[nn.Module, str]
 
 
 def _computed(adapter: Adapter) -> Iterator[Finding]:
-    """Factors that other code computes: a file holds numbers alone."""
+    """Yield the layers whose factors are computed by other code, which a file cannot express."""
     for planned, change in zip(adapter.plan.layers, () if adapter.lost() else adapter.changes, strict=False):
         if change.sources() is None:
             what = (
@@ -206,7 +206,7 @@ def _later(injection: Injection, names: dict[nn.Module, str]) -> Iterator[Findin
 
 
 def _moved(injection: Injection) -> Iterator[Finding]:
-    """Statistics of frozen norms that are no longer the base's."""
+    """Yield the frozen norms whose statistics are no longer the base's."""
     for adapter in injection.adapters.values():
         names = {module: name for name, module in adapter.modules.items()}
         owner = adapter.plan.adapter_name
@@ -220,7 +220,7 @@ def _moved(injection: Injection) -> Iterator[Finding]:
 
 
 def check_nothing_outside(model: nn.Module, root: nn.Module) -> None:
-    """Raise StateError where what holds the injected part trains parameters of its own: they would not be saved."""
+    """Raise StateError if modules outside the injected part are trained, since they would not be saved."""
     inside = {id(parameter) for parameter in root.parameters()}
     outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
     if outside:
@@ -235,7 +235,7 @@ def check_nothing_outside(model: nn.Module, root: nn.Module) -> None:
 
 
 def adopt(model: M, *names: str) -> M:
-    """Make modules that were put in the place of a trained head the adapter's own, as if they had been there first.
+    """Make new modules that replaced a trained head part of the adapter, as if they had been there at injection.
 
     >>> model.reset_classifier(num_classes=5)
     >>> convlora.adopt(model, "fc")
@@ -314,7 +314,7 @@ def _biases(adapter: Adapter) -> int:
 
 
 def _listed_anew(root: nn.Module, adapter: Adapter, new: dict[str, nn.Module]) -> Iterator[LayerPlan]:
-    """The plan's layers that are left alone, those in a new head as they are now."""
+    """Yield the plan's skipped layers; those in a new head are described anew."""
     modules = dict(root.named_modules(remove_duplicate=False))
     for layer in adapter.plan.skipped:
         if not any(layer.name == name or layer.name.startswith(name + ".") for name in new):

@@ -1,4 +1,4 @@
-"""Folding the adapter into plain weights, and back bit for bit."""
+"""Merging the adapter into plain weights, and unmerging bit for bit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def merge(model: M, check: bool = True) -> M:
-    """Fold the adapter into the weights: every layer is of its plain class again and costs nothing extra.
+    """Merge the adapter into the weights: every layer gets its plain class back and costs nothing extra.
 
     >>> convlora.merge(model)        # predicts as before
     >>> convlora.unmerge(model)      # the base weights, bit for bit, and the adapter beside them
@@ -71,7 +71,7 @@ def merge(model: M, check: bool = True) -> M:
 
 
 def _check_finite(root: nn.Module, injection: Injection, weights: list[nn.Parameter]) -> None:
-    """Raise StateError where the adapter makes a tensor NaN or Inf that is not so in the base."""
+    """Raise StateError if a merged tensor has NaN or Inf and the base's tensor does not."""
     names = {module: name for name, module in root.named_modules()}
     merged = zip(injection.layers, weights, strict=True)
     spoilt = [dotted(names[layer], "weight") for layer, weight in merged if _is_spoilt(weight, *_own(layer))]
@@ -145,7 +145,7 @@ def _unmerge(parts: list[InjectedPart]) -> None:
 
 @contextmanager
 def unmerged(root: nn.Module, injection: Injection) -> Iterator[None]:
-    """The model unmerged inside the block; the merged weights come back after it as they were, the same Parameters."""
+    """Unmerge the model inside the block; afterwards the same merged Parameters are restored."""
     parts = [(root, injection)] if injection.merged else []
     weights = [[cast(nn.Parameter, layer._parameters["weight"]) for layer in i.layers] for _, i in parts]
     try:
@@ -156,7 +156,7 @@ def unmerged(root: nn.Module, injection: Injection) -> Iterator[None]:
 
 
 def _parts(model: nn.Module, merged: bool) -> list[InjectedPart]:
-    """The injected parts in this state, at least one."""
+    """Return the injected parts that are merged, or that are not; at least one."""
     parts = [(root, injection) for _, root, injection in injected(model) if injection.merged is merged]
     if not parts:
         raise StateError(

@@ -1,4 +1,4 @@
-"""Norm layers that keep running statistics: frozen in place, or tracked so that an adapter can own the statistics."""
+"""Norm layers with running statistics: frozen, or tracked so that each adapter owns its statistics."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from ..errors import StateError
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """Whether training moves statistics in this module: BatchNorm and its kin, InstanceNorm where it tracks.
+    """Return whether training updates running statistics in this module, as in BatchNorm and tracking InstanceNorm.
 
-    Told by the buffers' field-wide names, so that norms outside torch (timm's EvoNorm) count too. A module with
-    weight matrices inside is a block that counts something, not a norm, and should hear ``train()``.
+    The buffers' usual names (``running_…``) decide, so that norms outside torch (timm's EvoNorm) are included. A module
+    that contains weight matrices is a block and not a norm; it must keep following ``train()``.
     """
     keeps = any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
     return keeps and not any(p.ndim > 1 for child in module.children() for p in child.parameters())
 
 
 class OwnedNorm(Swapped):
-    """A norm layer that belongs to an adapter, and so cannot be built anew as another library's norm."""
+    """A norm layer that belongs to an adapter, so that another library must not replace it by a norm of its own."""
 
     @property
     def affine(self) -> bool:
-        """As the norm's own; refused to functions that would put another module in this one's place."""
+        """The norm's own attribute; functions that would replace the norm by another module get a StateError."""
         if sys._getframe(1).f_code.co_name.startswith(("convert", "revert", "freeze", "unfreeze")):
             raise StateError(
                 f"A {type(self).__name__} belongs to the adapter of an injected model, and another norm in its place "
@@ -61,7 +61,7 @@ class FrozenNorm(OwnedNorm):
 
     @property
     def training(self) -> bool:
-        """False, whatever is written to it: by ``train()``, by hand, by code that restores every module's mode."""
+        """Always False, whatever ``train()`` or other code writes to it."""
         return False
 
     @training.setter
@@ -69,19 +69,19 @@ class FrozenNorm(OwnedNorm):
         pass
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As any module's, but for resets that assign statistics (Lightning's weight averaging does)."""
+        """Set an attribute, unless a reset function assigns statistics (Lightning's weight averaging does)."""
         if name.startswith(("running_", "num_batches")) and sys._getframe(1).f_code.co_name.startswith("reset"):
             return
         super().__setattr__(name, value)
 
     def reset_running_stats(self) -> None:
-        """Nothing: a constant. ``update_bn`` and averages over weights call it, and would leave mean 0, variance 1."""
+        """Do nothing. ``update_bn`` and weight averaging call this and would set mean 0 and variance 1."""
 
     def reset_parameters(self) -> None:
-        """Nothing, likewise."""
+        """Do nothing, for the same reason."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The norm's own forward; where it is torch's batch norm, one that saves no input for the backward."""
+        """Compute the norm's own forward; for torch's batch norm, without keeping the input for the backward."""
         norm = cast(nn.Module, self)
         route = route_of(norm)
         if route is not None:
@@ -89,8 +89,8 @@ class FrozenNorm(OwnedNorm):
         if len(args) == 1 and not kwargs and torch.is_grad_enabled():
             rest = _after_batch_norm(self._convlora_base)
             if rest is not None and _is_constant(norm, args[0]):
-                cast(Any, norm)._check_input_dim(args[0])  # torch's own error for an input of other dimensions
-                # From where they are: nn.Module's attributes cost several calls each, for every norm at every step.
+                cast(Any, norm)._check_input_dim(args[0])  # raises torch's own error for a wrong number of dimensions
+                # Read from the dictionaries: each of nn.Module's attributes costs several calls, for every norm and step.
                 state, affine = norm._buffers, norm._parameters
                 mean, var, eps = state["running_mean"], state["running_var"], cast(Any, norm).eps
                 return rest(norm, _Constant.apply(args[0], mean, var, affine["weight"], affine["bias"], eps))
@@ -98,9 +98,9 @@ class FrozenNorm(OwnedNorm):
 
 
 class _Constant(torch.autograd.Function):
-    """Batch norm with constant statistics, scale and shift: the same bits forward, ``g · scale`` backward.
+    """Batch norm with constant statistics, scale and shift: the same output bit for bit, and ``g · scale`` backward.
 
-    torch's own keeps the input for the gradient of the scale, which nobody asks for here.
+    torch's own keeps the input for the gradient of the scale, which is not needed here.
     """
 
     @staticmethod
@@ -119,7 +119,7 @@ class _Constant(torch.autograd.Function):
 
 
 def _after_batch_norm(cls: Any) -> Callable[[nn.Module, Tensor], Tensor] | None:
-    """What a norm whose forward begins with torch's batch norm does after it; None for other norms."""
+    """Return what a norm does after torch's batch norm, such as its activation; None for norms of other forwards."""
     if cls.forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
         return _nothing
     timm = sys.modules.get("timm.layers.norm_act")
@@ -136,7 +136,7 @@ def _drop_and_act(norm: nn.Module, y: Tensor) -> Tensor:
 
 @uncompiled
 def _forward_routed(norm: nn.Module, cls: type[nn.Module], route: Route, args: Any, kwargs: Any) -> Any:
-    """Each sample with its own adapter's statistics."""
+    """Compute a norm's forward, each sample with its own adapter's statistics."""
     route.check(norm)
     rest = _after_batch_norm(cls)
     if rest is not None and len(args) == 1 and not kwargs:
@@ -150,30 +150,30 @@ def _forward_routed(norm: nn.Module, cls: type[nn.Module], route: Route, args: A
 
 
 def _is_constant(norm: nn.Module, x: Any) -> bool:
-    """Whether a gradient passes through, and none is asked for scale or shift; for an input that the norm takes."""
+    """Return whether x needs a gradient, scale and shift need none, and the norm accepts x."""
     affine = norm._parameters
     return (
         not torch.compiler.is_compiling()
-        and not is_transformed()  # first: a trace records what is asked of a shape
+        and not is_transformed()  # first, since a trace would record the checks of the shape
         and type(x) is Tensor
         and x.requires_grad
         and x.ndim > 1
         and x.shape[1] == norm.num_features
-        # else they are computed, by a parametrization say
+        # otherwise they are computed, for instance by a parametrization
         and {"weight", "bias"} <= affine.keys()
-        and norm._buffers.get("running_mean") is not None  # else torch computes with the batch's own
+        and norm._buffers.get("running_mean") is not None  # otherwise torch uses the batch's statistics
         and norm._buffers.get("running_var") is not None
         and not any(p is not None and p.requires_grad for p in affine.values())
     )
 
 
 class TrackedNorm(OwnedNorm):
-    """A norm layer whose statistics move once a step, also where gradient checkpointing runs its forward twice."""
+    """A norm layer whose statistics are updated once per step, even if checkpointing runs its forward twice."""
 
     _convlora_prefix: ClassVar[str] = "Tracked"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The norm's own forward; run again inside a backward, it leaves the statistics as they are."""
+        """Compute the norm's own forward; inside a backward, which recomputes it, the statistics stay unchanged."""
         route = route_of(cast(nn.Module, self))
         if route is not None:
             return _forward_routed(cast(nn.Module, self), self._convlora_base, route, args, kwargs)
@@ -184,7 +184,7 @@ class TrackedNorm(OwnedNorm):
 
 
 MODES = "_convlora_modes"
-"""Where a frozen norm remembers its own mode and that of the module that holds it, as they were."""
+"""The attribute in which a frozen norm stores its earlier mode and that of its parent."""
 
 POLICIES: dict[NormPolicy, type[Swapped]] = {"freeze": FrozenNorm, "track": TrackedNorm}
 
@@ -195,7 +195,7 @@ def _inside_backward() -> bool:
 
 @contextmanager
 def _spared(norm: nn.Module) -> Iterator[None]:
-    """Copies take the buffers' places: the output in train mode does not depend on them."""
+    """Replace the buffers by copies inside the block; in train mode the output does not depend on them."""
     buffers = dict(norm._buffers)
     norm._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})
     try:

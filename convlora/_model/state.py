@@ -1,7 +1,7 @@
-"""What an injected model remembers: its adapters, which of them is active, and how all can be taken back.
+"""The record of an injected model: its adapters, which of them are active, and what is needed to restore the base.
 
-One :class:`Injection` is kept on the module that was given to ``inject``. It refers to modules, not only to names, so
-that it follows deepcopy and pickle, and can tell where the user has replaced a part since.
+One :class:`Injection` is stored on the module that was given to ``inject``. It refers to modules as well as names, so
+it follows deepcopy and pickle, and detects modules that the user has replaced since.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RECORD = "_convlora"
 
 @dataclass
 class Adapter:
-    """One adapter of a model."""
+    """The record of one adapter."""
 
     plan: Plan
     modules: dict[str, nn.Module]
@@ -49,17 +49,17 @@ class Adapter:
     layers: list[nn.Module]
     """Adapted layers, in the plan's order."""
     norms: dict[nn.Module, NormPolicy]
-    """What its norm layers do while it is active."""
+    """The norm policy of each norm layer while the adapter is active."""
     idle: list[nn.Module] = field(default_factory=list)
-    """Layers for which it has zeros, so that another adapter's numbers can take their place; see ``hotswap.py``."""
+    """Layers where its factors are zero; a hot swap can overwrite them with another adapter's. See ``hotswap.py``."""
     activations: list[nn.Module] = field(default_factory=list)
-    """Those that keep a mask while it is active."""
+    """Activations and pooling that keep a mask while the adapter is active."""
     frozen_factors: list[tuple[nn.Module, str]] = field(default_factory=list)
-    """Factors that were trainable when the adapter was last active, and are again when it is, as (module, name)."""
+    """Factors whose training is off while the adapter is inactive, as (module, name)."""
 
     @property
     def changes(self) -> list[Change]:
-        """What every layer has of it, in the plan's order; StateError names those without."""
+        """The change of every layer, in the plan's order; StateError if a layer has lost its change."""
         if lost := self.lost():
             raise StateError(
                 f"{', '.join(lost)}: the factors of adapter {self.plan.adapter_name!r} were deleted. Put them back, or "
@@ -69,12 +69,12 @@ class Adapter:
         return [change for layer in self.layers if (change := change_of(layer, name)) is not None]
 
     def lost(self) -> list[str]:
-        """Layers whose factors were deleted by other code."""
+        """Return the names of layers whose factors other code has deleted."""
         name, pairs = self.plan.adapter_name, zip(self.plan.layers, self.layers, strict=True)
         return [planned.name for planned, layer in pairs if change_of(layer, name) is None]
 
     def follow(self) -> None:
-        """Take the layers' scalings and strengths into the plan, also those written by hand: they are computed with."""
+        """Copy the layers' scalings and strengths, which the user may have set by hand, into the plan."""
         found = [(float(change.scaling), change.strength) for change in self.changes]
         if found != [(planned.scaling, planned.strength) for planned in self.plan.layers]:
             now = zip(self.plan.layers, found, strict=True)
@@ -83,36 +83,36 @@ class Adapter:
 
     @property
     def all_changes(self) -> list[Change]:
-        """Those of the plan's layers, and the zeros."""
+        """The changes of the plan's layers and of the idle layers."""
         zeros = (change_of(layer, self.plan.adapter_name) for layer in self.idle)
         return [*self.changes, *(change for change in zeros if change is not None)]
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The trained tensors of every layer's change, with DoRA the magnitudes among them."""
+        """Yield the parameters of every layer's change, DoRA's magnitudes included."""
         for change in self.all_changes:
             yield from change.parameters()
 
 
 @dataclass(frozen=True)
 class Blend:
-    """Several adapters that a model computes with at once."""
+    """Several adapters that are active together."""
 
     weights: dict[str, float]
-    """By name, in the order in which the model has them, so that no bit depends on the order of the asking."""
+    """The weights by adapter name, in the model's order, so that the user's order changes no bit of the result."""
     owner: str | None
-    """Whose head, statistics and other modules are in place; None: a mixture by weight."""
+    """The adapter whose head, statistics and other modules are used; None for a mixture by weight."""
     trained: tuple[str, ...]
-    """Whose factors are trained."""
+    """The adapters whose factors are trained."""
 
     @classmethod
     def of(cls, wanted: str | Blend) -> Blend:
-        """One adapter by itself as a blend."""
+        """Return the blend; one adapter's name becomes a blend of it alone."""
         return cls({wanted: 1.0}, wanted, (wanted,)) if isinstance(wanted, str) else wanted
 
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """What one open ``scaled`` block asks for."""
+    """The arguments of one open ``scaled`` block."""
 
     factor: float
     adapter_name: str | None
@@ -123,7 +123,7 @@ class Scale:
     """Whether head and statistics move, too."""
 
     def of(self, adapter_name: str, layer: nn.Module | None) -> float:
-        """The factor for one adapter in a layer; without a layer, for all else that it has."""
+        """Return the factor of one adapter in a layer; with None, of its head and statistics."""
         concerned = self.adapter_name in (None, adapter_name)
         inside = self.interpolate if layer is None else self.layers is None or layer in self.layers
         return self.factor if concerned and inside else 1.0
@@ -131,39 +131,39 @@ class Scale:
 
 @dataclass
 class Injection:
-    """What was done to a model."""
+    """The record of all that injection has changed in a model."""
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: str = ""
-    """The adapter that the model computes with; of several at once, the first or the owner of head and statistics."""
+    """The active adapter; if several are, the owner of head and statistics, or else the first."""
     blend: Blend | None = None
-    """Several at once."""
+    """The blend, if several adapters are active or one with a weight."""
     scales: dict[object, Scale] = field(default_factory=dict)
-    """``scaled`` blocks that are open. In a copy that was made inside some, theirs by number, until ``set_adapter``."""
+    """Open ``scaled`` blocks. A copy made inside blocks keeps theirs, under numbers, until ``set_adapter``."""
     disabled: bool = False
-    """Whether the base computes alone for now."""
+    """Whether adapters are disabled."""
     blocks: set[object] = field(default_factory=set)
-    """``disable_adapter`` blocks that are open; a copy that is made inside one has none to leave."""
+    """Open ``disable_adapter`` blocks; a copy made inside one has none."""
     routed: set[object] = field(default_factory=set)
-    """``use_adapters`` blocks that are open, in any thread."""
+    """Open ``use_adapters`` blocks of all threads."""
     merged: bool = False
-    """Whether merged weights are in the base's place."""
+    """Whether the adapters are merged into the weights."""
     places: list[Place] = field(default_factory=list)
     frozen: list[tuple[nn.Module, str]] = field(default_factory=list)
-    """Base parameters that were trainable, as (module, name)."""
+    """The base's parameters that were trainable before, as (module, name)."""
 
     @property
     def now(self) -> str | Blend:
-        """What the model computes with while adapters are not disabled."""
+        """What the model computes with unless adapters are disabled."""
         return self.blend or self.active
 
     @property
     def label(self) -> str | dict[str, float] | None:
-        """What ``set_adapter`` would be told to have it so; None while adapters are disabled."""
+        """The argument of ``set_adapter`` that gives this state; None while adapters are disabled."""
         return None if self.disabled else dict(self.blend.weights) if self.blend else self.active
 
     def policy(self, norm: nn.Module, blend: Blend, disabled: bool) -> NormPolicy | None:
-        """What a norm layer does with a blend; with a mixture of statistics, and with the base's, it is frozen."""
+        """Return a norm layer's policy under a blend: frozen if its statistics are a mixture or the base's."""
         names = (blend.owner,) if blend.owner else tuple(blend.weights)
         asked = {self.adapters[name].norms.get(norm) for name in names} - {None}
         is_mixed = blend.owner is None or self.scale(blend.owner, None) != 1
@@ -171,12 +171,12 @@ class Injection:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether a head, a bias or statistics are in place that are no adapter's own."""
+        """Whether a head, a bias or statistics in use are a mixture of several adapters'."""
         return any(place.owner == MIXTURE for place in self.places)
 
     @property
     def strengths(self) -> dict[str, dict[str, float]]:
-        """The layers' strengths by adapter, where they are not 1."""
+        """The strengths other than 1, by adapter and layer."""
         found = {
             name: {p.name: c.strength for p, c in zip(each.plan.layers, each.changes, strict=True) if c.strength != 1}
             for name, each in self.adapters.items()
@@ -185,7 +185,7 @@ class Injection:
         return {name: strengths for name, strengths in found.items() if strengths}
 
     def scale(self, adapter_name: str, layer: nn.Module | None) -> float:
-        """The product of what open ``scaled`` blocks ask for; see :meth:`Scale.of`."""
+        """Return the product of the open ``scaled`` blocks' factors; see :meth:`Scale.of`."""
         return math.prod(scale.of(adapter_name, layer) for scale in self.scales.values())
 
     @property
@@ -195,22 +195,22 @@ class Injection:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Every layer that any adapter adapts."""
+        """All layers that any adapter adapts."""
         adapters = self.adapters.values()
         return list(dict.fromkeys(layer for each in adapters for layer in (*each.layers, *each.idle)))
 
     @property
     def norms(self) -> list[nn.Module]:
-        """Every norm layer that any adapter freezes or tracks."""
+        """All norm layers that any adapter freezes or tracks."""
         return list(dict.fromkeys(norm for each in self.adapters.values() for norm in each.norms))
 
     @property
     def activations(self) -> list[nn.Module]:
-        """Every activation that keeps a mask for any adapter."""
+        """All activations and pooling that keep a mask for any adapter."""
         return list(dict.fromkeys(module for each in self.adapters.values() for module in each.activations))
 
     def mask(self) -> None:
-        """Let the active adapter's activations keep masks, while it is not merged, and no others; may be run again."""
+        """Make exactly the active adapter's activations keep masks, or none while merged. May be run again."""
         adapter = self.adapters[self.active]
         active = set() if self.merged else set(adapter.activations)
         for module in self.activations:
@@ -221,16 +221,16 @@ class Injection:
 
     @property
     def state(self) -> str:
-        """How a plan's table names the state of the model."""
+        """The model's state as the table of a plan shows it."""
         return "merged" if self.merged else "injected"
 
 
 def activate(root: nn.Module, injection: Injection, wanted: str | Blend, disabled: bool = False) -> None:
-    """Let the model compute with these adapters, or for now with the base alone; may be run again after an interrupt.
+    """Make the model compute with these adapters, or with the base alone. May be run again after an interrupt.
 
-    What belongs to the adapter comes with it: the modules it trained in full, its norm statistics and policy.
-    Factors of the others are not trainable meanwhile. The base alone is the base with its own statistics: its norm
-    layers are frozen.
+    The adapter's other tensors are activated with it: the modules trained in full, norm statistics and norm policy.
+    The factors of other adapters are not trainable meanwhile. With the base alone, its own statistics are used and its
+    norm layers are frozen.
     """
     with SWAPPING, alone(root):
         _activate(root, injection, wanted, disabled)
@@ -265,25 +265,25 @@ def _activate(root: nn.Module, injection: Injection, wanted: str | Blend, disabl
 
 
 def _owner_in(layer: nn.Module, injection: Injection, blend: Blend) -> Owner:
-    """What a layer computes with, ``scaled`` blocks considered."""
+    """Return what a layer computes with, the open ``scaled`` blocks included."""
     weights = {name: weight * injection.scale(name, layer) for name, weight in blend.weights.items()}
     return next(iter(weights)) if list(weights.values()) == [1.0] else tuple(weights.items())
 
 
 def _weights_in(place: Place, injection: Injection, blend: Blend) -> dict[str, float]:
-    """Whose tensors a place has, and in which mixture, open ``scaled`` blocks considered."""
+    """Return the owners of a place's tensor and their weights, the open ``scaled`` blocks included."""
     asked = tuple((name, weight * injection.scale(name, place.module)) for name, weight in blend.weights.items())
     owners = {blend.owner: 1.0} if blend.owner else blend.weights
     return weights_of(place, asked, {name: weight * injection.scale(name, None) for name, weight in owners.items()})
 
 
 def weights_of(place: Place, wanted: Owner, rest: Mapping[str, float] | None) -> dict[str, float]:
-    """Whose tensors a place has for those wanted, each with its weight; one with weight 1 where it is that one's own.
+    """Return the owners of a place's tensor and their weights; a single weight of 1 means that owner's own tensor.
 
     Args:
-        place: in a module.
+        place: the place.
         wanted: an adapter, or several with their weights.
-        rest: weights for all else than biases that are a part of a change, where they are others.
+        rest: the weights for places other than biases that belong to a change; None for those of ``wanted``.
     """
     weights = {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
     if _is_of_change(place, weights):
@@ -296,18 +296,18 @@ def weights_of(place: Place, wanted: Owner, rest: Mapping[str, float] | None) ->
 
 
 def _is_of_change(place: Place, names: Iterable[str]) -> bool:
-    """Whether it is a bias that is trained as a part of how a layer changes."""
+    """Return whether it is a bias that is trained as part of a layer's change (SSF)."""
     is_bias = place.is_parameter and place.name == "bias"
     return is_bias and any(change_of(place.module, name) for name in names)
 
 
 def untrained_biases(injection: Injection) -> list[Place]:
-    """Biases of changes that are trained at weight 1, and now are a mixture, which is not."""
+    """Return the biases of trained changes that are a mixture now and therefore not trained."""
     return [p for p in injection.places if p.owner == MIXTURE and _is_of_change(p, injection.trained)]
 
 
 def mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """A hook of ``state_dict``: say in its metadata which state of the model it is of."""
+    """A hook of ``state_dict`` that writes the model's state into the metadata."""
     injection = vars(root).get(RECORD)
     if isinstance(injection, Injection):
         metadata[CHILD] = {
@@ -319,7 +319,7 @@ def mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str
 
 
 def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
-    """A hook before ``load_state_dict``: refuse a state dict of another state, before a number is copied."""
+    """A hook before ``load_state_dict`` that refuses a state dict of another state before anything is copied."""
     injection = vars(root).get(RECORD)
     if not isinstance(injection, Injection):
         return
@@ -363,14 +363,14 @@ def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: di
 
 
 def _base_weights(root: nn.Module, prefix: str) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """The adapted layers that have a weight Parameter, and it, by state-dict key."""
+    """Return the adapted layers that have a weight Parameter, with that Parameter, by state-dict key."""
     adapted = ((name, cast(nn.Module, m)) for name, m in root.named_modules() if isinstance(m, AdaptedLayer))
     named = ((prefix + dotted(name, "weight"), layer) for name, layer in adapted)
     return {key: (layer, base_weight(layer)) for key, layer in named if layer._parameters.get("weight") is not None}
 
 
 def _is_merged(weights: dict[str, tuple[nn.Module, nn.Parameter]], state: dict[str, Any]) -> bool:
-    """Whether a state dict without metadata (of safetensors) has W + ΔW of this model where the base has W."""
+    """Return whether a state dict without metadata (of safetensors) holds W + ΔW of this model instead of W."""
     with torch.no_grad():
         for key, (layer, weight) in weights.items():
             theirs = state[key]
@@ -378,13 +378,13 @@ def _is_merged(weights: dict[str, tuple[nn.Module, nn.Parameter]], state: dict[s
                 continue
             effective = layer_weight(layer)
             change = (effective - weight).float().norm()
-            if change > 0:  # one layer tells: no other checkpoint is as near
+            if change > 0:  # one layer is enough: no other checkpoint is as close to W + ΔW
                 return bool((theirs.to(weight.device) - effective).float().norm() < 0.01 * change)
     return False
 
 
 def _give_base(root: nn.Module, injection: Injection, state: dict[str, Any], prefix: str) -> None:
-    """Load a base's checkpoint into the tensors that are kept for the base, too, and where an adapter has the same."""
+    """Load a base's checkpoint also into the base's tensors that are kept, and into an adapter's that equal them."""
     names = {module: name for name, module in root.named_modules()}
     for place in injection.places:
         new = state.get(prefix + dotted(names.get(place.module, "?"), place.name))
@@ -402,7 +402,7 @@ def _equals(kept: Tensor | None, base: Tensor) -> bool:
 
 
 def hook_state_dicts(root: nn.Module) -> None:
-    """Let the root's state dicts say which state they are of, and loading ask; may be run again."""
+    """Register the hooks that mark and check state dicts. May be run again."""
     unhook_state_dicts(root)
     cast(Any, root)._register_state_dict_hook(mark)
     cast(Any, root).register_load_state_dict_pre_hook(check_mark)
@@ -417,7 +417,7 @@ def unhook_state_dicts(root: nn.Module) -> None:
 
 
 def holders_of(root: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The module that holds each module."""
+    """Return the parent of each module."""
     return {child: module for module in root.modules() for child in module.children()}
 
 
@@ -436,7 +436,7 @@ def _thaw_factors(each: Adapter) -> None:
 
 
 def injections(model: nn.Module) -> Iterator[tuple[str, nn.Module, Injection]]:
-    """Every injected module in the model, with its name: the model itself, or parts, or what a wrapper holds."""
+    """Yield (name, module, record) of every injected module: the model itself or modules inside it."""
     for name, module in model.named_modules():
         record = vars(module).get(RECORD)
         if isinstance(record, Injection) and record.adapters:
@@ -444,7 +444,7 @@ def injections(model: nn.Module) -> Iterator[tuple[str, nn.Module, Injection]]:
 
 
 def injected(model: nn.Module) -> list[tuple[str, nn.Module, Injection]]:
-    """As :func:`injections`, at least one.
+    """Return what :func:`injections` yields, at least one.
 
     Raises:
         StateError: there is none.
@@ -466,7 +466,7 @@ def injected(model: nn.Module) -> list[tuple[str, nn.Module, Injection]]:
 
 
 def the_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
-    """The one injected module in the model and its record.
+    """Return the only injected module in the model and its record.
 
     Raises:
         StateError: there is none, or there are several.
@@ -483,25 +483,25 @@ InjectedPart = tuple[nn.Module, Injection]
 
 
 def ready(model: nn.Module, *needs: Callable[[Injection], None]) -> list[InjectedPart]:
-    """Every injected part of the model, once each meets these needs (``check_…`` below) and is intact.
+    """Return every injected part of the model, after running these checks (``check_…`` below) on each.
 
     Raises:
-        StateError: there is none, or one does not.
+        StateError: there is none, or a check fails.
     """
     return checked([(root, injection) for _, root, injection in injected(model)], *needs)
 
 
 def ready_alone(model: nn.Module, *needs: Callable[[Injection], None]) -> InjectedPart:
-    """As :func:`ready`, the one injected part.
+    """As :func:`ready`, for the only injected part.
 
     Raises:
-        StateError: there is none, or there are several, or it does not meet the needs.
+        StateError: there is none, or there are several, or a check fails.
     """
     return checked([the_injection(model)], *needs)[0]
 
 
 def checked(parts: list[InjectedPart], *needs: Callable[[Injection], None]) -> list[InjectedPart]:
-    """The parts themselves, once each meets these needs and is intact."""
+    """Return the parts after running these checks on each."""
     for root, injection in parts:
         for check in needs:
             check(injection)
@@ -510,7 +510,7 @@ def checked(parts: list[InjectedPart], *needs: Callable[[Injection], None]) -> l
 
 
 def root_of(model: nn.Module) -> nn.Module:
-    """Where another adapter goes: the module that carries some already, or else the model, which then must be plain."""
+    """Return the module to which another adapter is added: the injected one, or else the model, which must be plain."""
     check_model(model)
     if any(injections(model)):
         return the_injection(model)[0]
@@ -519,7 +519,7 @@ def root_of(model: nn.Module) -> nn.Module:
 
 
 def check_addable(root: nn.Module, adapter_name: str) -> None:
-    """Raise StateError where an adapter of this name cannot be put on what :func:`root_of` gave."""
+    """Raise StateError if an adapter of this name cannot be added to what :func:`root_of` returned."""
     injection = vars(root).get(RECORD)
     if isinstance(injection, Injection):
         checked([(root, injection)], check_unmerged)
@@ -527,7 +527,7 @@ def check_addable(root: nn.Module, adapter_name: str) -> None:
 
 
 def check_new(injection: Injection, adapter_name: str) -> None:
-    """Raise StateError where there is an adapter of this name."""
+    """Raise StateError if there is an adapter of this name."""
     if adapter_name in injection.adapters:
         raise StateError(
             f"There is an adapter {adapter_name!r} already. Give the new one a name of its own (adapter_name=...), or "
@@ -536,7 +536,7 @@ def check_new(injection: Injection, adapter_name: str) -> None:
 
 
 def the_adapter(injection: Injection, adapter_name: str | None) -> Adapter:
-    """The adapter of this name; None for the active one.
+    """Return the adapter of this name, or the active one (None).
 
     Raises:
         StateError: there is none of this name; or several are active, and none was named.
@@ -554,7 +554,7 @@ def the_adapter(injection: Injection, adapter_name: str | None) -> Adapter:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raise StateError where a part of the model carries an adapter already, or is a part of what does."""
+    """Raise StateError if the model contains an injected module, or is a part of one."""
     for name, _, injection in injections(model):
         raise StateError(
             f"{name or type(model).__name__} carries the adapter {injection.active!r} already; call "
@@ -587,7 +587,7 @@ IN_SHARDS = (
 
 
 def check_whole(root: nn.Module) -> None:
-    """Raise StateError where the model's numbers are not here: on the meta device, or sharded over processes."""
+    """Raise StateError if tensors are on the meta device or sharded over processes."""
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
         if tensor.is_meta:
             raise StateError(f"{name} is on the meta device and has no values. Nothing was changed.")
@@ -599,7 +599,7 @@ def check_whole(root: nn.Module) -> None:
 
 
 def check_intact(root: nn.Module, injection: Injection) -> None:
-    """Raise StateError where numbers are elsewhere, or a module was replaced since: it would be passed over."""
+    """Raise StateError if tensors are not in this process, or a module was replaced after injection."""
     check_whole(root)
     replaced = replaced_modules(root, injection)
     if replaced:
@@ -611,7 +611,7 @@ def check_intact(root: nn.Module, injection: Injection) -> None:
 
 
 def replaced_modules(root: nn.Module, injection: Injection) -> list[str]:
-    """Names at which another module is now than the one that an adapter concerns."""
+    """Return the names of modules that were replaced after injection."""
     # FSDP1 wraps a module where it stands: the later of the two is the module inside.
     now = {name.replace("._fsdp_wrapped_module", ""): m for name, m in root.named_modules(remove_duplicate=False)}
     concerned = {name: module for each in injection.adapters.values() for name, module in each.modules.items()}
@@ -631,7 +631,7 @@ def check_outside_blocks(injection: Injection) -> None:
 
 
 def check_single(injection: Injection) -> None:
-    """Raise StateError where other than one adapter at its own strength is active."""
+    """Raise StateError unless exactly one adapter is active, outside of ``scaled`` blocks."""
     if injection.blend or injection.scales:
         what = (
             f"Adapters are active by weight, {injection.blend.weights}" if injection.blend else "A scaled block is open"
@@ -650,13 +650,13 @@ def check_enabled(injection: Injection) -> None:
 
 
 def check_unrouted(injection: Injection) -> None:
-    """Raise StateError while a ``use_adapters`` block is open in any thread: it computes with what is there."""
+    """Raise StateError while a ``use_adapters`` block is open in any thread."""
     if injection.routed:
         raise StateError("A use_adapters block is open; leave every one of them first. Nothing was changed.")
 
 
 def to_the_end(step: Callable[[], None]) -> None:
-    """Run a step that may be run twice; an interrupt is let through when all is done, so that no half is left."""
+    """Run a repeatable step; after an interrupt run it again to the end, then raise the interrupt."""
     try:
         step()
     except BaseException:

@@ -1,4 +1,4 @@
-"""What is in an injected model, and what an optimizer should have of it."""
+"""A summary of an injected model, and the parameters that an optimizer should train."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .integrity import check_trainable
 from .state import injected, the_adapter, the_injection
 
 PLUS = 16.0
-"""How many times A's learning rate B gets where nothing else is asked for: the LoRA+ paper's ratio."""
+"""The default ratio of B's learning rate to A's, from the LoRA+ paper."""
 
 
 def summary(model: nn.Module, adapter_name: str | None = None) -> Plan:
-    """What is in an injected model; ``print`` shows a table of layers, ranks, sizes, and what was skipped and why.
+    """Summarise an injected model; ``print`` shows a table of layers, ranks and sizes, and why layers were skipped.
 
     >>> print(convlora.summary(model))
     >>> convlora.summary(model).trainable_share
@@ -44,7 +44,7 @@ def summary(model: nn.Module, adapter_name: str | None = None) -> Plan:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The trained adapters' lora_A and lora_B, and DoRA's magnitudes, of every layer: an optimizer group of their own.
+    """Yield the trained adapters' factors of every layer, DoRA's magnitudes included, for an optimizer group.
 
     With ``freeze_A``, without lora_A.
 
@@ -59,7 +59,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """All that an optimizer should have: the factors, the head, and whatever else requires a gradient.
+    """Yield all parameters that an optimizer should have: factors, head, and whatever else requires a gradient.
 
     >>> optimizer = torch.optim.AdamW(convlora.trainable_parameters(model), lr=1e-3)
 
@@ -76,15 +76,15 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def parameter_groups(
     model: nn.Module, *, lr: float, lr_B: float | None = None, weight_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """All that an optimizer should have, in groups: B learns faster than A, and no factor decays.
+    """Return all parameters that an optimizer should have, in groups: B learns faster than A, and no factor decays.
 
     >>> groups = convlora.parameter_groups(model, lr=5e-4, weight_decay=0.01)
     >>> optimizer = torch.optim.AdamW(groups)
     >>> [(group["name"], group["lr"]) for group in groups]
     [('A', 0.0005), ('B', 0.008), ('head', 0.0005), ('biases', 0.0005)]
 
-    Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024 (arXiv:2402.12354). What
-    :func:`trainable_parameters` gives is there once, each in one group:
+    Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024 (arXiv:2402.12354). Each
+    parameter of :func:`trainable_parameters` is in exactly one group:
 
     - ``"B"``: ``lora_B`` and ``hira_B``. They begin at zero, A has no gradient before they move, and they read the
       ``rank`` numbers that A makes of the layer's input; :attr:`convlora.Change.fast` says it of a method.
@@ -138,7 +138,7 @@ def parameter_groups(
 
 
 def _plain_name(name: str) -> str:
-    """Of a tensor that is pruned (``lora_B_orig``) or parametrized (``parametrizations.lora_B.original``)."""
+    """Return the name of a pruned (``lora_B_orig``) or parametrized (``parametrizations.lora_B.original``) tensor."""
     return name.removeprefix("parametrizations.").partition(".")[0].removesuffix("_orig")
 
 

@@ -1,7 +1,7 @@
 """One batch, several adapters: ``use_adapters``.
 
 Adapted layers and norms are of our classes already and look for a route by themselves (``routed.py``). Heads and
-whatever else has tensors of its own in each adapter are not: while a block is open they are of a class that does.
+other modules with tensors per adapter are not: while a block is open, their class is swapped for one that does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Asked = str | Mapping[str, float] | None
 
 @contextmanager
 def use_adapters(model: nn.Module, adapter_names: Iterable[str | Mapping[str, float] | None]) -> Iterator[None]:
-    """Inside the block each sample of a batch goes to the adapter of its own, all in one forward.
+    """Compute each sample of a batch with its own adapter, all in one forward.
 
     >>> with convlora.use_adapters(model, ["tumour", {"tumour": 0.5, "stain": 0.5}, None]), torch.inference_mode():
     ...     predictions = model(three_images)
@@ -75,7 +75,7 @@ def _checked(adapter_names: Iterable[Asked]) -> tuple[Asked, ...]:
 
 
 def _block(root: nn.Module, injection: Injection, owners: Iterable[Owner]) -> Block:
-    """Every module of the part that has something of its own in each adapter, and the root, which sees the batch."""
+    """Make the block: the root, and every module of the part that differs between adapters."""
     places: dict[nn.Module, dict[str, Place]] = {root: {}}
     places.update((module, {}) for module in (*injection.layers, *injection.norms))
     for place in injection.places:
@@ -93,7 +93,7 @@ def _block(root: nn.Module, injection: Injection, owners: Iterable[Owner]) -> Bl
 
 
 def _owner(injection: Injection, asked: Asked) -> Owner:
-    """Whom a sample goes to."""
+    """Return the owner of a sample."""
     if asked is None:
         return BASE
     weights = checked_weights(injection, asked)
@@ -102,7 +102,7 @@ def _owner(injection: Injection, asked: Asked) -> Owner:
 
 @contextmanager
 def _looking(model: nn.Module, asked: tuple[Asked, ...]) -> Iterator[list[Route]]:
-    """Modules that would not look for a route by themselves do so meanwhile; in other threads to no effect."""
+    """Swap the class of heads and similar modules inside the block, so that they look up the route."""
     parts: list[InjectedPart] = []
     modules: list[nn.Module] = []
     block = object()
@@ -117,7 +117,7 @@ def _looking(model: nn.Module, asked: tuple[Asked, ...]) -> Iterator[list[Route]
                         restore(module)
 
     try:
-        with SWAPPING:  # from the checks on: no other thread may merge or remove what was found fit
+        with SWAPPING:  # held from the checks on, so that no other thread merges or removes in between
             check_model(model)
             parts = ready(model, check_unmerged, check_enabled)
             owners = [tuple(_owner(injection, each) for each in asked) for _, injection in parts]
@@ -140,16 +140,16 @@ def _looking(model: nn.Module, asked: tuple[Asked, ...]) -> Iterator[list[Route]
 
 
 class Routed(Swapped):
-    """A module with tensors of its own in each adapter, or the root, while a block is open.
+    """The mixin of the root, and of modules with tensors per adapter, while a block is open.
 
-    Another thread may close the last block in the middle of a call and give the class back: it is read once.
+    Another thread may restore the class during a call, when it closes the last block. So each method reads it once.
     """
 
     _convlora_prefix: ClassVar[str] = "Routed"
 
     @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's own forward for each part of the batch that has the same tensors; not compiled."""
+        """Compute the base's own forward once per group of samples with the same tensors; not compiled."""
         module, base = cast(nn.Module, self), _base(self)
         route = route_of(module)
         if route is None:
@@ -179,7 +179,7 @@ class Routed(Swapped):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A copy that is made inside a block is of the plain class.
+        # A copy made inside a block has the plain class.
         _, _, *state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         return (_new, (_base(self),), *state)
 
@@ -194,6 +194,6 @@ def _new(cls: type[nn.Module]) -> nn.Module:
 
 
 def _batch(args: Any, kwargs: Any) -> int | None:
-    """How many samples the model is given; None where no tensor shows it."""
+    """Return the number of samples in the model's input; None if it has no tensor."""
     sizes = (leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim)
     return next(sizes, None)
