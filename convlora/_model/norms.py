@@ -90,7 +90,7 @@ class FrozenNorm(OwnedNorm):
             rest = _after_batch_norm(self._convlora_base)
             if rest is not None and _is_constant(norm, args[0]):
                 cast(Any, norm)._check_input_dim(args[0])  # raises torch's own error for a wrong number of dimensions
-                # Read from the dictionaries: each of nn.Module's attributes costs several calls, for every norm and step.
+                # Read from the dictionaries: nn.Module attributes cost several calls each, in every norm.
                 state, affine = norm._buffers, norm._parameters
                 mean, var, eps = state["running_mean"], state["running_var"], cast(Any, norm).eps
                 return rest(norm, _Constant.apply(args[0], mean, var, affine["weight"], affine["bias"], eps))
