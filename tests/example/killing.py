@@ -2,7 +2,8 @@
 
 ``python killing.py random OUT KILLS SEED`` ends a training after random times, ``python killing.py writes OUT`` one at
 each write: just before and just after the first, the second, the third call that touches the disk's names, and so on
-until a run gets through. ``python killing.py predictions OUT`` does that to predictions in parts. All print, as JSON,
+until a run gets through. ``python killing.py predictions OUT`` does that to predictions in parts, and
+``python killing.py predictions-random OUT KILLS SEED`` ends these after random times. All print, as JSON,
 how many kills struck and the digest of every number that came out.
 """
 
@@ -101,25 +102,27 @@ def ended(pid: int) -> bool:
     return code == 0
 
 
-def kill_at_random(train: Callable[[Path], None], out: Path, kills: int, seed: int, longest: float) -> int:
-    """Kill until so many kills struck a running training, then let it end; how many struck.
+def kill_at_random(
+    work: Callable[[Path], None], found: Callable[[Path], object], out: Path, kills: int, seed: int, longest: float
+) -> int:
+    """Kill until so many kills struck running work, then let it end; how many struck.
 
-    A training that got through meanwhile must have come out as the undisturbed one, and begins anew.
+    Work that got through meanwhile must have come out as the undisturbed one, and begins anew.
     """
     draws, struck = random.Random(seed), 0
     for _ in range(50 * kills):
         if struck == kills:
             break
-        pid = start(partial(train, out))
+        pid = start(partial(work, out))
         time.sleep(draws.uniform(0, longest))
         os.kill(pid, signal.SIGKILL)
         if not ended(pid):
             struck += 1
             continue
-        if digest(out) != digest(out.with_name("whole")):
-            raise RuntimeError(f"after {struck} kills the training came out otherwise")
+        if found(out) != found(out.with_name("whole")):
+            raise RuntimeError(f"after {struck} kills the result came out otherwise")
         shutil.rmtree(out)
-    ended(start(partial(train, out)))
+    ended(start(partial(work, out)))
     return struck
 
 
@@ -173,11 +176,18 @@ def main() -> None:
     mode, out = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     data = write_toy(out / "data", SIZES)
-    if mode == "predictions":
+    if mode.startswith("predictions"):
         model, method = experiment.open_backbone(RECIPE)[0], find_method("lora")
         experiment.save(method.prepare(model), data / "adapter", method, RECIPE)
+        begun = time.perf_counter()
         ended(start(lambda: predict(out / "whole", data)))
-        struck = kill_at_writes(lambda: predict(out / "killed", data))
+        seconds = time.perf_counter() - begun
+        if mode == "predictions":
+            struck = kill_at_writes(lambda: predict(out / "killed", data))
+        else:
+            kills, seed = int(sys.argv[3]), int(sys.argv[4])
+            work = partial(predict, data=data)
+            struck = kill_at_random(work, written, out / "killed", kills, seed, 0.95 * seconds)
         print(json.dumps({"struck": struck, "whole": written(out / "whole"), "killed": written(out / "killed")}))
         return
     train = train_lora if mode == "random" else train_colours
@@ -187,7 +197,7 @@ def main() -> None:
     if mode == "random":
         kills, seed = int(sys.argv[3]), int(sys.argv[4])
         # Up to 0.6 of a whole training: some strike at its beginning, some in its middle, some at its end.
-        struck = kill_at_random(partial(train, data=data), out / "killed", kills, seed, 0.6 * seconds)
+        struck = kill_at_random(partial(train, data=data), digest, out / "killed", kills, seed, 0.6 * seconds)
     else:
         struck = kill_at_writes(lambda: train(out / "killed", data))
     print(json.dumps({"struck": struck, "whole": digest(out / "whole"), "killed": digest(out / "killed")}))

@@ -105,6 +105,14 @@ def test_killed_at_every_write_the_predictions_are_the_same_files(tmp_path):
 
 
 @pytest.mark.thorough
+def test_killed_ten_times_at_random_moments_the_predictions_are_the_same_files(tmp_path):
+    outcome = killing("predictions-random", tmp_path, "10", "0")
+    assert outcome["struck"] == 10
+    assert outcome["killed"] == outcome["whole"]
+    assert [line.split()[0] for line in outcome["whole"]] == ["x-probabilities.csv", "x.csv"]
+
+
+@pytest.mark.thorough
 def test_two_processes_predict_what_one_does_to_the_byte(adapter, toy, tmp_path):
     arguments = ["-m", "examples.histopathology", "predict", str(adapter), str(toy / "test.h5"), "--batch-size", "4"]
     for processes in (1, 2):
