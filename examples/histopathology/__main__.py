@@ -628,7 +628,9 @@ def finish(
     whole = outputs.Report(results, facts, given, caveat(splits), remarks, outputs.truths(splits))
     whole = with_pictures(dataclasses.replace(whole, warnings=warnings, configuration=options.made_by), splits)
     outputs.write_report(whole, options.out, outputs.submission_csv(test.ids.tolist(), whole.best.test_logits))
-    console.print(outputs.rich_table(whole))
+    console.print("Validation and test accuracy by method", *outputs.rich_tables(whole), sep="\n")
+    if whole.caveat:
+        console.print(whole.caveat)
     for note in whole.notes():
         console.print(f"· {note}", highlight=False)
     console.print(

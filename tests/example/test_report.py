@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ import browser
 import pytest
 import torch
 from layouts import write_wilds
+from rich.console import Console
 
 from examples.histopathology.data.dataset import open_splits
 from examples.histopathology.files import replacing_directory, write_text
@@ -25,6 +27,7 @@ from examples.histopathology.report.outputs import (
     as_data,
     html,
     markdown,
+    rich_tables,
     submission_csv,
     truths,
     write_report,
@@ -82,6 +85,14 @@ def test_row_holds_what_was_measured():
 def test_seeds_give_mean_deviation_and_range():
     row = report(*(result(seed=s, test_accuracy=0.7 + s / 10) for s in range(3))).rows()[0]
     assert row[HEADER.index("test acc.")] == "0.800 ± 0.100"
+
+
+def test_the_terminals_tables_show_every_figure_of_thirteen_methods_in_80_characters():
+    whole = report(*(result(f"method-{n}", seed) for n in range(13) for seed in range(2)))
+    page = io.StringIO()
+    Console(file=page, width=80).print(*rich_tables(whole), sep="\n")
+    assert "…" not in page.getvalue()
+    assert all(cell.split()[0] in page.getvalue() for row in whole.rows() for cell in row)
 
 
 def test_differences_are_paired_by_seed_and_patch():

@@ -265,10 +265,16 @@ def write_report(report: Report, out: Path, submission: str) -> None:
         write_text(out / CONFIGURATION, report.configuration)
 
 
-def rich_table(report: Report) -> Table:
-    """The table for the terminal, a column for each method, so that it fits 80 characters also with spreads."""
-    table = Table(title="Validation and test accuracy by method", caption=report.caveat or None, box=box.SIMPLE)
-    names, *figures = zip(HEADER, *report.rows(), strict=True)
+def rich_tables(report: Report) -> list[Table]:
+    """The table for the terminal: a column for each method, four methods a table, so that it fits 80 characters."""
+    rows = report.rows()
+    return [_rich_table(rows[start : start + 4]) for start in range(0, len(rows), 4)]
+
+
+def _rich_table(rows: Sequence[Sequence[str]]) -> Table:
+    """Some methods' rows, turned into columns."""
+    table = Table(box=box.SIMPLE)
+    names, *figures = zip(HEADER, *rows, strict=True)
     for name in names:
         table.add_column(name, justify="left" if name == HEADER[0] else "right")
     for row in figures:
