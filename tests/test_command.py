@@ -155,7 +155,7 @@ def test_every_method_is_planned_with_its_options_and_another_one_for_some_layer
             "factor='much' of method='lokr'; it must be of type int",
         ),
         (["--method-option", "factor=2"], "method_options names 'factor'; method='lora' has none"),
-        (["--method", "loha", "--init", "pissa"], "init='pissa' is no way in which method='loha' begins"),
+        (["--method", "loha", "--init", "pissa"], "init='pissa' is not an init of method='loha'"),
     ],
 )
 def test_a_method_that_is_none_or_has_no_such_option_is_refused(options, message):

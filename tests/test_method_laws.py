@@ -981,7 +981,7 @@ def test_a_beginning_that_a_method_has_not_is_refused(net):
         for init in {"kaiming", "pissa", "eva"} - set(METHODS[name].inits):
             if name == "lora" and init == "pissa":
                 continue  # the anchored method is LoRA, too
-            with pytest.raises(TargetError, match=f"init='{init}' is no way in which method='{name}' begins"):
+            with pytest.raises(TargetError, match=f"init='{init}' is not an init of method='{name}'"):
                 convlora.inject(net, method=name, init=init)
     assert snapshot(net) == before
 

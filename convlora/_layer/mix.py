@@ -1,4 +1,4 @@
-"""Several changes of one layer at once, each by its weight; or one whose strength is not 1."""
+"""The weighted sum of several changes of one layer, or one change whose strength is not 1."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Weighted = tuple[tuple[Change, float], ...]
 class Mix:
     """W + Σ weight · (W' − W), where W' is what each change makes of the base's weight W by itself.
 
-    So no order matters, and changes of different methods may be mixed. The layer asks it what it asks a
-    :class:`Change`.
+    The order does not matter, and changes of different methods may be mixed. It has the interface that a layer needs
+    of a :class:`Change`.
     """
 
     use_dora = False  # DoRA's magnitudes are in each W' already
@@ -31,12 +31,12 @@ class Mix:
 
     @property
     def dropout(self) -> float:
-        """The largest of the changes'."""
+        """The largest dropout among the changes."""
         return max(change.dropout for change in self.changes)
 
     @property
     def path(self) -> TrainingPath:
-        """The way that all changes are told to take, or the layer's choice."""
+        """The training path that all changes share, or ``"auto"``."""
         paths = {change.path for change in self.changes}
         return paths.pop() if len(paths) == 1 else "auto"
 
@@ -46,7 +46,7 @@ class Mix:
         return tuple(float(number) for change, weight in self.parts for number in (weight, change.scaling))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Those of every change."""
+        """Return the tensors of all changes."""
         return tuple(tensor for change in self.changes for tensor in change.tensors())
 
     def sources(self) -> tuple[Tensor, ...] | None:

@@ -1,4 +1,4 @@
-"""The whole difference: what a layer too small to factor wants.
+"""Dense: the whole difference of the weight is trained, for layers too small to factor.
 
 LyCORIS has it as ``algo="full"``.
 """
@@ -18,10 +18,10 @@ from .lora import LoRA, stored_factors
 
 
 class Dense(Change):
-    """W + D, at the price of the layer itself.
+    """W + D, with as many parameters as the layer.
 
-    D is a product of factors one of which is the identity, so that all that goes through factors goes here, too. A file
-    holds both: stock peft reads it as LoRA.
+    D can be written as a product of two factors, one of which is the identity. So every function that needs factors
+    works here too, and a file, which contains both, is read as LoRA by stock peft.
 
     Attributes:
         diff: D, shaped like the weight; zero at the start.
@@ -36,41 +36,41 @@ class Dense(Change):
 
     @classmethod
     def shapes(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
-        """D."""
+        """Return the shape of D."""
         return {"diff": weight}
 
     def begin(self) -> None:
-        """Zero, as it is."""
+        """Do nothing: D is zero."""
 
     def is_fresh(self) -> bool:
-        """Whether D is zero still."""
+        """Return whether D is still zero."""
         return not self.diff.any()
 
     def changed(self, weight: Tensor) -> Tensor:
-        """The sum."""
+        """Compute W + D."""
         return weight + self.diff
 
     def factors(self) -> Factors:
-        """D and the identity, on the side where that is smaller."""
+        """Return D and an identity, on the side where the identity is smaller."""
         self.run_hooks()
         return _factors(self.diff)
 
     @classmethod
     def stored_shapes(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
-        """Those of LoRA with the rank that the weight can have at most."""
+        """Return LoRA's shapes at the weight's full rank."""
         return LoRA.stored_shapes(weight, min(weight[0], math.prod(weight[1:])))
 
     def stored(self) -> Mapping[str, Tensor]:
-        """D as factors."""
+        """Return D as factors."""
         return self.stored_as(self.diff)
 
     @staticmethod
     def stored_as(diff: Tensor) -> dict[str, Tensor]:
-        """What a file holds of this D."""
+        """Return what a file contains for this D."""
         return stored_factors(*_factors(diff))
 
     def restore(self, stored: Mapping[str, Tensor]) -> None:
-        """D, from whichever factor holds it."""
+        """Load D from the factor that is not the identity."""
         A, B = stored["lora_A.weight"], stored["lora_B.weight"]
         self.diff.copy_(A if B.shape[0] == A.shape[0] else B.flatten(1).view_as(self.diff))
 

@@ -1,4 +1,4 @@
-"""HiRA: each number of the weight is scaled by a matrix of low rank.
+"""HiRA: a low-rank matrix scales the weight elementwise.
 
 Huang et al., "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025
 (https://openreview.net/forum?id=TwJrTz9cRS).
@@ -32,18 +32,18 @@ class HiRA(Change):
 
     @classmethod
     def shapes(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
-        """A and B."""
+        """Return the shapes of A and B."""
         return {"hira_A": (rank, *weight[1:]), "hira_B": (weight[0], rank, *[1] * len(weight[2:]))}
 
     def begin(self) -> None:
-        """B zero; A is drawn from -1 to 1, since W brings the size by which LoRA's A is smaller."""
+        """Initialise A uniformly from -1 to 1, larger than LoRA's, since W multiplies it; B stays zero."""
         nn.init.uniform_(self.hira_A, -1, 1)
 
     def is_fresh(self) -> bool:
-        """Whether A or B is zero still."""
+        """Return whether A or B is still zero."""
         return not (self.hira_A.any() and self.hira_B.any())
 
     def changed(self, weight: Tensor) -> Tensor:
-        """W plus W times the product, in one step."""
+        """Compute W + W ⊙ B A in one step."""
         product = self.hira_B.flatten(1) @ self.hira_A.flatten(1)
         return torch.addcmul(weight, weight, product.view(self.weight_shape))

@@ -46,33 +46,33 @@ class HRA(Change):
 
     @classmethod
     def rank_at(cls, weight: Shape, rank: int, **options: Any) -> int:
-        """The largest even one."""
+        """Return the largest even rank up to this one."""
         return rank - rank % 2
 
     @classmethod
     def shapes(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
-        """The vectors."""
+        """Return the shape of the vectors."""
         if rank % 2:
             raise TargetError(f"rank={rank}: {cls.ranks}, since an odd number of them never is the identity.")
         return {"hra_u": (math.prod(weight[1:]), rank)}
 
     def begin(self) -> None:
-        """Drawn as in the paper's code, each vector twice."""
+        """Initialise the vectors as the paper's code does, each one twice."""
         first = self.hra_u.detach()[:, ::2]
         drawn = nn.init.kaiming_uniform_(torch.empty_like(first, memory_format=torch.contiguous_format), a=math.sqrt(5))
         self.hra_u.detach().copy_(drawn.repeat_interleave(2, dim=1))
 
     def is_fresh(self) -> bool:
-        """Whether the two of each pair are equal still."""
+        """Return whether the vectors of each pair are still equal."""
         return torch.equal(self.hra_u[:, ::2], self.hra_u[:, 1::2])
 
     def changed(self, weight: Tensor) -> Tensor:
-        """One product that starts from W."""
+        """Compute W H in one fused product and sum."""
         A, B = self._factors(weight)
         return torch.addmm(weight.flatten(1), B, A.flatten(1)).view(weight.shape)
 
     def factors_at(self, base: Tensor) -> Factors:
-        """Bᵀ ``(rank, ...)`` and W A N ``(C_out, rank)``."""
+        """Return Bᵀ ``(rank, ...)`` and W A N ``(C_out, rank)``."""
         with no_autocast(base.device.type):
             return self._factors(self._wide(base))
 

@@ -24,7 +24,7 @@ class IA3(Change):
     convolutions take plain autograd.
 
     Layers that standardise each output channel's weight (timm's StdConv2d and ScaledStdConv2d) would divide l out again
-    and are left alone, with the reason in the plan; ``on_input`` changes the weight that they standardise. So do DoRA's
+    and are skipped, with the reason in the plan; ``on_input`` changes the weight that they standardise. So do DoRA's
     magnitudes, which take the place of a scale per output channel.
 
     Attributes:
@@ -40,7 +40,7 @@ class IA3(Change):
     by_channel = True
     defaults: ClassVar[Mapping[str, Option]] = {"on_input": False}
     scale: ClassVar[str] = "ia3_l"
-    """What its tensor is called."""
+    """The name of its tensor."""
 
     @classmethod
     def shapes(
@@ -53,27 +53,27 @@ class IA3(Change):
         on_input: bool = False,
         **options: Any,
     ) -> Shapes:
-        """l."""
+        """Return the shape of l."""
         spread, own = weight[1] * groups, weight[0]
         count = own if on_input == transposed else spread
         return {cls.scale: (1, count, *[1] * len(weight[2:])) if on_input or len(weight) > 2 else (count, 1)}
 
     @classmethod
     def idle_in(cls, layer: nn.Module, *, on_input: bool = False, **options: Any) -> str:
-        """Where the forward divides it out."""
+        """Return the reason for layers whose forward would divide the scale out."""
         standardised = any(kind.__module__ == "timm.layers.std_conv" for kind in type(layer).__mro__)
         return "" if on_input or not standardised else "it standardises its weight, which takes a scale out again"
 
     def begin(self) -> None:
-        """One."""
+        """Initialise l with ones."""
         nn.init.ones_(self.get_parameter(self.scale))
 
     def is_fresh(self) -> bool:
-        """Whether l is one still."""
+        """Return whether l is still one."""
         return bool((self._scale() == 1).all())
 
     def changed(self, weight: Tensor) -> Tensor:
-        """The product."""
+        """Multiply the weight by l."""
         scale = self._scale()
         if not self.options.get("on_input"):
             return scaled_weight(weight, scale, self.groups)
@@ -83,7 +83,7 @@ class IA3(Change):
         return (weight.reshape(each.shape[0], -1, *weight.shape[1:]) * each).view(weight.shape)
 
     def output(self, x: Tensor, bias: Tensor | None, compute: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """The base's output times l beside its bias, or what the base makes of the input times l."""
+        """Multiply the base's output (without its bias) by l, or with ``on_input`` the base's input."""
         self.run_hooks()
         scale = self._scale()
         if self.scaling != 1 or self.use_dora or not scale.requires_grad:

@@ -43,7 +43,7 @@ class LoHa(Change):
 
     @classmethod
     def shapes(cls, weight: Shape, rank: int, *, tucker: bool = False, **options: Any) -> Shapes:
-        """A and B twice, each pair after its core."""
+        """Return the shapes of both pairs A and B, each after its core."""
         kernel = (*weight[2:], 1) if len(weight) == 3 else weight[2:]
         has_core = tucker and math.prod(kernel) > 1
         A = (rank, weight[0]) if has_core else (weight[0], rank)
@@ -55,7 +55,7 @@ class LoHa(Change):
         return shapes
 
     def begin(self) -> None:
-        """B₂ zero, the others so large that a first step moves W as far as LoRA's does, A₁ B₁ being like LoRA's A."""
+        """Initialise all but B₂, which stays zero, so that a first step changes W as much as LoRA's does."""
         like_lora = 1 / math.sqrt(3 * math.prod(self.weight_shape[1:]))
         has_core = "hada_t1" in self.names
         nn.init.normal_(self.hada_w1_a, std=self.rank**-0.5)
@@ -66,11 +66,11 @@ class LoHa(Change):
             nn.init.normal_(self.hada_t2)
 
     def is_fresh(self) -> bool:
-        """Whether one of the tensors is zero still."""
+        """Return whether one of the tensors is still zero."""
         return not all(getattr(self, name).any() for name in self.names)
 
     def changed(self, weight: Tensor) -> Tensor:
-        """W plus the product, in one step."""
+        """Compute W plus the scaled product in one step."""
         return torch.addcmul(weight, self._product(1), self._product(2), value=self.scaling)
 
     def _product(self, i: int) -> Tensor:

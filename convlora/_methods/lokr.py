@@ -17,7 +17,7 @@ from .._layer.change import Change, Option, Shape, Shapes
 from ..errors import TargetError
 
 MOST_ROWS = 2**12
-"""The largest divisor that is looked for; that of a square of 16 million channels."""
+"""The largest divisor that is tried: enough for 16 million channels."""
 
 
 def split(size: int, factor: int = -1) -> int:
@@ -76,7 +76,7 @@ class LoKr(Change):
         tucker: bool = False,
         **options: Any,
     ) -> Shapes:
-        """W₁ and W₂, each in full or as factors."""
+        """Return the shapes of W₁ and W₂, each in full or as factors."""
         a, b, c, d = cls.blocks_of(weight, factor, rows, columns)
         kernel = weight[2:]
         first: Shapes = {"lokr_w1_a": (a, rank), "lokr_w1_b": (rank, b)} if decompose_both else {}
@@ -104,7 +104,7 @@ class LoKr(Change):
         return a, b, weight[0] // a, weight[1] // b
 
     def begin(self) -> None:
-        """W₂ zero, the others so large that a first step moves W as far as LoRA's does."""
+        """Initialise all but W₂, which stays zero, so that a first step changes W as much as LoRA's does."""
         std = {"lokr_w1": math.sqrt(self.rank / (3 * math.prod(self.weight_shape[1:])))}
         std["lokr_w1_b"] = std["lokr_w1"]
         for name in self.names:
@@ -112,11 +112,11 @@ class LoKr(Change):
                 nn.init.normal_(getattr(self, name), std=std.get(name, self.rank**-0.5))
 
     def is_fresh(self) -> bool:
-        """Whether one of the tensors is zero still."""
+        """Return whether one of the tensors is still zero."""
         return not all(getattr(self, name).any() for name in self.names)
 
     def changed(self, weight: Tensor) -> Tensor:
-        """W plus the product, in one step, without W₁ ⊗ W₂ by itself."""
+        """Compute W plus the scaled product in one step, without forming W₁ ⊗ W₂."""
         rows, columns, inner, _ = self.blocks_of(self.weight_shape, **cast(Any, self.options))
         first = self._whole("lokr_w1").reshape(rows, 1, columns, 1)
         second = self._whole("lokr_w2").reshape(1, inner, 1, -1)

@@ -37,28 +37,28 @@ class LoRA(Change):
 
     @classmethod
     def shapes(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
-        """A and B."""
+        """Return the shapes of A and B."""
         return {"lora_A": (rank, *weight[1:]), "lora_B": (weight[0], rank)}
 
     def begin(self) -> None:
-        """A drawn as torch draws a convolution's weight, B zero."""
+        """Initialise A as torch initialises a convolution's weight; B stays zero."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def is_fresh(self) -> bool:
-        """Whether B is zero still."""
+        """Return whether B is still zero."""
         return not self.lora_B.any()
 
     def factors(self) -> Factors:
-        """A ``(rank, ...)`` and B ``(C_out, rank)`` with ΔW = scaling · B @ A."""
+        """Return A ``(rank, ...)`` and B ``(C_out, rank)``, with ΔW = scaling · B @ A."""
         self.run_hooks()
         return self.lora_A, self.lora_B
 
     def changed(self, weight: Tensor) -> Tensor:
-        """One product that starts from W."""
+        """Compute W + scaling · B @ A in one fused product and sum."""
         return plus_delta(weight, *self.factors(), self.scaling)
 
     def delta_weight(self) -> Tensor:
-        """ΔW, in ``weight_shape`` and the factors' dtype; with DoRA, before the magnitudes."""
+        """Compute ΔW in ``weight_shape`` and the factors' dtype; with DoRA, before the magnitudes."""
         return delta_weight(*self.factors(), self.scaling)
 
     def delta(self, base: Tensor) -> Tensor:
@@ -67,25 +67,25 @@ class LoRA(Change):
 
     @classmethod
     def stored_shapes(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
-        """As in peft, which keeps a convolution's B as a 1×1 convolution."""
+        """Return peft's shapes: there a convolution's B is the weight of a 1×1 convolution."""
         return {"lora_A.weight": (rank, *weight[1:]), "lora_B.weight": (weight[0], rank, *[1] * len(weight[2:]))}
 
     def stored(self) -> Mapping[str, Tensor]:
-        """A and B."""
+        """Return A and B as a file contains them."""
         return stored_factors(*self.factors())
 
     def restore(self, stored: Mapping[str, Tensor]) -> None:
-        """A and B."""
+        """Load A and B from a file's tensors."""
         self.set_factors(stored["lora_A.weight"], stored["lora_B.weight"].flatten(1))
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Write numbers into the factors."""
+        """Copy these values into A and B."""
         with torch.no_grad():
             self.lora_A.copy_(lora_A.view_as(self.lora_A))
             self.lora_B.copy_(lora_B)
 
     def replace_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Put other factors, of any rank, in the place of all that there are; may be run twice."""
+        """Replace A and B by factors of any rank. May be run again."""
         for name, new in (("lora_A", lora_A), ("lora_B", lora_B)):
             now = self.get_parameter(name)
             if now is not new:
@@ -94,18 +94,18 @@ class LoRA(Change):
 
 
 def stored_factors(lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
-    """A ``(rank, ...)`` and B ``(C_out, rank)`` as a file holds them."""
+    """Return A ``(rank, ...)`` and B ``(C_out, rank)`` by a file's names and in its shapes."""
     return {"lora_A.weight": lora_A, "lora_B.weight": lora_B.view(*lora_B.shape, *[1] * (lora_A.ndim - 2))}
 
 
 class AnchoredLoRA(LoRA):
     """W + scaling · (B @ A − B0 @ A0): zero at the start whatever A and B are, and the base is untouched.
 
-    For PiSSA and OLoRA, which begin with factors whose product is not zero, and take it away from the base's weight in
-    the papers. This is the same function of the same trained numbers.
+    For PiSSA and OLoRA, whose initial factors have a product that is not zero. The papers subtract it from the base's
+    weight; this is the same function of the same trained parameters.
 
     Attributes:
-        lora_A0, lora_B0: the frozen factors that A and B began as.
+        lora_A0, lora_B0: the initial values of A and B, frozen.
     """
 
     method = "anchored"
@@ -119,48 +119,48 @@ class AnchoredLoRA(LoRA):
 
     @classmethod
     def constants(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
-        """A0 and B0."""
+        """Return the shapes of A0 and B0."""
         return {f"{name}0": shape for name, shape in cls.shapes(weight, rank).items()}
 
     def begin(self) -> None:
-        """As LoRA, until :meth:`set_factors`."""
+        """Initialise as LoRA does; :meth:`set_factors` then sets the anchor."""
         super().begin()
         self.lora_A0.copy_(self.lora_A.detach())
 
     def is_fresh(self) -> bool:
-        """Whether A and B are as they began."""
+        """Return whether A and B still have their initial values."""
         return torch.equal(self.lora_A, self.lora_A0) and torch.equal(self.lora_B, self.lora_B0)
 
     def factors(self) -> Factors:
-        """Of twice the rank: (B − B0) @ A + B0 @ (A − A0), which is exactly zero at the start."""
+        """Return factors of rank 2 · ``rank``: (B − B0) @ A + B0 @ (A − A0), which is exactly zero at the start."""
         A, B = super().factors()
         return torch.cat([A, A - self.lora_A0]), torch.cat([B - self.lora_B0, self.lora_B0], dim=1)
 
     @classmethod
     def stored_shapes(cls, weight: Shape, rank: int, **options: Any) -> Shapes:
-        """Those of the change that it is, of twice the rank."""
+        """Return LoRA's shapes at rank 2 · ``rank``."""
         return super().stored_shapes(weight, 2 * rank)
 
     def stored(self) -> Mapping[str, Tensor]:
-        """[A; A0] and [B, −B0], which hold all bits of the four."""
+        """Return [A; A0] and [B, −B0], which contain all four tensors bit for bit."""
         A, B = super().factors()
         return stored_factors(torch.cat([A, self.lora_A0]), torch.cat([B, -self.lora_B0], dim=1))
 
     def restore(self, stored: Mapping[str, Tensor]) -> None:
-        """All four."""
+        """Load A, B, A0 and B0."""
         A, B = stored["lora_A.weight"], stored["lora_B.weight"].flatten(1)
         self.lora_A0.copy_(A[self.rank :])
         self.lora_B0.copy_(-B[:, self.rank :])
         super().set_factors(A[: self.rank], B[:, : self.rank])
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Begin as these."""
+        """Initialise A and B with these values, and anchor them there."""
         super().set_factors(lora_A, lora_B)
         self.lora_A0.copy_(self.lora_A.detach())
         self.lora_B0.copy_(self.lora_B.detach())
 
     def replace_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """As in LoRA, which it is from then on."""
+        """As in LoRA; the change becomes plain LoRA."""
         super().replace_factors(lora_A, lora_B)
         self._buffers.clear()
         self.names = ("lora_A", "lora_B")

@@ -1,4 +1,4 @@
-"""OFT and BOFT: the weight's rows turned, so that their lengths and the angles between them stay.
+"""OFT and BOFT: rotations of the weight's rows, which preserve their norms and the angles between them.
 
 OFT: Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", 2023 (arXiv:2306.07280). BOFT: Liu et
 al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", 2023 (arXiv:2311.06243). The series in the
@@ -29,7 +29,7 @@ class OFT(Change):
     W (R − I)ᵀ with R − I = −2 Q (I + Q)⁻¹, which is exactly zero at the start.
 
     The rank is the largest divisor of the matrix's columns up to the one that is asked for, since all blocks are of one
-    size; a layer whose columns have none from 2 on is left alone, and the plan says so.
+    size; a layer whose columns have no divisor from 2 on is skipped, and the plan says so.
 
     With ``on_output`` R W: the columns, one number for each output channel, are turned instead, as in LyCORIS. With
     ``neumann`` R is I + 2 Q + 2 Q² + … + Qᵗ⁻¹, of so many terms t, as in peft by default. That comes near to the
@@ -49,40 +49,40 @@ class OFT(Change):
 
     @classmethod
     def rank_at(cls, weight: Shape, rank: int, *, on_output: bool = False, **options: Any) -> int:
-        """The largest divisor of what is turned, from 2 on."""
+        """Return the largest divisor, at least 2, of the number of columns; 0 if there is none."""
         size = _size(weight, on_output)
         return next((block for block in range(min(rank, size), 1, -1) if not size % block), 0)
 
     @classmethod
     def shapes(cls, weight: Shape, rank: int, *, on_output: bool = False, neumann: int = 0, **options: Any) -> Shapes:
-        """The triangles."""
+        """Return the shape of the triangles."""
         if not 0 <= neumann <= MOST_TERMS:
             raise TargetError(f"neumann={neumann}; it must be from 0, which is exact, to {MOST_TERMS}.")
         return {"oft_R": _triangles(weight, rank, on_output)}
 
     def begin(self) -> None:
-        """Zero, as they are."""
+        """Do nothing: the triangles are zero."""
 
     def is_fresh(self) -> bool:
-        """Whether they are zero still."""
+        """Return whether the triangles are still zero."""
         return not self.oft_R.any()
 
     def changed(self, weight: Tensor) -> Tensor:
-        """W and what turning adds to it."""
+        """Compute W Rᵀ as W plus W (R − I)ᵀ."""
         rows = self._rows(weight)
         return self._weight(rows + _turned(rows, self._turn(self.oft_R)), weight)
 
     def _rows(self, weight: Tensor) -> Tensor:
-        """The matrix whose rows are turned."""
+        """Return the matrix whose rows are rotated."""
         matrix = weight.flatten(1)
         return matrix.T if self.options["on_output"] else matrix
 
     def _weight(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Back from :meth:`_rows`."""
+        """Undo :meth:`_rows`."""
         return (rows.T if self.options["on_output"] else rows).reshape(like.shape)
 
     def _turn(self, triangles: Tensor) -> Tensor:
-        """R − I of each block, ``(blocks, rank, rank)``."""
+        """Compute R − I of each block: ``(blocks, rank, rank)``."""
         Q = _skew(triangles, self.rank)
         terms = int(self.options.get("neumann", 0))
         if not terms:

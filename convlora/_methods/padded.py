@@ -1,4 +1,4 @@
-"""LoRA of any rank and strength in tensors that stay: for models that are prepared for hot swaps."""
+"""Padded LoRA: the same tensors hold LoRA of any rank and strength, for models prepared for hot swaps."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .lora import LoRA, stored_factors
 
 
 class PaddedLoRA(LoRA):
-    """LoRA with zeros below A and beside B, up to a width that every rank fits in.
+    """LoRA whose A and B are padded with zeros to a width that fits every rank.
 
-    It is stored without the zeros, and as what it was: a whole difference, or LoRA that began elsewhere than at zero,
-    is a product of two factors in a file, too.
+    A file contains it without the zeros and in its original method: dense changes and anchored LoRA are products of two
+    factors in a file, too.
 
     Attributes:
         lora_A: ``(width, ...)``; rows from ``rank`` on are zero, and stay so in training.
         lora_B: ``(C_out, width)``; columns from ``rank`` on likewise.
-        gain: how strong it is in the active adapters, a tensor that follows ``scaling`` and ``strength``.
-        is_dense: whether it is stored as a whole difference.
+        gain: scaling · strength · weight among the active adapters, as a tensor.
+        is_dense: whether a file contains it as a dense change.
     """
 
     is_dense = False
@@ -37,7 +37,7 @@ class PaddedLoRA(LoRA):
     def of(
         cls, weight: Shape, like: Tensor, width: int, channels: Mapping[str, Any], change: Change | None = None
     ) -> PaddedLoRA:
-        """A change in its padded form; without one, zeros.
+        """Return a change in padded form; without a change, zeros.
 
         Args:
             weight: the shape of the layer's weight.
@@ -62,17 +62,17 @@ class PaddedLoRA(LoRA):
         """Zero, as it is."""
 
     def load_stored(self, stored: Mapping[str, Tensor], scaling: float, strength: float, is_dense: bool) -> None:
-        """Compute from now on with what a file holds; no tensor becomes another object."""
+        """Load what a file contains, in place: every tensor stays the same object."""
         self.restore(stored)
         self.scaling, self.strength, self.is_dense = float(scaling), strength, is_dense
 
     def clear(self) -> None:
-        """Change nothing from now on."""
+        """Set the change to zero."""
         self.set_factors(self.lora_A[:0], self.lora_B[:, :0])
         self.scaling, self.strength, self.is_dense = 1.0, 1.0, False
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Write factors of any rank up to the width, and zeros beyond."""
+        """Copy factors of any rank up to the width, and fill the rest with zeros."""
         rank = len(lora_A)
         with torch.inference_mode(False), torch.no_grad():
             self.lora_A[:rank].copy_(lora_A.view_as(self.lora_A[:rank]))
@@ -86,22 +86,22 @@ class PaddedLoRA(LoRA):
         self.set_factors(lora_A, lora_B)
 
     def factors(self) -> Factors:
-        """Without the zeros."""
+        """Return A and B without the zeros."""
         self.run_hooks()
         return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
 
     def stored(self) -> Mapping[str, Tensor]:
-        """Without the zeros, and as its plan's method stores it."""
+        """Return what a file contains: without the zeros, in the original method."""
         A, B = self.factors()
         return Dense.stored_as((B @ A.flatten(1)).view(self.weight_shape)) if self.is_dense else stored_factors(A, B)
 
     def live(self, share: float) -> Live:
-        """What its layer computes with while it is active."""
+        """Return what the layer computes with while this change is active."""
         self.share = share
         return Live(((self, share * self.strength),))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Also where ``scaling`` is written by hand, its tensor follows."""
+        """Set an attribute and update ``gain``, also if the user sets ``scaling``."""
         super().__setattr__(name, value)
         if name in ("scaling", "strength", "share"):
             self._follow()
@@ -114,26 +114,26 @@ class PaddedLoRA(LoRA):
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        self._follow()  # a narrower dtype has rounded it
+        self._follow()  # a narrower dtype may have rounded it
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._follow()  # a state dict says nothing of an adapter's strength
+        self._follow()  # a state dict does not contain the adapter's strength
 
 
 class Live(Mix):
-    """One padded change, as strong as its tensor says: a compiler sees tensors alone, whichever adapter is active."""
+    """One padded change, scaled by a tensor: a compiler sees the same tensors whichever adapter is active."""
 
     changes: tuple[PaddedLoRA, ...]
 
     @property
     def numbers(self) -> Scaling:
-        """None: all that it depends on are tensors."""
+        """Empty, since the effective weight depends on tensors alone."""
         return ()
 
     def effective_weight(self, base: Tensor) -> Tensor:
-        """As of a change by itself."""
+        """Compute the weight as for a single change."""
         (change,) = self.changes
         with no_autocast(base.device.type):
             B = change.gain * change.lora_B

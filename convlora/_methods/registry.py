@@ -1,4 +1,4 @@
-"""Every method by its name."""
+"""The registry of methods by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METHODS: dict[str, type[Change]] = {cls.method: cls for cls in _OURS}
 
 
 def named_methods() -> tuple[str, ...]:
-    """Those that a user may name: all but the one that ``init`` chooses."""
+    """Return the methods that a user may name: all but the anchored one, which ``init`` selects."""
     return tuple(name for name in METHODS if name != AnchoredLoRA.method)
 
 
@@ -67,7 +67,7 @@ def method_for(method: str, init: str) -> type[Change]:
             return cls
     data = " init_data mean init='eva'." if init == "eva" else ""
     raise TargetError(
-        f"init={init!r} is no way in which method={method!r} begins; it has {', '.join(named.inits)}.{data} "
+        f"init={init!r} is not an init of method={method!r}, which has {', '.join(named.inits)}.{data} "
         "Leave it out, or use another method. Nothing was changed."
     )
 
