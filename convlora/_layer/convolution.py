@@ -20,9 +20,9 @@ from . import depthwise
 from .functional import Form, Geometry, Ints, in_dtype, is_float_on_cpu, no_autocast, plus_delta
 
 LARGE = 256
-"""Positions in an image, times what a layer multiplies channels by, from which on a product over channels is faster on
-a CPU than the gradient of torch's 1×1 convolution, which brings its operands into another layout and back: by up to a
-third in ResNet-50's layers, on two cores with AVX2."""
+"""On a CPU, the input gradient of a 1×1 convolution is computed as a matrix product if output positions per image,
+times C_out / C_in where that is above 1, are at least this many. torch's kernel reorders its operands, and takes up to
+a third longer in ResNet-50's layers on two cores with AVX2."""
 
 
 def convolve(
@@ -35,7 +35,7 @@ def convolve(
     geometry: Geometry,
     path: str,
 ) -> Tensor:
-    """``conv(x, weight + scaling · B @ A, bias)`` in x's dtype; gradients reach x, both factors and the bias.
+    """Compute ``conv(x, weight + scaling · B @ A, bias)`` in x's dtype, with gradients to x, A, B and the bias.
 
     Where A needs no gradient, h = A ∗ x is kept for the backward in the place of x, unless x is the smaller of the two.
 
@@ -71,7 +71,7 @@ def convolve_plainly(
     geometry: Geometry,
     path: str,
 ) -> Tensor:
-    """As :func:`convolve`, through torch's own autograd in few calls: where launching decides, not arithmetic.
+    """As :func:`convolve`, through torch's own autograd: fewer calls, for layers so small that calls take most time.
 
     All in one dtype. With groups, or on path ``"weight"``, one convolution with W + ΔW, which is kept for the backward;
     else a branch.
@@ -88,7 +88,7 @@ def convolve_plainly(
 
 
 class _Constant(torch.autograd.Function):
-    """Two convolutions of x with constant kernels, which keep nothing of x but its form."""
+    """Two convolutions of x with constant kernels. Only the shape and strides of x are kept."""
 
     @staticmethod
     def forward(
@@ -112,7 +112,7 @@ class _Constant(torch.autograd.Function):
 
 
 class _Convolution(torch.autograd.Function):
-    """With ``keeps_hidden``, h is a second output: saved as one, second derivatives find their way from it to x."""
+    """With ``keeps_hidden``, h is a second output, so that second derivatives can flow from the saved h to x."""
 
     @staticmethod
     def forward(
@@ -152,7 +152,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         g, *of_hidden = grads
-        saved = ctx.saved_tensors  # once: checkpointing hands each out one time
+        saved = ctx.saved_tensors  # read once: under checkpointing each may be unpacked only once
         kept, weight, lora_A, *_ = saved
         x: Tensor | Form = ctx.form if kept is None else kept
         with no_autocast(weight.device.type):
@@ -220,41 +220,41 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> 
 
 
 def is_pointwise(kernel: Sequence[int], geometry: Geometry) -> bool:
-    """A 1×1 kernel without padding and groups: a matrix product over channels."""
+    """Return whether the kernel is 1×1 without padding and groups, hence a matrix product over channels."""
     return math.prod(kernel) == 1 and not any(geometry.padding) and geometry.groups == 1
 
 
 def sampled(x: Tensor, stride: Ints) -> Tensor:
-    """The positions that a 1×1 kernel of this stride reads."""
+    """Return the positions of x that a 1×1 kernel of this stride reads."""
     return x[tuple(slice(None, None, step) for step in (1, 1, *stride))] if _skips(stride) else x
 
 
 def _skips(stride: Ints) -> bool:
-    """Whether a 1×1 kernel does not read all positions."""
+    """Return whether a 1×1 kernel of this stride skips positions."""
     return math.prod(stride) > 1
 
 
 def _as_read(x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
-    """x as A reads it, made once for two uses: for a 1×1 kernel ``(N, C_in, positions)``, else x itself."""
+    """Return x in the form that A reads: for a 1×1 kernel ``(N, C_in, positions)``, else x itself."""
     return _flat(sampled(x, geometry.stride)) if is_pointwise(lora_A.shape[2:], geometry) else x
 
 
 def _project(read: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
-    """h = A ∗ x: ``(N, rank, positions)``."""
+    """Compute h = A ∗ x: ``(N, rank, positions)``."""
     if is_pointwise(lora_A.shape[2:], geometry):
         return _mix(_rows(lora_A), read)
     return _flat(conv(read, lora_A, None, geometry))
 
 
 def _weight_grad(t: Tensor, g: Tensor, read: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
-    """dA, in A's shape; of g, only the form counts."""
+    """Compute dA in A's shape; of g, only the shape is used."""
     if is_pointwise(lora_A.shape[2:], geometry):
         return _outer(t, read).view(lora_A.shape)
     return _convolution_backward(_shaped(t, g), read, lora_A, geometry, 1)
 
 
 def _input_grad(g: Tensor, x: Tensor | Form, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient that reaches x through a convolution with ``weight``; of x, only the form counts."""
+    """Compute the input gradient of a convolution with ``weight``; of x, only the form is used."""
     if _as_product(g, weight, geometry):
         return _spread(_shaped(_mix(_rows(weight).T, _flat(g)), g), x, geometry)
     if _skips(geometry.stride) and is_pointwise(weight.shape[2:], geometry) and is_float_on_cpu(g):
@@ -266,12 +266,12 @@ def _input_grad(g: Tensor, x: Tensor | Form, weight: Tensor, geometry: Geometry)
 
 
 def _stand_in(x: Tensor | Form, g: Tensor) -> Tensor:
-    """A tensor of x's form, whatever its numbers."""
+    """Return a tensor of x's form with arbitrary values."""
     return x.empty(g) if isinstance(x, Form) else x
 
 
 def _as_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether the gradient to the input is faster as a product over channels than by torch's kernel."""
+    """Return whether the input gradient is faster as a matrix product over channels than by torch's kernel."""
     positions, outputs, inputs = math.prod(g.shape[2:]), *weight.shape[:2]
     return (
         is_pointwise(weight.shape[2:], geometry)
@@ -282,10 +282,10 @@ def _as_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def _as_one_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether t had better come out of that product too.
+    """Return whether t should be computed by the same product.
 
-    Where g has more channels than x: there t costs most beside it, and networks seldom add the gradient to x, a part of
-    a larger tensor then, to another one.
+    That is so if g has more channels than x. Computing t then costs most, and networks seldom add another gradient to
+    that of x, which would be slower for a part of a larger tensor.
     """
     return weight.shape[0] > weight.shape[1] and _as_product(g, weight, geometry)
 
@@ -293,14 +293,14 @@ def _as_one_product(g: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 def _both(
     flat: Tensor, g: Tensor, x: Tensor | Form, weight: Tensor, B: Tensor, geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
-    """The gradient to x, and t, by one product, whose larger operand g is read once."""
+    """Compute the input gradient and t by one product, which reads g, the larger operand, once."""
     columns = weight.shape[1]
     both = _mix(torch.cat([_rows(in_dtype(weight, B.dtype)), B], 1).T, flat)
     return _spread(_shaped(both[:, :columns], g), x, geometry), both[:, columns:]
 
 
 def _spread(grad: Tensor, x: Tensor | Form, geometry: Geometry) -> Tensor:
-    """A gradient at the positions that a 1×1 kernel reads, as one at all positions of x."""
+    """Expand a gradient from the positions that a 1×1 kernel reads to all positions of x, with zeros between."""
     if not _skips(geometry.stride):
         return grad
     n, channels, *sizes = x.shape  # zeros of grad's, not of x's, are batched where grad is
@@ -313,7 +313,7 @@ def _spread(grad: Tensor, x: Tensor | Form, geometry: Geometry) -> Tensor:
 def _add_input_grad(
     grad: Tensor, t: Tensor, g: Tensor, x: Tensor | Form, lora_A: Tensor, scaling: float, geometry: Geometry
 ) -> None:
-    """Add to ``grad``, in place, the gradient that reaches x through A; of g and x, only the form counts."""
+    """Add to ``grad``, in place, the input gradient through A; of g and x, only the form is used."""
     if is_pointwise(lora_A.shape[2:], geometry):
         _add_mix(sampled(grad, geometry.stride), _rows(lora_A).T, t, scaling)
     else:
@@ -333,7 +333,7 @@ def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, geometry: Geomet
 def _through_dense(
     g: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, geometry: Geometry, for_A: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """The factors' gradients from the dense weight's, where that is small."""
+    """Compute the gradients of A and B from the dense weight gradient."""
     kernel = lora_A.shape[2:]
     if depthwise.wins(x, kernel, geometry, g.shape[1]):
         dense = depthwise.weight_grad(g, x, kernel, geometry)
@@ -351,23 +351,23 @@ def _channels_last(x: Tensor | Form) -> bool:
 
 
 def _rows(weight: Tensor) -> Tensor:
-    """A kernel as a matrix with a row for each output channel."""
+    """Reshape a kernel to a matrix with one row per output channel."""
     return weight.reshape(weight.shape[0], -1)
 
 
 def _flat(x: Tensor) -> Tensor:
-    """``(N, C, *spatial)`` as ``(N, C, positions)``, in x's memory format."""
+    """Reshape ``(N, C, *spatial)`` to ``(N, C, positions)`` in x's memory format."""
     n, channels = x.shape[:2]
     return x.movedim(1, -1).reshape(n, -1, channels).mT if _channels_last(x) else x.reshape(n, channels, -1)
 
 
 def _shaped(flat: Tensor, like: Tensor) -> Tensor:
-    """``(N, m, positions)`` as ``(N, m, *spatial)``, with the positions of ``like``."""
+    """Reshape ``(N, m, positions)`` to ``(N, m, *spatial)``, with the spatial shape of ``like``."""
     return flat.view(flat.shape[0], -1, *like.shape[2:])
 
 
 def _mix(matrix: Tensor, x: Tensor) -> Tensor:
-    """``(m, C)`` times ``(N, C, positions)`` over channels: ``(N, m, positions)``, in x's memory format."""
+    """Multiply ``(m, C)`` by ``(N, C, positions)`` over channels to ``(N, m, positions)``, in x's memory format."""
     if _channels_last(x):
         return (x.mT @ matrix.T).mT
     return torch.bmm(matrix.expand(x.shape[0], *matrix.shape), x)
@@ -382,12 +382,12 @@ def _add_mix(y: Tensor, matrix: Tensor, x: Tensor, factor: float) -> None:
 
 
 def _positions(x: Tensor) -> Tensor:
-    """``(N, m, positions)`` as ``(N · positions, m)``."""
+    """Reshape ``(N, m, positions)`` to ``(N · positions, m)``."""
     return x.mT.reshape(-1, x.shape[1])
 
 
 def _outer(g: Tensor, h: Tensor) -> Tensor:
-    """``(N, m, positions)`` and ``(N, r, positions)``, summed over images and positions: ``(m, r)``."""
+    """Sum outer products of ``(N, m, positions)`` and ``(N, r, positions)`` over images and positions: ``(m, r)``."""
     if g.shape[1] > h.shape[1]:
         return _outer(h, g).T  # the thin one first: half as long
     if _channels_last(g):

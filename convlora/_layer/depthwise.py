@@ -1,9 +1,9 @@
-"""The weight's gradient of a depthwise convolution on a CPU, where torch's own is slow.
+"""The weight gradient of a depthwise convolution on a CPU, where torch's own is slow.
 
-oneDNN's fast kernel takes rows of at most three taps and an input no smaller than the kernel; the others, 5×5 and 7×7
-ones of EfficientNet, MobileNetV3 and ConvNeXt among them, it unfolds. Here each row of taps is one matrix product for
-each channel: of all pairs of columns, of which the band that the taps join is kept. That is more arithmetic, and it is
-done where it is fast.
+oneDNN's fast kernel supports at most three taps per row and inputs no smaller than the kernel. All others, such as the
+5×5 and 7×7 kernels of EfficientNet, MobileNetV3 and ConvNeXt, go through im2col. Here each row of taps is one matrix
+product per channel, between all pairs of input and output columns; the sums along the band of matching columns are the
+gradient. This takes more FLOPs, but matrix products run faster.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from torch.nn import functional as F
 from .functional import Geometry, is_float_on_cpu
 
 FAST = 3
-"""Taps in a row that oneDNN's own kernel takes."""
+"""The most taps per row that oneDNN's fast kernel supports."""
 WIDE = 16
-"""Widths of a kernel, over the stride, beyond which too many pairs of columns lie off the band. As found over shapes of
-EfficientNet, MobileNetV3 and ConvNeXt on one core with AVX2: 0.2 to 0.6 of oneDNN's time, 0.8 at the limit."""
+"""The largest ratio of padded input width times stride to kernel width. Beyond it too many pairs of columns lie off the
+band. Measured on layers of EfficientNet, MobileNetV3 and ConvNeXt on one core with AVX2: 0.2 to 0.6 of oneDNN's time,
+0.8 at the limit."""
 
 
 MANY = 64
-"""Output positions in a batch, for each channel, from which a product for each channel and row of taps is worth its
-start. As found on one core with AVX2: at 32 twice oneDNN's time, at 128 half of it to all of it."""
+"""The fewest output positions of a batch, per channel, for which the products repay their overhead.
+Measured on one core with AVX2: twice oneDNN's time at 32, between half and all of it at 128."""
 
 
 def wins(x: Tensor, kernel: Sequence[int], geometry: Geometry, channels: int) -> bool:
-    """Whether :func:`weight_grad` is the faster way, and one at all, for a layer of as many output channels."""
+    """Return whether :func:`weight_grad` applies to a layer with so many output channels, and is faster."""
     return (
         len(kernel) == 2
         and is_float_on_cpu(x)
@@ -44,7 +45,7 @@ def wins(x: Tensor, kernel: Sequence[int], geometry: Geometry, channels: int) ->
 
 
 def weight_grad(g: Tensor, x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
-    """``(C, 1, kH, kW)`` from the output's gradient ``(N, C, *spatial_out)`` and the input ``(N, C, *spatial)``."""
+    """Compute ``(C, 1, kH, kW)`` from the output gradient ``(N, C, *spatial_out)`` and x ``(N, C, *spatial)``."""
     (n, channels, height, width), (kh, kw) = g.shape, kernel
     (sh, sw), (ph, pw), (dh, dw), _ = geometry
     # Channels are the batch of the products, rows and images what is summed over: (C, H, N, W).

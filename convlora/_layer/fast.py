@@ -1,4 +1,4 @@
-"""Where the adapted convolution's own autograd may stand in for the base's forward, because it computes the same."""
+"""The conditions under which our autograd function replaces a layer's own forward, because it computes the same."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PLAIN: dict[Any, Any] = {cls.forward: cls._conv_forward for cls in (nn.Conv1d, n
 
 
 def is_plain(layer: nn.Module, cls: Any) -> bool:
-    """Whether a layer of this class computes a convolution of torch's own with ``weight``, and nothing else."""
+    """Return whether a layer of this class computes exactly torch's own convolution with ``weight``."""
     return cls.forward in PLAIN and cls._conv_forward is PLAIN[cls.forward] and "_conv_forward" not in layer.__dict__
 
 
 def linear(
     layer: nn.Module, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, path: TrainingPath
 ) -> Tensor | None:
-    """A linear layer's adapted forward with a branch beside the base, where autograd needs no dense gradient."""
+    """Compute a linear layer as base plus branch, which needs no dense weight gradient; None if it does not apply."""
     if is_transformed() or path not in ("auto", "branch") or not (lora_A.requires_grad or lora_B.requires_grad):
         return None
     A, B = lora_A.to(weight.dtype), (scaling * lora_B).to(weight.dtype)
@@ -38,10 +38,10 @@ def linear(
 def convolution(
     layer: nn.Module, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, path: TrainingPath
 ) -> Tensor | None:
-    """The adapted forward of a plain convolution with the own autograd behind it.
+    """Compute a plain convolution with our autograd function.
 
-    None where there is no gradient to compute, or one that the own autograd does not know (tracing, torch.func, forward
-    mode, a base that is trained), or an input that the layer will refuse: there the base's own forward computes.
+    None if no gradient is needed, if our function does not support the case (tracing, torch.func, forward mode, a base
+    that is trained), or if the layer will refuse the input. The base's own forward must then compute it.
     """
     layer = cast(_ConvNd, layer)
     if not torch.is_grad_enabled() or weight.requires_grad or is_transformed() or not is_batch(layer, x, weight):
@@ -56,7 +56,7 @@ def convolution(
         return None
     x, geometry = prepared
     if path == "auto":
-        choice = choose if torch.compiler.is_compiling() else choose_once  # compilers warn of what remembers
+        choice = choose if torch.compiler.is_compiling() else choose_once  # compilers warn about lru_cache
         sizes = x.shape, weight.shape, geometry, lora_A.shape[0]
         path, is_small = choice(*sizes, x.requires_grad, x.element_size(), lora_A.requires_grad, x.device.type)
         if geometry.groups > 1:
@@ -67,9 +67,9 @@ def convolution(
 
 
 def prepare(layer: _ConvNd, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Geometry] | None:
-    """The input, padded where the mode is not zeros, and how the kernel goes over it; None for uneven padding.
+    """Return the input, padded unless the mode is zeros, and the geometry; None for asymmetric padding.
 
-    Cast after it is padded: on a CPU, autocast pads some modes in fp32.
+    The cast comes after the padding, since on a CPU autocast pads some modes in fp32.
     """
     padding = _padding(layer)
     if padding is None:
@@ -81,7 +81,7 @@ def prepare(layer: _ConvNd, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Geom
 
 
 def is_batch(layer: _ConvNd, x: object, weight: Tensor) -> bool:
-    """Whether the input is a batch that the layer takes as it is or, under autocast, in another dtype."""
+    """Return whether the input is a batch that the layer accepts, directly or, under autocast, in another dtype."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and (x := cast(Tensor, x)).ndim == len(layer.kernel_size) + 2
@@ -93,12 +93,12 @@ def is_batch(layer: _ConvNd, x: object, weight: Tensor) -> bool:
 
 
 def _each(layer: _ConvNd, number: int | Sequence[int]) -> tuple[int, ...]:
-    """A number for each spatial dimension, also where one was set after construction, which torch takes too."""
+    """Return one number per spatial dimension, also for a plain int set after construction, which torch accepts."""
     return (number,) * len(layer.kernel_size) if isinstance(number, int) else tuple(number)
 
 
 def _padding(layer: _ConvNd) -> tuple[int, ...] | None:
-    """Zeros on each side; None where the two sides differ ('same' with an even kernel)."""
+    """Return the padding of each dimension; None if its two sides differ ('same' with an even kernel)."""
     if layer.padding == "same":
         both = [d * (k - 1) for d, k in zip(_each(layer, layer.dilation), layer.kernel_size, strict=True)]
         return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
@@ -132,10 +132,10 @@ def _sizes(
 def choose(
     x: Ints, weight: Ints, geometry: Geometry, rank: int, input_grad: bool, width: int, trains_A: bool, device: str
 ) -> tuple[TrainingPath, bool]:
-    """The path for an input and a weight of these sizes, and whether calls count most; see ``paths.py``."""
+    """Return the path for these shapes, and whether the number of calls decides the time; see ``paths.py``."""
     sizes = _sizes(x, weight, geometry, rank, input_grad, width, trains_A)
     return paths.choose(sizes), paths.launching_decides(sizes, device)
 
 
 choose_once = lru_cache(maxsize=4096)(choose)
-"""The same, remembered: a network meets few sizes, each at every step."""
+"""``choose`` with a cache: a network meets few sizes, each at every step."""
