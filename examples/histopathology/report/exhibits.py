@@ -1,4 +1,4 @@
-"""Single patches for the report: those that a method got most wrong, and what in some of them spoke for its answer.
+"""Single patches for the report: those that a method got most wrong, and saliency maps of some of them.
 
 Maps are of the saved adapter, loaded as anyone would load it, on the image as the network sees it; see `explain`.
 """

@@ -47,7 +47,7 @@ from .published import UNITS, Published, publish, published_notes
 
 HEADER = ("method", "test acc.", "val acc.", "val loss", "trainable", "share", "adapter", "s/epoch")
 SCORES = ("method", "split", "AUC", "ECE", "Brier", "sensitivity", "specificity")
-CENTRES = ("method", "split", "centre", "patches", "accuracy", "right 1", "missed 1", "false 1", "right 0")
+CENTRES = ("method", "split", "centre", "patches", "accuracy", "TP", "FN", "FP", "TN")
 _NAMES = {"test": "test", "val": "validation"}
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "h5py")
 
