@@ -47,7 +47,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* linear layers with .* stay fr
 DEFAULT = ["test_nfnet", "test_coatnet", "test_mambaout", "test_vit", "repvgg_a0", "starnet_s050"]
 SAMPLE = [f"timm/{name}" if name in DEFAULT else thorough(f"timm/{name}") for name in TIMM]
 SAMPLE += [thorough(f"torchvision/{name}") for name in TORCHVISION] + [f"handmade/{name}" for name in BY_HAND]
-STEPS = ["inject", "forward", "identity", "gradient", "reload", "merge", "unmerge", "remove"]
+STEPS = ["inject", "forward", "identity", "gradient", "reload", "copy", "merge", "unmerge", "remove"]
 
 
 @pytest.mark.parametrize("name", SAMPLE)

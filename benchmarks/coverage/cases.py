@@ -47,19 +47,12 @@ class Case:
         build: makes it for an input size in pixels (frames, samples), which most ignore.
         sample: an input of a size.
         sizes: those to try, the smallest first.
-        kinds: types of the layers to adapt.
     """
 
     name: str
     build: Callable[[int], nn.Module]
     sample: Callable[[int], Sample]
     sizes: tuple[int, ...] = (64, 96, 128, 160, 192, 224, 256, 320, 384)
-    kinds: tuple[type[nn.Module], ...] = (nn.Conv2d,)
-
-    @property
-    def targets(self) -> tuple[type[nn.Module], ...] | None:
-        """What convlora is told: nothing where its default will do."""
-        return None if self.kinds == (nn.Conv2d,) else self.kinds
 
 
 @dataclass(frozen=True)

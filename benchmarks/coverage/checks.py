@@ -1,11 +1,12 @@
 """The whole way of one network with one library: every step tried, each with its outcome.
 
-inject, forward, identity, gradient, reload, merge, unmerge, and for convlora remove. A step that needs one that failed
+inject, forward, identity, gradient, reload, copy, merge, unmerge, remove; copy and remove for convlora alone. A step that needs one that failed
 is left out; any other is tried. The oracle is the plain network holding W + ΔW, with ΔW by einsum from the definition.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import tempfile
 from collections.abc import Callable
@@ -57,6 +58,8 @@ def check(subject: Subject, library: Library) -> dict[str, Step]:
         way.take("identity", way.identity)
         if way.take("gradient", way.gradient):
             way.take("reload", way.reload)
+            if isinstance(library, Convlora) and _is_copied(subject):
+                way.take("copy", way.copy)
         if way.take("merge", way.merge) or way.steps["merge"].value is not None:
             way.take("unmerge", way.unmerge)
     if isinstance(library, Convlora) and way.steps["inject"].ok:
@@ -153,6 +156,15 @@ class _Way:
         if not equal(found, expected):
             raise Failed("the reloaded adapter's output differs", relative_error(found, expected))
 
+    def copy(self) -> None:
+        """A deep copy gives the same bits and shares no tensor."""
+        copied = copy.deepcopy(self.adapted)
+        found, expected = evaluate(copied, self.sample), evaluate(self.adapted, self.sample)
+        if not equal(found, expected):
+            raise Failed("the copy's output differs", relative_error(found, expected))
+        if {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in self.adapted.parameters() if p.numel()}:
+            raise Failed("the copy shares parameters")
+
     def merge(self) -> float:
         """The whole network's output, merged against unmerged."""
         self.__dict__.pop("base", None)  # large networks need the room
@@ -205,6 +217,16 @@ class _Way:
             plain.get_submodule(name).training = False
         with torch.set_grad_enabled(gradients):
             return run(model, sample, training=True)
+
+
+def _is_copied(subject: Subject) -> bool:
+    """Whether the plain network can be copied after a forward; not every one can."""
+    model = subject.fresh().train()
+    evaluate(model, subject.sample)
+    try:
+        return equal(evaluate(copy.deepcopy(model), subject.sample), evaluate(model, subject.sample))
+    except Exception:
+        return False
 
 
 def randomise(factors: dict[str, LayerFactors]) -> None:

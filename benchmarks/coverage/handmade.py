@@ -100,11 +100,11 @@ def cases() -> list[Case]:
     wave, volume = (lambda size: Sample((noise(BATCH, 1, 4 * size),))), images(1, 16)
     return [
         *(_case(f"discriminator_{name}", partial(Discriminator, norm), images(3)) for name, norm in norms.items()),
-        _case("audio_conv1d", Audio, wave, nn.Conv1d),
-        _case("dcgan_generator", generator, lambda size: Sample((noise(BATCH, 32, 1, 1),)), nn.ConvTranspose2d),
-        _case("volume_unet", VolumeUNet, volume, nn.Conv3d, nn.ConvTranspose3d),
+        _case("audio_conv1d", Audio, wave),
+        _case("dcgan_generator", generator, lambda size: Sample((noise(BATCH, 32, 1, 1),))),
+        _case("volume_unet", VolumeUNet, volume),
     ]
 
 
-def _case(name: str, build: Callable[[], nn.Module], sample: Callable[[int], Sample], *kinds: type[nn.Module]) -> Case:
-    return Case(f"handmade/{name}", lambda size: build(), sample, (32,), kinds or (nn.Conv2d,))
+def _case(name: str, build: Callable[[], nn.Module], sample: Callable[[int], Sample]) -> Case:
+    return Case(f"handmade/{name}", lambda size: build(), sample, (32,))

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 import convlora
 
@@ -67,7 +68,7 @@ class Convlora:
 
     def inject(self, model: nn.Module, case: Case) -> nn.Module:
         """In place; factors in every layer that has room for some, as the others have, and none taken whole."""
-        return convlora.inject(model, RANK, alpha=ALPHA, target_modules=case.targets, method_pattern={"*": "lora"})
+        return convlora.inject(model, RANK, alpha=ALPHA, method_pattern={"*": "lora"})
 
     def factors(self, adapted: nn.Module) -> dict[str, LayerFactors]:
         """From the children of the adapted layers."""
@@ -100,24 +101,28 @@ class Convlora:
         convlora.remove(adapted)
 
 
-def has_one_group(module: nn.Module) -> bool:
-    """Whether a layer's output channels see all input channels."""
-    return bool(getattr(module, "groups", 1) == 1)
+def convolutions(model: nn.Module) -> dict[str, _ConvNd]:
+    """Every convolution of torch's kinds by its name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
+
+
+def is_plain(layer: _ConvNd) -> bool:
+    """Whether a convolution is neither grouped nor transposed; peft takes few of the others."""
+    return layer.groups == 1 and not layer.transposed
 
 
 class Peft:
-    """Hugging Face peft's LoRA with the names of the same layers; ``grouped=False`` leaves grouped ones out."""
+    """Hugging Face peft's LoRA in the same layers; ``every=False`` leaves out grouped and transposed ones."""
 
-    def __init__(self, grouped: bool = True) -> None:
-        self.grouped = grouped
-        self.name = "peft" if grouped else "peft_ungrouped"
+    def __init__(self, every: bool = True) -> None:
+        self.every = every
+        self.name = "peft" if every else "peft_plain"
 
     def inject(self, model: nn.Module, case: Case) -> nn.Module:
-        """Every layer of the case's kinds, named in full; a list of names would match their suffixes as well."""
+        """Every convolution, named in full; a list of names would match their suffixes as well."""
         import peft
 
-        found = [(name, module) for name, module in model.named_modules() if isinstance(module, case.kinds)]
-        names = [re.escape(name) for name, module in found if self.grouped or has_one_group(module)]
+        names = [re.escape(name) for name, layer in convolutions(model).items() if self.every or is_plain(layer)]
         config = peft.LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules="|".join(names))
         adapted: nn.Module = peft.get_peft_model(model, config)
         return adapted

@@ -17,6 +17,7 @@ FAILURES = {
     "merge": "merge refused",
     "unmerge": "unmerge fails",
     "reload": "reload wrong",
+    "copy": "copy wrong",
     "remove": "remove not exact",
 }
 """The steps in the order in which a failure counts, and what it is called."""
@@ -76,5 +77,5 @@ def line(row: dict[str, Any]) -> str:
         return f"ERROR {row['error']}"
     if row["kind"] == "plan":
         return "; ".join(row["problems"][:2]) or "planned"
-    found = {name: outcome(row[name]) for name in ("convlora", "peft", "peft_ungrouped") if name in row}
+    found = {name: outcome(row[name]) for name in ("convlora", "peft", "peft_plain") if name in row}
     return ", ".join(f"{name} {o.label}{f': {o.reason[:80]}' if o.reason else ''}" for name, o in found.items())

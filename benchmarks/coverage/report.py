@@ -132,7 +132,7 @@ def _passes(rows: list[Row]) -> tuple[int, int, int, int]:
 
 def _ungrouped(row: Row) -> Row:
     """peft's steps without the grouped layers, where there were any."""
-    steps: Row = row["peft_ungrouped"] if "peft_ungrouped" in row else row["peft"]
+    steps: Row = row["peft_plain"] if "peft_plain" in row else row["peft"]
     return steps
 
 
@@ -224,8 +224,8 @@ def _network(row: Row) -> tuple[object, ...]:
 def _peft_reason(row: Row, reason: str) -> str:
     found = re.search(r"groups=(\d+) and rank \d+", reason)
     short = f"groups={found[1]} do not divide the rank" if found else _cell(reason, 90)
-    if "peft_ungrouped" in row:
-        without = outcome(row["peft_ungrouped"])
+    if "peft_plain" in row:
+        without = outcome(row["peft_plain"])
         note = f": {_cell(without.reason, 60)}" if not without.works else ""
         short += f"; without grouped layers: {without.label}{note}"
     return short

@@ -49,7 +49,7 @@ def cases() -> list[Case]:
     """One of each."""
     found = [_plain(name, images(3)) for name in (*CLASSIFICATION.split(), *SEGMENTATION.split())]
     found += [_plain(name, _boxes, (128, 320)) for name in DETECTION.split()]
-    found += [_plain(name, _clip, (64, 112, 224), (nn.Conv3d,)) for name in VIDEO.split()]
+    found += [_plain(name, _clip, (64, 112, 224)) for name in VIDEO.split()]
     return found + [_plain(name, _pair, (128, 256)) for name in FLOW.split()]
 
 
@@ -63,13 +63,12 @@ def _plain(
     name: str,
     sample: Any,
     sizes: tuple[int, ...] = (64, 96, 128, 224, 299),
-    kinds: tuple[type[nn.Module], ...] = (nn.Conv2d,),
 ) -> Case:
     def make(size: int) -> nn.Module:
         options = {"min_size": size, "max_size": 2 * size} if name.startswith(RESIZING) else {}
         return build(name, **options, **(FEW_BOXES if "rcnn" in name else {}))
 
-    return Case(f"torchvision/{name}", make, sample, sizes, kinds)
+    return Case(f"torchvision/{name}", make, sample, sizes)
 
 
 def _clip(size: int) -> Sample:

@@ -22,7 +22,6 @@ class Recipe:
     config: str
     options: Options
     sample: Callable[[int], Sample]
-    kinds: tuple[type[nn.Module], ...] = (nn.Conv2d,)
     sizes: tuple[int, ...] = (64, 128, 224)
 
 
@@ -63,7 +62,6 @@ HEADS: Options = {
 }
 ENCODED: Options = {"encoder_in_channels": [32, 48, 64], "encoder_hidden_dim": 32, "encoder_ffn_dim": 64}
 FOUND: Options = {"d_model": 32, "num_queries": 5, "decoder_layers": 2, "decoder_ffn_dim": 64, "num_denoising": 0}
-AUDIO = (nn.Conv1d, nn.ConvTranspose1d)
 SMALL_BERT: Options = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 AUDIO_FRONT: Options = {
     "conv_dim": [16, 16],
@@ -147,21 +145,19 @@ RECIPES = {
         "DFine", "ForObjectDetection", **FOUND, **ENCODED, decoder_in_channels=[32, 32, 32], _backbone=True
     ),
     "maskformer": Recipe("MaskFormerForInstanceSegmentation", "MaskFormerConfig", {}, pixels),
-    "encodec": Recipe("EncodecModel", "EncodecConfig", {"num_filters": 8, "hidden_size": 32}, wave, AUDIO),
+    "encodec": Recipe("EncodecModel", "EncodecConfig", {"num_filters": 8, "hidden_size": 32}, wave),
     "dac": Recipe(
-        "DacModel", "DacConfig", {"encoder_hidden_size": 8, "decoder_hidden_size": 64, "hidden_size": 128}, wave, AUDIO
+        "DacModel", "DacConfig", {"encoder_hidden_size": 8, "decoder_hidden_size": 64, "hidden_size": 128}, wave
     ),
-    "speecht5_hifigan": Recipe(
-        "SpeechT5HifiGan", "SpeechT5HifiGanConfig", {"upsample_initial_channel": 64}, mel, AUDIO
-    ),
-    "wav2vec2": Recipe("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", WAVES, speech, (nn.Conv1d,)),
-    "hubert": Recipe("HubertForSequenceClassification", "HubertConfig", WAVES, speech, (nn.Conv1d,)),
+    "speecht5_hifigan": Recipe("SpeechT5HifiGan", "SpeechT5HifiGanConfig", {"upsample_initial_channel": 64}, mel),
+    "wav2vec2": Recipe("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", WAVES, speech),
+    "hubert": Recipe("HubertForSequenceClassification", "HubertConfig", WAVES, speech),
 }
 
 
 def cases() -> list[Case]:
     """All recipes."""
-    return [Case(f"transformers/{n}", partial(build, r), r.sample, r.sizes, r.kinds) for n, r in RECIPES.items()]
+    return [Case(f"transformers/{n}", partial(build, r), r.sample, r.sizes) for n, r in RECIPES.items()]
 
 
 def build(recipe: Recipe, size: int) -> nn.Module:
