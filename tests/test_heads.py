@@ -258,6 +258,60 @@ def super_resolution():
     return net
 
 
+def faces():
+    """As facenet's MTCNN: two outputs beside each other, told apart by a number."""
+    net = nn.Module()
+    net.trunk = conv(3, 8)
+    net.conv4_1, net.conv4_2 = nn.Conv2d(8, 2, 1), nn.Conv2d(8, 4, 1)
+    net.forward = lambda x: (net.conv4_2(net.trunk(x)), net.conv4_1(net.trunk(x)).softmax(1))
+    return net
+
+
+def levels_in_a_sequential():
+    """As YuNet: a Sequential that is used as a list, each part for one level."""
+    net = nn.Module()
+    net.stem = nn.ModuleList([conv(3, 8), conv(8, 8)])
+    net.head = nn.Sequential(*(nn.Sequential(conv(8, 8), nn.Conv2d(8, 5, 1)) for _ in range(2)))
+    net.forward = lambda x: [net.head[0](net.stem[0](x)), net.head[1](net.stem[1](net.stem[0](x)))]
+    return net
+
+
+def autoencoder():
+    """As an AutoencoderKL: the convolutions around the latent are registered after the decoder."""
+    net = nn.Module()
+    net.encoder = nn.Sequential(conv(3, 8), nn.Conv2d(8, 8, 1))
+    net.decoder = nn.Module()
+    net.decoder.blocks, net.decoder.conv_out = conv(4, 8), nn.Conv2d(8, 3, 1)
+    net.quant_conv, net.post_quant_conv = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1)
+    net.forward = lambda x: net.decoder.conv_out(
+        net.decoder.blocks(net.post_quant_conv(net.quant_conv(net.encoder(x))))
+    )
+    return net
+
+
+def descriptor():
+    """As HardNet: a norm without parameters follows the last convolution."""
+    return nn.Sequential(conv(3, 8), nn.Conv2d(8, 16, 8), nn.BatchNorm2d(16, affine=False))
+
+
+def restoration():
+    """As DRUNet: a first and a last layer named m_head and m_tail."""
+    net = nn.Module()
+    net.m_head, net.m_tail = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 3)
+    net.m_body = conv(8, 8)
+    net.forward = lambda x: net.m_tail(net.m_body(net.m_head(x)))
+    return net
+
+
+def nested():
+    """As U-Net++: an output at each depth, numbered, the trunk registered after them."""
+    net = nn.Module()
+    net.final_conv_0_1, net.final_conv_0_2 = nn.Conv2d(8, 2, 1), nn.Conv2d(8, 2, 1)
+    net.trunk = conv(3, 8)
+    net.forward = lambda x: [net.final_conv_0_1(net.trunk(x)), net.final_conv_0_2(net.trunk(x))]
+    return net
+
+
 def generator():
     return nn.Sequential(
         nn.ConvTranspose2d(3, 8, 4, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 3, 4, 2, 1), nn.Tanh()
@@ -313,6 +367,12 @@ BY_HAND = NAMED | {
     "super-resolution": (super_resolution, ["tail.0"], X),
     "generator": (generator, ["3"], X),
     "perceptron": (perceptron, ["5"], X),
+    "outputs told apart by a number": (faces, ["conv4_1", "conv4_2"], X),
+    "levels in a Sequential": (levels_in_a_sequential, ["head.0.1", "head.1.1"], X),
+    "autoencoder": (autoencoder, ["decoder.conv_out"], X),
+    "descriptor": (descriptor, [], X),
+    "restoration": (restoration, ["m_tail"], X),
+    "nested outputs": (nested, ["final_conv_0_1", "final_conv_0_2"], X),
     "two tasks": (tasks, ["heads.age", "heads.sex.2"], X),
     "a network of residual blocks": (Residual, [], X),
 }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._layer.computed import weight_shape
@@ -30,8 +31,11 @@ DETECTORS = {"cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score",
 """The output layers of torchvision's and detectron2's detectors."""
 HEAD = re.compile(
     r"(?!pre)((\w+_)?(heads?|classifiers?|logits?|outputs?|predictors?)|\w*fc|score|outc|outconv|seg_layers"
-    r"|(final|last|out|output|pred|prediction|cls|seg)(_?(conv|layer|block|proj))?|conv_?(out|last|final|seg))"
+    r"|(final|last|out|output|pred|prediction|cls|seg|classification)(_?(conv|layer|block|proj)s?)?(_\d+)*"
+    r"|conv_?(out|last|final|seg)|(\w+_)?tail|ending)"
 )
+LATENT = re.compile(r"(post_)?quant(_?conv)?\w*")
+"""Registered after an autoencoder's decoder, read before it."""
 AUXILIARY = re.compile(r"aux\w*", re.IGNORECASE)
 ULTRALYTICS = re.compile(
     r"(one2one_)?cv[2-5](_\w+)?|(enc|dec)_(score|bbox)_head|denoising_class_embed|proto\.semseg|classifier|aux_head|head"
@@ -149,7 +153,8 @@ def _by_name(model: nn.Module) -> tuple[list[nn.Module], str]:
         if found := _ends(getattr(model, name, None)):
             return found, f"attribute {name!r}"
     named = {name: _ends(child) for name, child in model.named_children() if HEAD.fullmatch(name) and _layers(child)}
-    if named:
+    tails = {name: ends for name, ends in named.items() if name.endswith("tail")}
+    if named := tails or named:
         return [layer for each in named.values() for layer in each], f"attribute {', '.join(map(repr, named))}"
     removed = any(isinstance(getattr(model, name, None), nn.Module) for name in CLASSIFIERS)
     return [], REMOVED if removed else ""
@@ -173,13 +178,19 @@ def _ends(module: object) -> list[nn.Module]:
     if not isinstance(module, nn.Module) or is_adaptable(module):
         return _layers(module)[:1]
     parts = [(name, child) for name, child in module.named_children() if _layers(child)]
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or _are_beside([_layers(child) for _, child in parts]):
         inside = [_layers(child) for _, child in parts]
         chained = all(_outputs(a[-1]) == _inputs(b[0]) for a, b in pairwise(inside))
         chosen = parts[-1:] if chained else parts
     else:
         chosen = [part for part in parts if HEAD.fullmatch(part[0]) or part[0] in DETECTORS] or parts[-1:]
     return [layer for _, child in chosen for layer in _ends(child)]
+
+
+def _are_beside(parts: list[list[nn.Module]]) -> bool:
+    """Whether each of several parts reads as many channels as the others, and none gives as many: no chain."""
+    read = {_inputs(part[0]) for part in parts}
+    return len(parts) > 1 and len(read) == 1 and not read & {_outputs(part[-1]) for part in parts}
 
 
 def _outputs(layer: nn.Module) -> int:
@@ -195,8 +206,8 @@ def _last(model: nn.Module, named: list[Named], constant: set[nn.Module]) -> lis
 
     The last of a list of parallel layers stands for all of them, and for those of the lists beside it.
     """
-    owning = [n for n in named if any(p is not None for p in n.module._parameters.values()) or is_adaptable(n.module)]
-    owning = [n for n in owning if n.module not in constant]
+    owning = [n for n in named if any(p is not None for p in n.module._parameters.values()) or _counts(n.module)]
+    owning = [n for n in owning if n.module not in constant and not LATENT.fullmatch(n.name.partition(".")[0])]
     if not owning or not is_adaptable(owning[-1].module) or _repeats(model, owning[-1].name):
         return []
     last = owning[-1]
@@ -207,7 +218,24 @@ def _last(model: nn.Module, named: list[Named], constant: set[nn.Module]) -> lis
             lists = [each for each in beside if each is parent or _parallel(each, len(parent))]
             if _parallel(parent, len(parent)):
                 return [layer for each in lists for layer in _ends(each)]
-    return [last.module]
+    return _numbered_beside(model, last)
+
+
+def _counts(module: nn.Module) -> bool:
+    return is_adaptable(module) or isinstance(module, _NormBase)  # a norm without parameters, too
+
+
+def _numbered_beside(model: nn.Module, last: Named) -> list[nn.Module]:
+    """The last layer and those whose names differ in the last number alone, if they lie beside each other."""
+    above, _, name = last.name.rpartition(".")
+    stem = name.rstrip("0123456789")
+    numbered = [child for each, child in model.get_submodule(above).named_children() if _is_numbered(each, stem)]
+    layers = [child for child in numbered if is_adaptable(child)]
+    return layers if stem.endswith("_") and _are_beside([[layer] for layer in layers]) else [last.module]
+
+
+def _is_numbered(name: str, stem: str) -> bool:
+    return name.startswith(stem) and name[len(stem) :].isdigit()
 
 
 def _above(name: str) -> Iterator[str]:
@@ -302,7 +330,7 @@ def outputs_of(model: nn.Module, named: list[Named], constant: set[nn.Module], e
     """
     flow = _Flow()
     leaves = [n.module for n in named if is_adaptable(n.module) or not any(True for _ in n.module.children())]
-    owning = [m for m in leaves if m not in constant and any(True for _ in m.parameters())]
+    owning = [m for m in leaves if m not in constant and (_counts(m) or any(True for _ in m.parameters()))]
     with ExitStack() as undo:
         undo.enter_context(base_alone(model))
         for module in owning:
