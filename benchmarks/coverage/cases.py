@@ -129,7 +129,7 @@ def _enliven(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.abs().max() < QUIET:
+            if parameter.is_floating_point() and parameter.numel() and parameter.abs().max() < QUIET:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 

@@ -1,7 +1,8 @@
 """The whole way of one network with one library: every step tried, each with its outcome.
 
-inject, forward, identity, gradient, reload, copy, merge, unmerge, remove; copy and remove for convlora alone. A step that needs one that failed
-is left out; any other is tried. The oracle is the plain network holding W + ΔW, with ΔW by einsum from the definition.
+inject, forward, identity, gradient, reload, copy, merge, unmerge, remove; copy and remove for convlora alone. A step
+that needs one that failed is left out; any other is tried. The oracle is the plain network holding W + ΔW, with ΔW by
+einsum from the definition.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def told(*shape: int) -> Callable[[int], Sample]:
 
 def controlled(size: int) -> Sample:
     """The same with a picture that controls it."""
-    return Sample((noise(BATCH, 4, size, size), torch.tensor([3, 7]), text(), noise(BATCH, 3, 8 * size, 8 * size)))
+    return Sample((noise(BATCH, 4, size, size), torch.tensor([3, 7]), text(), noise(BATCH, 3, 2 * size, 2 * size)))
 
 
 def classed(size: int) -> Sample:
@@ -72,19 +72,8 @@ RECIPES: dict[str, tuple[Options, Callable[[int], Sample]]] = {
     "UNet2DConditionModel": ({**WIDTHS, **TEXT, **CROSS}, told(4)),
     "UNet3DConditionModel": ({**WIDTHS, **TEXT, **FILM}, told(4, 3)),
     "UNet1DModel": (
-        {"block_out_channels": (16, 32, 32), "layers_per_block": 1, "sample_size": 64},
+        {"block_out_channels": (16, 32, 32), "layers_per_block": 1, "sample_size": 64, "extra_in_channels": 32},
         lambda size: Sample((noise(BATCH, 2, 64), torch.tensor([3, 7]))),
-    ),
-    "UNetMotionModel": (
-        {
-            **WIDTHS,
-            "cross_attention_dim": 16,
-            "num_attention_heads": 2,
-            "motion_num_attention_heads": 2,
-            "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
-            "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
-        },
-        lambda size: Sample((noise(1, 4, 2, size, size), torch.tensor([3]), noise(1, 5, 16))),
     ),
     "ControlNetModel": (
         {
@@ -144,21 +133,6 @@ RECIPES: dict[str, tuple[Options, Callable[[int], Sample]]] = {
         lambda size: Sample((noise(BATCH, 16, size, size), text())),
     ),
     "DiTTransformer2DModel": ({**PATCHES, "num_embeds_ada_norm": 8}, classed),
-    "Kandinsky3UNet": (
-        {
-            "block_out_channels": (16, 32),
-            "layers_per_block": 1,
-            "groups": 8,
-            "cross_attention_dim": 16,
-            "encoder_hid_dim": 16,
-            "attention_head_dim": 8,
-            "time_embedding_dim": 16,
-        },
-        lambda size: Sample(
-            (noise(BATCH, 4, size, size), torch.tensor([3, 7])),
-            {"encoder_hidden_states": text(), "encoder_attention_mask": torch.ones(BATCH, 5)},
-        ),
-    ),
 }
 """Each network's options and sample."""
 

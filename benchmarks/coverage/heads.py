@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 YOLO = "*.cv2.?.2 *.cv3.?.2"
 BOTH = f"{YOLO} *.one2one_cv2.?.2 *.one2one_cv3.?.2"
@@ -85,7 +86,6 @@ HEADS = {
     "nnunet/VGG16_cifar": "classifier",
     **{f"diffusers/UNet{kind}": "conv_out" for kind in ("2DModel", "2DConditionModel", "3DConditionModel")},
     "diffusers/UNet1DModel": "up_blocks.2.resnets.2.conv_2",
-    "diffusers/UNetMotionModel": "conv_out",
     "diffusers/ControlNetModel": "controlnet_down_blocks.? controlnet_mid_block",
     "diffusers/AutoencoderKL": "decoder.conv_out",
     "diffusers/AsymmetricAutoencoderKL": "decoder.conv_out",
@@ -97,7 +97,6 @@ HEADS = {
     "diffusers/T2IAdapter": "",
     "diffusers/Transformer2DModel": "proj_out",
     "diffusers/DiTTransformer2DModel": "proj_out_2",
-    "diffusers/Kandinsky3UNet": "conv_out",
     **{f"open_clip/{tower}": "" for tower in ("RN50", "ViT", "convnext_atto", "resnet18", "vitamin_small", "CoCa")},
     "kornia/DexiNed": (
         "up_block_1.features.2 up_block_2.features.2 up_block_3.features.5 up_block_4.features.8 "
@@ -197,7 +196,5 @@ def named_by_hand(name: str, model: nn.Module) -> list[str] | None:
     if name not in HEADS:
         return None
     patterns = HEADS[name].split()
-    layers = [
-        found for found, module in model.named_modules() if isinstance(getattr(module, "weight", None), nn.Parameter)
-    ]
+    layers = [found for found, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))]
     return [found for found in layers if any(fnmatch.fnmatchcase(found, pattern) for pattern in patterns)]

@@ -23,7 +23,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "DRUNet": ("DRUNet.__arch.network_unet", "DRUNet", {**DEEP, "in_nc": 3, "out_nc": 3}),
     "DnCNN": ("DnCNN.__arch.network_dncnn", "DnCNN", {"in_nc": 3, "out_nc": 3, "nc": 16, "nb": 4}),
     "ESRGAN": ("ESRGAN.__arch.RRDB", "RRDBNet", {"num_filters": 16, "num_blocks": 1}),
-    "FBCNN": ("FBCNN.__arch.FBCNN", "FBCNN", DEEP),
+    "FBCNN": ("FBCNN.__arch.FBCNN", "FBCNN", {"nb": 1}),
     "FDAT": ("FDAT.__arch.fdat", "FDAT", {"embed_dim": 16, "num_groups": 1, "depth_per_group": 1, "num_heads": 2}),
     "FFTformer": ("FFTformer.__arch.fftformer_arch", "FFTformer", {"dim": 8, "num_blocks": [1, 1, 1]}),
     "HAT": ("HAT.__arch.HAT", "HAT", {**WINDOWS, **UP}),

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -97,7 +98,8 @@ def _by_example(subject: Subject, model: nn.Module) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            plan = convlora.plan(model, example=sample.kwargs or sample.args)
+            given = signature(model.forward).bind(*sample.args, **sample.kwargs)
+            plan = convlora.plan(model, example=given.args if sample.args and not sample.kwargs else given.arguments)
         except convlora.ConvLoraError as refusal:
             return {"heads_by_example": None, "example_refused": str(refusal)}
     return {"heads_by_example": list(plan.modules_to_save)}
