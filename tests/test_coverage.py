@@ -1,5 +1,6 @@
 """Width: a sample of the coverage benchmark through its own checks, and that these checks can fail."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,9 +17,10 @@ import convlora
 need("timm")
 need("torchvision")
 
-from benchmarks.coverage import handmade, outcomes, plans, report, runner, timm_cases, torchvision_cases
+from benchmarks.coverage import handmade, outcomes, plans, report, runner, timm_cases, torchvision_cases, zoo
 from benchmarks.coverage.cases import Case, images, prepare, tensors_in
 from benchmarks.coverage.checks import check
+from benchmarks.coverage.heads import HEADS, named_by_hand
 from benchmarks.coverage.libraries import Convlora, Peft
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,6 +57,31 @@ def test_the_whole_way(name):
     steps = check(prepare(found(name)), Convlora())
     assert {name: step.reason for name, step in steps.items() if not step.ok} == {}
     assert list(steps) == STEPS and steps["merge"].value == 0.0
+
+
+FURTHER = ["nnunet/PlainConvUNet-3d", "diffusers/VQModel", "spandrel/PLKSR", "facenet/PNet", "open_clip/ViT"]
+FURTHER += ["kornia/SmallSRNet", "monai/DynUNet-2d", "torchxrayvision/DenseNet", "pytorchcv/squeezenet_v1_1"]
+
+
+@pytest.mark.parametrize("name", [*FURTHER, thorough("ultralytics/yolov8n")])
+def test_networks_of_further_libraries_with_the_head_that_was_named_by_hand(name):
+    need(zoo.PACKAGES[name.split("/")[0]])
+    row = zoo.check_case(zoo.further_cases()[name], [Convlora()])
+    assert {step: found["reason"] for step, found in row["convlora"].items() if not found["ok"]} == {}
+    assert set(row["heads"]) == set(row["named"]) and row["adapted"]
+
+
+def test_each_further_network_has_its_head_named_and_no_name_is_left_over():
+    installed = {name for name in HEADS if importlib.util.find_spec(zoo.PACKAGES[name.split("/")[0]])}
+    assert set(zoo.further_cases()) >= installed - {n for n in installed if n.startswith(("monai/", "nnunet/"))}
+    assert set(zoo.further_cases()) <= set(HEADS)
+
+
+def test_the_table_of_heads_finds_layers_by_patterns():
+    conv = nn.Sequential(nn.ReLU(), nn.ReLU(), nn.Conv2d(1, 1, 1))
+    net = nn.ModuleDict({"detect": nn.ModuleDict({"cv2": nn.ModuleList([conv])})})
+    assert named_by_hand("ultralytics/yolov8n", net) == ["detect.cv2.0.2"]
+    assert named_by_hand("kornia/HardNet", net) == [] and named_by_hand("timm/resnet18", net) is None
 
 
 @pytest.mark.parametrize(
@@ -235,6 +262,7 @@ def test_the_page_counts_what_the_rows_say():
     need("segmentation_models_pytorch")
     page = report.page(json.loads(json.dumps(rows)))
     assert "| numeric: segmentation-models-pytorch | 3 | 1 | 1 | 1 | 1 |" in page
+    assert "| segmentation-models-pytorch | 3 | 1 | – | 1 | 1 |" in page
     assert "| plan: every timm name | 1 | 0 |" in page and "smp/c: not done within 3 s" in page
     assert "**inject fails**: ValueError: groups=16 and rank 8 \\| no" in page and "exactly 0 in 1 of 1" in page
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,16 +17,34 @@ from .outcomes import merge_error, outcome
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "torchvision", "timm", "peft", "transformers", "segmentation-models-pytorch")
+FURTHER = (
+    *("ultralytics", "monai", "dynamic-network-architectures", "diffusers", "open_clip_torch", "pytorchcv", "spandrel"),
+    *("kornia", "facenet-pytorch", "torchxrayvision"),
+)
+"""Named with their versions where they are installed."""
 
 INTRO = """# How wide it works
 
 <!-- Written by `python -m benchmarks.coverage all`; change benchmarks/coverage/ and run it again. -->
 
+{result}
+
+{table}
+
+*exact*: every step of the [list below](#what-passing-means) is as it should be, most of them bit for bit. *peft works*:
+Hugging Face peft, given every convolution, or all but grouped and transposed ones, comes through with rounding allowed.
+
+## How it is measured
+
 Two sweeps, made by `python -m benchmarks.coverage all --jobs 2`. Everything is on the CPU in float32 with random
 weights; nothing is downloaded. **Plan width**: every architecture name of timm and torchvision is built without numbers
 and planned; each convolution and each parameter must be accounted for. **Numeric width**: the smallest network of each
 kind goes the whole way with rank 8, and beside it Hugging Face peft with the same layers, rank and scaling. Two kinds
-are cut to fit the machine: deepseek_vit_412m to two blocks, R-CNNs to 50 proposals.
+are cut to fit the machine: deepseek_vit_412m to two blocks, R-CNNs to 50 proposals. The networks of further libraries
+(`pip install -e ".[coverage]"`) are built small, one block of each kind. The *head* that is chosen by default is
+compared with a table that was written by hand from the networks' source before any was injected
+(`benchmarks/coverage/heads.py`). tiatoolbox is left out: it asks for older releases of torch and timm, and for a
+notebook server.
 
 {environment}.
 """
@@ -43,8 +62,9 @@ STEPS = """## What passing means
 6. *remove* (convlora): keys, classes, objects, attributes, hooks, modes, flags and bits as before injection.
 
 peft *passes* by the same criteria (without remove); it *works* where merge may be off by up to {wrong:g} and unmerge by
-rounding. It refuses convolutions whose groups do not divide the rank; *without grouped layers* it is given only the
-others, so that the rest of the way can be seen. A merge that is off by more than {wrong:g} is called silently wrong.
+rounding. It refuses transposed convolutions, and those whose groups do not divide the rank; *without grouped,
+transposed* it is given only the others, so that the rest of the way can be seen. A merge that is off by more than
+{wrong:g} is called silently wrong.
 """
 
 
@@ -54,8 +74,16 @@ def environment(jobs: int) -> Row:
         "python": platform.python_version(),
         "machine": f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})",
         "jobs": jobs,
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES} | _further_versions(),
     }
+
+
+def _further_versions() -> dict[str, str]:
+    found = {}
+    for name in FURTHER:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def page(rows: Iterable[Row]) -> str:
@@ -67,14 +95,43 @@ def page(rows: Iterable[Row]) -> str:
     planned, numeric = ([row for row in found if row["kind"] == kind] for kind in ("plan", "numeric"))
     steps = STEPS.format(oracle=ORACLE_TOLERANCE, double=DOUBLE_TOLERANCE, merge=MERGE_TOLERANCE, wrong=WRONG)
     parts = [
-        INTRO.format(environment=_environment(found)),
+        INTRO.format(environment=_environment(found), result=_result(numeric), table=_by_library(numeric)),
         _summary(planned, numeric),
         steps,
-        _peft_failures(numeric),
         _plan_width(planned),
+        _peft_failures(numeric),
         *(_family(name, members) for name, members in _families(numeric).items()),
     ]
     return "\n".join(part for part in parts if part).rstrip() + "\n"
+
+
+def _result(numeric: list[Row]) -> str:
+    exact, _, works, plain = _passes(numeric)
+    heads = [row for row in numeric if row.get("named") is not None]
+    found = sum(_is_as_named(row) for row in heads)
+    return (
+        f"Of {len(numeric)} networks, {exact} go the whole way **exactly**: inject, train, save, load, merge, unmerge, "
+        f"remove. peft works on {works} of them with every convolution, on {plain} without grouped, transposed ones. "
+        f"Of {len(heads)} networks whose head was named by hand, the same is found in {found}."
+    )
+
+
+def _by_library(numeric: list[Row]) -> str:
+    libraries: dict[str, list[Row]] = {}
+    for name, members in _families(numeric).items():
+        libraries.setdefault(name.split(",")[0].split(" ")[0] if name != "by hand" else name, []).extend(members)
+    lines = []
+    for name, rows in libraries.items():
+        exact, _, works, plain = _passes(rows)
+        heads = [row for row in rows if row.get("named") is not None]
+        found = f"{sum(map(_is_as_named, heads))} of {len(heads)}" if heads else "–"
+        lines.append((name, len(rows), exact, found, works, plain))
+    head = ("library", "networks", "exact", "head as named", "peft works", "without grouped, transposed")
+    return _table(head, lines).rstrip()
+
+
+def _is_as_named(row: Row) -> bool:
+    return set(row.get("heads") or ()) == set(row["named"])
 
 
 def _environment(rows: list[Row]) -> str:
@@ -100,8 +157,8 @@ def _summary(planned: list[Row], numeric: list[Row]) -> str:
     lines.append(("**numeric: all**", len(numeric), *_passes(numeric)))
     errors = [error for row in numeric if (error := merge_error(row.get("convlora", {}))) is not None]
     worst = f"Worst merge error of convlora over the sweep: {max(errors):.1e}, {_zeros(errors)}" if errors else ""
-    head = ("width", "networks", "convlora passes", "peft passes", "peft works", "peft works without grouped layers")
-    return f"## Summary\n\n{_table(head, lines)}\n{worst}{_unready(numeric)}\n"
+    head = ("sweep", "networks", "convlora passes", "peft passes", "peft works", "without grouped, transposed")
+    return f"## Every sweep\n\n{_table(head, lines)}\n{worst}{_unready(numeric)}\n"
 
 
 def _zeros(errors: list[float]) -> str:
@@ -153,14 +210,14 @@ def _peft_failures(numeric: list[Row]) -> str:
     libraries: dict[str, Callable[[Row], Row]] = {
         "convlora": lambda row: row["convlora"],
         "peft": lambda row: row["peft"],
-        "peft without grouped layers": _ungrouped,
+        "peft without grouped, transposed": _ungrouped,
     }
     counts = {name: Counter(outcome(steps(row)).label for row in ran) for name, steps in libraries.items()}
     labels = sorted({label for c in counts.values() for label in c}, key=lambda label: -counts["peft"][label])
     lines = [(label, *(counts[name][label] for name in libraries)) for label in labels]
     within = [[merge_error(steps(row)) for row in ran] for steps in libraries.values()]
     lines.append(("*merge within 1e-05*", *(sum(e is not None and e <= 1e-5 for e in errors) for errors in within)))
-    return f"## Outcomes\n\n{_table(('outcome', *libraries), lines)}"
+    return f"## Outcomes\n\n{_table(('outcome', *libraries), lines)}\n## Network by network\n"
 
 
 def _plan_width(planned: list[Row]) -> str:
@@ -169,9 +226,7 @@ def _plan_width(planned: list[Row]) -> str:
         mine = [row for row in planned if row["name"].startswith(f"{library}/") and "error" not in row]
         reasons = sum((Counter(row.get("skipped", {})) for row in mine), Counter[str]())
         if reasons:
-            parts.append(
-                f"Left alone in {library}: " + "; ".join(f"{n:,} × {why}" for why, n in reasons.items()) + ".\n"
-            )
+            parts.append(f"Skipped in {library}: " + "; ".join(f"{n:,} × {why}" for why, n in reasons.items()) + ".\n")
         none = [row["name"].split("/")[1] for row in mine if row["targets"] != "Conv2d" and row["convolutions"]]
         if none:
             parts.append(f"Without any Conv2d, planned with their other convolutions: {_names(none)}.\n")
@@ -200,25 +255,41 @@ def _plan_table(planned: list[Row]) -> str:
                 sum(row["means"] != "meta device" for row in built),
             )
         )
-    head = "library;names;planned;without convolution;conv layers;adapted;with lowered rank;left alone"
+    head = "library;names;planned;without convolution;conv layers;adapted;with lowered rank;skipped"
     more = "built with only parameters on meta"
     return _table(tuple(f"{head};{more}".split(";")), lines)
 
 
 def _family(name: str, rows: list[Row]) -> str:
-    head = ("network", "input", "adapted", "left alone", "convlora", "merge error", "peft", "why")
-    lines = [_network(row) for row in rows]
-    return f"## {name[0].upper()}{name[1:]}\n\n{_table(head, lines)}"
+    heads = any(row.get("named") is not None for row in rows)
+    head = ("network", "input", "adapted", "skipped", "convlora", *(["head"] if heads else []), "peft", "why")
+    lines = [_network(row, heads) for row in rows]
+    title = f"{name[0].upper()}{name[1:]}: {len(rows)} networks"
+    return f'<details markdown="1"><summary>{title}</summary>\n\n{_table(head, lines)}\n</details>\n'
 
 
-def _network(row: Row) -> tuple[object, ...]:
+def _network(row: Row, heads: bool) -> tuple[object, ...]:
     name = row["name"].split("/", 1)[1]
     if "error" in row:
-        return name, "–", "–", "–", "not run", "–", "not run", _cell(row["error"], 90)
-    ours, theirs, error = outcome(row["convlora"]), outcome(row["peft"]), merge_error(row["convlora"])
+        return name, "–", "–", "–", "not run", *(["–"] if heads else []), "not run", _cell(row["error"], 90)
+    ours, theirs = outcome(row["convlora"]), outcome(row["peft"])
     mine = ours.label if ours.strict else f"**{ours.label}**: {_cell(ours.reason, 120)}"
     left = "–" if row["skipped"] is None else row["skipped"]
-    return name, row["input"], row["adapted"], left, mine, _size(error), theirs.label, _peft_reason(row, theirs.reason)
+    chosen = [_head(row)] if heads else []
+    return name, row["input"], row["adapted"], left, mine, *chosen, theirs.label, _peft_reason(row, theirs.reason)
+
+
+def _head(row: Row) -> str:
+    """The head that was chosen, shortened, and the one that the table names where that is another."""
+    found = _layers(row.get("heads") or [])
+    return found if _is_as_named(row) else f"**{found}**, by hand: {_layers(row['named'])}"
+
+
+def _layers(names: list[str]) -> str:
+    """One name, or the first and how many more."""
+    if not names:
+        return "none"
+    return f"`{names[0]}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _peft_reason(row: Row, reason: str) -> str:
@@ -227,12 +298,8 @@ def _peft_reason(row: Row, reason: str) -> str:
     if "peft_plain" in row:
         without = outcome(row["peft_plain"])
         note = f": {_cell(without.reason, 60)}" if not without.works else ""
-        short += f"; without grouped layers: {without.label}{note}"
+        short += f"; without grouped, transposed: {without.label}{note}"
     return short
-
-
-def _size(error: float | None) -> str:
-    return "–" if error is None else f"{error:.0e}" if error else "0"
 
 
 def _names(names: list[str]) -> str:
