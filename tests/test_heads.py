@@ -294,6 +294,15 @@ def descriptor():
     return nn.Sequential(conv(3, 8), nn.Conv2d(8, 16, 8), nn.BatchNorm2d(16, affine=False))
 
 
+def shuffled():
+    """As RCAN: each layer of the tail reads as many channels as the next, since pixels are shuffled between them."""
+    net = nn.Module()
+    net.head = nn.Conv2d(3, 8, 3)
+    net.tail = nn.Sequential(nn.Sequential(nn.Conv2d(8, 32, 3), nn.PixelShuffle(2)), nn.Conv2d(8, 3, 3))
+    net.forward = lambda x: net.tail(net.head(x))
+    return net
+
+
 def restoration():
     """As DRUNet: a first and a last layer named m_head and m_tail."""
     net = nn.Module()
@@ -371,6 +380,7 @@ BY_HAND = NAMED | {
     "levels in a Sequential": (levels_in_a_sequential, ["head.0.1", "head.1.1"], X),
     "autoencoder": (autoencoder, ["decoder.conv_out"], X),
     "descriptor": (descriptor, [], X),
+    "shuffled tail": (shuffled, ["tail.1"], X),
     "restoration": (restoration, ["m_tail"], X),
     "nested outputs": (nested, ["final_conv_0_1", "final_conv_0_2"], X),
     "two tasks": (tasks, ["heads.age", "heads.sex.2"], X),

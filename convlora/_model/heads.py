@@ -178,7 +178,8 @@ def _ends(module: object) -> list[nn.Module]:
     if not isinstance(module, nn.Module) or is_adaptable(module):
         return _layers(module)[:1]
     parts = [(name, child) for name, child in module.named_children() if _layers(child)]
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or _are_beside([_layers(child) for _, child in parts]):
+    beside = _are_beside([_layers(child) for _, child in parts]) and len({str(_form(child)) for _, child in parts}) == 1
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or (beside and not any(is_adaptable(c) for _, c in parts)):
         inside = [_layers(child) for _, child in parts]
         chained = all(_outputs(a[-1]) == _inputs(b[0]) for a, b in pairwise(inside))
         chosen = parts[-1:] if chained else parts
