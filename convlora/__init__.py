@@ -1,72 +1,41 @@
 """LoRA adapters for the convolutions of any PyTorch network: inject, train, merge, save."""
 
-from ._algebra.approximation import Approximation
-from ._algebra.combine import combine_adapters
-from ._algebra.extract import extract
-from ._algebra.shrink import shrink
-from ._checkpoint.loading import load_adapter
-from ._checkpoint.push import push_to_hub
-from ._checkpoint.saving import save_adapter
-from ._checkpoint.swapping import hotswap_adapter
-from ._layer.adapted import base_weight
-from ._layer.change import Change
-from ._methods.registry import register_method
-from ._model.adapters import add_adapter, delete_adapter, disable_adapter, scaled, set_adapter, set_scale
-from ._model.budget import sensitivity
-from ._model.hotswap import prepare_for_hotswap
-from ._model.inject import inject
-from ._model.integrity import Finding, adopt, check
-from ._model.memory import KeptBytes, SavedBytes, saved_bytes
-from ._model.merge import merge, unmerge
-from ._model.planner import plan
-from ._model.remove import remove
-from ._model.summary import adapter_parameters, parameter_groups, summary, trainable_parameters
-from ._model.use import use_adapters
-from ._plan import LayerPlan, Plan
-from ._version import __version__ as __version__
-from .errors import CheckpointError, ConvLoraError, StateError, TargetError, UnsupportedLayerError
+from __future__ import annotations
 
-__all__ = [
-    "Approximation",
-    "Change",
-    "CheckpointError",
-    "ConvLoraError",
-    "Finding",
-    "KeptBytes",
-    "LayerPlan",
-    "Plan",
-    "SavedBytes",
-    "StateError",
-    "TargetError",
-    "UnsupportedLayerError",
-    "adapter_parameters",
-    "add_adapter",
-    "adopt",
-    "base_weight",
-    "check",
-    "combine_adapters",
-    "delete_adapter",
-    "disable_adapter",
-    "extract",
-    "hotswap_adapter",
-    "inject",
-    "load_adapter",
-    "merge",
-    "parameter_groups",
-    "plan",
-    "prepare_for_hotswap",
-    "push_to_hub",
-    "register_method",
-    "remove",
-    "save_adapter",
-    "saved_bytes",
-    "scaled",
-    "sensitivity",
-    "set_adapter",
-    "set_scale",
-    "shrink",
-    "summary",
-    "trainable_parameters",
-    "unmerge",
-    "use_adapters",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from ._public import *  # noqa: F403
+    from ._public import __all__ as __all__
+
+THEIRS = {
+    "get_peft_model": "convlora.inject(model, rank=8), which changes the model itself and gives it back",
+    **dict.fromkeys(("LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig"), "the arguments of convlora.inject"),
+    **dict.fromkeys(("create_lycoris", "Conv2d", "Linear"), "convlora.inject(model, rank=8)"),
+    "PeftModel": "your own model: nothing wraps it",
+    **dict.fromkeys(("from_pretrained", "load"), "convlora.load_adapter(model, directory)"),
+    **dict.fromkeys(("save_pretrained", "save", "lora_state_dict"), "convlora.save_adapter(model, directory)"),
+    "print_trainable_parameters": "print(convlora.summary(model))",
+    "mark_only_lora_as_trainable": "convlora.inject(model, rank=8), which freezes the base",
+    "merge_and_unload": "convlora.remove(convlora.merge(model))",
+    "unload": "convlora.remove(model)",
+}
+"""What to write for a name that another library has, or that one tries by habit."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, at the first of which torch is imported."""
+    if name == "__all__" or not name.startswith("_"):
+        public = import_module("._public", __name__)
+        if name == "__all__" or name in public.__all__:
+            globals().update({each: getattr(public, each) for each in ("__all__", *public.__all__)})
+            return globals()[name]
+    remedy = f" Write {THEIRS[name]}." if name in THEIRS else ""
+    raise AttributeError(f"module 'convlora' has no attribute {name!r}.{remedy}", name=name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module("._public", __name__).__all__})

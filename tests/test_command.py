@@ -24,7 +24,7 @@ timm, torchvision = need("timm"), need("torchvision")
 
 from typer.testing import CliRunner
 
-from convlora.command.app import app
+from convlora.command.app import COMMANDS, app
 from convlora.command.files import read_saved
 
 NETWORK = "test_resnet"
@@ -216,8 +216,9 @@ def test_a_detector_is_built_without_fetching_its_backbone():
     ("name", "message"),
     [
         ("resnet5", "Closest names: resnet50"),
-        ("timm:resnet5", "Unknown model"),
-        ("torchvision:resnet5", "Unknown model"),
+        ("resnt18", "Closest names: resnet18, resnet18d"),  # each once, though timm and torchvision both have it
+        ("timm:resnt18", "timm has no model resnt18. Closest names: resnet18, resnet18d"),
+        ("torchvision:resnet5", "torchvision has no model resnet5. Closest names: resnet50"),
         ("no_such_module:make", "No module named 'no_such_module'"),
         ("math:nothing", "has no attribute 'nothing'"),
         ("math:sqrt", "takes exactly one argument"),
@@ -435,7 +436,7 @@ def test_merged_weights_predict_as_the_adapter_does(folder, tmp_path, with_weigh
 def test_merge_onto_random_weights_is_refused_unless_asked_for(folder, tmp_path):
     out = tmp_path / "merged.safetensors"
     answer = run("merge", NETWORK, folder / "a", out, *CLASSES, code=1)
-    assert "the base's weights differ" in answer.stderr and not list(tmp_path.iterdir())
+    assert "has random weights" in answer.stderr and not list(tmp_path.iterdir())
     run("merge", NETWORK, folder / "a", out, *CLASSES, "--any-base")
     assert out.is_file()
 
@@ -636,8 +637,10 @@ def test_the_librarys_own_refusals_come_through(folder, tmp_path, with_weights):
 @pytest.mark.filterwarnings("ignore:.*the training has diverged")
 def test_errors_name_options_that_there_are(folder, tmp_path, with_weights):
     out = tmp_path / "out.safetensors"
-    assert "or give --any-base to use it" in run("merge", NETWORK, folder / "a", out, *CLASSES, code=1).stderr
-    answer = run("shrink", NETWORK, folder / "a", out, *CLASSES, "--rank", 2, code=1)  # has no such option
+    save_file(network().state_dict(), tmp_path / "other.safetensors")
+    others = [*CLASSES, "--weights", tmp_path / "other.safetensors"]
+    assert "or give --any-base to use it" in run("merge", NETWORK, folder / "a", out, *others, code=1).stderr
+    answer = run("shrink", NETWORK, folder / "a", out, *others, "--rank", 2, code=1)  # has no such option
     assert "call convlora.load_adapter(check_base=False) in Python" in answer.stderr
     model = convlora.load_adapter(network(folder), folder / "a")
     with torch.no_grad():
@@ -715,6 +718,34 @@ def test_without_typer_the_program_names_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "convlora.command.app")
     with pytest.raises(SystemExit, match=r"needs typer: pip install 'convlora\[cli\]'"):
         convlora.command.main()
+
+
+@pytest.mark.parametrize("command", ["merge", "shrink"])
+def test_an_adapter_for_a_network_of_random_weights_is_refused_as_that(folder, tmp_path, command):
+    out = tmp_path / "out.safetensors"
+    answer = run(command, NETWORK, folder / "a", out, *CLASSES, *(["-r", 2] if command == "shrink" else []), code=1)
+    assert f"{NETWORK} has random weights" in answer.stderr and "Give --weights FILE or --pretrained" in answer.stderr
+    assert not out.exists()
+
+
+def test_help_and_completion_import_no_torch_and_each_line_of_the_list_is_whole():
+    script = "import sys, convlora.command; sys.argv = ['convlora', '--help']\n"
+    script += "try:\n    convlora.command.main()\nfinally:\n    assert 'torch' not in sys.modules"
+    source = str(Path(convlora.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": source}
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(line in done.stdout for _, line in COMMANDS.values())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_is_completed(command):
+    shown = run(command, "--help").stdout
+    assert shown.startswith("Usage: ") and "--json" in shown
+    variables = {"_CONVLORA_COMPLETE": "complete_bash", "COMP_WORDS": f"convlora {command} --js", "COMP_CWORD": "2"}
+    answer = CliRunner().invoke(app, [], prog_name="convlora", env=variables)
+    assert "--json" in answer.output
 
 
 def test_completion_is_offered_and_versions_are_told():

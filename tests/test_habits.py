@@ -1,6 +1,7 @@
 """What users of other libraries write by habit, and what they are told."""
 
 import copy
+import re
 import warnings
 from html import escape
 
@@ -91,6 +92,20 @@ def test_a_transformer_whose_linear_layers_stay_frozen_is_told():
         convlora.plan(transformer, modules_to_save="4", target_modules=nn.Conv2d)
         convlora.plan(transformer, modules_to_save="4", target_modules=[nn.Conv2d, nn.Linear])
         convlora.plan(transformer, modules_to_save="4", exclude_modules=["2.*", "3.*"])
+
+
+@pytest.mark.parametrize("name", convlora.THEIRS)
+def test_another_library_s_name_is_answered_with_the_call_here(name):
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'. Write "):
+        getattr(convlora, name)
+    calls = re.findall(r"convlora\.(\w+)", convlora.THEIRS[name])
+    assert set(calls) <= set(convlora.__all__)
+
+
+def test_every_public_name_is_given_and_no_other():
+    assert set(convlora.__all__) <= set(dir(convlora)) and all(hasattr(convlora, name) for name in convlora.__all__)
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'\.$"):
+        _ = convlora.nothing
 
 
 def step(model, optimizer):

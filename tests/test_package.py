@@ -97,6 +97,7 @@ STOREYS: dict[str, list[str]] = {
     "peft": [],
     "lightning": [],
     "transformers": [],
+    "_public": [],
     "command": [
         "measuring",
         "answers",

@@ -34,7 +34,7 @@ from .._model.summary import summary
 from ..errors import CheckpointError
 from .answers import Answer, CommandError
 from .files import is_foreign, located
-from .models import build, need_weights
+from .models import Built, build, need_weights
 from .options import Building, ForceOption, ModelArgument, Nearness, OutArgument, Targeting, To
 from .weights import load_weights
 
@@ -70,7 +70,7 @@ def merge(
     if is_foreign(path):
         need_weights(built, FOREIGN)
     plain = built.model
-    _load(plain, path, any_base)
+    _load(built, path, any_base)
     layers = len(summary(plain).layers)
     with scaled(plain, scale, interpolate=interpolate):
         plain = remove(merge_adapter(plain))
@@ -100,7 +100,7 @@ def convert(
     built = build(model, building)
     if to == "convlora":
         need_weights(built, FOREIGN)
-    _load(built.model, path, any_base)
+    _load(built, path, any_base)
     planned = summary(built.model)
     _fill(out, _save if to == "convlora" else _save_as_peft, built.model)
     data = {"out": str(out), "to": to, "layers": len(planned.layers), "adapter_parameters": planned.adapter_parameters}
@@ -139,23 +139,26 @@ def shrink(
 ) -> Answer:
     """Lower the ranks of an adapter to the nearest change that each layer can have then."""
     _check_free(out, force)
-    base = build(model, building).model
-    _load(base, located(source))
+    built = build(model, building)
+    base = built.model
+    _load(built, located(source))
     report = shrink_adapter(base, **nearness.arguments())
     _fill(out, _save, base)
     return _approximated(report, out)
 
 
-def _load(model: nn.Module, path: Path, any_base: bool | None = None) -> None:
+def _load(built: Built, path: Path, any_base: bool | None = None) -> None:
     """Load an adapter; errors name the command's options, or say that only Python has them.
 
     Args:
-        model: the base.
+        built: the base; with random weights it is refused, since no adapter was trained on those.
         path: where the adapter is.
         any_base: the option of this name; None where the command has none.
     """
+    if not any_base:
+        need_weights(built, "an adapter belongs to the weights that it was trained on")
     try:
-        load_adapter(model, path, check_base=not any_base)
+        load_adapter(built.model, path, check_base=not any_base)
     except CheckpointError as error:
         in_python = "call convlora.load_adapter({}=False) in Python"
         remedy = in_python.format("check_base") if any_base is None else "give --any-base"

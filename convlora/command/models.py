@@ -71,6 +71,9 @@ def _library_of(name: str) -> tuple[str | None, str]:
     first, colon, inner = name.partition(":")
     if colon and first in (TIMM, TORCHVISION):
         _module(first, name)
+        if not (set(":/") & set(inner) or _is_known(first, inner)):  # else timm fetches it from where it says
+            near = _nearest(inner, _names(first))
+            raise CommandError(f"{name}: {first} has no model {inner}. {near}Nothing was changed.")
         return first, inner
     if colon:
         return None, name
@@ -85,14 +88,23 @@ def _library_of(name: str) -> tuple[str | None, str]:
         if name.partition(".")[0] in found:
             return library, name
         known += found
-    near = difflib.get_close_matches(name, known, 3)
-    hints = [f"Closest names: {', '.join(near)}."] if near else []
-    hints += [f"{' and '.join(missing)} cannot be imported here: pip install it to have its models."] if missing else []
+    absent = f"{' and '.join(missing)} cannot be imported here: pip install it to have its models. " if missing else ""
     raise CommandError(
         f"{name} is no model of timm or torchvision, and not of the form MODULE:FUNCTION. "
-        + "".join(f"{hint} " for hint in hints)
-        + "Nothing was changed."
+        f"{_nearest(name, known)}{absent}Nothing was changed."
     )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), 3)
+    return f"Closest names: {', '.join(near)}. " if near else ""
+
+
+def _is_known(library: str, name: str) -> bool:
+    """Also a model that timm has under an older name, which its list leaves out."""
+    if library == TIMM:
+        return bool(importlib.import_module("timm").is_model(name))
+    return name.lower() in _names(library)
 
 
 def _names(library: str) -> list[str]:
