@@ -275,6 +275,10 @@ CASES: dict[str, Case] = {
     "save_adapter, other alphas": Case(
         lambda s: convlora.save_adapter(s.model, s.folder / "saved"), options={"alpha_pattern": {"*.*[13579].0": 3}}
     ),
+    "export_adapter": Case(
+        lambda s: convlora.export_adapter(s.model, s.folder / "exported.safetensors", "lycoris"),
+        options={"modules_to_save": None},
+    ),
     "load_adapter": Case(lambda s: convlora.load_adapter(s.model, s.folder, "new"), after=delete),
     "load_adapter, peft's with an alpha for each layer": Case(
         lambda s: convlora.load_adapter(s.model, s.folder / "peft", "new"), after=delete

@@ -4,6 +4,7 @@ from ._algebra.approximation import Approximation
 from ._algebra.combine import combine_adapters
 from ._algebra.extract import extract
 from ._algebra.shrink import shrink
+from ._checkpoint.exporting import export_adapter
 from ._checkpoint.loading import load_adapter
 from ._checkpoint.push import push_to_hub
 from ._checkpoint.saving import save_adapter
@@ -46,6 +47,7 @@ __all__ = [
     "combine_adapters",
     "delete_adapter",
     "disable_adapter",
+    "export_adapter",
     "extract",
     "hotswap_adapter",
     "inject",

@@ -88,6 +88,8 @@ STOREYS: dict[str, list[str]] = {
         "rebuilt",
         "peft_reader",
         "lycoris",
+        "diffusers",
+        "exporting",
         "foreign",
         "loading",
         "swapping",

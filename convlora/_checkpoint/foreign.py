@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .contents import State
+from .diffusers import from_diffusers_tensors, is_diffusers
 from .files import TensorFile
 from .lycoris import from_lycoris_tensors, is_lycoris
 from .manifest import TENSORS, Manifest
@@ -19,13 +20,16 @@ CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def read_foreign(file: TensorFile, root: nn.Module, adapter_name: str) -> tuple[Manifest, State]:
-    """The adapter that Hugging Face peft, kohya's scripts or LyCORIS wrote there, made to fit this model.
+def read_foreign(
+    file: TensorFile, root: nn.Module, adapter_name: str, prefix: str | None = None
+) -> tuple[Manifest, State]:
+    """The adapter that Hugging Face peft, diffusers, kohya's scripts or LyCORIS wrote there, made to fit this model.
 
     Args:
         file: what is open.
         root: the base, plain or with adapters.
         adapter_name: what it will be called.
+        prefix: which of several models' it is; None where there is one.
 
     Returns:
         Its manifest and tensors, which are read once all but their numbers has been checked.
@@ -35,19 +39,32 @@ def read_foreign(file: TensorFile, root: nn.Module, adapter_name: str) -> tuple[
     """
     origin, beside = str(file.path), file.path.parent / CONFIG
     config = read_config(beside) if file.path.name == TENSORS and beside.is_file() else None
-    if config is None and not is_lycoris(file.entries):
+    of_lycoris = is_lycoris(file.entries, prefix)
+    if config is None and not of_lycoris and not is_diffusers(file):
         raise CheckpointError(
             f"{origin} holds no convlora manifest, no {CONFIG} of peft lies beside it, and its tensors are not named "
-            "as in kohya's and LyCORIS' files. Nothing was changed."
+            "as in diffusers', kohya's and LyCORIS' files. Nothing was changed."
         )
+    if config is not None and prefix is not None:
+        raise no_prefix(origin)
 
     def found(tensors: Mapping[str, Tensor]) -> Found:
-        if config is None:
-            return from_lycoris_tensors(tensors, root, origin)
-        return from_peft_tensors(config, tensors, root, origin)
+        if config is not None:
+            return from_peft_tensors(config, tensors, root, origin)
+        if of_lycoris:
+            return from_lycoris_tensors(tensors, root, origin, prefix)
+        return from_diffusers_tensors(file.metadata, tensors, root, origin, prefix)
 
     rebuild(found(file.outline()), root, adapter_name)
     return rebuild(found(file.read()), root, adapter_name)
+
+
+def no_prefix(origin: object) -> CheckpointError:
+    """The error where a prefix is chosen and the file is of a kind that holds one model's adapter."""
+    return CheckpointError(
+        f"{origin} holds the adapter of one model; prefix is for files of diffusers, kohya's scripts and LyCORIS, "
+        "which may hold several. Leave it out. Nothing was changed."
+    )
 
 
 def file_in(path: Path) -> Path:

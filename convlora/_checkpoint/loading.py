@@ -25,7 +25,7 @@ from .contents import State, adapter_state
 from .digests import digest
 from .files import TensorFile, finite_faults, opened, plain
 from .fitting import check_fits
-from .foreign import file_in, read_foreign
+from .foreign import file_in, no_prefix, read_foreign
 from .hub import local_directory
 from .manifest import Manifest, is_own, read_manifest
 from .peft_format import PREFIX
@@ -40,6 +40,7 @@ def load_adapter(
     adapter_name: str | None = None,
     *,
     head: bool = True,
+    prefix: str | None = None,
     check_base: bool = True,
     check_finite: bool = True,
     revision: str | None = None,
@@ -51,8 +52,8 @@ def load_adapter(
     >>> convlora.load_adapter(model, "tumour/")                   # or "user/repo" on the Hugging Face Hub
 
     Where the base carries adapters already, the loaded one comes beside them and waits for ``set_adapter``.
-    LoRA checkpoints of Hugging Face peft and LoCon files of kohya's scripts and LyCORIS are read too, where they
-    predict the same here; ``docs/peft.md`` says which.
+    LoRA checkpoints of Hugging Face peft and of diffusers, and files of kohya's scripts and LyCORIS, are read too,
+    where they predict the same here; ``docs/peft.md`` says which.
 
     Args:
         model: the base as it was built for training.
@@ -62,6 +63,8 @@ def load_adapter(
         adapter_name: another name for the adapter; default the saved one, or ``"default"``.
         head: False leaves the modules that the adapter trained in full in the file, and trains the model's own in their
             place: for another number of classes. In files of convlora's alone.
+        prefix: which model's adapter is loaded, from a file that holds those of several: ``"unet"`` or
+            ``"text_encoder"`` in diffusers' files, ``"lora_unet"`` or ``"lora_te1"`` in kohya's. Default: the only one.
         check_base: refuse a base whose tensors differ from those that the adapter was trained on. Tensors in
             another dtype than then are not compared. False loads onto any base of the same architecture. The files
             of other libraries do not say what base they are for.
@@ -93,7 +96,7 @@ def load_adapter(
 
     path = local_directory(directory, revision, token)
     plan, tensors, manifest = read_adapter(
-        path, root, adapter_name or "default", named, check_base, check_finite, head=head
+        path, root, adapter_name or "default", named, check_base, check_finite, head=head, prefix=prefix
     )
     install(plan, tensors, manifest, root)
     return model
@@ -108,6 +111,7 @@ def read_adapter(
     check_finite: bool,
     remembered: Callable[[Tensor], str] | None = None,
     head: bool = True,
+    prefix: str | None = None,
 ) -> tuple[Plan, State, Manifest]:
     """The plan, tensors and manifest of an adapter that fits a base; a warning names the caller's caller's line.
 
@@ -116,16 +120,18 @@ def read_adapter(
         root: the base, plain or with adapters.
         adapter_name: what it is called where the file does not say it.
         named: gives the plan the name that it is to have, or raises; before the base is read, which takes long.
-        check_base: as for :func:`load_adapter`; ``check_finite`` and ``head`` likewise.
+        check_base: as for :func:`load_adapter`; ``check_finite``, ``head`` and ``prefix`` likewise.
         remembered: gives digests of the base's tensors; default computing them.
     """
     with opened(file_in(path)) as file:
-        foreign = None if is_own(file) else read_foreign(file, root, adapter_name)
+        foreign = None if is_own(file) else read_foreign(file, root, adapter_name, prefix)
         if foreign and not head:
             raise CheckpointError(
                 f"{file.path} was not written by convlora, and head=False is for files that were. Load it into a model "
                 "with the same head. Nothing was changed."
             )
+        if prefix is not None and not foreign:
+            raise no_prefix(file.path)
         manifest = foreign[0] if foreign else read_manifest(file)
         if not head:
             manifest = manifest.without_heads()

@@ -1,4 +1,4 @@
-"""Reading what LyCORIS and kohya's sd-scripts write: one ``.safetensors`` file, each layer changed by its own method.
+"""Files of LyCORIS and kohya's sd-scripts, both ways: one ``.safetensors`` file, each layer changed by its own method.
 
 A layer ``down.block.0.conv1`` has the tensors ``lora_unet_down_block_0_conv1.lora_down.weight`` (our lora_A),
 ``.lora_up.weight`` (our lora_B) and ``.alpha``. The names are flattened, so they are looked up among the model's. Which
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from .._layer.computed import weight_shape
 from .._methods.dense import Dense
-from .._model.targets import Named, is_adaptable, modules_of
+from .._model.targets import Named, dotted, is_adaptable, modules_of
+from .._plan import Plan
 from ..errors import TargetError
 from .fitting import highest_rank
 from .likeness import unlike_branch, unlike_geometry
 from .multiplied import read_lycoris_ia3, read_lycoris_oft
-from .peft_methods import PEFT_METHODS, read_loha, read_lokr
-from .rebuilt import Found, by_any_name, layer_fault, refuse, take
+from .peft_methods import MAGNITUDE, PEFT_METHODS, STOCK, read_loha, read_lokr
+from .rebuilt import Found, by_any_name, layer_fault, of_model, refuse, take
 from .stored import LayerTensors, Stored, Taken
 
 PREFIXES = ("lycoris_", "lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lora_")
@@ -48,6 +49,15 @@ def read_locon(found: Stored) -> Taken:
     rank = down.shape[0]
     A, B = _as(down, (rank, *shape[1:])), _as(up, (shape[0], rank, *[1] * len(shape[2:])))
     return Taken("lora", rank, found.scaling(rank), {"lora_A.weight": A, "lora_B.weight": B})
+
+
+def write_locon(parts: LayerTensors, scaling: float) -> LayerTensors:
+    """The same the other way round."""
+    down, up = parts["lora_A.weight"], parts["lora_B.weight"]
+    found = LayerTensors({"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(scaling * len(down))})
+    if MAGNITUDE in parts:  # one for each output channel
+        found[_MAGNITUDES] = parts[MAGNITUDE].reshape(-1, *[1] * (down.ndim - 1))
+    return found
 
 
 def _read_lokr(found: Stored) -> Taken:
@@ -82,6 +92,7 @@ class LycorisMethod:
         name: what people call it.
         known_by: the tensors of which a layer has some; ``beside`` those that it may have, too.
         read: who reads them; None where it is refused, for the ``reason``.
+        methods: ours that are written so, by ``write``, which is given a layer's tensors and scaling.
     """
 
     name: str
@@ -89,10 +100,19 @@ class LycorisMethod:
     beside: tuple[str, ...] = ()
     read: Callable[[Stored], Taken] | None = None
     reason: str = ""
+    methods: tuple[str, ...] = ()
+    write: Callable[[LayerTensors, float], LayerTensors] | None = None
 
 
 LYCORIS_METHODS = (
-    LycorisMethod("LoCon", ("lora_down.weight", "lora_up.weight"), ("lora_mid.weight", _MAGNITUDES), read_locon),
+    LycorisMethod(
+        "LoCon",
+        ("lora_down.weight", "lora_up.weight"),
+        ("lora_mid.weight", _MAGNITUDES),
+        read_locon,
+        methods=PEFT_METHODS[STOCK].methods,
+        write=write_locon,
+    ),
     LycorisMethod("LoHa", PEFT_METHODS["LOHA"].tensors, (_MAGNITUDES,), read_loha),
     LycorisMethod("LoKr", PEFT_METHODS["LOKR"].tensors, (_MAGNITUDES,), _read_lokr),
     LycorisMethod("full", ("diff",), ("diff_b",), _read_full),
@@ -130,21 +150,26 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, LayerTensors]:
     return layers
 
 
-def is_lycoris(keys: Iterable[str]) -> bool:
-    """Whether these are the keys of such a file."""
+def is_lycoris(keys: Iterable[str], prefix: str | None) -> bool:
+    """Whether these are the keys of such a file, where a prefix was chosen of one that has it."""
     known = {part for method in LYCORIS_METHODS for part in method.known_by}
-    return any(key.startswith(PREFIXES) and key.partition(".")[2] in known for key in keys)
+    prefixes = PREFIXES if prefix is None else (*PREFIXES, prefix)
+    return any(key.startswith(prefixes) and key.partition(".")[2] in known for key in keys)
 
 
-def from_lycoris_tensors(tensors: Mapping[str, Tensor], root: nn.Module, origin: str) -> Found:
-    """The adapter in such a file, for this model.
+def from_lycoris_tensors(
+    tensors: Mapping[str, Tensor], root: nn.Module, origin: str, prefix: str | None = None
+) -> Found:
+    """The adapter in such a file, for this model, of several the one with this prefix.
 
     Raises:
         CheckpointError: a layer is not in the model, could be several, or is none that predicts the same here.
     """
     flat, named = _flattened(root), by_any_name(root)
     taken: dict[str, Taken] = {}
-    faults = [_fault(written, parts, flat, named, taken) for written, parts in by_layer(tensors).items()]
+    layers = by_layer(tensors)
+    names, _ = of_model(layers, PREFIXES, prefix, origin)
+    faults = [_fault(written, layers[written], flat.get(name, []), named, taken) for written, name in names.items()]
     refuse(origin, filter(None, faults))
     rank = max((its.rank for its in taken.values()), default=1)
     return Found(origin, taken, rank, float(rank))
@@ -153,7 +178,7 @@ def from_lycoris_tensors(tensors: Mapping[str, Tensor], root: nn.Module, origin:
 def _fault(
     written: str,
     parts: LayerTensors,
-    flat: Mapping[str, list[str]],
+    candidates: list[str],
     named: Mapping[str, Named],
     taken: dict[str, Taken],
 ) -> str:
@@ -163,12 +188,10 @@ def _fault(
         return f"{written}: {', '.join(sorted(parts))}: together of no method that is read"
     if method.read is None:
         return f"{written}: {method.name}: {method.reason}"
-    layer, fault = _resolve(written, flat)
+    layer, fault = _resolve(written, candidates)
     if fault or layer in taken:
         return fault or f"{written}: {layer} is in the file twice"
-    # kohya's own LoRA is a branch of two layers
-    is_kohyas = method.read is read_locon and not written.startswith("lycoris_")
-    if fault := layer_fault(layer, named, _unlike_kohya if is_kohyas else unlike_branch, "what wrote the file"):
+    if fault := layer_fault(layer, named, _differs(method, written), "what wrote the file"):
         return fault
     module = named[layer].module
     return take(named[layer], partial(_read, method.read), Stored(parts, weight_shape(module), module), taken)
@@ -189,6 +212,44 @@ def _read(read: Callable[[Stored], Taken], found: Stored) -> Taken:
     return replace(its, magnitudes=magnitudes.reshape(1, -1, *ones[1:]) if ones[1:] else magnitudes.flatten())
 
 
+def _differs(method: LycorisMethod, written: str) -> Callable[[nn.Module], str]:
+    """What of a layer is not computed as here: kohya's own LoRA is a branch of two layers."""
+    return unlike_branch if method.read is not read_locon or written.startswith("lycoris_") else _unlike_kohya
+
+
+def to_lycoris_tensors(
+    plan: Plan, tensors: Mapping[str, Tensor], root: nn.Module, prefix: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of such a file for an adapter's factors, by their keys, and why some layers have none.
+
+    Args:
+        plan: the adapter's.
+        tensors: its tensors, by their keys in convlora's file.
+        root: the model.
+        prefix: how the layers' names begin, such as ``lycoris``.
+    """
+    flat, named = _flattened(root), by_any_name(root)
+    written: dict[str, Tensor] = {}
+    faults = []
+    for layer in plan.layers:
+        method = next((each for each in LYCORIS_METHODS if layer.method in each.methods), None)
+        flattened = layer.name.replace(".", "_")
+        name = f"{prefix}_{flattened}"
+        if method is None or method.write is None:
+            faults.append(f"{layer.name}: changed by {layer.method}, which is not written in LyCORIS' form")
+            continue
+        fault = layer_fault(layer.name, named, _differs(method, name), "what reads the file")
+        fault = fault or _resolve(name, flat[flattened])[1]
+        if layer.use_dora and layer.strength != 1:
+            fault = f"{layer.name}: DoRA at strength {layer.strength:g}, which no alpha gives"
+        faults += [fault] if fault else []
+        names = (*layer.stored_shapes, *([MAGNITUDE] if layer.use_dora else ()))
+        parts = LayerTensors({part: tensors[dotted(layer.name, part)] for part in names})
+        scaling = layer.scaling if layer.use_dora else layer.whole_scaling
+        written |= {f"{name}.{part}": tensor for part, tensor in method.write(parts, scaling).items()}
+    return written, faults
+
+
 def _flattened(root: nn.Module) -> dict[str, list[str]]:
     """The names of the model's layers by how such files write them; some names may fall together."""
     flat: dict[str, list[str]] = {}
@@ -199,16 +260,12 @@ def _flattened(root: nn.Module) -> dict[str, list[str]]:
     return flat
 
 
-def _resolve(written: str, flat: Mapping[str, list[str]]) -> tuple[str, str]:
+def _resolve(written: str, candidates: list[str]) -> tuple[str, str]:
     """A layer's name, or else what is wrong with the written one."""
-    prefix = next((p for p in PREFIXES if written.startswith(p)), "")
-    found = flat.get(written.removeprefix(prefix), [])
-    if len(found) == 1:
-        return found[0], ""
-    if found:
-        return "", f"{written}: could be {' or '.join(found)}"
-    also = " (a file for several models has to be split by prefix)" if prefix.startswith("lora_") else ""
-    return "", f"{written}: no such layer in the model{also}"
+    if len(candidates) == 1:
+        return candidates[0], ""
+    fault = f"could be {' or '.join(candidates)}" if candidates else "no such layer in the model"
+    return "", f"{written}: {fault}"
 
 
 def _unlike_kohya(layer: nn.Module) -> str:

@@ -6,7 +6,7 @@ ranks and shapes are the tensors'; whether the two go together is checked as for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -202,6 +202,32 @@ def refuse(origin: object, faults: Iterable[str]) -> None:
         lines = few([f"  {plain(fault)}" for fault in listed])
         title = f"{origin}: this adapter cannot be had exactly here:"
         raise CheckpointError("\n".join([title, *lines, "Nothing was changed."]))
+
+
+def of_model(names: Iterable[str], known: Sequence[str], prefix: str | None, origin: str) -> tuple[dict[str, str], str]:
+    """The names in a file that are of this model, each with what it is without the prefix; and that prefix.
+
+    Args:
+        names: as the file has them.
+        known: prefixes that say which of several models a name is of, with the dot or underscore that ends them.
+        prefix: the one that the user chose, without its end; None where the file is to have no more than one.
+        origin: what an error calls the file.
+
+    Raises:
+        CheckpointError: there are several and none was chosen, or the chosen one is not there.
+    """
+    names, end = list(names), known[0][-1]
+    there = {name: next((each for each in known if name.startswith(each)), "") for name in names}
+    listed = " or ".join(repr(each[:-1]) for each in sorted({*there.values()} - {""}))
+    if prefix is None:
+        if " or " in listed:
+            refuse(origin, [f"its layers are of several models; prefix={listed} chooses the one that is loaded"])
+        return {name: name.removeprefix(each) for name, each in there.items()}, max(there.values(), default="")
+    chosen = prefix.rstrip("._") + end
+    inside = {name: name.removeprefix(chosen) for name in names if name.startswith(chosen)}
+    if not inside:
+        refuse(origin, [f"prefix={prefix!r}: no layer's name begins so" + f"; they begin with {listed}" * bool(listed)])
+    return inside, chosen
 
 
 def by_any_name(root: nn.Module) -> dict[str, Named]:

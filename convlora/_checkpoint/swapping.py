@@ -50,6 +50,7 @@ def hotswap_adapter(
     directory: str | os.PathLike[str],
     adapter_name: str | None = None,
     *,
+    prefix: str | None = None,
     check_base: bool = True,
     check_finite: bool = True,
     revision: str | None = None,
@@ -71,8 +72,9 @@ def hotswap_adapter(
         model: a model that :func:`prepare_for_hotswap` has made ready, or what ``torch.compile`` made of it.
         directory: as for :func:`convlora.load_adapter`, whose files are read where they are LoRA or whole differences.
         adapter_name: the adapter whose numbers are replaced; default the active one.
-        check_base: as for :func:`convlora.load_adapter`; so are ``check_finite``, ``revision`` and ``token``. The
-            base's tensors are read at the first swap, and again where torch has counted a write to one.
+        prefix: as for :func:`convlora.load_adapter`; so are ``check_finite``, ``revision`` and ``token``.
+        check_base: as for :func:`convlora.load_adapter`. The base's tensors are read at the first swap, and again where
+            torch has counted a write to one.
 
     Returns:
         The same object.
@@ -96,7 +98,7 @@ def hotswap_adapter(
 
     path, remembered = local_directory(directory, revision, token), _REMEMBERED.setdefault(root, Remembered())
     asked = adapter.plan.adapter_name, named, check_base, check_finite, remembered.digest
-    plan, tensors, manifest = read_adapter(path, root, *asked)
+    plan, tensors, manifest = read_adapter(path, root, *asked, prefix=prefix)
     with SWAPPING:
         for check in needs:  # another thread may have changed it meanwhile
             check(injection)

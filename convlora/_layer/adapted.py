@@ -45,12 +45,23 @@ ASSIGNED = (
 GETATTR = nn.Module.__getattr__
 """torch's own function; torch.fx replaces it while it traces a network."""
 
-WRITERS = {"reset_parameters", "convert_conv2d_weight_memory_format", "convert_conv3d_weight_memory_format"}
+WRITERS = {
+    *("reset_parameters", "convert_conv2d_weight_memory_format", "convert_conv3d_weight_memory_format"),
+    *("_convert_weights", "_convert_weights_to_fp16"),  # of open_clip and of OpenAI's CLIP: to half precision
+}
 """Functions that read ``weight`` to write into it in place. They get the base's weight, where the write lasts."""
 SHARDED = "_is_fsdp_managed_module"
 """The attribute that FSDP sets on each module whose parameters it replaces by views of its flat parameter."""
 OFFLOADED = "_hf_hook"
 """The attribute of accelerate's hook, which loads a module's tensors to the device before its forward."""
+
+FUSING = "fuse_projections"
+"""The function of diffusers that copies the weights of an attention's projections into one new layer."""
+COPIED = (
+    "{} of diffusers copies the weights of adapted layers to {}, in which no adapter can be switched, trained or taken "
+    "out. Call convlora.merge(model) first to have the adapter in the copy, or convlora.remove(model) to have the base "
+    "alone; convlora.save_adapter and convlora.export_adapter write the adapter itself. Nothing was copied."
+)
 
 DAMAGED = "The adapter of this layer is damaged ({}); inject or load it again."
 
@@ -136,6 +147,8 @@ class AdaptedLayer(Swapped):
                 base = layer._parameters.get("weight")
                 if base is not None and reader.co_name in WRITERS:
                     return base
+                if reader.co_name == FUSING:
+                    raise StateError(COPIED.format("fuse_qkv_projections", "another layer"))
                 if layer.training:
                     _check_dropout(layer, self._convlora_base, reader)
             return layer_weight(layer)
@@ -196,6 +209,14 @@ class AdaptedLayer(Swapped):
             cast(nn.Module, self)._parameters[name] = param  # FSDP restores the parameter that it had replaced
             return
         super().register_parameter(name, param)  # type: ignore[misc]
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__") == "torch.nn.modules.module":
+            frame = frame.f_back
+        if frame.f_globals.get("__name__", "").startswith("diffusers."):
+            raise StateError(COPIED.format(frame.f_code.co_name, "a plain network"))
+        super()._save_to_state_dict(*args)  # type: ignore[misc]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # load_state_dict(assign=True) assigns the *base* weight, which is what a checkpoint's `weight` means here.

@@ -46,8 +46,9 @@ ULTRALYTICS = re.compile(
 def find_heads(model: nn.Module, named: list[Named], example: object = None) -> tuple[list[Named], str]:
     """The layers that give the model's outputs, and what says so; no layer where nothing does.
 
-    Asked in this order: timm's ``get_classifier()``; the example input; the names of detectors' output layers and of
-    the model's attributes; the last layer, where it is last in truth.
+    Asked in this order: timm's ``get_classifier()``, and whether it is of diffusers, whose models come trained whole;
+    the example input; the names of detectors' output layers and of the model's attributes; the last layer, where it is
+    last in truth.
 
     Raises:
         TargetError: the model does not take the example.
@@ -55,24 +56,26 @@ def find_heads(model: nn.Module, named: list[Named], example: object = None) -> 
     constant = constants(model, named)
     inner = _unwrapped(model)
     found, how = _told(inner, named)
+    is_told = bool(how)
     if not how and example is not None:
         found, how = outputs_of(model, named, constant, example), "the example's outputs"
         found += _of_detector(inner)  # in eval mode some make boxes that others read, or nothing
-    if not found and how != "get_classifier()":
+    if not found and not is_told:
         found, how = _by_name(inner)
     if not how:
         found, how = _last(model, named, constant), LAST
-    if found and how != "get_classifier()":
+    if found and not is_told:
         found += [
             layer for name, child in inner.named_children() if AUXILIARY.fullmatch(name) for layer in _ends(child)
         ]
     heads = [n for n in named if n.name and any(n.module is layer for layer in found)]
-    return heads, how if heads or how in ("get_classifier()", REMOVED) else NONE
+    return heads, how if heads or is_told or how == REMOVED else NONE
 
 
 LAST = "the last layer"
 NONE = "no head was found; name one with modules_to_save"
 REMOVED = "its head has no layer"
+WHOLE = "a model of diffusers, which comes trained whole"
 
 
 def constants(model: nn.Module, named: list[Named]) -> set[nn.Module]:
@@ -138,12 +141,21 @@ def _layers(module: object) -> list[nn.Module]:
 
 
 def _told(model: nn.Module, named: list[Named]) -> tuple[list[nn.Module], str]:
+    if any(cls.__module__.startswith("diffusers.") for cls in original_class(model).__mro__):
+        return _made_of_unet(model), WHOLE
     get_classifier = getattr(model, "get_classifier", None)
     if not callable(get_classifier):
         return [], ""
     found = get_classifier()
     heads = found if isinstance(found, (tuple, list)) else (found,)
     return [layer for head in heads for layer in _layers(head)[-1:]], "get_classifier()"
+
+
+def _made_of_unet(model: nn.Module) -> list[nn.Module]:
+    """What a ControlNet has that its UNet has not, while the convolutions that begin as zeros still are zeros."""
+    parts = [child for name, child in model.named_children() if name.startswith("controlnet_")]
+    weights = (layer._parameters.get("weight") for part in parts for layer in _layers(part))
+    return parts if any(w is not None and not w.is_meta and not w.any() for w in weights) else []
 
 
 def _by_name(model: nn.Module) -> tuple[list[nn.Module], str]:

@@ -48,4 +48,22 @@ def _fault(root: nn.Module, injection: Injection, own: set[int]) -> str:
             "this optimizer has parameters of the frozen base and nothing that is trained. It was made before "
             "convlora.inject, or of the base's parameters: make it of convlora.trainable_parameters(model)."
         )
+    frozen = _frozen_since(injection, own)
+    if frozen:
+        return (
+            f"this optimizer has the factors of {frozen[0]} and {len(frozen) - 1} other layers, and they do not train: "
+            "requires_grad was set to False after convlora.inject, as lock_image_tower of open_clip does. Lock before "
+            "you inject, which freezes the base by itself; or set it to True for them."
+        )
     return ""
+
+
+def _frozen_since(injection: Injection, own: set[int]) -> list[str]:
+    """Layers whose factors an optimizer has, though all of them were frozen by other code."""
+    active = [injection.adapters[name] for name in injection.trained if not injection.adapters[name].lost()]
+    changes = [pair for each in active for pair in zip(each.plan.layers, each.changes, strict=True)]
+    return [
+        planned.name
+        for planned, change in changes
+        if any(id(p) in own for p in change.parameters()) and not any(p.requires_grad for p in change.parameters())
+    ]

@@ -23,6 +23,7 @@ from .._algebra.extract import extract as extract_adapter
 from .._algebra.shrink import shrink as shrink_adapter
 from .._checkpoint.atomic import replacing
 from .._checkpoint.card import CARD, is_replaceable
+from .._checkpoint.exporting import export_adapter
 from .._checkpoint.loading import load_adapter
 from .._checkpoint.manifest import TENSORS
 from .._checkpoint.saving import save_adapter, warn_of_old_card
@@ -87,11 +88,18 @@ def convert(
     source: AdapterArgument,
     out: OutArgument,
     building: Building,
-    to: Annotated[To, typer.Option(help="Whose files to write.")] = "convlora",
+    to: Annotated[
+        To, typer.Option(help="Whose files to write; OUT is one file for diffusers and lycoris.")
+    ] = "convlora",
+    prefix: Annotated[
+        str | None, typer.Option(help="Which model's adapter to read of several, or to write: unet, lora_unet, …")
+    ] = None,
     any_base: AnyBaseOption = False,
     force: ForceOption = False,
 ) -> Answer:
-    """Turn an adapter of peft, LyCORIS or kohya's scripts into convlora's files, or convlora's into stock peft's."""
+    """Turn an adapter of peft, diffusers, LyCORIS or kohya into convlora's files, or convlora's into theirs."""
+    if to in ("diffusers", "lycoris") and out.suffix != ".safetensors":
+        raise CommandError(f"{out}: OUT must be a .safetensors file for --to {to}. Nothing was written.")
     _check_free(out, force)
     path = located(source)
     foreign = is_foreign(path)
@@ -100,9 +108,12 @@ def convert(
     built = build(model, building)
     if to == "convlora":
         need_weights(built, FOREIGN)
-    _load(built, path, any_base)
+    _load(built, path, any_base, prefix if foreign else None)
     planned = summary(built.model)
-    _fill(out, _save if to == "convlora" else _save_as_peft, built.model)
+    if to == "diffusers" or to == "lycoris":
+        export_adapter(built.model, out, to, prefix=None if foreign else prefix)
+    else:
+        _fill(out, _save if to == "convlora" else _save_as_peft, built.model)
     data = {"out": str(out), "to": to, "layers": len(planned.layers), "adapter_parameters": planned.adapter_parameters}
     return Answer(
         data, [f"wrote {out}: {len(planned.layers)} layers, {planned.adapter_parameters:,} parameters in factors"]
@@ -147,18 +158,19 @@ def shrink(
     return _approximated(report, out)
 
 
-def _load(built: Built, path: Path, any_base: bool | None = None) -> None:
+def _load(built: Built, path: Path, any_base: bool | None = None, prefix: str | None = None) -> None:
     """Load an adapter; errors name the command's options, or say that only Python has them.
 
     Args:
         built: the base; with random weights it is refused, since no adapter was trained on those.
         path: where the adapter is.
         any_base: the option of this name; None where the command has none.
+        prefix: as for :func:`convlora.load_adapter`.
     """
     if not any_base:
         need_weights(built, "an adapter belongs to the weights that it was trained on")
     try:
-        load_adapter(built.model, path, check_base=not any_base)
+        load_adapter(built.model, path, check_base=not any_base, prefix=prefix)
     except CheckpointError as error:
         in_python = "call convlora.load_adapter({}=False) in Python"
         remedy = in_python.format("check_base") if any_base is None else "give --any-base"

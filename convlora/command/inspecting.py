@@ -71,7 +71,7 @@ def _of_foreign(file: Path) -> Answer:
     """Another library's file: its tensors by layer; what they are in a model only a model can say."""
     with opened(file) as stored:
         tensors = stored.read()
-    kind = "peft" if is_stock_peft(file) else "lycoris" if is_lycoris(tensors) else ""
+    kind = "peft" if is_stock_peft(file) else "lycoris" if is_lycoris(tensors, None) else ""
     if not kind:
         raise CommandError(f"{file} is neither convlora's, nor peft's, nor of LyCORIS. Nothing was changed.")
     config = read_fields(file.parent / CONFIG) if kind == "peft" else {}

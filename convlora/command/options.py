@@ -213,5 +213,5 @@ def _target(text: str) -> Target:
     return kind
 
 
-To = Literal["convlora", "peft"]
+To = Literal["convlora", "peft", "diffusers", "lycoris"]
 """Whose files ``convert`` writes."""
