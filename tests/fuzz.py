@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 OWN, PEFT, LOCON, CHALLENGE, PCAM, WILDS = range(6)
 READERS = [
-    *(f"convlora._checkpoint.{name}" for name in ("files", "manifest", "digests", "keys", "fitting")),
+    *(f"convlora._checkpoint.{name}" for name in ("files", "manifest", "digests", "fitting")),
+    "convlora._model.keys",
     *(f"convlora._checkpoint.{name}" for name in ("foreign", "peft_methods", "peft_reader", "lycoris", "rebuilt")),
     *(f"examples.histopathology.data.{name}" for name in ("stored", "layout", "challenge", "pcam", "wilds", "rows")),
 ]
