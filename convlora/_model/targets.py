@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeGuard, TypeVar
@@ -152,19 +153,18 @@ def select(
 def narrow_names(candidates: list[Named], targets: Targets, argument: str, found: list[Named]) -> list[str]:
     """A note for each name that is one module's, where other modules end in it: users of peft mean all of those."""
     chosen = {c.module for c in found}
-    notes = []
-    for target in filter(_is_name, as_targets(targets)):
-        others = sum(c.module not in chosen for c in _ending_in(target, candidates))
-        if others:
-            notes.append(
-                f"{argument}={target!r} is the layer of this name alone; "
-                f"add '*.{target}' for {others} more that end in it"
-            )
-    return notes
+    others = Counter(ending for c in candidates if c.module not in chosen for ending in _endings(c))
+    return [
+        f"{argument}={target!r} is the layer of this name alone; "
+        f"add '*.{target}' for {others[target]} more that end in it"
+        for target in as_targets(targets)
+        if _is_name(target) and others[target]
+    ]
 
 
-def _ending_in(name: str, candidates: list[Named]) -> list[Named]:
-    return [c for c in candidates if any(each.endswith(f".{name}") for each in c.names)]
+def _endings(candidate: Named) -> set[str]:
+    """What follows each dot of its names: for ``layer1.0.conv1`` ``0.conv1`` and ``conv1``."""
+    return {name[dot + 1 :] for name in candidate.names for dot, letter in enumerate(name) if letter == "."}
 
 
 def _is_name(target: Target) -> TypeGuard[str]:
@@ -213,7 +213,7 @@ def _missed_one(target: Target, candidates: list[Named], argument: str, model: n
     inside = sum(c.name.startswith(pattern + ".") for c in candidates)
     if inside:
         return f"{line} For what is inside {pattern!r} ({inside}) write {pattern + '.*'!r}."
-    if _is_name(target) and (ending := len(_ending_in(target, candidates))):
+    if _is_name(target) and (ending := sum(target in _endings(c) for c in candidates)):
         return f"{line} A name is a whole one; for all that end in {pattern!r} ({ending}) write '*.{pattern}'."
     if isinstance(target, str) and set(pattern) & set("\\()|^$+"):
         line += " A string is a glob; for a regular expression give re.compile(...)."
