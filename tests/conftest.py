@@ -121,6 +121,7 @@ EXTRAS = {
     "torchvision": "histopathology",
     "transformers": "transformers",
     "typer": "cli",
+    "ultralytics": "trainers",
     "uvicorn": "serving",
     "yaml": "test",
 }

@@ -535,6 +535,12 @@ def test_what_is_new_is_adapted_or_left_alone_where_the_user_says_so(options):
     assert convlora.plan(build(), **options).modules_to_save == ("head",)
 
 
+@pytest.mark.parametrize("targets", ["*", "encoder.*", nn.Conv2d, ["encoder.*", "decoder.*"]])
+def test_what_is_new_is_trained_in_full_where_targets_reach_beyond_it(targets):
+    build, expected = NEW["decoder"]
+    assert sorted(convlora.plan(build(), target_modules=targets).modules_to_save) == expected
+
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_the_constant_of_a_detector_stays_one(trainable):
     """Also where a file's weights came frozen, or all were made trainable."""

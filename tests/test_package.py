@@ -99,6 +99,7 @@ STOREYS: dict[str, list[str]] = {
     "peft": [],
     "lightning": [],
     "transformers": [],
+    "ultralytics": [],
     "_public": [],
     "command": [
         "measuring",

@@ -93,6 +93,18 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+def warn_of_rebuilding(model: nn.Module, stacklevel: int) -> None:
+    """Warn where ``train()`` of a library would make a new network of this one, and train all of it."""
+    held = (module for module in model.modules() if hasattr(module, "task") and hasattr(module, "yaml"))
+    if any(cls.__module__ == "ultralytics.nn.tasks" for module in held for cls in type(module).__mro__):
+        warnings.warn(
+            "Ultralytics' train() makes a new network of this one and trains all of it, without the adapter. Give it a "
+            "trainer that injects: train(trainer=…), as docs/tutorials/ultralytics.md says. In a loop of your own, and "
+            "for inference, there is nothing to do.",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def check_not_ddp(model: nn.Module) -> None:
     """Raise if the model is in a DDP, which would go on averaging the gradients of another adapter's parameters."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):

@@ -20,7 +20,7 @@ from .._layer.places import BASE, SWAPPING, Place
 from .._methods.lora import LoRA
 from .._plan import Init, LayerPlan, NormPolicy, Plan
 from ..errors import UnsupportedLayerError
-from .checks import check_model
+from .checks import check_model, warn_of_rebuilding
 from .init import first_factors
 from .norms import keeps_statistics
 from .options import Budget, Pattern, Request, in_our_words
@@ -131,7 +131,10 @@ def inject(
 
     Whatever is raised, the model is as it was.
     """
-    return inject_requested(Request.of(locals()), model)
+    request = Request.of(locals())
+    inject_requested(request, model)
+    warn_of_rebuilding(model, stacklevel=3)  # past the wrapper of in_our_words
+    return model
 
 
 def inject_requested(request: Request, model: M) -> M:

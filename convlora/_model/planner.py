@@ -76,10 +76,10 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     if found_by == LAST and (asked_for or choice.excluded & inside_saved):
         # What the user names takes precedence: that layer is to be adapted, or skipped.
         saved, found_by, inside_saved = [], "no head beside what was asked for", set()
-    asked = choice.excluded | (choice.targets if request.target_modules is not None else set())
-    new = [n for n in _new_parts(model, named, request) if not asked & set(n.module.modules())]
-    if new:
-        inside_saved |= {module for n in new for module in n.module.modules() if module in bases}
+    new = [n for n in _new_parts(model, named, request) if not choice.excluded & set(n.module.modules())]
+    inside_new = {module for n in new for module in n.module.modules() if module in bases}
+    if new and not (choice.targets and choice.targets <= inside_new | inside_saved):
+        inside_saved |= inside_new
         saved, found_by = _outermost([*saved, *new], named), f"{found_by}; norm layers as they were made"
     choice.inside_saved = inside_saved
     base_parameters = _size(p for n in named for p in n.module._parameters.values())
