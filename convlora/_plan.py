@@ -127,6 +127,8 @@ class Plan:
         init: how the factors were initialised.
         freeze_A: whether every lora_A keeps its initial values, and lora_B alone is trained.
         biases: names of modules, adapted or not, whose bias alone is trained and belongs to the adapter.
+        written: names of parameters that the model's forwards write to by themselves, found at the first ones: each
+            adapter has its own.
         others: all other modules with parameters, so that each parameter of the model is accounted for.
         base_parameters: of the whole base model; ``saved_parameters``: of ``modules_to_save`` and ``biases``.
         notes: what of the arguments may be meant otherwise.
@@ -155,6 +157,7 @@ class Plan:
     init: Init = "kaiming"
     freeze_A: bool = False
     biases: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
     method: str = "lora"
     notes: tuple[str, ...] = ()
     state: str = "planned"
@@ -198,7 +201,7 @@ class Plan:
         use_rslora = data["use_rslora"]
         layers = {key: tuple(_layer_from_json(item, use_rslora) for item in data[key]) for key in ("layers", "skipped")}
         names = {key: tuple(data[key]) for key in ("modules_to_save", "norms")}
-        names |= {key: tuple(data.get(key, ())) for key in ("biases", "notes")}
+        names |= {key: tuple(data.get(key, ())) for key in ("biases", "written", "notes")}
         others = tuple(FrozenModule(**item) for item in data["others"])
         return cls(**{**data, **layers, **names, "others": others})
 
@@ -259,6 +262,7 @@ class Plan:
             f"adapted layers: {len(self.layers)}, skipped: {len(self.skipped)}",
             f"trained in full: {saved} ({self.head_found_by}), {self.saved_parameters:,} parameters",
             *([f"biases also trained: of {len(self.biases)} modules"] if self.biases else []),
+            *([f"written by forwards, each adapter's own: {', '.join(self.written)}"] if self.written else []),
             f"norm layers with statistics: {len(self.norms)}, {moves}",
             f"also frozen: {self._besides()}",
             f"trainable: {self.trainable_parameters:,} of {self.base_parameters + self.adapter_parameters:,} "

@@ -79,6 +79,12 @@ def _layer_faults(plan: Plan, model: nn.Module) -> Iterator[str]:
     for name in plan.biases:
         if name not in modules or modules[name]._parameters.get("bias") is None:
             yield f"  {name}.bias: no such bias in the model"
+    for key in plan.written:
+        name, _, parameter = key.rpartition(".")
+        if name not in modules or modules[name]._parameters.get(parameter) is None:
+            yield f"  {key}: no such parameter in the model"
+        elif parameter == "weight" and modules[name] in adapted:
+            yield f"  {key}: adapted and written by forwards at once in the file"
 
 
 def highest_rank(shape: tuple[int, ...]) -> int:

@@ -27,6 +27,7 @@ from .._model.keys import base_keys, own_keys, tensors_as
 from .._model.merge import unmerged
 from .._model.options import check_alpha
 from .._model.state import Adapter, Injection, ready_alone, the_adapter
+from .._model.written import follow, own_changed
 from ..errors import CheckpointError, StateError, few
 from .atomic import put_back, replacing, tidy
 from .card import CARD, About, card, checked_about, is_replaceable
@@ -93,6 +94,7 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         check_alpha(layer.scaling, f"scaling of {layer.name} was changed and")
     refuse_changed(root, injection, adapter)
     check_nothing_outside(model, root)
+    _take_in_changed(root, injection, adapter)
     with unmerged(root, injection):
         buffers = moved_buffers(root, injection, adapter)
         own = own_keys(root, adapter.plan, buffers)
@@ -151,6 +153,18 @@ def _warn_if_untrained(injection: Injection, adapter: Adapter) -> None:
         warnings.warn(
             f"every {' and every '.join(sorted(what))}: nothing was trained. Was the optimizer made before "
             "convlora.inject? Make it after, from convlora.trainable_parameters(model).",
+            stacklevel=4,
+        )
+
+
+def _take_in_changed(root: nn.Module, injection: Injection, adapter: Adapter) -> None:
+    changed = own_changed(root, injection)
+    follow(root, injection, adapter)
+    if changed:
+        warnings.warn(
+            f"{', '.join(few(changed, 'and {} more'))}: changed since convlora.inject, and no gradient did it. It is "
+            "saved with the adapter, which so predicts the same when it is loaded; convlora.remove gives the base "
+            "these numbers, since those of before are lost.",
             stacklevel=4,
         )
 

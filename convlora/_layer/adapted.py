@@ -28,6 +28,7 @@ from .mix import Mix, Weighted
 from .routed import layer_forward
 from .routing import Owner, route_of
 from .swap import Swapped, class_below, original_class, restore, swap
+from .writes import is_watching, told
 
 CHILD = "convlora"
 """The child of an adapted layer that holds its adapters by name, hence the key ``conv1.convlora.default.lora_A``."""
@@ -151,7 +152,8 @@ class AdaptedLayer(Swapped):
                     raise StateError(COPIED.format("fuse_qkv_projections", "another layer"))
                 if layer.training:
                     _check_dropout(layer, self._convlora_base, reader)
-            return layer_weight(layer)
+            weight = layer_weight(layer)
+            return told(layer, weight) if not torch.compiler.is_compiling() and is_watching() else weight
         except AttributeError as cause:
             # Python answers an AttributeError in a property with nn.Module.__getattr__, which would silently return
             # the base's weight.

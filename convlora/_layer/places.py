@@ -39,6 +39,10 @@ class Place:
     """Whose tensor is in the module."""
     kept: dict[str, Tensor | None] = field(default_factory=dict)
     """The other owners' tensors."""
+    is_written: bool = False
+    """Whether it is a parameter that forwards write to by themselves, so that each adapter has it as it has buffers."""
+    original: nn.Parameter | None = None
+    """The base's own Parameter, where an adapter goes on with that object in the module."""
     moves: int = 0
     """How often a tensor was put into the module; incremented just before, when the old tensor is kept already."""
 
@@ -106,15 +110,24 @@ class Place:
         return now.new_empty(0, dtype=dtype if owner == BASE else torch.promote_types(dtype, torch.float32))
 
     def put_copy(self, copies: dict[int, Tensor]) -> None:
-        """Put the base's parameter, or a copy of its buffer, into the module.
+        """Put the base's parameter into the module, or a copy of a buffer or of a parameter that forwards write to.
 
         Args:
             copies: the copies so far, by the id of the original, so that shared buffers stay shared.
         """
-        if not self.is_parameter and self.owner != COPY:
+        is_constant = self.is_parameter and not self.is_written
+        if not is_constant and self.owner != COPY:
             base = self.of(BASE)
-            self.kept[COPY] = None if base is None else copies.setdefault(id(base), base.clone())
-        self.put(BASE if self.is_parameter else COPY)
+            self.kept[COPY] = None if base is None else copies.setdefault(id(base), own_copy(base))
+        self.put(BASE if is_constant else COPY)
+
+    def give_back(self) -> None:
+        """Put the base's tensor in, where it was the same object before; may be run again."""
+        self.put(BASE)
+        now = self.now
+        if self.original is not None and now is not None:
+            self.original.data = now.detach()
+            self.home[self.name], self.original = self.original, None
 
     def set_tensor(self, owner: str, tensor: Tensor) -> None:
         """Set the owner's tensor."""
@@ -124,3 +137,10 @@ class Place:
     def discard(self, owner: str) -> None:
         """Delete the tensor of an owner that is not in the module."""
         self.kept.pop(owner, None)
+
+
+def own_copy(tensor: Tensor, requires_grad: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy for another owner; of a Parameter a Parameter, in this dtype."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach().to(dtype, copy=True), requires_grad=requires_grad)
+    return tensor.clone()

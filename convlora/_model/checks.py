@@ -166,7 +166,7 @@ def check_plan(plan: Plan) -> None:
     checked_rank(plan.rank, "rank")
     check_alpha(plan.alpha, "alpha")
     names = [layer.name for layer in plan.layers]
-    for name in (*names, *plan.modules_to_save, *plan.norms, *plan.biases):
+    for name in (*names, *plan.modules_to_save, *plan.norms, *plan.biases, *plan.written):
         if not isinstance(name, str):
             raise TargetError(f"{name!r} is not a layer name.")
     if plan.rank > MORE_THAN_ANY:

@@ -17,7 +17,7 @@ from .._layer.adapted import attach, change_of, held
 from .._layer.change import Change, Shape
 from .._layer.gate import Gated, add_gate, alone
 from .._layer.places import SWAPPING
-from .._layer.swap import check_swappable
+from .._layer.swap import check_swappable, set_below
 from .._methods.dense import Dense
 from .._methods.lora import AnchoredLoRA, LoRA
 from .._methods.padded import PaddedLoRA
@@ -35,6 +35,7 @@ from .state import (
     ready_alone,
     to_the_end,
 )
+from .written import Watched
 
 M = TypeVar("M", bound=nn.Module)
 SWAPPABLE = {kind.method for kind in (LoRA, AnchoredLoRA, Dense)}
@@ -170,6 +171,7 @@ def _asks(change: Change, name: str, frozen_factors: set[tuple[nn.Module, str]])
 
 
 def _put(root: nn.Module, injection: Injection, made: dict[str, list[Padded]]) -> None:
+    set_below(root, Watched, is_there=False)  # the class would change after a compilation that depends on it
     add_gate(root)
     with alone(root):
         for name, each in made.items():

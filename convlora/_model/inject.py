@@ -16,7 +16,7 @@ from .._layer.functional import Factors
 from .._layer.masked import Masks, mixin_for
 from .._layer.masters import keep_in_fp32
 from .._layer.paths import TrainingPath
-from .._layer.places import BASE, SWAPPING, Place
+from .._layer.places import BASE, SWAPPING, Place, own_copy
 from .._methods.lora import LoRA
 from .._plan import Init, LayerPlan, NormPolicy, Plan
 from ..errors import UnsupportedLayerError
@@ -29,6 +29,7 @@ from .remove import delete, remove, set_flag, undo
 from .state import RECORD, Adapter, Injection, activate, check_plain, check_unrouted, hook_state_dicts, injections
 from .targets import Targets
 from .watch import watch
+from .written import watch_writes, written_in
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -182,6 +183,8 @@ def _apply(plan: Plan, model: M, given: Mapping[str, Factors]) -> M:
                 attach(layer, plan.adapter_name, change)
             vars(model)[RECORD] = injection
             hook_state_dicts(model)
+            if first:
+                watch_writes(model, injection)
             watch(model)
             activate(model, injection, plan.adapter_name if first else injection.now, injection.disabled)
     except BaseException:
@@ -276,7 +279,8 @@ def _freeze_base(injection: Injection, model: nn.Module) -> None:
 def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) -> None:
     """Copy for the adapter each tensor, besides factors, that training changes; it is kept until the adapter is active.
 
-    All buffers are copied, since train mode may change other buffers than running statistics.
+    All buffers are copied, since train mode may change other buffers than running statistics. Parameters that forwards
+    write to are copied too.
     """
     plan = adapter.plan
     in_full = {module for name in plan.modules_to_save for module in model.get_submodule(name).modules()}
@@ -290,7 +294,7 @@ def _give_own_tensors(injection: Injection, adapter: Adapter, model: nn.Module) 
             is_trained = True
             dtype = torch.float32 if keep_in_fp32(module, name, base, module in adapter.norms) else dtype
         if base is not None and id(base) not in copies:
-            copies[id(base)] = _own_copy(base, is_trained, dtype)
+            copies[id(base)] = own_copy(base, is_trained, dtype)
         place.kept[plan.adapter_name] = None if base is None else copies[id(base)]
 
 
@@ -300,19 +304,17 @@ def _places_changed(
     """Yield the places whose tensors training the adapter changes; places that are new are added to the record."""
     owned = in_full | {norm for norm, policy in adapter.norms.items() if policy == "track"}
     places = {(place.module, place.name): place for place in injection.places}
+    written = {key for key, place in places.items() if place.is_written} | written_in(adapter.plan, model)
     for module in (m for m in model.modules() if not isinstance(m, (LayerAdapters, Change))):
-        parameters = module._parameters if module in owned else {}
-        if module in with_bias - owned:
-            parameters = {"bias": module._parameters["bias"]}
-        names = [name for name, parameter in parameters.items() if parameter is not None]
+        names = [
+            name
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+            and (module in owned or (module in with_bias and name == "bias") or (module, name) in written)
+        ]
         for name in (*names, *module._buffers):
             if (module, name) not in places:
-                places[module, name] = Place(module, name, is_parameter=name in parameters)
+                is_written = (module, name) in written
+                places[module, name] = Place(module, name, is_parameter=name in names, is_written=is_written)
                 injection.places.append(places[module, name])
             yield places[module, name]
-
-
-def _own_copy(base: Tensor, is_trained: bool, dtype: torch.dtype | None) -> Tensor:
-    if isinstance(base, nn.Parameter):
-        return nn.Parameter(base.detach().to(dtype, copy=True), requires_grad=is_trained)
-    return base.clone()

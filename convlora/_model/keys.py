@@ -12,6 +12,7 @@ from .._layer.places import Place
 from .._plan import Plan
 from .state import RECORD, Injection
 from .targets import dotted
+from .written import written_in
 
 
 def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
@@ -47,7 +48,8 @@ def places_of(model: nn.Module) -> dict[str, Place]:
 def own_keys(model: nn.Module, plan: Plan, buffers: Iterable[str]) -> set[str]:
     """Keys of the state dict that belong to the adapter besides its factors.
 
-    All of the modules trained in full, tracked norm layers, the biases and the buffers named.
+    All of the modules trained in full, tracked norm layers, the biases, parameters that forwards write to, and the
+    buffers named.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     owners = {module for name in plan.modules_to_save for module in modules[name].modules()}
@@ -57,7 +59,9 @@ def own_keys(model: nn.Module, plan: Plan, buffers: Iterable[str]) -> set[str]:
     }  # another adapter's factors
     inside = {key for key in tensors_of(model) if modules.get(key.rpartition(".")[0]) in owners}
     with_bias = {modules[name] for name in plan.biases}
-    return inside | {dotted(n, "bias") for n, m in modules.items() if m in with_bias} | set(buffers)
+    single = {(module, "bias") for module in with_bias} | written_in(plan, model)
+    inside |= {dotted(n, key) for n, m in modules.items() for key in m._parameters if (m, key) in single}
+    return inside | set(buffers)
 
 
 def base_keys(model: nn.Module, state: Mapping[str, Tensor], own: set[str]) -> list[str]:

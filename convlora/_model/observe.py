@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._layer.writes import Writes
 from .state import RECORD, Injection, activate
+from .written import slots
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def base_alone(root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Modes, buffers and random numbers are after the block what they were before it."""
+    """Modes, buffers, parameters and random numbers are after the block what they were before it."""
     with ExitStack() as undo:
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
         undo.enter_context(torch.random.fork_rng(devices=sorted(device.index for device in devices)))
@@ -39,9 +41,19 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             for name, buffer in module._buffers.items()
         ]
         undo.callback(_put_back, buffers)
+        writes = Writes(slots(model), {module: name for name, module in model.named_modules()})
+        undo.callback(_put_parameters_back, writes)
+        undo.enter_context(writes)
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
         yield
+
+
+def _put_parameters_back(writes: Writes) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        for (module, name, parameter), before in writes.found():
+            parameter.data = before
+            module._parameters[name] = parameter
 
 
 def _put_back(buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]]) -> None:

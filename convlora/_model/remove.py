@@ -10,10 +10,11 @@ from .._layer.adapted import aside_of, detach
 from .._layer.gate import remove_gate
 from .._layer.masked import set_masked
 from .._layer.masters import restore_dtypes
-from .._layer.places import BASE, SWAPPING
+from .._layer.places import SWAPPING
 from .._layer.swap import check_restorable
 from .norms import set_policy
 from .state import RECORD, Injection, check_unrouted, check_whole, holders_of, injected, to_the_end, unhook_state_dicts
+from .written import unwatch
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,7 +55,7 @@ def undo(injection: Injection, root: nn.Module) -> None:
     for module in injection.activations:
         set_masked(module, False)
     for place in [] if injection.merged else injection.places:
-        place.put(BASE)
+        place.give_back()
     _give_flags_back(injection)
     for adapter in injection.adapters.values():
         for layer in (*adapter.layers, *adapter.idle):
@@ -63,6 +64,7 @@ def undo(injection: Injection, root: nn.Module) -> None:
     for place in injection.places:
         restore_dtypes(place.module, rounded)
     remove_gate(root)
+    unwatch(root)
     unhook_state_dicts(root)
     injection.adapters.clear()  # a shallow copy of the root has the same record: it is plain, too
     vars(root).pop(RECORD, None)

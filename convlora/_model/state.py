@@ -151,6 +151,10 @@ class Injection:
     places: list[Place] = field(default_factory=list)
     frozen: list[tuple[nn.Module, str]] = field(default_factory=list)
     """The base's parameters that were trainable before, as (module, name)."""
+    watched: set[bool] = field(default_factory=set)
+    """Modes (``model.training``) in which a forward has been watched for writes; see ``written.py``."""
+    remembered: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = field(default_factory=list)
+    """Base parameters, each with some of its numbers as they were."""
 
     @property
     def now(self) -> str | Blend:
@@ -241,7 +245,7 @@ def _activate(root: nn.Module, injection: Injection, wanted: str | Blend, disabl
     copies: dict[int, Tensor] = {}
     mixtures = Mixtures(injection.places)
     for place in injection.places:
-        weights = _weights_in(place, injection, blend)
+        weights = weights_in(place, injection, blend)
         if disabled:
             place.put_copy(copies)
         elif list(weights.values()) == [1.0]:
@@ -270,7 +274,7 @@ def _owner_in(layer: nn.Module, injection: Injection, blend: Blend) -> Owner:
     return next(iter(weights)) if list(weights.values()) == [1.0] else tuple(weights.items())
 
 
-def _weights_in(place: Place, injection: Injection, blend: Blend) -> dict[str, float]:
+def weights_in(place: Place, injection: Injection, blend: Blend) -> dict[str, float]:
     """Return the owners of a place's tensor and their weights, the open ``scaled`` blocks included."""
     asked = tuple((name, weight * injection.scale(name, place.module)) for name, weight in blend.weights.items())
     owners = {blend.owner: 1.0} if blend.owner else blend.weights
