@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import keystr, tree_map_with_path
+from torch.utils._pytree import keystr, tree_map_only, tree_map_with_path
 
 BATCH = 2
 QUIET = 1e-3
@@ -149,7 +149,9 @@ def run(model: nn.Module, sample: Sample, *, training: bool) -> list[Tensor]:
     """One forward with a fixed seed in the mode that the model is in; every tensor of the output."""
     torch.manual_seed(11)
     np.random.seed(11)  # SpecAugment of transformers draws there
-    return list(tensors_in(model(*sample.args, **sample.kwargs, **(sample.train if training else {}))))
+    given = (sample.args, sample.kwargs | (sample.train if training else {}))
+    args, kwargs = tree_map_only(Tensor, Tensor.clone, given)  # some networks (RCAN) write to their input
+    return list(tensors_in(model(*args, **kwargs)))
 
 
 def evaluate(model: nn.Module, sample: Sample) -> list[Tensor]:
