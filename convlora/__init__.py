@@ -14,14 +14,26 @@ if TYPE_CHECKING:
 THEIRS = {
     "get_peft_model": "convlora.inject(model, rank=8), which changes the model itself and gives it back",
     **dict.fromkeys(("LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig"), "the arguments of convlora.inject"),
-    **dict.fromkeys(("create_lycoris", "Conv2d", "Linear"), "convlora.inject(model, rank=8)"),
+    **dict.fromkeys(
+        ("create_lycoris", "LycorisNetwork", "inject_adapter_in_model", "Conv2d", "Linear"),
+        "convlora.inject(model, rank=8)",
+    ),
+    "freeze": "convlora.inject(model, rank=8), which freezes the base",
+    "unfreeze": "modules_to_save=['layer4.*'] in convlora.inject, to train modules in full",
+    **dict.fromkeys(("fit", "train"), "your own loop, over convlora.trainable_parameters(model)"),
     "PeftModel": "your own model: nothing wraps it",
-    **dict.fromkeys(("from_pretrained", "load"), "convlora.load_adapter(model, directory)"),
-    **dict.fromkeys(("save_pretrained", "save", "lora_state_dict"), "convlora.save_adapter(model, directory)"),
-    "print_trainable_parameters": "print(convlora.summary(model))",
+    **dict.fromkeys(
+        ("from_pretrained", "load", "set_peft_model_state_dict"), "convlora.load_adapter(model, directory)"
+    ),
+    **dict.fromkeys(
+        ("save_pretrained", "save", "lora_state_dict", "get_peft_model_state_dict"),
+        "convlora.save_adapter(model, directory)",
+    ),
+    **dict.fromkeys(("print_trainable_parameters", "count_parameters"), "print(convlora.summary(model))"),
     "mark_only_lora_as_trainable": "convlora.inject(model, rank=8), which freezes the base",
     "merge_and_unload": "convlora.remove(convlora.merge(model))",
-    "unload": "convlora.remove(model)",
+    **dict.fromkeys(("unload", "get_base_model"), "convlora.remove(model)"),
+    "merge_adapter": "convlora.merge(model)",
 }
 """What to write for a name that another library has, or that one tries by habit."""
 

@@ -4,10 +4,12 @@ import copy
 import re
 import warnings
 from html import escape
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SmallNet, randomise, snapshot
+from habits import HABITS, WARNS, WORKS, page
 from torch import nn
 
 import convlora
@@ -206,3 +208,79 @@ def test_a_plan_shows_as_its_table_in_a_console_and_in_a_notebook():
     shown = plan._repr_html_()
     assert shown.count("<tr>") == len(plan.layers) + len(plan.skipped) + 1
     assert "<td>block.0</td>" in shown and "trained in full: fc" in shown
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(self.conv1(x).relu())
+
+
+class Net(nn.Module):
+    """The network that the table's calls are made on."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.layer1 = nn.Sequential(Block(), Block())
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.fc(self.layer1(self.bn1(self.conv1(x)).relu()).mean((2, 3)))
+
+    def reset_classifier(self, classes):
+        self.fc = nn.Linear(8, classes)
+
+
+def run(code, names):
+    """Run one row's code in these variables; give back the name of what happened, and what was said."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            exec(code, names)
+        except Exception as error:
+            return type(error).__name__, str(error)
+    ours = [str(each.message) for each in told]
+    return (WARNS, "\n".join(ours)) if ours else (WORKS, "")
+
+
+@pytest.fixture
+def variables(tmp_path, monkeypatch):
+    """Makes the variables that the page's head names, each time anew, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(code):
+        torch.manual_seed(0)
+        net = Net()
+        model = convlora.inject(copy.deepcopy(net), 2)
+        randomise(model)
+        if '"adapter"' in code:
+            convlora.save_adapter(model, "adapter")
+        names = {"convlora": convlora, "torch": torch, "nn": nn, "copy": copy, "re": re, "Net": Net}
+        return {**names, "net": net, "model": model, "images": torch.randn(2, 3, 8, 8), "labels": torch.tensor([0, 1])}
+
+    return make
+
+
+ROWS = [habit for habits in HABITS.values() for habit in habits]
+
+
+@pytest.mark.parametrize("habit", ROWS, ids=[habit.call for habit in ROWS])
+def test_a_call_by_habit_does_and_says_what_the_table_has(habit, variables):
+    names = variables(habit.call)
+    happened, said = run(habit.call, names)
+    assert happened == habit.happens, said
+    if happened == WORKS:
+        assert eval(habit.says, names) is True
+    else:
+        assert habit.says in said
+    assert run(habit.write, variables(habit.write)) == (WORKS, "")
+
+
+def test_the_table_s_calls_differ_and_the_page_of_habits_is_the_table():
+    assert len({habit.call for habit in ROWS}) == len(ROWS) >= 100
+    written = Path(convlora.__file__).parent.parent / "docs" / "habits.md"
+    assert written.read_text(encoding="utf-8") == page(), "write it anew: python tests/habits.py > docs/habits.md"

@@ -124,6 +124,8 @@ def _checked(method: str, rank: int | None, density: float | None) -> float:
 
 
 def _checked_weights(weights: Mapping[str, float]) -> Mapping[str, float]:
+    if not isinstance(weights, Mapping):
+        raise TargetError(f"weights={weights!r}; it must be a dict of names and weights. Nothing was changed.")
     if not weights:
         raise TargetError("weights names no adapter. Nothing was changed.")
     for name, weight in weights.items():

@@ -70,10 +70,19 @@ WRAPPERS = {
 }
 
 
+def check_is_module(model: nn.Module) -> None:
+    """Raise TargetError if the model is not a module."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"of type {type(model).__name__}"
+        raise TargetError(
+            f"model is {what}; it must be a torch.nn.Module: the network itself, built and with its weights loaded, "
+            "not its name, class, parameters or state dict. Nothing was changed."
+        )
+
+
 def check_model(model: nn.Module) -> None:
     """Raise if the model is not a module, is wrapped, compiled or sharded, or has a lazy layer without a shape."""
-    if not isinstance(model, nn.Module):
-        raise TargetError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
+    check_is_module(model)
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
             if cls.__name__ == "BaseTunerLayer" and cls.__module__.startswith("peft."):

@@ -14,7 +14,7 @@ from .._layer.computed import compute
 from .._layer.functional import is_finite
 from .._layer.places import BASE, SWAPPING
 from .._layer.swap import check_restorable
-from ..errors import StateError, few
+from ..errors import StateError, TargetError, few
 from .integrity import refuse_changed
 from .state import (
     InjectedPart,
@@ -48,11 +48,17 @@ def merge(model: M, check: bool = True) -> M:
             buffers, that is NaN or Inf where the base's tensor is not.
 
     Raises:
+        TargetError: ``check`` is neither true nor false.
         StateError: no adapter; merged already; a module was replaced, or its class changed, since injection;
             or the result is not finite.
 
     Whatever is raised, the model is as it was.
     """
+    if not isinstance(check, bool):
+        raise TargetError(
+            f"check={check!r}; it must be true or false. The active adapter is merged; convlora.set_adapter(model, "
+            "name) chooses another. Nothing was changed."
+        )
     # Outside inference mode: its tensors could never be trained or saved.
     with SWAPPING, torch.inference_mode(False), torch.no_grad():
         parts = checked(_parts(model, merged=False), check_enabled, check_unrouted)

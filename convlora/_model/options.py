@@ -160,11 +160,20 @@ class Request:
 
 
 THEIRS = {
-    **dict.fromkeys(("r", "lora_rank", "lora_dim", "network_dim"), "Its name here is rank."),
-    **dict.fromkeys(("lora_alpha", "network_alpha"), "Its name here is alpha."),
+    **dict.fromkeys(
+        ("r", "lora_r", "lora_rank", "lora_dim", "network_dim", "dim", "conv_dim"), "Its name here is rank."
+    ),
+    **dict.fromkeys(("lora_alpha", "network_alpha", "conv_alpha"), "Its name here is alpha."),
     **dict.fromkeys(("lora_dropout", "network_dropout"), "Its name here is dropout."),
     **dict.fromkeys(("init_lora_weights", "init_weights"), "Its name here is init."),
-    **dict.fromkeys(("target_layers", "target_names"), "Its name here is target_modules."),
+    **dict.fromkeys(("target_layers", "target_names", "preset"), "Its name here is target_modules."),
+    **dict.fromkeys(("layers_to_transform", "layers_pattern"), "Write target_modules=['layer1.0.*'], say."),
+    **dict.fromkeys(("config", "peft_config"), "Give the options themselves: rank=8, say."),
+    **dict.fromkeys(("block_size", "factor"), "Options of a method go into method_options={...}."),
+    **dict.fromkeys(("freeze_bn", "train_bn"), "Write norm='freeze' or norm='track'."),
+    **dict.fromkeys(("device", "dtype"), "Leave it out: factors go where their layers are; move the model."),
+    **dict.fromkeys(("num_classes", "pretrained"), "Build the network with it, then inject."),
+    "multiplier": "Write convlora.set_scale(model, name, scale) afterwards.",
     **dict.fromkeys(("peft_type", "algo"), "Its name here is method."),
     **dict.fromkeys(("task_type", "inference_mode", "fan_in_fan_out"), "Leave it out."),
     "bias": "Leave it out: biases are frozen, as with peft's bias='none', but for those of modules_to_save.",

@@ -31,7 +31,7 @@ from .._layer.places import BASE, COPY, MIXTURE, SWAPPING, Place
 from .._layer.routing import Owner
 from .._plan import NormPolicy, Plan
 from ..errors import StateError
-from .checks import check_model
+from .checks import check_is_module, check_model
 from .mixing import Mixtures
 from .norms import FrozenNorm, TrackedNorm, set_policy
 from .targets import dotted
@@ -441,6 +441,7 @@ def _thaw_factors(each: Adapter) -> None:
 
 def injections(model: nn.Module) -> Iterator[tuple[str, nn.Module, Injection]]:
     """Yield (name, module, record) of every injected module: the model itself or modules inside it."""
+    check_is_module(model)
     for name, module in model.named_modules():
         record = vars(module).get(RECORD)
         if isinstance(record, Injection) and record.adapters:
