@@ -1,10 +1,11 @@
 """The effective weight, kept between forwards that need no gradient while nothing that it came from changes.
 
 Only a layer's own forward reads the kept weight, in the thread that runs it; other readers of ``weight`` get a newly
-computed one. A change of the sources is detected by torch's version counters, by training (a fused optimizer does not
-increment the counters) and, in host memory, by values: all elements of the factors and ``PROBED`` elements of the base.
-None of these detects a write through ``.data`` or a numpy view without training in between: on the CPU, one to elements
-of the *base* weight that are not probed; on an accelerator, one to any tensor.
+computed one. A forward under a dispatch mode, as the first of an injected model is, keeps nothing. A change of the
+sources is detected by torch's version counters, by training (a fused optimizer does not increment the counters) and, in
+host memory, by values: all elements of the factors and ``PROBED`` elements of the base. None of these detects a write
+through ``.data`` or a numpy view without training in between: on the CPU, one to elements of the *base* weight that are
+not probed; on an accelerator, one to any tensor.
 """
 
 from __future__ import annotations
