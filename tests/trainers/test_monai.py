@@ -1,4 +1,7 @@
-"""Volumes: MONAI's networks and engines, and nnU-Net's deep supervision, on synthetic scans."""
+"""Volumes: MONAI's networks and engines, and nnU-Net's deep supervision, on synthetic scans.
+
+``python tests/trainers/test_monai.py`` prints the table of Dice in ``docs/tutorials/volumes.md``.
+"""
 
 from __future__ import annotations
 
@@ -175,3 +178,43 @@ def test_an_engine_trains_the_adapter_and_its_checkpoint_resumes(tmp_path: Path)
         assert torch.equal(one, other), name
     base = bits(convlora.remove(resumed))
     assert all(torch.equal(value, base[name]) for name, value in bits(unet()).items())
+
+
+def pretrained(seed: int) -> nn.Module:
+    """A UNet that finds balls, whose output layer is then made anew."""
+    model = unet(seed, units=0)  # no residual unit at its end, which would lead around a frozen output layer
+    train(model, "balls", 150, seed, rate=1e-2)
+    torch.manual_seed(seed + 100)
+    model.model[2].conv.reset_parameters()
+    return model
+
+
+def dice(model: nn.Module, wanted: str) -> float:
+    """Of unseen scans, all voxels together."""
+    volumes, balls, cubes = scans(16, torch.Generator().manual_seed(999))
+    found, mask = output(model, volumes) > 0, {"balls": balls, "cubes": cubes}[wanted] > 0
+    return float(2 * (found & mask).sum() / (found.sum() + mask.sum()))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_with_defaults_each_seed_learns_a_new_output_of_one_channel(seed: int):
+    model = convlora.inject(pretrained(seed), rank=8)
+    before = dice(model, "cubes")
+    train(model, "cubes", 100, seed + 10, rate=1e-2)
+    assert dice(model, "cubes") > max(0.93, before + 0.5)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for seed in range(3):
+        base = pretrained(seed)
+        row = {"before": dice(base, "cubes")}
+        frozen = {"modules_to_save": None, "exclude_modules": "model.2.*"}
+        for arm, options in {"defaults": {}, "output frozen": frozen, "all": None}.items():
+            model = copy.deepcopy(base)
+            if options is not None:
+                convlora.inject(model, rank=8, **options)
+            train(model, "cubes", 100, seed + 10, rate=1e-2)
+            row[arm] = dice(model, "cubes")
+        print(seed, {name: round(value, 3) for name, value in row.items()}, flush=True)
