@@ -84,19 +84,13 @@ HEADS = {
     **{f"nnunet/ResidualUNet-{d}d": "decoder.seg_layers.?" for d in "23"},
     "nnunet/ResNet18_CIFAR": "classifier",
     "nnunet/VGG16_cifar": "classifier",
-    **{f"diffusers/UNet{kind}": "conv_out" for kind in ("2DModel", "2DConditionModel", "3DConditionModel")},
-    "diffusers/UNet1DModel": "up_blocks.2.resnets.2.conv_2",
+    # First named by their output layers. Amended after the sweep: models of diffusers come trained whole, so nothing in
+    # them is new, but for what a ControlNet made of a UNet adds to it.
+    **{f"diffusers/UNet{kind}": "" for kind in ("1DModel", "2DModel", "2DConditionModel", "3DConditionModel")},
+    **{f"diffusers/Autoencoder{kind}": "" for kind in ("KL", "KLTemporalDecoder", "Tiny", "DC", "Oobleck")},
+    **{f"diffusers/{name}": "" for name in ("AsymmetricAutoencoderKL", "VQModel", "T2IAdapter")},
+    **{f"diffusers/{name}": "" for name in ("Transformer2DModel", "DiTTransformer2DModel")},
     "diffusers/ControlNetModel": "controlnet_down_blocks.? controlnet_mid_block",
-    "diffusers/AutoencoderKL": "decoder.conv_out",
-    "diffusers/AsymmetricAutoencoderKL": "decoder.conv_out",
-    "diffusers/AutoencoderKLTemporalDecoder": "decoder.time_conv_out",
-    "diffusers/AutoencoderTiny": "decoder.layers.6",
-    "diffusers/AutoencoderDC": "decoder.conv_out",
-    "diffusers/AutoencoderOobleck": "decoder.conv2",
-    "diffusers/VQModel": "decoder.conv_out",
-    "diffusers/T2IAdapter": "",
-    "diffusers/Transformer2DModel": "proj_out",
-    "diffusers/DiTTransformer2DModel": "proj_out_2",
     **{f"open_clip/{tower}": "" for tower in ("RN50", "ViT", "convnext_atto", "resnet18", "vitamin_small", "CoCa")},
     "kornia/DexiNed": (
         "up_block_1.features.2 up_block_2.features.2 up_block_3.features.5 up_block_4.features.8 "
