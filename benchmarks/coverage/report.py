@@ -25,7 +25,7 @@ FURTHER = (
 
 INTRO = """# How wide it works
 
-<!-- Written by `python -m benchmarks.coverage all`; change benchmarks/coverage/ and run it again. -->
+<!-- Written from rows of `python -m benchmarks.coverage`; change benchmarks/coverage/ and run it again. -->
 
 {result}
 
