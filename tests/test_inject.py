@@ -272,7 +272,11 @@ REFUSALS = [
     ({"method_pattern": {"stem": "anchored"}}, TargetError, r"for stem='anchored'; it must be one of 'lora', 'dense'"),
     ({"method": "anchored", "init": "pissa"}, TargetError, r"method='anchored'; it must be one of 'lora', 'dense'"),
     ({"method": "hira", "freeze_A": True}, TargetError, r"method='hira' has no lora_A. Use method='lora', or leave"),
-    ({"method": "oft", "init": "olora"}, TargetError, r"method='oft' begins; it has kaiming. Leave it out, or use"),
+    (
+        {"method": "oft", "init": "olora"},
+        TargetError,
+        "init='olora' is not an init of method='oft', which has kaiming",
+    ),
     ({"method": "hra", "init_data": torch.ones(1)}, TargetError, r"init='eva'.* init_data mean init='eva'. Leave it"),
     ({"modules_to_save": "head"}, TargetError, r"modules_to_save='head' matches no module with parameters"),
     ({"rank": 0}, TargetError, r"rank=0; a rank is a whole number of at least 1"),
@@ -371,7 +375,7 @@ def test_attribute_of_our_name_is_refused(net):
 
 
 def test_not_a_module():
-    with pytest.raises(TargetError, match=r"model is a str; it must be a torch\.nn\.Module"):
+    with pytest.raises(TargetError, match=r"model is of type str; it must be a torch\.nn\.Module"):
         convlora.inject("resnet50")
 
 

@@ -172,6 +172,7 @@ def _asks(change: Change, name: str, frozen_factors: set[tuple[nn.Module, str]])
 
 def _put(root: nn.Module, injection: Injection, made: dict[str, list[Padded]]) -> None:
     set_below(root, Watched, is_there=False)  # the class would change after a compilation that depends on it
+    injection.watched.update((True, False))
     add_gate(root)
     with alone(root):
         for name, each in made.items():

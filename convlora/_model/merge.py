@@ -28,6 +28,7 @@ from .state import (
     to_the_end,
 )
 from .targets import dotted
+from .written import show_watch
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -102,11 +103,12 @@ def _own(layer: nn.Module) -> Iterator[nn.Parameter]:
 
 def _merge(parts: list[InjectedPart], weights: list[list[nn.Parameter]]) -> None:
     try:
-        for (_, injection), merged in zip(parts, weights, strict=True):
+        for (root, injection), merged in zip(parts, weights, strict=True):
             for layer, weight in zip(injection.layers, merged, strict=True):
                 merge_layer(layer, weight)
             injection.merged = True
             injection.mask()
+            show_watch(root, injection)
     except BaseException:
         _unmerge(parts)
         raise
@@ -142,11 +144,12 @@ def unmerge(model: M) -> M:
 
 
 def _unmerge(parts: list[InjectedPart]) -> None:
-    for _, injection in parts:
+    for root, injection in parts:
         for layer in injection.layers:
             unmerge_layer(layer)
         injection.merged = False
         injection.mask()
+        show_watch(root, injection)
 
 
 @contextmanager

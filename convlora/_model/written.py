@@ -122,6 +122,12 @@ def watch_writes(root: nn.Module, injection: Injection) -> None:
     cast(Any, root).register_load_state_dict_post_hook(_after_loading)
 
 
+def show_watch(root: nn.Module, injection: Injection) -> None:
+    """Give a merged model its own class back, and watch it again once it is unmerged, if a mode was not yet seen."""
+    if len(injection.watched) < 2:
+        set_below(root, Watched, is_there=not injection.merged)
+
+
 def unwatch(root: nn.Module) -> None:
     """Undo :func:`watch_writes`; may be run again."""
     if isinstance(root, Watched):
