@@ -199,6 +199,7 @@ def test_the_dropped_weight_is_computed_again():
     from convlora._layer.adapted import AdaptedLayer, held
 
     bench = bench_of("not-kept", train=False)
+    bench.look()  # the first forward is watched for writes, and keeps nothing
     bench.look()
     layers = [module for module in bench.subject.model.modules() if isinstance(module, AdaptedLayer)]
     assert layers and all(held(layer).kept._entry is not None for layer in layers)
@@ -343,7 +344,7 @@ def test_a_gpu_is_measured_by_events():
 
 def layer(times, count=1, rank=4, size=8):
     """A timed 16 → 16 3 × 3 layer."""
-    shapes = paths_room.Shapes(16, 16, 9, 1, rank, 2 * size**2, 2 * size**2, True)
+    shapes = paths_room.LayerSizes(16, 16, 9, 1, rank, 2 * size**2, 2 * size**2, True)
     geometry = paths.Geometry((1, 1), (1, 1), (1, 1), 1)
     case = paths.Case((16, 16, 3, 3), geometry, (2, 16, size, size), shapes)
     return paths.Timed(case, count, dict(zip(paths.PATHS, times, strict=True)))
@@ -374,12 +375,12 @@ def test_the_shapes_are_those_that_the_layers_choose_from(monkeypatch):
     images = torch.zeros(2, 3, 32, 32)
     found, grouped = paths.find_cases("test_efficientnet", 4, images)
     asked = []
-    monkeypatch.setattr(fast, "_shapes", lambda *sizes, make=fast._shapes: asked.append(make(*sizes)) or asked[-1])
+    monkeypatch.setattr(fast, "_sizes", lambda *sizes, make=fast._sizes: asked.append(make(*sizes)) or asked[-1])
     monkeypatch.setattr(fast, "choose_once", fast.choose)
     convlora.inject(make_base("test_efficientnet"), 4).train()(images)
     assert grouped == sum(shapes.groups > 1 for shapes in asked) > 0
     plain = [shapes for shapes in asked if shapes.groups == 1]
-    assert sorted(map(repr, plain)) == sorted(repr(case.shapes) for case in found.elements())
+    assert sorted(map(repr, plain)) == sorted(repr(case.sizes) for case in found.elements())
 
 
 def test_what_a_choice_loses():

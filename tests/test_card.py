@@ -74,7 +74,8 @@ def test_layers_and_totals_are_those_of_the_model(tmp_path, name):
     assert {layer: numbers([rows[layer][4]])[0] for layer in sizes} == sizes
     factors = sum(p.numel() for p in convlora.adapter_parameters(model))
     assert sum(numbers(rows[layer][5] for layer in sizes)) == factors
-    assert f"of {total + factors:,} parameters" in lines[-1] and f"{factors:,} of them in factors" in lines[-1]
+    trained = next(line for line in lines if line.startswith("trainable:"))
+    assert f"of {total + factors:,} parameters" in trained and f"{factors:,} of them in factors" in trained
 
 
 def test_what_is_trained_besides_is_named(net, tmp_path):

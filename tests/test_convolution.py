@@ -499,6 +499,8 @@ def computed(monkeypatch):
 def test_the_effective_weight_is_computed_once_where_no_gradient_is_asked_for(computed):
     layer, x = adapt(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 7, 7)
     with torch.inference_mode():
+        layer(x)  # watched for writes, and keeps nothing
+        computed.clear()
         first = layer(x)
     with torch.no_grad():
         assert torch.equal(layer(x), first) and len(computed) == 1
@@ -523,6 +525,7 @@ def test_writes_to_the_weight_that_was_handed_out_are_lost(write):
 def test_what_is_kept_goes_with_a_move_and_a_merge():
     layer, x = adapt(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 7, 7)
     kept = adapted.held(layer).kept
+    layer(x)  # watched for writes, and keeps nothing
     for change in (lambda: layer.double().float(), lambda: convlora.unmerge(convlora.merge(layer))):
         with torch.no_grad():
             layer(x)
