@@ -399,3 +399,13 @@ def test_a_vqvae_of_monai_is_trained_saved_and_given_back(tmp_path: Path, train:
     assert convlora.summary(net).written == ("quantizer.quantizer.embedding.weight",)
     assert torch.equal(loaded.eval()(volume)[0], net.eval()(volume)[0])
     assert numbers(convlora.remove(net)) == numbers(vqvae())
+
+
+@pytest.mark.parametrize("to", ["diffusers", "lycoris"])
+def test_a_file_for_another_library_is_refused_by_the_written_parameters_name(to, tmp_path):
+    model = convlora.inject(Codebook(), rank=2, modules_to_save=None)
+    model.train()(torch.randn(2, 3, 8, 8))
+    (name,) = convlora.summary(model).written
+    with pytest.raises(convlora.CheckpointError, match=f"{name}: the model's own forward writes to it"):
+        convlora.export_adapter(model, tmp_path / "adapter.safetensors", to)
+    assert not list(tmp_path.iterdir())

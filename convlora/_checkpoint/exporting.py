@@ -100,5 +100,7 @@ def _beside(plan: Plan) -> Iterator[str]:
         yield f"{plan.norms[0]}: its statistics are tracked; inject with norm='freeze'"
     for name in plan.biases:
         yield f"{name}: its bias is trained by itself"
+    for name in plan.written:
+        yield f"{name}: the model's own forward writes to it, so the adapter has it, too"
     if not plan.layers:
         yield "no layer is adapted"

@@ -72,6 +72,8 @@ def faults_for_any_peft(model: nn.Module, adapter: Adapter) -> Iterator[str]:
     if not adapter.layers:
         yield "no layer is adapted, and peft needs one"
     yield from _bias_faults(model, adapter)
+    for name in plan.written:
+        yield f"{name}: the model's own forward writes to it, and peft holds no such parameter"
     for name in (*(p.name for p in plan.layers), *trained):
         others = set(names[adapter.modules[name]]) - {name}
         if others:
