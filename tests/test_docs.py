@@ -11,6 +11,7 @@ Weights cannot be downloaded here: ``timm.create_model(name, pretrained=True)`` 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -130,6 +131,25 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 WITH_PYTHON = [name for name, page in zip(NAMES, PAGES, strict=True) if blocks(page, "python")]
 
 
+CORE = {"convlora", "examples", "torch", "safetensors"}
+"""What a page may import besides the packages of the extras and Python's own."""
+
+
+def packages_of(page: Path) -> set[str]:
+    """The packages outside of Python's own that the snippets import, or need though they do not name them."""
+    code = "\n".join(block.code for block in blocks(page, "python") if block.skipped is None)
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    own = {name.split(".")[1] for name in found if name.startswith("convlora.")}  # convlora.peft needs peft
+    own |= {match for match in re.findall(r"convlora\.(\w+)\.", code)}
+    needed = {"onnxscript"} if "torch.onnx" in code else set()
+    return {name.split(".")[0] for name in found} - sys.stdlib_module_names | (own & {*EXTRAS}) | needed
+
+
 @cache
 def what_pages_run_with() -> str:
     """A digest of all that a page's snippets depend on besides the page: the library, this folder, torch."""
@@ -149,14 +169,15 @@ def passed(name: str, request: pytest.FixtureRequest) -> Callable[[], None]:
 
 @pytest.mark.parametrize("name", WITH_PYTHON)
 def test_every_snippet_of_a_page_runs(name: str, passed: Callable[[], None], alone: None):
-    code = "\n".join(block.code for block in blocks(ROOT / name, "python"))
-    for package in EXTRAS:
-        if re.search(rf"(?:import|from|convlora\.|import [\w, ]+,) ?{package}\b", code):
-            need(package)
-    if "torch.onnx" in code:
-        need("onnxscript")
+    for package in packages_of(ROOT / name):
+        need(package)
     assert run_page(ROOT / name) > 0
     passed()
+
+
+@pytest.mark.parametrize("name", WITH_PYTHON)
+def test_an_extra_brings_every_package_that_a_page_imports(name: str):
+    assert packages_of(ROOT / name) <= {*EXTRAS, *CORE}
 
 
 def test_skipped_snippets_are_those_listed():

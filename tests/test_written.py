@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import bits, need, snapshot
+from conftest import SmallNet, bits, need, randomise, snapshot
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -378,6 +378,17 @@ def test_a_forward_that_raises_is_watched_again(x: Tensor):
         net(x[:, :2])
     net(x)
     assert convlora.summary(net).written == ("codes.weight",)
+
+
+@pytest.mark.parametrize("change", [convlora.merge, convlora.remove])
+def test_who_keeps_the_models_call_gets_what_the_model_computes(change):
+    """``torch.compile`` keeps the method that the root had when it was compiled."""
+    torch.manual_seed(0)
+    net, x = convlora.inject(SmallNet().eval(), 4), torch.randn(2, 3, 16, 16)
+    randomise(net)
+    call = net.__call__
+    change(net)
+    assert torch.equal(call(x), net(x))
 
 
 def test_a_vqvae_of_monai_is_trained_saved_and_given_back(tmp_path: Path, train: Callable[..., None]):

@@ -23,6 +23,8 @@ class Swapped:
     """What the generated class says of its module where the base's is not torch's; None: the base's."""
     _convlora_mixin: ClassVar[type[Swapped]]
     _convlora_base: ClassVar[type[nn.Module]]
+    _convlora_original: ClassVar[type[nn.Module]]
+    """The class before any swap."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         create, arguments, *state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
@@ -49,7 +51,8 @@ def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module
     if cls is None:
         inside_torch = base.__module__.startswith("torch.nn") or mixin._convlora_module is None
         body = {"__module__": base.__module__ if inside_torch else mixin._convlora_module, "__doc__": base.__doc__}
-        own = {"_convlora_mixin": mixin, "_convlora_base": base}
+        original = vars(base).get("_convlora_original", base)
+        own = {"_convlora_mixin": mixin, "_convlora_base": base, "_convlora_original": original}
         metaclass: Any = type(base)
         cls = _CLASSES[mixin, base] = metaclass(mixin._convlora_prefix + base.__name__, (mixin, base), body | own)
     return cls
@@ -62,7 +65,7 @@ def is_swapped(module: object) -> bool:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The module's class, or the one that it had before any :func:`swap`."""
-    return ([type(module), *(cls._convlora_base for cls in _swaps(type(module)))])[-1]
+    return cast("type[nn.Module]", vars(type(module)).get("_convlora_original", type(module)))
 
 
 def class_below(module: nn.Module) -> type[nn.Module]:

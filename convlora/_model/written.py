@@ -35,13 +35,15 @@ class Watched(Swapped):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, watched where it may be: not inside of what is compiled, traced or recorded."""
-        root, call = cast(nn.Module, self), cast(Any, super()).__call__
+        root = cast(nn.Module, self)
+        # Not super(): whoever compiled the model keeps this method, and calls it when the class has been given back.
+        call = getattr(type(root), "_convlora_original", type(root)).__call__
         if torch.compiler.is_compiling() or "_is_replica" in vars(root) or is_transformed():
-            return call(*args, **kwargs)
+            return call(root, *args, **kwargs)
         injection = vars(root).get(RECORD)
-        is_busy = is_watching() or torch._C._len_torch_dispatch_stack()
+        is_busy = is_watching() or torch._C._len_torch_dispatch_stack() or not isinstance(root, Watched)
         if not isinstance(injection, Injection) or injection.routed or is_busy or root.training in injection.watched:
-            return call(*args, **kwargs)
+            return call(root, *args, **kwargs)
         return _watched(root, injection, call, args, kwargs)
 
 
@@ -51,7 +53,7 @@ def _watched(root: nn.Module, injection: Injection, call: Callable[..., Any], ar
     writes = Writes(slots(root, injection), names)
     try:
         with writes:
-            output = call(*args, **kwargs)
+            output = call(root, *args, **kwargs)
         writes.check_computed()
     finally:
         own(root, injection, writes.found())
