@@ -145,7 +145,7 @@ def packages_of(page: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     own = {name.split(".")[1] for name in found if name.startswith("convlora.")}  # convlora.peft needs peft
-    own |= {match for match in re.findall(r"convlora\.(\w+)\.", code)}
+    own |= set(re.findall(r"convlora\.(\w+)\.", code))
     needed = {"onnxscript"} if "torch.onnx" in code else set()
     return {name.split(".")[0] for name in found} - sys.stdlib_module_names | (own & {*EXTRAS}) | needed
 
