@@ -1,11 +1,13 @@
 """Width: a sample of the coverage benchmark through its own checks, and that these checks can fail."""
 
+import csv
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,11 +263,25 @@ def test_the_page_counts_what_the_rows_say():
     ]
     need("transformers")  # the page names its version
     need("segmentation_models_pytorch")
-    page = report.page(json.loads(json.dumps(rows)))
-    assert "| numeric: segmentation-models-pytorch | 3 | 1 | 1 | 1 | 1 |" in page
-    assert "| segmentation-models-pytorch | 3 | 1 | – | 1 | 1 |" in page
-    assert "| plan: every timm name | 1 | 0 |" in page and "smp/c: not done within 3 s" in page
-    assert "**inject fails**: ValueError: groups=16 and rank 8 \\| no" in page and "exactly 0 in 1 of 1" in page
+    rows = json.loads(json.dumps(rows))
+    page, table = report.page(rows), list(csv.DictReader(report.table(rows).splitlines()))
+    assert "Of 3 networks, 1 pass" in page and "| names | 1 | 0 |" in page and "exactly 0 in 1 of 1" in page
+    assert "| segmentation-models-pytorch | 3 | 1 | b: inject fails; c: not run |" in page
+    assert "| segmentation-models-pytorch | 3 | 1 | 1 |" in page
+    assert (
+        "/c**: not run: not done within 3 s" in page and "inject fails: ValueError: groups=16 and rank 8 | no" in page
+    )
+    assert [line["convlora"] for line in table] == ["passes", "inject fails", "not run"]
+    assert [line["peft works"] for line in table] == ["no", "yes", ""]
+
+
+def test_the_page_counts_what_its_table_says():
+    docs = Path(__file__).parent.parent / "docs"
+    table = list(csv.DictReader((docs / "assets" / "coverage.csv").read_text(encoding="utf-8").splitlines()))
+    passed = sum(line["convlora"] == "passes" for line in table)
+    page = (docs / "coverage.md").read_text(encoding="utf-8")
+    assert f"Of {len(table)} networks, {passed} pass" in page
+    assert all(f"/{line['network']}**" in page for line in table if line["convlora"] != "passes")
 
 
 def test_tensors_are_found_in_any_output():

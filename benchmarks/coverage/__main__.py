@@ -3,8 +3,8 @@
     python -m benchmarks.coverage all --jobs 2
 
 ``plan`` plans every architecture name of timm and torchvision; ``numeric`` takes the smallest network of each kind the
-whole way, with random weights and no download; ``report`` writes docs/coverage.md; ``all`` does the three. What is in
-the results file already is not done again.
+whole way, with random weights and no download; ``report`` writes docs/coverage.md and docs/assets/coverage.csv; ``all``
+does the three. What is in the results file already is not done again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ def main() -> None:
     parser.add_argument("--only", default="*", metavar="GLOB", help="names such as 'timm/resnet*'")
     parser.add_argument("--again", action="store_true", help="also what the results hold already")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines, appended to")
-    parser.add_argument("--page", type=Path, default=PAGE, help="where the report goes")
+    parser.add_argument("--page", type=Path, default=PAGE, help="where the report goes; its table: assets/ beside it")
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one network")
     parser.add_argument("--memory", type=float, default=12, help="memory limit of one network in GiB")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     for what in ("plan", "numeric", "report") if options.what == "all" else (options.what,):
         if what == "report":
-            options.page.write_text(report.page(read(options.results)), encoding="utf-8")
+            rows, table = read(options.results), options.page.parent / "assets" / "coverage.csv"
+            options.page.write_text(report.page(rows), encoding="utf-8")
+            table.parent.mkdir(exist_ok=True)
+            table.write_text(report.table(rows), encoding="utf-8")
             print(f"wrote {options.page.name}")
         else:
             _sweep(what, options)

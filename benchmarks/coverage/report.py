@@ -1,8 +1,10 @@
-"""docs/coverage.md from the rows of results: every figure on the page is counted here."""
+"""docs/coverage.md and docs/assets/coverage.csv from the rows of results: every figure on the page is counted here."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import platform
 import re
 from collections import Counter
@@ -16,55 +18,63 @@ from . import torchvision_cases
 from .outcomes import merge_error, outcome
 
 Row = dict[str, Any]
+Line = dict[str, Any]
+COLUMNS = (
+    *("library", "network", "input", "adapted", "skipped", "convlora", "why", "head", "head by hand"),
+    *("peft", "peft works", "peft why", "peft plain", "peft plain works", "peft plain why"),
+)
+"""Of coverage.csv. "peft plain" is peft without grouped and transposed convolutions."""
 PACKAGES = ("torch", "torchvision", "timm", "peft", "transformers", "segmentation-models-pytorch")
 FURTHER = (
     *("ultralytics", "monai", "dynamic-network-architectures", "diffusers", "open_clip_torch", "pytorchcv", "spandrel"),
     *("kornia", "facenet-pytorch", "torchxrayvision"),
 )
 """Named with their versions where they are installed."""
+TITLES = {"smp": "segmentation-models-pytorch", "handmade": "by hand"}
 
-INTRO = """# How wide it works
+INTRO = """# Tested networks
 
 <!-- Written from rows of `python -m benchmarks.coverage`; change benchmarks/coverage/ and run it again. -->
 
 {result}
 
 {table}
+[coverage.csv](assets/coverage.csv) has a row for each network: its input, how many layers were adapted and skipped, the
+outcome of each library, and the reason where it does not pass.
 
-*exact*: every step of the [list below](#what-passing-means) is as it should be, most of them bit for bit. *peft works*:
-Hugging Face peft, given every convolution, or all but grouped and transposed ones, comes through with rounding allowed.
-
-## How it is measured
-
-Two sweeps, made by `python -m benchmarks.coverage all --jobs 2`. Everything is on the CPU in float32 with random
-weights; nothing is downloaded. **Plan width**: every architecture name of timm and torchvision is built without numbers
-and planned; each convolution and each parameter must be accounted for. **Numeric width**: the smallest network of each
-kind goes the whole way with rank 8, and beside it Hugging Face peft with the same layers, rank and scaling. Two kinds
-are cut to fit the machine: deepseek_vit_412m to two blocks, R-CNNs to 50 proposals. The networks of further libraries
-(`pip install -e ".[coverage]"`) are built small, one block of each kind. The *head* that is chosen by default is
-compared with a table that was written by hand from the networks' source before any was injected
-(`benchmarks/coverage/heads.py`). tiatoolbox is left out: it asks for older releases of torch and timm, and for a
-notebook server.
-
-{environment}.
-"""
+{failed}"""
 
 STEPS = """## What passing means
 
-1. *identity*: with a fresh adapter the output is that of the plain network bit for bit, in eval mode, and in train mode
-   with the same seed. The plain network is frozen alike, and the same norms are held in eval behaviour, for peft too.
-2. *gradient*: factors get random values; one step in train mode. Every factor has a finite gradient, not zero where the
-   plain network's own weight has one that is not. For convlora the output and the gradients are also compared
-   with those of the plain network holding W + ΔW: within {oracle:g} in float32, or else within {double:g} in float64.
+1. *identity*: a fresh adapter changes no bit of the output, in eval mode, and in train mode with the same seed. The
+   plain network that it is compared with is frozen alike, and its norm layers are in eval mode too.
+2. *gradient*: factors get random values; one step in train mode. Every factor has a finite gradient, which is not zero
+   where the plain network's own weight has one that is not zero. For convlora, output and gradients are also compared
+   with those of the plain network that holds W + ΔW: within {oracle:g} in float32, or else {double:g} in float64.
 3. *reload*: saved, and loaded into a fresh base, it gives the same bits.
 4. *merge*: max |merged − unmerged| / max |unmerged| of the whole network's output is at most {merge:g}.
-5. *unmerge*: every tensor as before the merge, bit for bit.
-6. *remove* (convlora): keys, classes, objects, attributes, hooks, modes, flags and bits as before injection.
+5. *unmerge*: every tensor is as before the merge, bit for bit.
+6. *remove* (convlora): keys, classes, objects, attributes, hooks, modes, flags and bits are as before injection.
+"""
 
-peft *passes* by the same criteria (without remove); it *works* where merge may be off by up to {wrong:g} and unmerge by
-rounding. It refuses transposed convolutions, and those whose groups do not divide the rank; *without grouped,
-transposed* it is given only the others, so that the rest of the way can be seen. A merge that is off by more than
-{wrong:g} is called silently wrong.
+PEFT = """## Beside peft
+
+Hugging Face peft gets the same layers, rank and scaling. It *works* where it comes through these steps (without remove)
+with rounding allowed: a merge may be off by up to {wrong:g}, and unmerge may round. peft refuses transposed layers,
+and grouped ones whose groups do not divide the rank. *Without* is without such layers, so that the rest of its
+steps can be seen.
+"""
+
+MEASURED = """## How it is measured
+
+`python -m benchmarks.coverage all --jobs 2` measures all of this on the CPU in float32 with random weights and
+downloads nothing. The *plans* build every architecture name of timm and torchvision without numbers; each convolution
+and each parameter must be accounted for. The *networks* are the smallest of each kind, at rank 8. Two kinds are cut to
+fit the machine: deepseek_vit_412m to two blocks, R-CNNs to 50 proposals. Networks of further libraries
+(`pip install -e ".[coverage]"`) are built small, one block of each kind. tiatoolbox is left out: it asks for older
+releases of torch and timm, and for a notebook server.
+
+{environment}.
 """
 
 
@@ -87,51 +97,154 @@ def _further_versions() -> dict[str, str]:
 
 
 def page(rows: Iterable[Row]) -> str:
-    """The whole page."""
+    """docs/coverage.md."""
     from .checks import DOUBLE_TOLERANCE, MERGE_TOLERANCE, ORACLE_TOLERANCE
     from .outcomes import WRONG
 
     found = list(rows)
     planned, numeric = ([row for row in found if row["kind"] == kind] for kind in ("plan", "numeric"))
-    steps = STEPS.format(oracle=ORACLE_TOLERANCE, double=DOUBLE_TOLERANCE, merge=MERGE_TOLERANCE, wrong=WRONG)
+    networks = lines(found)
     parts = [
-        INTRO.format(environment=_environment(found), result=_result(numeric), table=_by_library(numeric)),
-        _summary(planned, numeric),
-        steps,
-        _plan_width(planned),
-        _peft_failures(numeric),
-        *(_family(name, members) for name, members in _families(numeric).items()),
+        INTRO.format(result=_result(networks), table=_by_library(networks), failed=_failed(networks)),
+        STEPS.format(oracle=ORACLE_TOLERANCE, double=DOUBLE_TOLERANCE, merge=MERGE_TOLERANCE) + _merge_errors(numeric),
+        _heads(networks),
+        PEFT.format(wrong=WRONG),
+        _beside_peft(networks),
+        _plans(planned),
+        MEASURED.format(environment=_environment(found)),
     ]
     return "\n".join(part for part in parts if part).rstrip() + "\n"
 
 
-def _result(numeric: list[Row]) -> str:
-    exact, _, works, plain = _passes(numeric)
-    heads = [row for row in numeric if row.get("named") is not None]
-    found = sum(_is_as_named(row) for row in heads)
+def table(rows: Iterable[Row]) -> str:
+    """docs/assets/coverage.csv: a line for each network."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines(rows))
+    return text.getvalue()
+
+
+def lines(rows: Iterable[Row]) -> list[Line]:
+    """The lines of that table."""
+    return [_line(row) for row in rows if row["kind"] == "numeric"]
+
+
+def _line(row: Row) -> Line:
+    library, name = row["name"].split("/", 1)
+    title = f"torchvision {torchvision_cases.kind_of(name)}" if library == "torchvision" else library
+    found = dict.fromkeys(COLUMNS, "") | {"library": TITLES.get(title, title), "network": name}
+    if "error" in row:
+        return found | {"convlora": "not run", "peft": "not run", "why": _cell(row["error"], 160)}
+    ours, theirs = outcome(row["convlora"]), outcome(row["peft"])
+    without = outcome(row["peft_plain"]) if "peft_plain" in row else theirs
+    heads = {}
+    if row.get("named") is not None:
+        heads = {"head": " ".join(row["heads"] or ()), "head by hand": " ".join(row["named"]) or "none"}
     return (
-        f"Of {len(numeric)} networks, {exact} go the whole way **exactly**: inject, train, save, load, merge, unmerge, "
-        f"remove. peft works on {works} of them with every convolution, on {plain} without grouped, transposed ones. "
-        f"Of {len(heads)} networks whose head was named by hand, the same is found in {found}."
+        found
+        | {key: row[key] for key in ("input", "adapted", "skipped")}
+        | {"convlora": ours.label, "why": _cell(ours.reason, 160)}
+        | heads
+        | {"peft": theirs.label, "peft works": _yes(theirs.works), "peft why": _cell(theirs.reason, 160)}
+        | {"peft plain": without.label, "peft plain works": _yes(without.works)}
+        | {"peft plain why": _cell(without.reason, 160)}
     )
 
 
-def _by_library(numeric: list[Row]) -> str:
-    libraries: dict[str, list[Row]] = {}
-    for name, members in _families(numeric).items():
-        libraries.setdefault(name.split(",")[0].split(" ")[0] if name != "by hand" else name, []).extend(members)
-    lines = []
-    for name, rows in libraries.items():
-        exact, _, works, plain = _passes(rows)
-        heads = [row for row in rows if row.get("named") is not None]
-        found = f"{sum(map(_is_as_named, heads))} of {len(heads)}" if heads else "–"
-        lines.append((name, len(rows), exact, found, works, plain))
-    head = ("library", "networks", "exact", "head as named", "peft works", "without grouped, transposed")
-    return _table(head, lines).rstrip()
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else "no"
 
 
-def _is_as_named(row: Row) -> bool:
-    return set(row.get("heads") or ()) == set(row["named"])
+def _result(networks: list[Line]) -> str:
+    exact = sum(map(_passes, networks))
+    works, plain = (sum(line[column] == "yes" for line in networks) for column in ("peft works", "peft plain works"))
+    return (
+        f"**Of {len(networks)} networks, {exact} pass every step, exactly: inject, train, save, load, merge, unmerge, "
+        f"remove.** Hugging Face peft works on {works} of them with every convolution, on {plain} without grouped and "
+        "transposed ones."
+    )
+
+
+def _passes(line: Line) -> bool:
+    return bool(line["convlora"] == "passes")
+
+
+def _libraries(networks: list[Line]) -> dict[str, list[Line]]:
+    found: dict[str, list[Line]] = {}
+    for line in networks:
+        found.setdefault(line["library"], []).append(line)
+    return found
+
+
+def _by_library(networks: list[Line]) -> str:
+    cells = [
+        (
+            library,
+            len(found),
+            sum(map(_passes, found)),
+            "; ".join(f"{line['network']}: {line['convlora']}" for line in found if not _passes(line)),
+        )
+        for library, found in _libraries(networks).items()
+    ]
+    return _table(("library", "tried", "pass", "what does not"), cells)
+
+
+def _failed(networks: list[Line]) -> str:
+    failed = [line for line in networks if not _passes(line)]
+    listed = "".join(
+        f"- **{line['library']}/{line['network']}**: {line['convlora']}: {line['why']}\n" for line in failed
+    )
+    return f"## What does not pass\n\n{listed}" if failed else ""
+
+
+def _merge_errors(numeric: list[Row]) -> str:
+    errors = [error for row in numeric if (error := merge_error(row.get("convlora", {}))) is not None]
+    if not errors:
+        return ""
+    zero = sum(error == 0 for error in errors)
+    return f"\nThe merge error is exactly 0 in {zero} of {len(errors)} merged networks, {max(errors):.1e} at worst.\n"
+
+
+def _heads(networks: list[Line]) -> str:
+    named = [line for line in networks if line["head by hand"]]
+    others = [line for line in named if not _is_as_named(line)]
+    listed = "".join(
+        f"- {line['library']}/{line['network']}: {_layers(line['head'])}; by hand {_layers(line['head by hand'])}\n"
+        for line in others
+    )
+    if not named:
+        return ""
+    return (
+        "## The head\n\nThe layers that `inject` trains in full by default are those of a table written by hand "
+        f"from the networks' source (`benchmarks/coverage/heads.py`) in {len(named) - len(others)} of {len(named)} "
+        f"networks. The others, with what was chosen:\n\n{listed}"
+    )
+
+
+def _is_as_named(line: Line) -> bool:
+    return bool(set(line["head"].split()) == set(line["head by hand"].split()) - {"none"})
+
+
+def _layers(names: str) -> str:
+    """One name, or the first and how many more."""
+    first, *more = names.split() or ["none"]
+    return f"`{first}`" + (f" and {len(more)} more" if more else "") if first != "none" else first
+
+
+def _beside_peft(networks: list[Line]) -> str:
+    works = ("peft works", "peft plain works")
+    counted = [
+        (library, len(found), *(sum(line[key] == "yes" for line in found) for key in works))
+        for library, found in _libraries(networks).items()
+    ]
+    outcomes = [Counter(line[key] for line in networks) for key in ("convlora", "peft", "peft plain")]
+    labels = sorted({label for c in outcomes for label in c if label}, key=lambda label: -outcomes[1][label])
+    return (
+        f"{_table(('library', 'tried', 'works', 'without grouped, transposed'), counted)}\n"
+        "The outcomes, in which a merge or an unmerge that rounds counts as a failure:\n\n"
+        + _table(("outcome", "convlora", "peft", "peft without"), [(x, *(c[x] for c in outcomes)) for x in labels])
+    )
 
 
 def _environment(rows: list[Row]) -> str:
@@ -147,171 +260,53 @@ def _time(rows: list[Row]) -> str:
     return f" Together {seconds / 60:.0f} minutes of these processes, the largest of {most / 1024:.1f} GiB"
 
 
-def _summary(planned: list[Row], numeric: list[Row]) -> str:
-    lines: list[tuple[object, ...]] = []
-    for library in ("timm", "torchvision"):
-        mine = [row for row in planned if row["name"].startswith(f"{library}/")]
-        lines.append((f"plan: every {library} name", len(mine), sum(map(_is_planned, mine)), "–", "–", "–"))
-    for name, members in _families(numeric).items():
-        lines.append((f"numeric: {name}", len(members), *_passes(members)))
-    lines.append(("**numeric: all**", len(numeric), *_passes(numeric)))
-    errors = [error for row in numeric if (error := merge_error(row.get("convlora", {}))) is not None]
-    worst = f"Worst merge error of convlora over the sweep: {max(errors):.1e}, {_zeros(errors)}" if errors else ""
-    head = ("sweep", "networks", "convlora passes", "peft passes", "peft works", "without grouped, transposed")
-    return f"## Every sweep\n\n{_table(head, lines)}\n{worst}{_unready(numeric)}\n"
-
-
-def _zeros(errors: list[float]) -> str:
-    return f"exactly 0 in {sum(error == 0 for error in errors)} of {len(errors)} merged networks.\n"
-
-
-def _unready(numeric: list[Row]) -> str:
-    failed = [f"{row['name']}: {row['error']}" for row in numeric if "error" in row]
-    listed = "".join(f"\n- {_cell(text, 160)}" for text in failed)
-    return f"\nNot run (the plain network, or a limit):\n{listed}\n" if failed else ""
-
-
 def _is_planned(row: Row) -> bool:
     return "error" not in row and not row["problems"]
 
 
-def _passes(rows: list[Row]) -> tuple[int, int, int, int]:
-    ran = [row for row in rows if "error" not in row]
-    ours, theirs = ([outcome(row[library]) for row in ran] for library in ("convlora", "peft"))
-    ungrouped = [outcome(_ungrouped(row)) for row in ran]
-    return (
-        sum(o.strict for o in ours),
-        sum(o.strict for o in theirs),
-        sum(o.works for o in theirs),
-        sum(o.works for o in ungrouped),
-    )
-
-
-def _ungrouped(row: Row) -> Row:
-    """peft's steps without the grouped layers, where there were any."""
-    steps: Row = row["peft_plain"] if "peft_plain" in row else row["peft"]
-    return steps
-
-
-def _families(numeric: list[Row]) -> dict[str, list[Row]]:
-    """timm, torchvision by kind, transformers, smp, by hand; in the order of the sweep."""
-    found: dict[str, list[Row]] = {}
-    for row in numeric:
-        family, name = row["name"].split("/", 1)
-        title = f"torchvision {torchvision_cases.kind_of(name)}" if family == "torchvision" else family
-        long = {"smp": "segmentation-models-pytorch", "handmade": "by hand", "timm": "timm, one of each model module"}
-        found.setdefault(long.get(title, title), []).append(row)
-    return found
-
-
-def _peft_failures(numeric: list[Row]) -> str:
-    """How often each outcome comes, for each library."""
-    ran = [row for row in numeric if "error" not in row]
-    libraries: dict[str, Callable[[Row], Row]] = {
-        "convlora": lambda row: row["convlora"],
-        "peft": lambda row: row["peft"],
-        "peft without grouped, transposed": _ungrouped,
-    }
-    counts = {name: Counter(outcome(steps(row)).label for row in ran) for name, steps in libraries.items()}
-    labels = sorted({label for c in counts.values() for label in c}, key=lambda label: -counts["peft"][label])
-    lines = [(label, *(counts[name][label] for name in libraries)) for label in labels]
-    within = [[merge_error(steps(row)) for row in ran] for steps in libraries.values()]
-    lines.append(("*merge within 1e-05*", *(sum(e is not None and e <= 1e-5 for e in errors) for errors in within)))
-    return f"## Outcomes\n\n{_table(('outcome', *libraries), lines)}\n## Network by network\n"
-
-
-def _plan_width(planned: list[Row]) -> str:
-    parts = ["## Plan width\n", _plan_table(planned)]
-    for library in ("timm", "torchvision"):
-        mine = [row for row in planned if row["name"].startswith(f"{library}/") and "error" not in row]
+def _plans(planned: list[Row]) -> str:
+    libraries = ("timm", "torchvision")
+    by_library = {name: [row for row in planned if row["name"].startswith(f"{name}/")] for name in libraries}
+    timm, torchvision = map(_plan_figures, by_library.values())
+    cells = [(label, f"{number:,}", f"{torchvision[label]:,}") for label, number in timm.items()]
+    parts = ["## Plans of every architecture\n", _table(("", *by_library), cells)]
+    for library, rows in by_library.items():
+        mine = [row for row in rows if "error" not in row]
         reasons = sum((Counter(row.get("skipped", {})) for row in mine), Counter[str]())
         if reasons:
             parts.append(f"Skipped in {library}: " + "; ".join(f"{n:,} × {why}" for why, n in reasons.items()) + ".\n")
         none = [row["name"].split("/")[1] for row in mine if row["targets"] != "Conv2d" and row["convolutions"]]
         if none:
-            parts.append(f"Without any Conv2d, planned with their other convolutions: {_names(none)}.\n")
+            parts.append(f"Without any Conv2d, planned with their other convolutions: {', '.join(none)}.\n")
         bare = [row["name"].split("/")[1] for row in mine if not row["convolutions"]]
         if bare:
-            parts.append(f"Without any convolution, refused with the clear error: {_names(bare)}.\n")
+            parts.append(f"Without any convolution, refused by an error that says so: {', '.join(bare)}.\n")
     wrong = [(row["name"], row.get("error") or "; ".join(row["problems"])) for row in planned if not _is_planned(row)]
     if wrong:
         parts.append("Not fully planned:\n\n" + "".join(f"- {name}: {_cell(why, 200)}\n" for name, why in wrong))
     return "\n".join(parts)
 
 
-def _plan_table(planned: list[Row]) -> str:
-    lines = []
-    for library in ("timm", "torchvision"):
-        mine = [row for row in planned if row["name"].startswith(f"{library}/")]
-        built = [row for row in mine if "error" not in row]
-        lines.append(
-            (
-                library,
-                len(mine),
-                sum(map(_is_planned, mine)),
-                sum(not row["convolutions"] for row in built),
-                *(f"{sum(row.get(key, 0) for row in built):,}" for key in ("convolutions", "adapted", "capped")),
-                f"{sum(sum(row.get('skipped', {}).values()) for row in built):,}",
-                sum(row["means"] != "meta device" for row in built),
-            )
-        )
-    head = "library;names;planned;without convolution;conv layers;adapted;with lowered rank;skipped"
-    more = "built with only parameters on meta"
-    return _table(tuple(f"{head};{more}".split(";")), lines)
-
-
-def _family(name: str, rows: list[Row]) -> str:
-    heads = any(row.get("named") is not None for row in rows)
-    head = ("network", "input", "adapted", "skipped", "convlora", *(["head"] if heads else []), "peft", "why")
-    lines = [_network(row, heads) for row in rows]
-    title = f"{name[0].upper()}{name[1:]}: {len(rows)} networks"
-    return f'<details markdown="1"><summary>{title}</summary>\n\n{_table(head, lines)}\n</details>\n'
-
-
-def _network(row: Row, heads: bool) -> tuple[object, ...]:
-    name = row["name"].split("/", 1)[1]
-    if "error" in row:
-        return name, "–", "–", "–", "not run", *(["–"] if heads else []), "not run", _cell(row["error"], 90)
-    ours, theirs = outcome(row["convlora"]), outcome(row["peft"])
-    mine = ours.label if ours.strict else f"**{ours.label}**: {_cell(ours.reason, 120)}"
-    left = "–" if row["skipped"] is None else row["skipped"]
-    chosen = [_head(row)] if heads else []
-    return name, row["input"], row["adapted"], left, mine, *chosen, theirs.label, _peft_reason(row, theirs.reason)
-
-
-def _head(row: Row) -> str:
-    """The head that was chosen, shortened, and the one that the table names where that is another."""
-    found = _layers(row.get("heads") or [])
-    return found if _is_as_named(row) else f"**{found}**, by hand: {_layers(row['named'])}"
-
-
-def _layers(names: list[str]) -> str:
-    """One name, or the first and how many more."""
-    if not names:
-        return "none"
-    return f"`{names[0]}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def _peft_reason(row: Row, reason: str) -> str:
-    found = re.search(r"groups=(\d+) and rank \d+", reason)
-    short = f"groups={found[1]} do not divide the rank" if found else _cell(reason, 90)
-    if "peft_plain" in row:
-        without = outcome(row["peft_plain"])
-        note = f": {_cell(without.reason, 60)}" if not without.works else ""
-        short += f"; without grouped, transposed: {without.label}{note}"
-    return short
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(names)
+def _plan_figures(rows: list[Row]) -> dict[str, int]:
+    built = [row for row in rows if "error" not in row]
+    sums: dict[str, Callable[[Row], int]] = {
+        "without convolution": lambda row: not row["convolutions"],
+        "convolutions": lambda row: row.get("convolutions", 0),
+        "adapted": lambda row: row.get("adapted", 0),
+        "with lowered rank": lambda row: row.get("capped", 0),
+        "skipped": lambda row: sum(row.get("skipped", {}).values()),
+        "built with only parameters on meta": lambda row: row["means"] != "meta device",
+    }
+    figures = {"names": len(rows), "planned": sum(map(_is_planned, rows))}
+    return figures | {label: sum(map(count, built)) for label, count in sums.items()}
 
 
 def _cell(text: str, length: int) -> str:
-    """A reason on one line of a table, without paths and object addresses."""
-    plain = re.sub(r"(/[\w.-]+){2,}/", "…/", re.sub(r" at 0x[0-9a-f]+", "", text)).replace("|", "\\|")
+    """A reason on one line, without paths and object addresses."""
+    plain = re.sub(r"(/[\w.-]+){2,}/", "…/", re.sub(r" at 0x[0-9a-f]+", "", text)).replace("\n", " ")
     return plain if len(plain) <= length else plain[: length - 1] + "…"
 
 
-def _table(head: tuple[str, ...], lines: Iterable[tuple[object, ...]]) -> str:
-    rows = [head, ("---",) * len(head), *lines]
+def _table(head: tuple[str, ...], cells: Iterable[tuple[object, ...]]) -> str:
+    rows = [head, ("---",) * len(head), *cells]
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
