@@ -97,14 +97,14 @@ def inject(
         use_dora: train the magnitude and the direction of each output channel's weight separately (Liu et al. 2024,
             arXiv:2402.09353).
         freeze_A: train B alone; A keeps its initial values (Zhang et al. 2023, arXiv:2308.03303). A convolution then
-            keeps A ∗ x, of r channels, for the backward instead of its input. See ``docs/variants.md``.
+            keeps A ∗ x, of r channels, for the backward instead of its input. See ``docs/methods.md``.
         method: how a weight may change: ``"lora"``, or another of ``docs/methods.md``. What is said above of the
             factors holds for LoRA; in every method a fresh adapter changes no output.
         method_pattern: another method for the layers that a glob or regular expression names; the first match counts.
         method_options: further options of ``method``, by name.
         init: the initialisation of the factors: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``; ``"pissa"`` and
             ``"olora"`` from the base's weight; ``"eva"`` from data. None means ``"eva"`` where ``init_data`` are given,
-            else ``"kaiming"``. See ``docs/variants.md``.
+            else ``"kaiming"``. See ``docs/methods.md``.
         init_data: what the training sees: a loader whose batches are tensors, tuples or lists that begin with one, or
             dicts; or one batch as a tensor. The base reads them in eval mode, until what it looks for stands still: a
             few batches as a rule. The model is as it was afterwards.
