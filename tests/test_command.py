@@ -17,17 +17,19 @@ from torch import nn
 import convlora
 import convlora.command
 from convlora._checkpoint.digests import fingerprint
-from convlora._methods.registry import METHODS
+from convlora._methods.registry import METHODS, named_methods
 
-need("typer")
+typer = need("typer")
 timm, torchvision = need("timm"), need("torchvision")
 
 from typer.testing import CliRunner
 
-from convlora.command.app import COMMANDS, app
+from convlora.command.answers import in_options
+from convlora.command.app import app
 from convlora.command.files import read_saved
 
 NETWORK = "test_resnet"
+COMMANDS = [each.name for each in app.registered_commands]
 CLASSES = ["--num-classes", "3"]
 
 
@@ -147,15 +149,15 @@ def test_every_method_is_planned_with_its_options_and_another_one_for_some_layer
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--method", "nope"], "method='nope'; it must be one of 'lora'"),
-        (["--method-pattern", "*.conv2=nope"], "method_pattern for layer1.0.conv2='nope'"),
-        (["--method-pattern", "layer9=dense"], "method_pattern"),
+        (["--method", "nope"], "--method nope; it must be one of 'lora'"),
+        (["--method-pattern", "*.conv2=nope"], "--method-pattern for layer1.0.conv2='nope'"),
+        (["--method-pattern", "layer9=dense"], "--method-pattern layer9 matches no layer"),
         (
             ["--method", "lokr", "--method-option", "factor=much"],
-            "factor='much' of method='lokr'; it must be of type int",
+            "factor='much' of --method lokr; it must be of type int",
         ),
-        (["--method-option", "factor=2"], "method_options names 'factor'; method='lora' has none"),
-        (["--method", "loha", "--init", "pissa"], "init='pissa' is not an init of method='loha'"),
+        (["--method-option", "factor=2"], "--method-option names 'factor'; --method lora has none"),
+        (["--method", "loha", "--init", "pissa"], "--init pissa is not an init of --method loha"),
     ],
 )
 def test_a_method_that_is_none_or_has_no_such_option_is_refused(options, message):
@@ -462,7 +464,7 @@ def test_merged_at_a_strength_the_weights_go_so_far_from_the_base(folder, tmp_pa
 
 def test_a_strength_that_is_no_number_is_refused(folder, tmp_path, with_weights):
     answer = run("merge", NETWORK, folder / "a", tmp_path / "m.safetensors", *with_weights, "--scale", "nan", code=1)
-    assert "factor=nan" in answer.stderr and not (tmp_path / "m.safetensors").exists()
+    assert "--scale nan; it must be a finite number" in answer.stderr and not (tmp_path / "m.safetensors").exists()
 
 
 def test_merged_weights_that_are_not_finite_are_not_written(folder, tmp_path, with_weights):
@@ -630,7 +632,9 @@ def test_extract_needs_the_weights_before(folder, tmp_path):
 
 def test_the_librarys_own_refusals_come_through(folder, tmp_path, with_weights):
     answer = run("shrink", NETWORK, folder / "a", tmp_path / "s", *with_weights, "--rank", 2, "--energy", 0.5, code=1)
-    assert "TargetError: Give one of rank=2, energy=0.5" in answer.stderr and not list(tmp_path.iterdir())
+    assert "TargetError: Give one of --rank 2, --energy 0.5, --tolerance." in answer.stderr and not list(
+        tmp_path.iterdir()
+    )
     assert "Closest names" in run("plan", NETWORK, "--target", "layer9.*", code=1).stderr
 
 
@@ -639,15 +643,62 @@ def test_errors_name_options_that_there_are(folder, tmp_path, with_weights):
     out = tmp_path / "out.safetensors"
     save_file(network().state_dict(), tmp_path / "other.safetensors")
     others = [*CLASSES, "--weights", tmp_path / "other.safetensors"]
-    assert "or give --any-base to use it" in run("merge", NETWORK, folder / "a", out, *others, code=1).stderr
+    assert "or pass --any-base to use it" in run("merge", NETWORK, folder / "a", out, *others, code=1).stderr
     answer = run("shrink", NETWORK, folder / "a", out, *others, "--rank", 2, code=1)  # has no such option
-    assert "call convlora.load_adapter(check_base=False) in Python" in answer.stderr
+    assert "or pass check_base=False in Python to use it" in answer.stderr
     model = convlora.load_adapter(network(folder), folder / "a")
     with torch.no_grad():
         model.fc.bias[0] = torch.nan
     convlora.save_adapter(model, tmp_path / "nan")
     answer = run("merge", NETWORK, tmp_path / "nan", out, *with_weights, code=1)
-    assert "call convlora.load_adapter(check_finite=False) in Python" in answer.stderr
+    assert "or pass check_finite=False in Python." in answer.stderr
+
+
+# The library's words in options
+
+IN_OPTIONS = [
+    ("Adapt both with target_modules=[nn.Conv2d, nn.Linear], or", "--target type:Conv2d --target type:Linear, or"),
+    ("target_modules=nn.Conv2d where this is meant.", "--target type:Conv2d where this is meant."),
+    ("target_modules='layer9.*' matches no layer", "--target 'layer9.*' matches no layer"),
+    ("target_modules='.*\\\\d' matches no layer", "--target '.*\\d' matches no layer"),
+    ("to train the head only, target_modules=().", "to train the head only, target_modules=() in Python."),
+    ("for a regular expression give re.compile(...).", "for a regular expression write re:EXPRESSION."),
+    ("modules_to_save=['fc'], or give example=x, what", "--save fc, or give example=x in Python, what"),
+    ("; modules_to_save=None says that nothing is.", "; --save none says that nothing is."),
+    ("Use dropout=0 or exclude_modules.", "Use --dropout 0 or --exclude."),
+    ("Use use_dora=False or exclude_modules.", "Use no --dora or --exclude."),
+    ("freeze_A=True; method='loha' has no lora_A.", "--freeze-a; --method loha has no lora_A."),
+    ("add init_data=loader, or choose init='gaussian'", "add init_data=loader in Python, or choose --init gaussian"),
+    ('norm="track" lets data move them', "--norm track lets data move them"),
+    ("give budget='1%', say", "give --budget 1%, say"),
+    ("was built as it was trained (num_classes=1?)", "(--num-classes 1?)"),
+    ("`print(convlora.plan(model))` lists every layer.", "`convlora plan MODEL` lists every layer."),
+    ("a rank of the method, the path and the model", "a rank of the method, the path and the model"),
+]
+
+
+@pytest.mark.parametrize(("says", "shown"), IN_OPTIONS)
+def test_what_the_library_says_of_arguments_is_said_of_options(says, shown):
+    options = {option.name: max(option.opts, key=len) for option in typer.main.get_command(app).commands["plan"].params}
+    assert shown in in_options(says, options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["timm:test_vit"], "warning: VisionTransformer: by default convolutions alone are adapted"),
+        (["timm:test_vit"], "Adapt both with --target type:Conv2d --target type:Linear, or write --target type:Conv2d"),
+        ([NETWORK, "--budget", "0"], "--budget 0; it must be a share of"),
+        ([NETWORK, "--rank", 0], "--rank 0; a rank is a whole number of at least 1"),
+        ([NETWORK, "--save", "nothing"], "--save nothing matches no module"),
+    ],
+)
+def test_errors_and_warnings_of_the_command_line_name_its_options(arguments, shown):
+    assert shown in CliRunner().invoke(app, ["plan", *map(str, arguments)]).stderr
+
+
+def test_a_note_below_a_plan_names_the_option():
+    assert "note: --target conv1 is the layer of this name alone" in run("plan", "resnet18", "--target", "conv1").stdout
 
 
 # bench
@@ -728,24 +779,35 @@ def test_an_adapter_for_a_network_of_random_weights_is_refused_as_that(folder, t
     assert not out.exists()
 
 
-def test_help_and_completion_import_no_torch_and_each_line_of_the_list_is_whole():
-    script = "import sys, convlora.command; sys.argv = ['convlora', '--help']\n"
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_imports_no_torch(command):
+    script = f"import sys, convlora.command; sys.argv = ['convlora', *{[command] if command else []}, '--help']\n"
     script += "try:\n    convlora.command.main()\nfinally:\n    assert 'torch' not in sys.modules"
     source = str(Path(convlora.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": source}
     )
     assert done.returncode == 0, done.stderr
-    assert all(line in done.stdout for _, line in COMMANDS.values())
+    assert done.stdout.startswith("Usage: ")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_and_is_completed(command):
     shown = run(command, "--help").stdout
     assert shown.startswith("Usage: ") and "--json" in shown
+    summary, example = shown.splitlines()[2], next(line for line in shown.splitlines() if "Example: " in line)
+    assert summary.strip() in run("--help").stdout  # the list has the whole summary
+    assert example.startswith(f"  Example: convlora {command} ")
+    options = [word for word in example.split() if word.startswith("-")]
+    assert all(re.search(rf"^  .*{word}\b", shown.partition("Options:")[2], re.M) for word in options)
     variables = {"_CONVLORA_COMPLETE": "complete_bash", "COMP_WORDS": f"convlora {command} --js", "COMP_CWORD": "2"}
     answer = CliRunner().invoke(app, [], prog_name="convlora", env=variables)
     assert "--json" in answer.output
+
+
+def test_help_names_every_method():
+    shown = re.split(r"\W+", run("plan", "--help").stdout)
+    assert {*named_methods()} <= {*shown}
 
 
 def test_completion_is_offered_and_versions_are_told():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import re
+import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from ast import literal_eval
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -25,6 +28,20 @@ REFUSED, DIFFERS, OWN_ERROR = 1, 3, 70
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
+IN_PYTHON = ("check_base", "check_finite", "prefix", "example", "init_data")
+"""Arguments that texts of the library name, and that not every command has an option for."""
+
+WORDS = {
+    "`print(convlora.plan(model))` lists": "`convlora plan MODEL` lists",
+    "give re.compile(...)": "write re:EXPRESSION",
+    "modules_to_save=None": "modules_to_save='none'",
+}
+"""Values in Python, and on the command line."""
+
+_ARGUMENT = re.compile(r"""\b([a-z_A]+)(?:=('[^']*'|"[^"]*"|\[[^]]*]|\(\)|[\w.]*\w))?""")
+_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[\w.]+""")
+
+
 class CommandError(ConvLoraError):
     """What was asked for on the command line cannot be done. Nothing was changed."""
 
@@ -38,32 +55,37 @@ class Answer:
     code: int = 0
 
 
-def answering(run: Callable[..., Answer]) -> Callable[..., None]:
-    """The command that typer takes, of a function that answers.
+def answering(declared: Callable[..., None], run: Callable[..., Answer]) -> Callable[..., None]:
+    """The command that typer takes: the options and docstring of ``declared``, answered by ``run``.
 
     A parameter whose type is a dataclass of options becomes an option for each of its fields; ``--json`` is added.
     """
     grouped: dict[str, tuple[type, list[str]]] = {}
     parameters: list[inspect.Parameter] = []
-    hints = get_type_hints(run, include_extras=True)
-    for name, own in inspect.signature(run).parameters.items():
+    hints = get_type_hints(declared, include_extras=True)
+    for name, own in inspect.signature(declared).parameters.items():
         kind = hints[name]
         if is_dataclass(kind) and isinstance(kind, type):
             grouped[name] = (kind, [field.name for field in fields(kind)])
             parameters += _options_of(kind)
         else:
             parameters.append(own.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
-    parameters.append(_parameter("as_json", JsonOption, False))
+    parameters += [
+        _parameter("as_json", JsonOption, False),
+        _parameter("context", typer.Context, inspect.Parameter.empty),
+    ]
 
-    def command(**values: Any) -> None:
+    def command(context: typer.Context, **values: Any) -> None:
         as_json = values.pop("as_json")
         for name, (kind, names) in grouped.items():
             values[name] = kind(**{each: values.pop(each) for each in names})
-        _answer(lambda: run(**values), as_json)
+        _answer(
+            lambda: run(**values), as_json, {str(each.name): max(each.opts, key=len) for each in context.command.params}
+        )
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
-    command.__name__, command.__doc__ = run.__name__, run.__doc__
+    command.__name__, command.__doc__ = declared.__name__, declared.__doc__
     return command
 
 
@@ -79,16 +101,17 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _answer(run: Callable[[], Answer], as_json: bool) -> None:
+def _answer(run: Callable[[], Answer], as_json: bool, flags: Mapping[str, str]) -> None:
     """Run, show, and leave with the answer's code. stdout is for the answer: what else is printed goes to stderr."""
     try:
-        with contextlib.redirect_stdout(sys.stderr), _plain_warnings():
+        with contextlib.redirect_stdout(sys.stderr), _plain_warnings(flags):
             answer = run()
         text = _json(answer.data) if as_json else ""
     except ConvLoraError as error:
+        message = in_options(str(error), flags)
         if as_json:
-            typer.echo(_json({"error": type(error).__name__, "message": str(error)}))
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+            typer.echo(_json({"error": type(error).__name__, "message": message}))
+        typer.echo(f"{type(error).__name__}: {message}", err=True)
         raise typer.Exit(REFUSED) from None
     except (typer.Exit, typer.BadParameter):
         raise
@@ -98,15 +121,43 @@ def _answer(run: Callable[[], Answer], as_json: bool) -> None:
     if as_json:
         typer.echo(text)
     else:
-        _show(answer.shown)
+        _show(answer.shown, flags)
     raise typer.Exit(answer.code)
 
 
+def in_options(text: str, flags: Mapping[str, str]) -> str:
+    """What the library says, with the command's options in the place of Python's arguments.
+
+    ``target_modules=[nn.Conv2d, nn.Linear]`` is ``--target type:Conv2d --target type:Linear``.
+    """
+    for python, shell in WORDS.items():
+        text = text.replace(python, shell)
+    return _ARGUMENT.sub(lambda found: _option(found, flags), text)
+
+
+def _option(found: re.Match[str], flags: Mapping[str, str]) -> str:
+    name, value = found[1], found[2]
+    if name == "check_base" and "any_base" in flags:
+        return flags["any_base"]
+    flag = flags.get(name, "")
+    if not flag.startswith("--") or value == "()" or (value is None and "_" not in name):
+        return found[0] + " in Python" * (value == "()" or (name in IN_PYTHON and value is not None))
+    if value in (None, "None", "True", "False"):
+        return f"no {flag}" if value == "False" else flag
+    return " ".join(f"{flag} {_in_shell(item)}" for item in _ITEM.findall(value))
+
+
+def _in_shell(item: str) -> str:
+    return shlex.quote(literal_eval(item)) if item[0] in "'\"" else item.replace("nn.", "type:")
+
+
 @contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
+def _plain_warnings(flags: Mapping[str, str]) -> Iterator[None]:
     """Warnings as one line each on stderr, without the line of code that they came from."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
+        warnings.showwarning = lambda message, *_, **__: typer.echo(
+            f"warning: {in_options(str(message), flags)}", err=True
+        )
         yield
 
 
@@ -114,12 +165,16 @@ def _json(data: dict[str, Any]) -> str:
     return json.dumps(data, indent=2, allow_nan=False)
 
 
-def _show(shown: Sequence[str | Table]) -> None:
+def _show(shown: Sequence[str | Table], flags: Mapping[str, str]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 1000  # into a file or another program: lines as they are
     for each in shown:
-        console.print(Text(each) if isinstance(each, str) else each, soft_wrap=isinstance(each, str))
+        if isinstance(each, str):
+            each = re.sub("^note: .*", lambda note: in_options(note[0], flags), each, flags=re.M)
+            console.print(Text(each), soft_wrap=True)
+        else:
+            console.print(each)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str, title: str | None = None) -> Table:

@@ -11,10 +11,9 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -24,30 +23,21 @@ from .._model.remove import remove
 from .answers import Answer, CommandError, table
 from .measuring import Quartiles, interleave, ratios, saved_bytes, seconds
 from .models import build
-from .options import Adapting, Building, ModelArgument
+from .options import Adapting, Building, Measuring
 
 FULL, ADAPTER = "full fine-tuning", "adapter"
 BASE, UNMERGED, MERGED = "base alone", "adapter, unmerged", "merged and removed"
 Times = dict[str, list[float]]
 
 
-def bench(
-    model: ModelArgument,
-    building: Building,
-    adapting: Adapting,
-    batch: Annotated[int, typer.Option(min=1, help="Images.")] = 8,
-    size: Annotated[int, typer.Option(min=1, help="Pixels of an image's side.")] = 224,
-    channels: Annotated[int, typer.Option(min=1, help="Of an image.")] = 3,
-    rounds: Annotated[int, typer.Option(min=1, help="Counted ones; one more comes first.")] = 7,
-    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch on a CPU.")] = None,
-) -> Answer:
-    """Measure what an adapter costs on this machine: a training step and a forward, in interleaved rounds."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    where = _device(device)
+def bench(model: str, building: Building, adapting: Adapting, measuring: Measuring) -> Answer:
+    """Measure a training step and a forward of the adapter, of full fine-tuning and of the base."""
+    if measuring.threads is not None:
+        torch.set_num_threads(measuring.threads)
+    where, rounds = _device(measuring.device), measuring.rounds
     base = build(model, building).model.to(where)
-    images = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0)).to(where)
+    shape = (measuring.batch, measuring.channels, measuring.size, measuring.size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(where)
     adapted = inject(copy.deepcopy(base), **adapting.arguments())
     trained = [(FULL, copy.deepcopy(base).requires_grad_(True)), (ADAPTER, adapted)]
     try:

@@ -11,9 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
 
-import typer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -32,35 +30,24 @@ from .._model.keys import tensors_of
 from .._model.merge import merge as merge_adapter
 from .._model.remove import remove
 from .._model.summary import summary
-from ..errors import CheckpointError
 from .answers import Answer, CommandError
 from .files import is_foreign, located
 from .models import Built, build, need_weights
-from .options import Building, ForceOption, ModelArgument, Nearness, OutArgument, Targeting, To
+from .options import Building, Nearness, Targeting, To
 from .weights import load_weights
 
-AdapterArgument = Annotated[
-    str, typer.Argument(metavar="DIR", help="The adapter: a folder, a file, or user/repo.", show_default=False)
-]
-AnyBaseOption = Annotated[
-    bool, typer.Option("--any-base", help="Also onto other weights than the adapter was trained on.")
-]
 FOREIGN = "the file of another library does not say which base it is for"
 
 
 def merge(
-    model: ModelArgument,
-    source: AdapterArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.", show_default=False)],
+    model: str,
+    source: str,
+    out: Path,
     building: Building,
-    scale: Annotated[
-        float, typer.Option(help="The adapter's strength: W + scale · (W' − W). Head and norm statistics stay its own.")
-    ] = 1.0,
-    interpolate: Annotated[
-        bool, typer.Option("--interpolate", help="Head and norm statistics go so far from the base's, too.")
-    ] = False,
-    any_base: AnyBaseOption = False,
-    force: ForceOption = False,
+    factor: float,
+    interpolate: bool,
+    any_base: bool,
+    force: bool,
 ) -> Answer:
     """Fold an adapter into the model's weights and write the plain state dict."""
     if out.suffix != ".safetensors":
@@ -73,29 +60,18 @@ def merge(
     plain = built.model
     _load(built, path, any_base)
     layers = len(summary(plain).layers)
-    with scaled(plain, scale, interpolate=interpolate):
+    with scaled(plain, factor, interpolate=interpolate):
         plain = remove(merge_adapter(plain))
     state = {key: tensor.detach().contiguous().clone() for key, tensor in tensors_of(plain).items()}
     _written(out, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
     size = out.stat().st_size
-    data = {"out": str(out), "bytes": size, "layers": layers, "tensors": len(state), "scale": scale}
-    strength = "" if scale == 1 else f" at {scale:g} of the adapter's strength"
+    data = {"out": str(out), "bytes": size, "layers": layers, "tensors": len(state), "scale": factor}
+    strength = "" if factor == 1 else f" at {factor:g} of the adapter's strength"
     return Answer(data, [f"wrote {out}: {len(state)} tensors, {size / 1e6:,.2f} MB, {layers} layers merged{strength}"])
 
 
 def convert(
-    model: ModelArgument,
-    source: AdapterArgument,
-    out: OutArgument,
-    building: Building,
-    to: Annotated[
-        To, typer.Option(help="Whose files to write; OUT is one file for diffusers and lycoris.")
-    ] = "convlora",
-    prefix: Annotated[
-        str | None, typer.Option(help="Which model's adapter to read of several, or to write: unet, lora_unet, …")
-    ] = None,
-    any_base: AnyBaseOption = False,
-    force: ForceOption = False,
+    model: str, source: str, out: Path, building: Building, to: To, prefix: str | None, any_base: bool, force: bool
 ) -> Answer:
     """Turn an adapter of peft, diffusers, LyCORIS or kohya into convlora's files, or convlora's into theirs."""
     if to in ("diffusers", "lycoris") and out.suffix != ".safetensors":
@@ -121,15 +97,9 @@ def convert(
 
 
 def extract(
-    model: ModelArgument,
-    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Weights after the fine-tuning.", show_default=False)],
-    out: OutArgument,
-    building: Building,
-    targeting: Targeting,
-    nearness: Nearness,
-    force: ForceOption = False,
+    model: str, tuned: Path, out: Path, building: Building, targeting: Targeting, nearness: Nearness, force: bool
 ) -> Answer:
-    """Make an adapter of what a full fine-tuning changed. --weights or --pretrained are those before it."""
+    """Make an adapter of what a full fine-tuning changed; ``building`` has the weights before it."""
     _check_free(out, force)
     built = build(model, building)
     need_weights(built, "what the fine-tuning changed is the difference to the weights before it")
@@ -140,15 +110,8 @@ def extract(
     return _approximated(report, out)
 
 
-def shrink(
-    model: ModelArgument,
-    source: AdapterArgument,
-    out: OutArgument,
-    building: Building,
-    nearness: Nearness,
-    force: ForceOption = False,
-) -> Answer:
-    """Lower the ranks of an adapter to the nearest change that each layer can have then."""
+def shrink(model: str, source: str, out: Path, building: Building, nearness: Nearness, force: bool) -> Answer:
+    """Give each layer the nearest change that it can have at a lower rank."""
     _check_free(out, force)
     built = build(model, building)
     base = built.model
@@ -158,25 +121,11 @@ def shrink(
     return _approximated(report, out)
 
 
-def _load(built: Built, path: Path, any_base: bool | None = None, prefix: str | None = None) -> None:
-    """Load an adapter; errors name the command's options, or say that only Python has them.
-
-    Args:
-        built: the base; with random weights it is refused, since no adapter was trained on those.
-        path: where the adapter is.
-        any_base: the option of this name; None where the command has none.
-        prefix: as for :func:`convlora.load_adapter`.
-    """
+def _load(built: Built, path: Path, any_base: bool = False, prefix: str | None = None) -> None:
+    """Load an adapter; without ``any_base`` a base with random weights is refused, since none was trained on those."""
     if not any_base:
         need_weights(built, "an adapter belongs to the weights that it was trained on")
-    try:
-        load_adapter(built.model, path, check_base=not any_base, prefix=prefix)
-    except CheckpointError as error:
-        in_python = "call convlora.load_adapter({}=False) in Python"
-        remedy = in_python.format("check_base") if any_base is None else "give --any-base"
-        text = str(error).replace("pass check_base=False", remedy)
-        text = text.replace("pass check_finite=False", in_python.format("check_finite"))
-        raise CheckpointError(text) from error
+    load_adapter(built.model, path, check_base=not any_base, prefix=prefix)
 
 
 def _approximated(report: Approximation, out: Path) -> Answer:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -44,17 +44,8 @@ class Side:
     """Fingerprint of its base, where the file says it."""
 
 
-def diff(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[MODEL] FIRST SECOND", help="Two adapters; a model before them reads peft's and LoCon's."
-        ),
-    ],
-    building: Building,
-    exit_code: Annotated[bool, typer.Option("--exit-code", help="End with 3 where they differ.")] = False,
-) -> Answer:
-    """Compare two adapters: settings, layers, and how far the changes lie apart."""
+def diff(sources: list[str], building: Building, exit_code: bool) -> Answer:
+    """How far two adapters lie apart, layer by layer; a model may come before them in ``sources``."""
     if len(sources) not in (2, 3):
         raise typer.BadParameter(f"{len(sources)} arguments; give two adapters, or a model and two adapters.")
     *models, first, second = sources

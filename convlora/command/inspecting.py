@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from .._checkpoint.contents import State
 from .._checkpoint.digests import fingerprint
@@ -28,10 +26,8 @@ RANKED = ("lora_A.weight", "lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w
 """Tensors whose first dimension is the rank."""
 
 
-def inspect(
-    source: Annotated[str, typer.Argument(metavar="DIR", help="A folder, a file, or user/repo.", show_default=False)],
-) -> Answer:
-    """Show what a saved adapter holds, without a model: layers, ranks, sizes, metrics, and which base it is for."""
+def inspect(source: str) -> Answer:
+    """Layers, ranks, sizes, metrics, and which base the adapter is for."""
     path = located(source)
     return _of_foreign(file_in(path)) if is_foreign(path) else _of_saved(read_saved(path))
 

@@ -1,6 +1,7 @@
 """Options that several commands share: which model, built how; and which adapter.
 
-Typer reads them off the annotations.
+Typer reads them off the annotations. Nothing here imports torch, so that ``--help`` needs none; a test compares names,
+types and defaults with those of the library.
 """
 
 from __future__ import annotations
@@ -9,16 +10,15 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from torch import nn
 
 from .._layer.paths import TrainingPath
-from .._model.options import Pattern, Request
-from .._model.targets import Target
-from .._plan import Init, NormPolicy
 from .answers import CommandError
+
+if TYPE_CHECKING:
+    from .._model.targets import Target
 
 ModelArgument = Annotated[
     str,
@@ -29,7 +29,17 @@ ModelArgument = Annotated[
     ),
 ]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
-ForceOption = Annotated[bool, typer.Option("--force", help="Write into OUT also where something is there.")]
+AdapterArgument = Annotated[
+    str, typer.Argument(metavar="DIR", help="The adapter: a folder, a file, or user/repo.", show_default=False)
+]
+AnyBaseOption = Annotated[
+    bool, typer.Option("--any-base", help="Load onto other weights than the adapter was trained on, too.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Write into OUT even if something is there already.")]
+To = Literal["convlora", "peft", "diffusers", "lycoris"]
+"""Whose files ``convert`` writes."""
+Pattern = str | re.Pattern[str]
+Texts = list[str] | None
 
 
 @dataclass(frozen=True)
@@ -38,13 +48,11 @@ class Building:
 
     num_classes: Annotated[int | None, typer.Option(help="Classes of the head.")] = None
     arg: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another argument of the builder: in_chans=1.")
+        Texts, typer.Option(metavar="NAME=VALUE", help="An argument of the builder, such as in_chans=1.")
     ] = None
-    weights: Annotated[
-        Path | None, typer.Option(help="Weights to load: safetensors, or a state dict that torch.save wrote.")
-    ] = None
+    weights: Annotated[Path | None, typer.Option(help="A state dict: safetensors, or of torch.save.")] = None
     pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="The library's own weights, from its cache or the network.")
+        bool, typer.Option("--pretrained", help="The library's own weights, cached or downloaded.")
     ] = False
 
     def arguments(self) -> dict[str, Any]:
@@ -58,11 +66,9 @@ class Building:
 class Nearness:
     """How near a change of lower rank is to be: one of the three, which the library checks."""
 
-    rank: Annotated[int | None, typer.Option("--rank", "-r", help="For every layer; or")] = None
-    energy: Annotated[
-        float | None, typer.Option(help="share of the squared change to keep in each layer, 0 to 1; or")
-    ] = None
-    tolerance: Annotated[float | None, typer.Option(help="relative error that each layer may have, 0 to 1.")] = None
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank of each layer.")] = None
+    energy: Annotated[float | None, typer.Option(help="Or: share of the squared change to keep, 0 to 1.")] = None
+    tolerance: Annotated[float | None, typer.Option(help="Or: relative error allowed, 0 to 1.")] = None
 
     def arguments(self) -> dict[str, Any]:
         """The library's arguments."""
@@ -74,7 +80,7 @@ class Targeting:
     """Which layers. Here and in :class:`Adapting` each field has the name that the library gives the option."""
 
     target_modules: Annotated[
-        list[str] | None,
+        Texts,
         typer.Option(
             "--target",
             metavar="PATTERN",
@@ -82,12 +88,11 @@ class Targeting:
         ),
     ] = None
     exclude_modules: Annotated[
-        list[str] | None,
-        typer.Option("--exclude", metavar="PATTERN", help="Layers to leave alone, named in the same ways."),
+        Texts, typer.Option("--exclude", metavar="PATTERN", help="Layers to leave alone, in the same notation.")
     ] = None
     modules_to_save: Annotated[
-        list[str] | None,
-        typer.Option("--save", metavar="PATTERN", help="Modules trained in full; default the head, 'none' for none."),
+        Texts,
+        typer.Option("--save", metavar="PATTERN", help="Modules to train in full; 'none' for none. Default: the head."),
     ] = None
 
     def arguments(self) -> dict[str, Any]:
@@ -105,33 +110,30 @@ class Targeting:
 class Adapting(Targeting):
     """What adapter; as the arguments of :func:`convlora.inject`, with its defaults."""
 
-    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Default 8; with a budget, the largest.")] = (
-        Request.rank
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank; with --budget, the largest. Default 8.")] = (
+        None
     )
-    alpha: Annotated[float | None, typer.Option(help="Default twice the rank.")] = Request.alpha
-    rank_pattern: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN=RANK", help="Another rank for these layers.")
-    ] = None
-    alpha_pattern: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN=ALPHA", help="Another alpha for these layers.")
-    ] = None
-    budget: Annotated[str | None, typer.Option(help="All factors together: 1%, or a number of parameters.")] = None
-    norm: Annotated[NormPolicy, typer.Option(help="Norm statistics: held, or moving with the adapter.")] = Request.norm
-    dropout: Annotated[float, typer.Option(help="On the adapter's branch, 0 ≤ p < 1.")] = Request.dropout
-    use_rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √rank.")] = Request.use_rslora
-    use_dora: Annotated[bool, typer.Option("--dora", help="Train each output channel's size apart.")] = Request.use_dora
-    freeze_A: Annotated[bool, typer.Option("--freeze-a", help="Train B alone.")] = Request.freeze_A
-    method: Annotated[str, typer.Option(help="How a weight may change: lora, or another method.")] = Request.method
-    method_pattern: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN=METHOD", help="Another method for these layers.")
-    ] = None
+    alpha: Annotated[float | None, typer.Option(help="The scaling is alpha / rank. Default: twice the rank.")] = None
+    rank_pattern: Annotated[Texts, typer.Option(metavar="PATTERN=RANK", help="Rank of these layers.")] = None
+    alpha_pattern: Annotated[Texts, typer.Option(metavar="PATTERN=ALPHA", help="Alpha of these layers.")] = None
+    budget: Annotated[str | None, typer.Option(help="Parameters of all factors together: 1%, or a number.")] = None
+    norm: Annotated[Literal["freeze", "track"], typer.Option(help="Whether norm statistics may move.")] = "freeze"
+    dropout: Annotated[float, typer.Option(help="Dropout on the adapter's branch, 0 ≤ p < 1.")] = 0.0
+    use_rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √rank.")] = False
+    use_dora: Annotated[bool, typer.Option("--dora", help="Train magnitudes separately: DoRA.")] = False
+    freeze_A: Annotated[bool, typer.Option("--freeze-a", help="Train B alone.")] = False
+    method: Annotated[str, typer.Option(help="lora, dense, loha, lokr, hira, ia3, ssf, oft, boft or hra.")] = "lora"
+    method_pattern: Annotated[Texts, typer.Option(metavar="PATTERN=METHOD", help="Method of these layers.")] = None
     method_options: Annotated[
-        list[str] | None, typer.Option("--method-option", metavar="NAME=VALUE", help="An option of the method.")
+        Texts, typer.Option("--method-option", metavar="NAME=VALUE", help="Option of the method.")
     ] = None
-    init: Annotated[Init | None, typer.Option(help="How the factors begin; default kaiming.")] = Request.init
-    path: Annotated[TrainingPath, typer.Option(help="How a convolution computes in training.")] = Request.path
+    init: Annotated[
+        Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"] | None,
+        typer.Option(help="How the factors begin. Default: kaiming."),
+    ] = None
+    path: Annotated[TrainingPath, typer.Option(help="How a convolution computes in training.")] = "auto"
     mask_activations: Annotated[
-        Literal["bytes", "bits"] | None, typer.Option(help="Activations keep a mask in training, so much a number.")
+        Literal["bytes", "bits"] | None, typer.Option(help="What activations keep for the backward.")
     ] = None
 
     def arguments(self) -> dict[str, Any]:
@@ -145,6 +147,18 @@ class Adapting(Targeting):
             "budget": _budget(self.budget),
             "mask_activations": {None: False, "bytes": True, "bits": "bits"}[self.mask_activations],
         }
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What ``bench`` measures with."""
+
+    batch: Annotated[int, typer.Option(min=1, help="Number of images.")] = 8
+    size: Annotated[int, typer.Option(min=1, help="Height and width of an image, in pixels.")] = 224
+    channels: Annotated[int, typer.Option(min=1, help="Channels of an image.")] = 3
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds; a warm-up round comes first.")] = 7
+    device: Annotated[str, typer.Option(help="torch's name of the device.")] = "cpu"
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that torch uses on a CPU.")] = None
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:
@@ -207,11 +221,9 @@ def _targets(texts: list[str] | None) -> list[Target] | None:
 def _target(text: str) -> Target:
     if not text.startswith("type:"):
         return _pattern(text)
+    from torch import nn
+
     kind = getattr(nn, text.removeprefix("type:"), None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise CommandError(f"{text}: torch.nn has no such layer; type:Conv1d, say. Nothing was changed.")
     return kind
-
-
-To = Literal["convlora", "peft", "diffusers", "lycoris"]
-"""Whose files ``convert`` writes."""

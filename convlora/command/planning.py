@@ -8,11 +8,11 @@ from .._model.planner import plan as make_plan
 from .._plan import Plan
 from .answers import Answer
 from .models import build
-from .options import Adapting, Building, ModelArgument
+from .options import Adapting, Building
 
 
-def plan(model: ModelArgument, building: Building, adapting: Adapting) -> Answer:
-    """Show what inject would do: every layer with rank and size, what is skipped and why."""
+def plan(model: str, building: Building, adapting: Adapting) -> Answer:
+    """The plan, as the library prints it."""
     planned = make_plan(build(model, building).model, **adapting.arguments())
     return Answer(plan_data(planned), [str(planned)])
 
