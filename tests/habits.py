@@ -94,7 +94,10 @@ HABITS: dict[str, list[Habit]] = {
         Habit("convlora.inject(net, init=True)", "TargetError", "it must be one of 'kaiming'", "convlora.inject(net)"),
         Habit("convlora.inject(net, 2, use_rslora=True, use_dora=True)", WORKS, "convlora.summary(net).use_dora"),
         Habit(
-            'convlora.inject(net, method="dora")', "TargetError", "one of 'lora'", "convlora.inject(net, use_dora=True)"
+            'convlora.inject(net, method="dora")',
+            "TargetError",
+            "has another name here: write use_dora=True",
+            "convlora.inject(net, use_dora=True)",
         ),
     ],
     "peft: which layers": [
@@ -246,7 +249,7 @@ HABITS: dict[str, list[Habit]] = {
         Habit(
             'convlora.load_adapter(net, "adapter", is_trainable=True)',
             "TypeError",
-            "unexpected keyword argument 'is_trainable'",
+            "'is_trainable'. Leave it out.",
             'convlora.load_adapter(net, "adapter")',
         ),
         Habit(
@@ -309,9 +312,7 @@ HABITS: dict[str, list[Habit]] = {
             "Its name here is method.",
             'convlora.inject(net, method="loha")',
         ),
-        Habit(
-            'convlora.inject(net, method="locon")', "TargetError", "it must be one of 'lora'", "convlora.inject(net)"
-        ),
+        Habit('convlora.inject(net, method="locon")', "TargetError", "write method='lora'", "convlora.inject(net)"),
         Habit(
             "convlora.inject(net, multiplier=0.5)",
             NO_NAME,
@@ -467,13 +468,13 @@ HABITS: dict[str, list[Habit]] = {
         Habit(
             'convlora.load_adapter(net, "adapter", map_location="cpu")',
             "TypeError",
-            "unexpected keyword argument 'map_location'",
+            "Leave it out: factors go where their layers are",
             'convlora.load_adapter(net, "adapter").to("cpu")',
         ),
         Habit(
             'convlora.load_adapter(net, "adapter", strict=False)',
             "TypeError",
-            "unexpected keyword argument 'strict'",
+            "Leave it out: every tensor must fit; head=False leaves the head out",
             'convlora.load_adapter(net, "adapter", head=False)',
         ),
     ],
@@ -536,11 +537,10 @@ HEAD = """\
 What users of other libraries write by habit, what happens then, and what to write here. `net` is a plain network with
 layers `conv1`, `bn1`, `layer1` (two blocks, each with `conv1` and `conv2`) and `fc`. `model` is such a network after
 `convlora.inject(net, rank=2)` and some training; the directory `adapter` holds its adapter, made on the base `net`. The
-tests run every row, and what it says to write. Where a call works, the third column is an expression that is true
-afterwards.
+tests run every row, and what it says to write. Where a call works, an expression follows that is true afterwards.
 
-Nothing wraps your network, so it has no methods of ours: `model.merge_and_unload()` is torch's own AttributeError. The
-call that you look for is a function, `convlora.…(model)`.
+Nothing wraps your network, so it has no methods of ours. Where nothing follows a call, it ends in torch's own
+AttributeError, and what you look for is a function, `convlora.…(model)`.
 """
 
 
@@ -550,23 +550,15 @@ def page() -> str:
     def code(text: str) -> str:
         return "<br>".join(f"`{line}`".replace("|", "\\|") for line in text.splitlines())
 
-    def said(habit: Habit) -> str:
-        return code(habit.says) if habit.happens == WORKS else habit.says.replace("`", "").replace("*", "\\*")
+    def done(habit: Habit) -> str:
+        says = code(habit.says) if habit.happens == WORKS else habit.says.replace("`", "").replace("*", "\\*")
+        torchs = habit.says.startswith("'Net' object has no attribute")
+        return code(habit.call) + ("" if torchs else f"<br>{habit.happens}: {says}")
 
     parts = [HEAD]
     for title, habits in HABITS.items():
-        rows = [f"| {code(h.call)} | {h.happens} | {said(h)} | {code(h.write)} |" for h in habits]
-        parts.append(
-            "\n".join(
-                [
-                    f"## {title}\n",
-                    "| by habit | happens | is said, or is true | write |",
-                    "|---|---|---|---|",
-                    *rows,
-                    "",
-                ]
-            )
-        )
+        rows = "\n".join(f"| {done(habit)} | {code(habit.write)} |" for habit in habits)
+        parts.append(f"## {title}\n\n| by habit, and what it says | write |\n|---|---|\n{rows}\n")
     return "\n".join(parts)
 
 

@@ -47,7 +47,7 @@ def check_fits(
             f"{manifest.file}: {len(near)} tensors of the base differ from those at training by rounding alone (the "
             f"first: {plain(near[0])}), as where an average of the model was saved, which rounds the frozen base anew. "
             "The adapter predicts as then up to that rounding.",
-            stacklevel=4,
+            stacklevel=5,  # past the wrapper of in_our_words
         )
 
 

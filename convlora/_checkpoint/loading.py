@@ -16,7 +16,7 @@ from .._layer.computed import weight_shape
 from .._layer.places import BASE
 from .._model.inject import applied
 from .._model.keys import own_keys, places_of, tensors_as
-from .._model.options import check_name
+from .._model.options import check_name, in_our_words
 from .._model.state import activate, check_addable, root_of, the_adapter, the_injection
 from .._model.targets import dotted
 from .._plan import Plan
@@ -34,6 +34,7 @@ from .peft_methods import MAGNITUDE
 M = TypeVar("M", bound=nn.Module)
 
 
+@in_our_words
 def load_adapter(
     model: M,
     directory: str | os.PathLike[str],

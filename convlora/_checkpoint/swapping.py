@@ -19,6 +19,7 @@ from .._methods.padded import PaddedLoRA
 from .._model.hotswap import check_prepared, rank_in_file
 from .._model.inject import recorded
 from .._model.keys import own_keys, places_of
+from .._model.options import in_our_words
 from .._model.state import (
     Adapter,
     Injection,
@@ -45,6 +46,7 @@ _REMEMBERED: WeakKeyDictionary[nn.Module, Remembered] = WeakKeyDictionary()
 """Digests of the bases of models whose adapters are swapped: to read a base takes longer than all else."""
 
 
+@in_our_words
 def hotswap_adapter(
     model: M,
     directory: str | os.PathLike[str],

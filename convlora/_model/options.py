@@ -124,6 +124,8 @@ class Request:
             raise TargetError(
                 f"init_data={self.init_data!r}; it must be batches: a DataLoader or a list, say. Nothing was changed."
             )
+        if option := NO_METHODS.get(str(self.method)):
+            raise TargetError(f"method={self.method!r} has another name here: write {option}. Nothing was changed.")
         check_among(named_methods(), self.method, "method")
         method_for(self.method, self.beginning)
         check_options(self.method, self.method_options or {})
@@ -159,6 +161,9 @@ class Request:
         return float(2 * rank if self.alpha is None else self.alpha)
 
 
+NO_METHODS = {"dora": "use_dora=True", "rslora": "use_rslora=True", "pissa": "init='pissa'", "locon": "method='lora'"}
+"""Names that are methods elsewhere, and what to write for them here."""
+
 THEIRS = {
     **dict.fromkeys(
         ("r", "lora_r", "lora_rank", "lora_dim", "network_dim", "dim", "conv_dim"), "Its name here is rank."
@@ -171,11 +176,15 @@ THEIRS = {
     **dict.fromkeys(("config", "peft_config"), "Give the options themselves: rank=8, say."),
     **dict.fromkeys(("block_size", "factor"), "Options of a method go into method_options={...}."),
     **dict.fromkeys(("freeze_bn", "train_bn"), "Write norm='freeze' or norm='track'."),
-    **dict.fromkeys(("device", "dtype"), "Leave it out: factors go where their layers are; move the model."),
+    **dict.fromkeys(
+        ("device", "dtype", "map_location", "torch_device"),
+        "Leave it out: factors go where their layers are; move the model.",
+    ),
     **dict.fromkeys(("num_classes", "pretrained"), "Build the network with it, then inject."),
     "multiplier": "Write convlora.set_scale(model, name, scale) afterwards.",
     **dict.fromkeys(("peft_type", "algo"), "Its name here is method."),
-    **dict.fromkeys(("task_type", "inference_mode", "fan_in_fan_out"), "Leave it out."),
+    **dict.fromkeys(("task_type", "inference_mode", "fan_in_fan_out", "is_trainable"), "Leave it out."),
+    "strict": "Leave it out: every tensor must fit; head=False leaves the head out.",
     "bias": "Leave it out: biases are frozen, as with peft's bias='none', but for those of modules_to_save.",
     "lr": "A learning rate belongs to the optimizer: convlora.parameter_groups(model, lr=...).",
 }
