@@ -324,7 +324,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     ...     reference = model(images)
 
     Norm layers are frozen inside, in train mode too, and other buffers are copies: no forward in the block moves the
-    base. It holds for every thread, until the last of the blocks that are open is left. Without ``with`` nothing happens.
+    base. It holds for every thread, until the last of the blocks that are open is left. Nothing happens without
+    ``with``.
 
     Raises:
         StateError: there is no adapter, or it is merged; call convlora.unmerge(model) first.
