@@ -22,7 +22,7 @@ from examples.histopathology.data.layout import SPLITS
 from examples.histopathology.data.stain import Floats, intensity
 from examples.histopathology.making import hospitals
 from examples.histopathology.making.hospitals import PUBLISHED, Slide, choose_slide
-from examples.histopathology.making.standin import render_patch
+from examples.histopathology.making.synthetic import render_patch
 from examples.histopathology.making.tissue import Tissue, without_margin
 
 PATCHES = 500

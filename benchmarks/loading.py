@@ -8,7 +8,7 @@ The other way of reading is the one of public notebooks: `h5py.File` opened, ind
 other load on the machine falls on both. The file is in the page cache after the first, uncounted round: this
 measures the reader, not the disk.
 
-``--generate`` times `standin.make_standin` as it is called, files included, with each number of processes, in
+``--generate`` times `synthetic.make_synthetic` as it is called, files included, with each number of processes, in
 alternating rounds, and prints each as a ratio to the first; CPU time a patch, because that hardly depends on
 what else the machine does.
 """
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from examples.histopathology.data.dataset import HistoDataset, find_splits
-from examples.histopathology.making.standin import make_standin
+from examples.histopathology.making.synthetic import make_synthetic
 from examples.histopathology.making.writing import SplitWriter
 
 BATCH = 32
@@ -101,7 +101,7 @@ def make_patches(patches: int, processes: int) -> tuple[float, float]:
     sizes = {"train": patches, "val": 1, "test": 1}
     with tempfile.TemporaryDirectory() as folder:
         start, busy = time.perf_counter(), cpu_seconds()
-        make_standin(folder, sizes, dtype="uint8", processes=processes)
+        make_synthetic(folder, sizes, dtype="uint8", processes=processes)
         count = sum(sizes.values())
         return count / (time.perf_counter() - start), 1000 * (cpu_seconds() - busy) / count
 

@@ -1,4 +1,4 @@
-"""The arms: each makes a pretrained network ready, and says what training may change in it."""
+"""The methods that are compared: each prepares a pretrained network for training."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from convlora._model.targets import modules_of
 
 FULL = "full"
 EVERYWHERE, ALL_IMAGES, FIRST_ALONE = 3, 2, 1
-"""Where an arm is run: on every task of both backbones; with all images, on both; with all images, on the first."""
+"""Where a method is run: on every task of both backbones; with all images, on both; with all images, on the first."""
 LEAN = {"freeze_A": True, "mask_activations": True}
 Batches = Sequence[tuple[Tensor, Tensor]]
-"""Images as the network takes them, and labels."""
+"""Normalised images, and labels."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of adapting, by name; ``build`` changes a fresh network and returns the one to train.
+    """A method with its name; ``build`` changes a fresh network and returns the one to train.
 
-    It is given the first batches of the training too, which most have no use for.
+    ``build`` also gets the first batches of the training, which most methods ignore.
     """
 
     name: str
     what: str
     build: Callable[[nn.Module, Batches], nn.Module]
     tracks: bool = False
-    """Whether statistics of norms move in training."""
+    """Whether norm statistics move in training."""
     is_adapter: bool = False
-    """Whether convlora's merge, save and load can be asked of it."""
+    """Whether convlora can merge, save and load the result."""
     where: int = EVERYWHERE
     ratio: float = 1.0
-    """How many times the learning rate of all else B has: LoRA+."""
+    """The learning rate of B over that of all other parameters: LoRA+."""
 
 
 def _full(model: nn.Module, _: Batches) -> nn.Module:
@@ -76,7 +76,7 @@ def _late(model: nn.Module, _: Batches, rank: int) -> nn.Module:
 
 
 def _by_gradient(model: nn.Module, batches: Batches, budget: str) -> nn.Module:
-    """Ranks by the loss's gradient, behind a head that has seen the batches: a fresh one knows nothing of the task."""
+    """Choose ranks by the loss's gradient, after a short training of the head, since a fresh head is random."""
     fresh = copy.deepcopy(model.state_dict())
     train_only(model, *heads(model))
     model.eval()
@@ -86,7 +86,7 @@ def _by_gradient(model: nn.Module, batches: Batches, budget: str) -> nn.Module:
         torch.autograd.backward(F.cross_entropy(model(x), y))
         optimizer.step()
     scores = convlora.sensitivity(model, batches, lambda network, batch: F.cross_entropy(network(batch[0]), batch[1]))
-    model.load_state_dict(fresh)  # trained from there, as in every other arm
+    model.load_state_dict(fresh)  # trained from there, as in every other method
     return convlora.inject(model.requires_grad_(True), budget=budget, importance=scores)
 
 
@@ -115,7 +115,7 @@ _ALL = (
     _adapter("lora-8", "inject(model, rank=8)", rank=8),
     _adapter(
         "lora-16-capped",
-        "rank 16, and no layer its whole difference",
+        'rank 16, no layer with method="dense"',
         FIRST_ALONE,
         rank=16,
         method_pattern={"*": "lora"},
@@ -123,14 +123,14 @@ _ALL = (
     *(
         _adapter(
             f"lora-8-plus-{ratio}",
-            f"rank 8, parameter_groups: {ratio} times the rate for B",
+            f"rank 8, {ratio} times the learning rate for B",
             ALL_IMAGES,
             ratio=ratio,
             rank=8,
         )
         for ratio in (4, 16)
     ),
-    _adapter("hira-8-plus-16", 'the same with method="hira"', ALL_IMAGES, ratio=16, rank=8, method="hira"),
+    _adapter("hira-8-plus-16", 'the same, method="hira"', ALL_IMAGES, ratio=16, rank=8, method="hira"),
     _adapter("lora-16", "inject(model, rank=16)", FIRST_ALONE, rank=16),
     _adapter("lora-32", "inject(model, rank=32)", ALL_IMAGES, rank=32),
     _adapter("lora-8-track", 'rank 8, norm="track"', ALL_IMAGES, tracks=True, rank=8, norm="track"),
@@ -161,9 +161,9 @@ _ALL = (
         for method in ("loha", "lokr", "hira", "oft", "boft", "hra")
     ),
     *(_adapter(method, f'method="{method}"', ALL_IMAGES, method=method) for method in ("ia3", "ssf", "dense")),
-    _adapter("eva-8", "rank 8, init_data: A from the first batches of the training", rank=8, init="eva"),
+    _adapter("eva-8", "rank 8, init_data", rank=8, init="eva"),
     _adapter("lean-8", "rank 8, init_data, freeze_A, mask_activations", rank=8, init="eva", **LEAN),
-    _adapter("lean-16", "the same with rank 16", rank=16, init="eva", **LEAN),
+    _adapter("lean-16", "the same, rank 16", rank=16, init="eva", **LEAN),
     _adapter("lora-8-freeze-a", "rank 8, freeze_A", rank=8, freeze_A=True),
     _adapter("gaussian-8-freeze-a", 'rank 8, init="gaussian", freeze_A', rank=8, init="gaussian", freeze_A=True),
     _adapter("orthogonal-8-freeze-a", 'rank 8, init="orthogonal", freeze_A', rank=8, init="orthogonal", freeze_A=True),
@@ -172,14 +172,14 @@ _ALL = (
     _adapter("budget-2%", 'ranks as equal as budget="2%" allows', ALL_IMAGES, budget="2%"),
     Arm(
         "budget-2%-gradient",
-        'budget="2%", importance from sensitivity on eight batches, behind a head that saw them three times',
+        'budget="2%", importance by sensitivity on eight batches, with a head trained on them',
         partial(_by_gradient, budget="2%"),
         is_adapter=True,
         where=FIRST_ALONE,
     ),
     Arm(
         "lora-8-norms",
-        "rank 8, and norms trained in full",
+        "rank 8, norms trained in full",
         partial(_lora_and_norms, rank=8),
         tracks=True,
         is_adapter=True,
@@ -191,4 +191,4 @@ _ALL = (
 )
 ARMS = {arm.name: arm for arm in _ALL}
 QUICK = ("probe", "norms", "lora-8", FULL)
-"""The arms of a quick run."""
+"""The methods of a quick run."""

@@ -1,7 +1,7 @@
-"""Tables, a chart, and docs/accuracy.md, all from the results; no figure is written by hand.
+"""Write tables, a chart and docs/accuracy.md from the results; no figure is written by hand.
 
-The page's rows stand in a file beside it. A row that is measured anew replaces the one there, and the others stay: a
-new arm costs its own trainings alone.
+The page's rows are kept in a file beside it. A row that is measured again replaces the earlier one, so a new method
+costs its own trainings alone.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ TITLE = """# The accuracy benchmark
 <!-- Written by `python -m benchmarks.accuracy --report`; change a figure by measuring again. -->"""
 METHOD = """## How it is measured
 
-Real pretrained weights, real labelled images: scikit-learn's digits, upsampled; 600 to train on, 200 to choose the
-learning rate by, 997 to test. Every method sees the same batches with the same augmentation, the same number of steps
-(AdamW, warm-up, cosine) and the same sweep of learning rates. The sweep goes on by the same factor, twice at most,
-while its best rate is the highest or lowest tried. The rate with the best validation accuracy at the first seed is
-then used for all seeds.
+scikit-learn's digits, upsampled: 600 to train on, 200 to choose the learning rate by, 997 to test. Every method sees
+the same batches with the same augmentation, the same number of steps (AdamW, warm-up, cosine) and the same sweep of
+learning rates, which is extended by the same factor, twice at most, while its best rate is the highest or lowest tried.
+The rate with the best validation accuracy at the first seed is used for all seeds.
 
 `lite0` is EfficientNet-Lite0 with its ImageNet weights. `scratch` is a small ResNet trained here on the digits 0 to 4
 and adapted to 5 to 9. It was trained twice; `lora-8`, `eva`, `lean`, `freeze-a`, `plus` and the other methods use the
@@ -41,16 +40,16 @@ later one. `few-N` trains on N images of each class. The shifts (inverted, colou
 
 - *accuracy*: mean over seeds ± standard deviation, in per cent.
 - *train*: trainable parameters, as a share of the network's.
-- *s*: processor seconds of all training steps, the least of the seeds. The probe's exclude the frozen network's
-  forward, which runs once for all its learning rates. The rows come from several days and from busy machines: compare
-  times in [performance](performance.md).
-- *saved*: what autograd keeps for a batch of 32. *file*: what is stored.
+- *saved*: bytes that autograd keeps for a batch of 32. *file*: bytes stored.
+
+Times are compared in [performance](performance.md): these rows come from several days and from busy machines. Their
+processor seconds are in [accuracy.jsonl](accuracy.jsonl).
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """An arm on a task, over seeds; accuracies are shares, seconds of processor time, sizes bytes."""
+    """A method on a task, over seeds; accuracies are shares, times are processor seconds, sizes are bytes."""
 
     backbone: str
     task: str
@@ -61,24 +60,24 @@ class Row:
     spread: float
     shifted: dict[str, float]
     share: float
-    """Trainable, of the network's parameters."""
+    """The trainable share of the network's parameters."""
     seconds: float
     saved: int
     file: int
     trainings: int
-    """The sweep's and the seeds'."""
+    """The number of trainings in the sweep and of the seeds."""
     reloads: int
-    """Trainings that gave the same bits when saved and loaded again."""
+    """The number of trainings that gave the same bits when saved and loaded again."""
     merges: int
-    """Trainings that were merged and compared."""
+    """The number of trainings that were merged and compared."""
     faults: list[str]
     threads: int
     torch: str
-    """Its version."""
+    """torch's version."""
 
     @classmethod
     def of(cls, chosen: Sequence[Outcome], every: Sequence[Outcome]) -> Row:
-        """Of an arm's outcomes at the chosen learning rate, the first seed's first, and of those at every rate."""
+        """A row from a method's outcomes at the chosen learning rate, the first seed's first, and at every rate."""
         first, tests = chosen[0], [o.test for o in chosen]
         return cls(
             first.key.backbone,
@@ -90,7 +89,7 @@ class Row:
             statistics.stdev(tests) if len(tests) > 1 else 0.0,
             {name: statistics.mean(o.shifted[name] for o in chosen) for name in SHIFTS},
             first.share,
-            min(o.seconds for o in chosen),  # what else ran then only adds
+            min(o.seconds for o in chosen),  # other work on the machine can only add
             first.saved,
             first.file,
             len(every),
@@ -103,7 +102,7 @@ class Row:
 
 
 def rows_of(outcomes: list[Outcome]) -> list[Row]:
-    """One for each backbone, task and arm that was available."""
+    """One row for each backbone, task and method that was available."""
     chosen, every = (_by_arm(found) for found in (reported(outcomes), outcomes))
     return [Row.of(sorted(found, key=lambda o: o.key.seed), every[name]) for name, found in chosen.items()]
 
@@ -116,14 +115,14 @@ def _by_arm(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, str], list[Outc
 
 
 def kept(path: Path) -> list[Row]:
-    """Rows of a file that :func:`keep` wrote; none where it is not there."""
+    """Rows of a file that :func:`keep` wrote; none if there is no file."""
     if not path.is_file():
         return []
     return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def keep(path: Path, rows: Iterable[Row]) -> list[Row]:
-    """Put rows into the file, each in the place of one of the same name that has no more seeds. Returns all."""
+    """Write rows into the file; each replaces a row of the same name that has no more seeds. Returns all rows."""
     together: dict[tuple[str, str, str], Row] = {}
     for row in [*kept(path), *rows]:
         name = (row.backbone, row.task, row.arm)
@@ -134,14 +133,14 @@ def keep(path: Path, rows: Iterable[Row]) -> list[Row]:
 
 
 def by_task(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows in the arms' order, for each backbone and task."""
+    """Rows in the methods' order, for each backbone and task."""
     groups: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row in sorted(rows, key=lambda row: (row.backbone, row.task != "all", len(row.task), row.task)):
         groups[row.backbone, row.task][row.arm] = row
     return {key: [found[arm] for arm in ARMS if arm in found] for key, found in groups.items()}
 
 
-HEAD = ("arm", "accuracy", *SHIFTS, "lr", "train %", "s", "saved MB", "file MB")
+HEAD = ("method", "accuracy", *SHIFTS, "lr", "train %", "saved MB", "file MB")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -152,14 +151,13 @@ def cells(row: Row) -> tuple[str, ...]:
         *(f"{100 * row.shifted[name]:.1f}" for name in SHIFTS),
         f"{row.lr:g}",
         figure(100 * row.share),
-        figure(row.seconds),
         megabytes(row.saved),
         f"{row.file / 1e6:.2f}",
     )
 
 
 def tables(rows: Iterable[Row]) -> str:
-    """Every task's table."""
+    """The tables of all tasks."""
     parts = []
     for (backbone, task), found in by_task(rows).items():
         table = folded("Table", [as_markdown([HEAD, *map(cells, found)])])
@@ -168,20 +166,21 @@ def tables(rows: Iterable[Row]) -> str:
 
 
 def not_measured(outcomes: Iterable[Outcome]) -> list[str]:
-    """A paragraph of the arms that are not available here, and why; nothing where all are."""
+    """A paragraph on methods that are not available here, and why; nothing if all are."""
     missing = sorted({f"{o.key.arm}: {o.unavailable}" for o in outcomes if o.unavailable})
     return ["Not measured:\n\n" + "\n".join(f"- {line}" for line in missing)] if missing else []
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """Where full fine-tuning or a smaller arm beats the default, in words; nothing where the arms are not there."""
+    """A sentence on full fine-tuning or smaller methods that beat the default; nothing without these methods."""
     by_name = {row.arm: row for row in rows}
     default, best = by_name.get("lora-8"), max(rows, key=lambda row: row.mean)
     if default is None:
         return []
-    off = 100 * (best.mean - default.mean)
-    words = [f"Best: {best.arm}, {100 * best.mean:.1f} %. `inject(model)` (lora-8) is {off:.1f} points below it."]
-    smaller = 0.99 * default.share  # rows of another day are rounded otherwise
+    off = f"{100 * (best.mean - default.mean):.1f} points below it"
+    words = [f"Best: {best.arm}, {100 * best.mean:.1f} %."]
+    words += [f"`inject(model)` (lora-8) is {off}."] if best is not default else []
+    smaller = 0.99 * default.share  # rows of another day may be rounded differently
     losing = [row.arm for row in rows if row.share < smaller and row.mean > default.mean]
     words += [f"Smaller and better than lora-8: {', '.join(losing)}."] if losing else []
     full = by_name.get(FULL)
@@ -204,11 +203,11 @@ CHARTED = (
     ("full-freeze", "full, norms fixed"),
     (FULL, "full fine-tuning"),
 )
-"""Arms that the chart shows, with their labels; the others are in the tables alone."""
+"""Methods that the chart shows, with their labels; the others are only in the tables."""
 
 
 def result(rows: Sequence[Row]) -> list[str]:
-    """The page's first sentence; nothing where one of the arms it compares was not measured."""
+    """The page's first sentence; nothing if one of the methods in it was not measured."""
     found = {row.arm: f"{100 * row.mean:.1f} %" for row in rows}
     if not {"lora-8", "lean-16", "probe", "full-freeze", FULL} <= found.keys():
         return []
@@ -220,7 +219,7 @@ def result(rows: Sequence[Row]) -> list[str]:
 
 
 def draw(groups: dict[tuple[str, str], list[Row]], path: Path) -> None:
-    """Accuracy, trained share and memory of the arms that matter most, on the pretrained network, as an SVG file."""
+    """Draw accuracy, trained share and memory of the main methods on the pretrained network as an SVG file."""
     found = {row.arm: row for row in next(iter(groups.values()))}
     shown = [(found[arm], label) for arm, label in CHARTED if arm in found]
     rows, labels = [row for row, _ in shown], [label for _, label in shown]
@@ -238,7 +237,7 @@ def draw(groups: dict[tuple[str, str], list[Row]], path: Path) -> None:
 
 
 def page(outcomes: list[Outcome], path: Path) -> str:
-    """The page; its picture and its rows go beside it."""
+    """The page; its picture and its rows are written beside it."""
     rows = keep(path.with_suffix(".jsonl"), rows_of(outcomes))
     draw(by_task(rows), path.with_suffix(".svg"))
     threads, versions = (
@@ -265,8 +264,8 @@ def page(outcomes: list[Outcome], path: Path) -> str:
 
 
 AGAIN = """\
-Again, all of it, or one arm alone. A new arm is one line in `benchmarks/accuracy/arms.py`.
-The other arms keep their rows, in `accuracy.jsonl`.
+To repeat all of it, or one method alone (the other rows are kept in `accuracy.jsonl`; a new method is one line in
+`benchmarks/accuracy/arms.py`):
 
 ```bash
 python -m benchmarks.accuracy && python -m benchmarks.accuracy --report
@@ -276,7 +275,7 @@ python -m benchmarks.accuracy --arms eva-8 && python -m benchmarks.accuracy --re
 
 
 def line(outcome: Outcome) -> str:
-    """Progress."""
+    """A line of progress."""
     key = outcome.key
     what = outcome.unavailable or f"validation {outcome.validation:.3f} test {outcome.test:.3f} {outcome.seconds:.0f} s"
     return f"{key.backbone} {key.task} {key.arm} lr {key.lr:g} seed {key.seed}: {what} {outcome.checked}"

@@ -1,4 +1,4 @@
-"""The arms by name, in the order of the tables."""
+"""The methods that are compared, by name, in the order of the tables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from . import peers, subjects
 from .subjects import Arm
 
 FULL, BASE = "full", "base"
-"""What the ratios of training and of inference refer to."""
+"""The references of the ratios of training and of inference."""
 FULL_CONSTANT = "full-freeze"
-"""The fair reference of the arms that hold norm statistics constant."""
+"""The fair reference of methods with constant norm statistics."""
 
 CHOSEN = ("dense", "loha", "lokr", "hira", "ia3", "ssf", "oft", "boft", "hra")
-"""The methods besides LoRA."""
+"""convlora's methods other than LoRA."""
 
 
 def _of_method(method: str) -> Iterator[Arm]:
@@ -48,28 +48,32 @@ _TRAINING = (
         'convlora, freeze_A=True, mask_activations="bits"',
         subjects.adapted(freeze_A=True, mask_activations="bits"),
     ),
-    Arm("floor", "torch's own gradients to every layer and for none, norm statistics constant", subjects.floor()),
-    Arm("floor-track", "the same, norm statistics moving", subjects.floor("track")),
-    Arm("peft", "peft LoRA, as it is", peers.peft, "moving"),
+    Arm("lower-bound", "gradients to every layer and for no weight, norm statistics constant", subjects.lower_bound()),
+    Arm(
+        "lower-bound-track",
+        "gradients to every layer and for no weight, norm statistics moving",
+        subjects.lower_bound("track"),
+    ),
+    Arm("peft", "peft LoRA, default norms", peers.peft, "moving"),
     Arm("peft-freeze", "peft LoRA, norm statistics constant", peers.peft, "constant"),
-    Arm("loralib", "loralib Conv2d, as it is", peers.loralib, "moving"),
+    Arm("loralib", "loralib Conv2d, default norms", peers.loralib, "moving"),
     Arm("loralib-freeze", "loralib Conv2d, norm statistics constant", peers.loralib, "constant"),
-    Arm("lycoris", "LyCORIS LoCon, as it is", peers.lycoris, "moving"),
+    Arm("lycoris", "LyCORIS LoCon, default norms", peers.lycoris, "moving"),
     Arm("lycoris-freeze", "LyCORIS LoCon, norm statistics constant", peers.lycoris, "constant"),
 )
 _INFERENCE = (
     Arm(BASE, "the plain network", subjects.full),
-    Arm("base-again", "the same, built a second time: how far it is from 1 is noise", subjects.full),
+    Arm("base-again", "the plain network, built again: its distance from 1 is noise", subjects.full),
     Arm("merged", "convlora, merged", subjects.merged),
     Arm("unmerged", "convlora, unmerged: W + ΔW kept between forwards", subjects.unmerged),
-    Arm("not-kept", "convlora, unmerged, the kept weight dropped before each forward", subjects.not_kept),
+    Arm("not-kept", "convlora, unmerged: W + ΔW computed in each forward", subjects.not_kept),
     Arm("peft-merged", "peft, merged and unloaded", peers.peft_merged),
     Arm("peft-unmerged", "peft, unmerged", peers.peft_unmerged),
 )
 TRAINING = {arm.name: arm for arm in _TRAINING}
 METHODS = {arm.name: arm for name in ("lora", *CHOSEN) for arm in _of_method(name)}
-"""Each method, beside peft's and LyCORIS' own layers of it; only where they are asked for."""
+"""convlora's, peft's and LyCORIS' layers of each method; measured with ``--methods``."""
 ALL_TRAINING = TRAINING | METHODS
 INFERENCE = {arm.name: arm for arm in _INFERENCE}
 SWEPT = (FULL, FULL_CONSTANT, "convlora", "peft", "peft-freeze")
-"""The arms of a sweep."""
+"""The methods that a sweep measures."""

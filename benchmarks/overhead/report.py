@@ -1,12 +1,12 @@
-"""docs/performance.md from the JSON of runs: every figure in it is read, none is written by hand."""
+"""Write docs/performance.md from the JSON of runs; no figure is written by hand."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .arms import FULL, FULL_CONSTANT, METHODS
-from .runs import Run, Settings
+from .runs import Result, Run, Settings
 from .tables import (
     INFERENCE_HEAD,
     TRAINING_HEAD,
@@ -14,7 +14,6 @@ from .tables import (
     as_markdown,
     describe,
     inference_rows,
-    legend,
     machine,
     over_constant,
     sweep_rows,
@@ -26,33 +25,28 @@ TITLE = """# Time and memory
 <!-- Written by `python -m benchmarks.overhead --report` from measurements; to change a figure, measure again. -->"""
 METHOD = """## How it is measured
 
-Networks have random weights and images are random numbers: speed depends on neither. A training step is `zero_grad`,
-a forward in train mode, cross-entropy of two classes, a backward, and a step of AdamW. The methods take turns: each
-round runs every method once and begins with another one; the first round is not counted. A ratio compares two times
-of the same round. The tables give the median of the rounds and the quartiles. All methods run in one process, unless
-the heading says *apart*: then each has a process of its own.
+Weights and images are random: speed depends on neither. A training step is `zero_grad`, a forward in train mode,
+cross-entropy of two classes, a backward and a step of AdamW. Each round runs every method once and begins with another
+one; the first round is not counted. A ratio compares two times of the same round. The tables give the median of the
+rounds and the quartiles. All methods run in one process; under a heading with *apart* each has its own.
 
 - *time*: over full fine-tuning's; for a forward without gradients, over the plain network's.
-- *saved*: bytes that autograd keeps from the forward for the backward. Each storage counts once; the model's
-  parameters and buffers do not count.
-- *peak*: the most bytes of tensors at once in a step, or in a forward, beyond parameters, buffers and the optimizer's
-  state. On a CPU torch's profiler counts them, on a GPU the caching allocator. What libraries below torch allocate is
-  in neither.
-- *rest*: parameters and buffers. *optim*: the optimizer's state.
+- *saved*: bytes that autograd keeps for the backward, each storage once, without parameters and buffers.
+- *peak*: the most bytes of tensors at once, beyond parameters, buffers and the optimizer's state, by torch's profiler
+  (CPU) or caching allocator (GPU). Memory that libraries below torch allocate is not counted.
+- *weights*: parameters and buffers. *optim*: the optimizer's state.
 - *train*: trainable parameters, as a share of the base's.
-- *file*: what must be stored to have the trained model again, given the base. peft's files lack the running
-  statistics that moved.
+- *file*: bytes to store the trained model, given the base. peft's files lack the running statistics that moved.
 
-MB are millions of bytes. Running statistics move in full fine-tuning and in other libraries, as is their default; the
-`-freeze` rows hold them constant, as convlora does by default. A rank is not the same number of parameters in every
-library: loralib's factors for a k × k kernel have k times the rank, and convlora lowers a rank whose factors would
-have more parameters than the layer. A method that adapts fewer convolutions than another does less work; the lists
-say how many.
+MB are millions of bytes. By default running statistics move in full fine-tuning and in other libraries; the `-freeze`
+rows hold them constant, as convlora does. The same rank is not the same number of parameters in every library:
+loralib's factors for a k × k kernel have k times the rank, and convlora lowers a rank whose factors would have more
+parameters than the layer. A method that adapts fewer convolutions does less work.
 """
-CLOSING = """## This page again
+CLOSING = """## Reproducing this page
 
-Install with `pip install -e ".[benchmarks]"`, run the commands above with `--json FILE` on a machine that does nothing
-else, and write the page:
+Install with `pip install -e ".[benchmarks]"`, run the commands above with `--json FILE` on an idle machine, and write
+the page:
 
 ```bash
 python -m benchmarks.overhead --report FILE.json ... --plot docs/performance.svg > docs/performance.md
@@ -61,7 +55,7 @@ python -m benchmarks.overhead --report FILE.json ... --plot docs/performance.svg
 
 
 def command(s: Settings, threads: object, swept: str = "", values: Sequence[object] = ()) -> str:
-    """The command that measures this again."""
+    """The command that repeats this measurement."""
     options: dict[str, object] = {"model": s.model, "batch": s.batch, "size": s.size, "rank": s.rank}
     options.pop(swept, None)
     options |= {"rounds": s.rounds, "repeats": s.repeats, "device": s.device}
@@ -75,7 +69,7 @@ def command(s: Settings, threads: object, swept: str = "", values: Sequence[obje
 
 
 def _result(runs: Sequence[Run]) -> list[str]:
-    """The page's first sentence: the range of the ratios over all networks; nothing where convlora was not measured."""
+    """The page's first sentence, with the range of the ratios over all networks; nothing without convlora's figures."""
     ratios: dict[str, list[float]] = {"time": [], "saved": [], "forward": []}
     for run in runs:
         found = {r.arm: r for r in run.training + run.inference if not r.unavailable}
@@ -94,20 +88,38 @@ def _result(runs: Sequence[Run]) -> list[str]:
 
 
 def folded(heading: str, parts: Sequence[str]) -> list[str]:
-    """Parts that are shown when the reader opens them."""
+    """A folded block of the page."""
     return [f"<details markdown>\n<summary>{heading}</summary>", *parts, "</details>"]
 
 
-def _section(run: Run) -> list[str]:
-    parts = [f"{machine(run.environment)}."]
+def _adapted(results: Sequence[Result]) -> list[str]:
+    """How many convolutions the methods adapt, and which methods were not measured or left tensors unmoved."""
+    counts: dict[str, list[str]] = {}
+    for r in results:
+        if r.adapted:
+            counts.setdefault(f"{r.adapted} of {r.convolutions}", []).append(r.arm)
+    found = [count if len(counts) == 1 else f"{count} ({', '.join(names)})" for count, names in counts.items()]
+    lines = [f"Adapted convolutions: {', '.join(found)}."] if found else []
+    lines += [f"Not measured: {r.arm}, {r.unavailable}." for r in results if r.unavailable]
+    return lines + [f"{r.arm}: two steps did not move {r.stuck} trainable tensors." for r in results if r.stuck]
+
+
+def _rows(runs: Sequence[Run]) -> list[str]:
+    """The list of all methods on the page."""
+    names = {r.arm: r.what for run in runs for r in run.training + run.inference}
+    return folded("What each row is", [_bullets([f"{name}: {what}" for name, what in names.items()])])
+
+
+def _section(run: Run, machines: Collection[str]) -> list[str]:
+    parts = [f"{machine(run.environment)}."] if len(machines) > 1 else []
     if run.training:
         head = tuple(f"{name} {unit}".strip() for name, unit in zip(TRAINING_HEAD, TRAINING_UNITS, strict=True))
-        parts += ["A training step:", as_markdown([head, *training_rows(run.training)]), _bullets(legend(run.training))]
+        parts += ["A training step:", as_markdown([head, *training_rows(run.training)])]
         fair = over_constant(run.training, FULL_CONSTANT)
         parts += [f"Over full fine-tuning with constant norm statistics: {', '.join(fair)}."] if fair else []
     if run.inference:
         parts += ["A forward without gradients:", as_markdown([INFERENCE_HEAD, *inference_rows(run.inference)])]
-        parts += [_bullets(legend(run.inference))]
+    parts += _adapted(run.training + run.inference)
     flag = " --methods" if any(result.arm in METHODS for result in run.training) else ""
     parts.append(_again(command(run.settings, run.environment["threads"]) + flag))
     return [f"### {describe(run.settings)}", *folded("Tables", parts)]
@@ -121,7 +133,7 @@ def _sweep(runs: Sequence[Run]) -> list[str]:
         f"{describe(first.settings, first.sweep)}; {machine(first.environment)}.",
         "Time / bytes saved for the backward, both over full fine-tuning's:",
         as_markdown(sweep_rows(runs)),
-        _bullets(legend(first.training)),
+        *_adapted(first.training),
         _again(command(first.settings, first.environment["threads"], first.sweep, values)),
     ]
 
@@ -131,11 +143,11 @@ def _bullets(lines: Sequence[str]) -> str:
 
 
 def _again(line: str) -> str:
-    return f"Again:\n\n```bash\n{line}\n```"
+    return f"```bash\n{line}\n```"
 
 
 def markdown(measurements: Sequence[Sequence[Run]], picture: str = "") -> str:
-    """The whole page; each measurement is the runs of one file, in order. A picture is named as the page sees it."""
+    """The whole page; each measurement is the runs of one file, in order. ``picture`` is relative to the page."""
     plain = [run for runs in measurements for run in runs if not run.sweep]
     parts = [TITLE, *_result(plain)]
     parts += (
@@ -143,9 +155,11 @@ def markdown(measurements: Sequence[Sequence[Run]], picture: str = "") -> str:
         if picture
         else []
     )
-    parts += [METHOD.rstrip(), "## Every measurement"]
+    machines = {machine(run.environment): None for runs in measurements for run in runs}
+    parts += [METHOD.rstrip(), *([f"Machine: {next(iter(machines))}."] if len(machines) == 1 else [])]
+    parts.append("## Every measurement")
     for runs in measurements:
         for _, group in itertools.groupby(runs, key=lambda run: run.sweep):
             same = list(group)
-            parts += _sweep(same) if same[0].sweep else [part for run in same for part in _section(run)]
-    return "\n\n".join([*parts, CLOSING])
+            parts += _sweep(same) if same[0].sweep else [part for run in same for part in _section(run, machines)]
+    return "\n\n".join([*parts, *_rows([run for runs in measurements for run in runs]), CLOSING])

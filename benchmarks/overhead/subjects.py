@@ -1,4 +1,4 @@
-"""What is measured, this library's side: a base network made ready for each way of training or running it."""
+"""The measured networks of convlora and torch: a base prepared for each way of training or running it."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 class NotAvailable(Exception):
-    """A peer that is not installed, or that refuses what is asked; says why."""
+    """A peer is not installed, or refuses the network; the message says why."""
 
 
 @dataclass
 class Subject:
-    """A network made ready, its ``requires_grad`` flags set."""
+    """A prepared network with its ``requires_grad`` flags set."""
 
     model: nn.Module
     convolutions: int
-    """Convolutions in all."""
+    """The number of convolutions."""
     adapted: int = 0
-    """Convolutions with an adapter."""
+    """The number of convolutions with an adapter."""
     write: Callable[[Path], object] | None = None
-    """Writes the adapter into a folder as its library does; None: the tensors that moved are the file."""
+    """Writes the adapter into a folder as its library does; if None, the tensors that moved are the file."""
     before: Callable[[], object] | None = None
-    """What to do before each run, not timed."""
+    """Called before each run, without being timed."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way, by name."""
+    """A method that is compared, with its name."""
 
     name: str
     what: str
     build: Callable[[nn.Module, int], Subject]
-    """Makes a subject of a fresh base network and a rank."""
+    """Makes a subject from a fresh base network and a rank."""
     norms: Literal["moving", "constant", "own"] = "own"
-    """Whether statistics of norms move in training, are held constant, or are the library's own affair."""
+    """Whether norm statistics move in training, are held constant, or are left to the library."""
 
     def ready(self, subject: Subject) -> None:
-        """Put the subject in train mode, with norms as this arm has them."""
+        """Put the subject in train mode, with the method's norm statistics."""
         subject.model.train()
         if self.norms == "constant":
             for module in subject.model.modules():
@@ -64,10 +64,10 @@ class Arm:
 
 
 def make_base(name: str, classes: int = 2) -> nn.Module:
-    """A network with random weights: of timm, or ``torchvision:NAME``.
+    """A network of timm, or ``torchvision:NAME``, with random weights.
 
-    Norms that begin with a scale of zero get a small one, as trained networks have: behind a zero no gradient is other
-    than zero.
+    Norms whose scale starts at zero get a small one, as trained networks have: behind a scale of zero all gradients are
+    zero.
     """
     torch.manual_seed(0)
     model: nn.Module
@@ -89,7 +89,7 @@ def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """The modules that every adapter arm trains in full."""
+    """The modules that every adapter trains in full."""
     return convlora.plan(model, 1).modules_to_save
 
 
@@ -106,7 +106,7 @@ def train_only(model: nn.Module, *modules: nn.Module) -> None:
 
 
 def full(model: nn.Module, rank: int) -> Subject:
-    """Everything is trained."""
+    """Full fine-tuning."""
     return Subject(model.requires_grad_(True), len(convolutions(model)))
 
 
@@ -123,7 +123,7 @@ def norms_and_head(model: nn.Module, rank: int) -> Subject:
 
 
 def adapted(**options: Unpack[Options]) -> Callable[[nn.Module, int], Subject]:
-    """This library, as asked; the options are those of :func:`convlora.inject`."""
+    """convlora's adapter with these options of :func:`convlora.inject`."""
 
     def build(model: nn.Module, rank: int) -> Subject:
         count = len(convolutions(model))
@@ -134,10 +134,10 @@ def adapted(**options: Unpack[Options]) -> Callable[[nn.Module, int], Subject]:
     return build
 
 
-def floor(norm: NormPolicy = "freeze") -> Callable[[nn.Module, int], Subject]:
-    """What every way of training each layer pays: the gradient goes back to the first convolution's output.
+def lower_bound(norm: NormPolicy = "freeze") -> Callable[[nn.Module, int], Subject]:
+    """The least that any adapter of all layers costs: the gradient goes back to the first convolution's output.
 
-    The head alone is trained, on the base's own convolutions; norms are as this library has them.
+    Only the head trains; convolutions are the base's own, and norms are as in convlora.
     """
 
     def build(model: nn.Module, rank: int) -> Subject:
@@ -150,7 +150,7 @@ def floor(norm: NormPolicy = "freeze") -> Callable[[nn.Module, int], Subject]:
 
 
 def unmerged(model: nn.Module, rank: int) -> Subject:
-    """This library's adapter beside the base, with factors that change something."""
+    """convlora's adapter, unmerged, with factors that are not zero."""
     subject = adapted()(model, rank)
     for parameter in convlora.adapter_parameters(model):
         nn.init.normal_(parameter, std=1e-2)
@@ -158,14 +158,14 @@ def unmerged(model: nn.Module, rank: int) -> Subject:
 
 
 def merged(model: nn.Module, rank: int) -> Subject:
-    """The same, folded into plain weights."""
+    """convlora's adapter, merged into plain weights."""
     subject = unmerged(model, rank)
     convlora.merge(model)
     return subject
 
 
 def not_kept(model: nn.Module, rank: int) -> Subject:
-    """Unmerged, every layer's kept weight dropped before each run, so that each run computes W + ΔW."""
+    """convlora's adapter, unmerged; the kept weights are dropped before each run, so that each run computes W + ΔW."""
     subject = unmerged(model, rank)
     layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
 

@@ -1,4 +1,4 @@
-"""Rows of figures from runs, and rows as text for a terminal or as Markdown."""
+"""Table rows from runs, and tables as text for a terminal or as Markdown."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .runs import Result, Run, Settings
 
 Row = tuple[str, ...]
 
-TRAINING_HEAD = ("arm", "time", "quartiles", "ms", "saved", "peak", "rest", "optim", "train", "file")
+TRAINING_HEAD = ("method", "time", "quartiles", "ms", "saved", "peak", "weights", "optim", "train", "file")
 TRAINING_UNITS = ("", "×", "×", "", "MB", "MB", "MB", "MB", "%", "MB")
-INFERENCE_HEAD = ("arm", "time ×", "quartiles ×", "ms", "peak MB")
+INFERENCE_HEAD = ("method", "time ×", "quartiles ×", "ms", "peak MB")
 
 
 def figure(value: float) -> str:
-    """Three digits, without an exponent."""
+    """Format a number with three digits, without an exponent."""
     if value >= 99.95:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def megabytes(count: int) -> str:
-    """Bytes in MB of a million."""
+    """Format bytes in millions of bytes."""
     return figure(count / 1e6)
 
 
@@ -35,7 +35,7 @@ def _times(result: Result) -> Row:
 
 
 def training_rows(results: Sequence[Result]) -> list[Row]:
-    """One row an arm that could be measured, in the columns of :data:`TRAINING_HEAD`."""
+    """One row for each method that was measured, in the columns of :data:`TRAINING_HEAD`."""
     return [
         (
             r.arm,
@@ -50,12 +50,12 @@ def training_rows(results: Sequence[Result]) -> list[Row]:
 
 
 def inference_rows(results: Sequence[Result]) -> list[Row]:
-    """One row an arm that could be measured, in the columns of :data:`INFERENCE_HEAD`."""
+    """One row for each method that was measured, in the columns of :data:`INFERENCE_HEAD`."""
     return [(r.arm, *_times(r), megabytes(r.peak)) for r in results if not r.unavailable]
 
 
 def sweep_rows(runs: Sequence[Run]) -> list[Row]:
-    """A heading, then one row a value of what is swept; time / saved bytes, both over full fine-tuning's."""
+    """A heading, then one row for each value of the sweep: time / saved bytes, both over full fine-tuning's."""
     names = [r.arm for r in runs[0].training if r.arm != FULL and not r.unavailable]
     rows: list[Row] = [(runs[0].sweep, *names)]
     for run in runs:
@@ -70,13 +70,13 @@ def _time_and_saved(result: Result, full: Result) -> str:
 
 
 def over_constant(results: Sequence[Result], constant: str) -> list[str]:
-    """For each arm that holds norm statistics constant, its time over full fine-tuning's that does so too."""
+    """The times of methods with constant norm statistics, over full fine-tuning's with constant ones."""
     fair = [r for r in results if r.arm != constant and (r.arm.endswith("-freeze") or r.arm == "convlora")]
     return [f"{r.arm} {Quartiles.of(r.other_ratios[constant]).median:.2f}" for r in fair if constant in r.other_ratios]
 
 
 def legend(results: Sequence[Result]) -> list[str]:
-    """A line for each arm: what it is, how many convolutions it adapts, or why it is not there."""
+    """A line for each method: what it is, how many convolutions it adapts, or why it was not measured."""
     return [f"{r.arm}: {'; '.join(_facts(r))}" for r in results]
 
 
@@ -92,7 +92,7 @@ def _facts(r: Result) -> list[str]:
 
 
 def describe(s: Settings, swept: str = "") -> str:
-    """The settings in one line, but for what is swept."""
+    """The settings in one line, except the swept one."""
     parts = {
         "model": s.model,
         "batch": f"batch {s.batch}",
@@ -107,7 +107,7 @@ def describe(s: Settings, swept: str = "") -> str:
 
 
 def machine(environment: dict[str, object]) -> str:
-    """The machine's kind and the versions in one line."""
+    """The kind of machine and the versions in one line."""
     e = environment
     threads = f"{e['threads']} thread{'' if e['threads'] == 1 else 's'}"
     kind = f"CUDA {e['cuda']}" if e["cuda"] else f"{e['vectors']}, {threads}"
@@ -116,7 +116,7 @@ def machine(environment: dict[str, object]) -> str:
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """Columns aligned for a terminal."""
+    """A table with aligned columns for a terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:
@@ -132,12 +132,12 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def wrapped(lines: Sequence[str]) -> str:
-    """Lines broken to 80 columns, what follows a break indented."""
+    """Wrap lines at 80 columns, with continuation lines indented."""
     return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
 def run_as_text(run: Run) -> str:
-    """Everything of one run for a terminal of 80 columns, ratios first."""
+    """All results of one run for a terminal of 80 columns, ratios first."""
     parts = [wrapped([describe(run.settings)]), wrapped([machine(run.environment)])]
     if run.training:
         rows = [TRAINING_HEAD, TRAINING_UNITS, *training_rows(run.training)]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m examples.histopathology`` runs everything; sub-commands run its parts.
+"""The command line: ``python -m examples.histopathology`` runs the whole example; sub-commands run its parts.
 
 Every option is checked before any work begins. A user's mistake is one line on stderr and exit status 1.
 """
@@ -28,7 +28,7 @@ from .data.packing import pack
 from .data.tiles import find_tiles
 from .errors import ExampleError
 from .files import write_text
-from .making import slides, standin
+from .making import slides, synthetic
 from .methods.ablation import variants
 from .methods.catalogue import find_methods, names
 from .methods.method import MODIFIERS, Method, modified
@@ -46,7 +46,7 @@ from .training.recipe import Recipe, accuracy, default_workers, pick_device
 SMALL_SIZES = {"train": 960, "val": 320, "test": 320}
 FULL_SIZES = {"train": 100_000, "val": 34_904, "test": 85_054}  # the challenge's own
 FULL_RECIPE = {"epochs": 50, "image_size": 224, "lr": 1e-4}  # the report's
-MANY_SIZE = 64  # pixels where dozens of trainings are to end within the hour
+MANY_SIZE = 64  # pixels, so that dozens of trainings end within the hour
 SWEEP, SWEEP_FULL = [3e-4, 1e-3, 3e-3], [1e-4, 3e-4, 1e-3]  # the small run takes under 200 steps
 MINIMUMS = {
     "rank": 1,
@@ -59,12 +59,12 @@ MINIMUMS = {
     "seeds": 1,
 }
 
-# By the ``source`` that a made file carries.
+# Caveats by the attribute ``source`` of a data file that the example made.
 CAVEATS = {
-    standin.SOURCE: "Synthetic stand-in, drawn by a program: these figures show that the pipeline works. They are "
-    "no evidence about Camelyon17, about tumours, or about which method is better on real tissue.",
+    synthetic.SOURCE: "Synthetic data set, drawn by a program: these figures show that the pipeline works. They are no "
+    "evidence about Camelyon17, about tumours, or about which method is better on real tissue.",
     slides.SOURCE: "Patches cut from a few pictures: label 1 means more haematoxylin than the slide's median and "
-    "says nothing about tumours. Patches overlap, so chance moves the figures more than their number suggests.",
+    "says nothing about tumours. Patches overlap, so the figures are less certain than the number of patches suggests.",
 }
 
 console = Console(quiet=not is_first_process())
@@ -73,77 +73,78 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 MethodsOption = Annotated[
     str,
     typer.Option(
-        "--methods", help=f"Comma-separated, of {', '.join(names())}, or YAML files; +{', +'.join(MODIFIERS)} compose."
+        "--methods",
+        help=f"Comma-separated methods: {', '.join(names())}, or YAML files. Append +{', +'.join(MODIFIERS)}.",
     ),
 ]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
-        help="YAML file of options, such as a run's run.yaml; the command line goes before it.",
+        help="YAML file of options, such as a run's run.yaml; the command line overrides it.",
         is_eager=True,
         callback=configuration.take,
     ),
 ]
 LATER = ("ensemble", "balanced", "adabn")
-"""Modifiers that do not change the training."""
+"""Modifiers that change the prediction alone, so a trained adapter can still be predicted by them."""
 DEFAULT = "probe,probe-augmented,lora,lora-track"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the main job, ``train`` and ``compare`` share; None means the default of the chosen size of run."""
+    """The options that the main job, ``train`` and ``compare`` share; None means the run's default."""
 
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of the challenge's, WILDS's, PCam's or packed files. Default: a stand-in."),
+        typer.Option(help="Folder of the challenge's, WILDS's, PCam's or packed files (default: synthetic data)."),
     ] = None
-    slides: Annotated[Path | None, typer.Option(help="Folder of tissue pictures to cut and run on.")] = None
-    patch: Annotated[int | None, typer.Option(help="Side of what --slides cuts, in pixels (96).")] = None
-    stride: Annotated[int | None, typer.Option(help="Between what --slides cuts, in pixels (96 or less).")] = None
+    slides: Annotated[Path | None, typer.Option(help="Folder of tissue pictures to cut patches from.")] = None
+    patch: Annotated[int | None, typer.Option(help="Side of the patches that --slides cuts, in pixels (96).")] = None
+    stride: Annotated[int | None, typer.Option(help="Distance between these patches, in pixels (96 or less).")] = None
     magnification: Annotated[
         float | None,
-        typer.Option(help="Of these pixels: 10 is 1 micron a pixel, 20 is 0.5 (the pictures' own pixels)."),
+        typer.Option(help="Magnification at which --patch and --stride count: 10 is 1 micron a pixel (the pictures')."),
     ] = None
     mpp: Annotated[
-        float | None, typer.Option(help="Microns per pixel of --data's patches, for slides to come (0.97).")
+        float | None, typer.Option(help="Microns per pixel of --data's patches, for predicting slides later (0.97).")
     ] = None
     backbone: Annotated[
-        str, typer.Option(help=f"lite0 (no network needed), a timm name, hf-hub:OWNER/NAME, {', '.join(PATHOLOGY)}.")
+        str, typer.Option(help=f"lite0 (needs no download), a timm name, hf-hub:OWNER/NAME, {', '.join(PATHOLOGY)}.")
     ] = "lite0"
-    weights: Annotated[Path | None, typer.Option(help="Local weights of the backbone: safetensors or state dict.")] = (
+    weights: Annotated[Path | None, typer.Option(help="File of the backbone's weights: safetensors or state dict.")] = (
         None
     )
     full: Annotated[
-        bool, typer.Option("--full", help="The report's size: 224 px, all patches, up to 50 epochs, lr 1e-4.")
+        bool, typer.Option("--full", help="The challenge report's sizes: 224 px, all patches, 50 epochs, lr 1e-4.")
     ] = False
-    epochs: Annotated[int | None, typer.Option(help="At most this many (6; 50 with --full).")] = None
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels (96; compare, ablation 64; --full 224).")] = (
+    epochs: Annotated[int | None, typer.Option(help="Most epochs of a training (6; 50 with --full).")] = None
+    image_size: Annotated[int | None, typer.Option(help="Image side, px (96; compare, ablation 64; --full 224).")] = (
         None
     )
     native_size: Annotated[
-        bool, typer.Option("--native-size", help="The side that the backbone was trained on, in place of --image-size.")
+        bool, typer.Option("--native-size", help="Use the image side that the backbone was pretrained on.")
     ] = False
-    rank: Annotated[int | None, typer.Option(help="Of every method's factors, in place of its own (8).")] = None
-    lr: Annotated[float | None, typer.Option(help="For every method (1e-3; 1e-4 with --full).")] = None
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32
+    rank: Annotated[int | None, typer.Option(help="Rank of every method's factors (each method's own, 8).")] = None
+    lr: Annotated[float | None, typer.Option(help="Learning rate of every method (1e-3; 1e-4 with --full).")] = None
+    batch_size: Annotated[int, typer.Option(help="Images in a training step.")] = 32
     fit_memory: Annotated[
-        bool, typer.Option("--fit-memory", help="Halve --batch-size until a step of every method fits in memory.")
+        bool, typer.Option("--fit-memory", help="Halve --batch-size until a training step of every method fits.")
     ] = False
-    seed: Annotated[int, typer.Option(help="Head, shuffling, augmentation, stand-in.")] = 0
-    workers: Annotated[int | None, typer.Option(help="Loader processes (0 on a CPU).")] = None
-    limit: Annotated[int | None, typer.Option(help="At most this many patches of each split.")] = None
-    precision: Annotated[str, typer.Option(help="Of the training steps: fp32 or bf16.")] = "fp32"
+    seed: Annotated[int, typer.Option(help="Seed of the head, shuffling, augmentation and synthetic data.")] = 0
+    workers: Annotated[int | None, typer.Option(help="Processes that load data (0 on a CPU).")] = None
+    limit: Annotated[int | None, typer.Option(help="Most patches to use of each split.")] = None
+    precision: Annotated[str, typer.Option(help="Precision of the training steps: fp32 or bf16.")] = "fp32"
     tracker: Annotated[
-        str | None, typer.Option(help=f"Log each training to one of {', '.join(trackers.NAMES)} besides.")
+        str | None, typer.Option(help=f"Also log each training to one of {', '.join(trackers.NAMES)}.")
     ] = None
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what an ended run left in --out.")] = False
-    out: Annotated[Path, typer.Option(help="Folder for everything written.")] = Path("runs/histopathology")
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False
+    out: Annotated[Path, typer.Option(help="Folder for all results.")] = Path("runs/histopathology")
 
     made_by: str = ""
-    """No option: all of them as a file, see `configuration`."""
+    """Not an option: all options as a file, see `configuration`."""
 
     def recipe(self) -> Recipe:
-        """The training recipe these options ask for."""
+        """The training recipe that these options ask for."""
         shared = {f.name for f in dataclasses.fields(Recipe)} & {f.name for f in dataclasses.fields(self)}
         given = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
         preset = FULL_RECIPE if self.full else {}
@@ -154,28 +155,28 @@ class Options:
         return Recipe(**{"workers": default_workers(pick_device()), **preset, **given})
 
     def microns_per_pixel(self) -> float | None:
-        """Of patches cut from pictures; None where their own pixels were taken."""
+        """Microns per pixel of patches cut at a magnification; None where --magnification is not given."""
         return None if self.magnification is None else 10 / self.magnification * (self.patch or PATCH) / PATCH
 
     def cutting(self) -> dict[str, Any]:
-        """How pictures are cut, where it was said."""
+        """The options on cutting pictures that were given."""
         asked = {"patch": self.patch, "stride": self.stride, "magnification": self.magnification}
         return {name: value for name, value in asked.items() if value is not None}
 
     def for_many(self) -> "Options":
-        """The same for dozens of trainings: smaller images where no size was asked for."""
+        """These options for dozens of trainings: smaller images unless a size was given."""
         if self.full or self.native_size or self.image_size is not None:
             return self
         return dataclasses.replace(self, image_size=MANY_SIZE)
 
     def sizes(self) -> dict[str, int]:
-        """Patches of each split of the stand-in."""
+        """The number of synthetic patches in each split."""
         sizes = FULL_SIZES if self.full else SMALL_SIZES
         return {name: min(size, self.limit or size) for name, size in sizes.items()}
 
 
 def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn a user's mistake into one message on stderr and exit status 1."""
+    """Turn an `ExampleError` into one message on stderr and exit status 1."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -215,8 +216,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 def main(ctx: typer.Context, options: Options, methods: MethodsOption = DEFAULT) -> None:
     """LoRA against a linear probe on tumour patches from unseen hospitals.
 
-    Without a sub-command: make the data if none is given, train each method once, prove each saved adapter,
-    and write table.md, submission.csv, results.json and report.html.
+    Without a sub-command: draw synthetic data if none is given, train each method once, check each saved adapter, and
+    write table.md, submission.csv, results.json and report.html.
     """
     if ctx.invoked_subcommand is None:
         run(options, find_methods(methods.split(",")), seeds=1)
@@ -231,7 +232,7 @@ def main(ctx: typer.Context, options: Options, methods: MethodsOption = DEFAULT)
 @with_options
 def train(
     options: Options,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(names())}, or a YAML file.")] = "lora",
+    method: Annotated[str, typer.Option(help=f"Method: one of {', '.join(names())}, or a YAML file.")] = "lora",
 ) -> None:
     """Train one method."""
     run(options, find_methods([method]), seeds=1)
@@ -243,12 +244,10 @@ LrsOption = Annotated[
 ]
 
 
-JobsOption = Annotated[int, typer.Option("--jobs", help="Processes of this machine that train side by side.")]
+JobsOption = Annotated[int, typer.Option("--jobs", help="Trainings to run at once, in processes of this machine.")]
 ExecutorOption = Annotated[
     str | None,
-    typer.Option(
-        "--executor", help="module:callable that returns an executor to train by, as dask's client.get_executor()."
-    ),
+    typer.Option("--executor", help="module:callable that returns an executor, such as dask's client.get_executor()."),
 ]
 
 
@@ -262,7 +261,7 @@ def compare(
     jobs: JobsOption = 1,
     executor: ExecutorOption = None,
 ) -> None:
-    """Sweep the learning rate of each method alike, run several seeds, report mean, spread and paired differences."""
+    """Sweep the same learning rates for every method, train several seeds, report means and paired differences."""
     check_minimums(jobs=jobs)
     sent = functools.partial(sending.find_executor, executor, jobs)
     run(options.for_many(), find_methods(methods.split(",")), seeds, rates(options, lrs), sent)
@@ -277,7 +276,7 @@ def ablation(
     jobs: JobsOption = 1,
     executor: ExecutorOption = None,
 ) -> None:
-    """Ranks 1 to 64, stem, stages, 1×1, k×k, alpha, trained norms: accuracy against the share that trains."""
+    """Vary LoRA's rank, layers and alpha, and train norms: accuracy against the trainable share."""
     if options.rank is not None:
         raise ExampleError("--rank: the ablation sets the ranks itself; leave it out.")
     check_minimums(jobs=jobs)
@@ -286,7 +285,7 @@ def ablation(
 
 
 def rates(options: Options, lrs: str | None) -> list[float]:
-    """The learning rates to sweep."""
+    """The learning rates to sweep: those of --lrs, --lr alone, or the default ones."""
     if lrs and options.lr is not None:
         raise ExampleError("--lr and --lrs exclude each other; give one.")
     if lrs:
@@ -297,41 +296,41 @@ def rates(options: Options, lrs: str | None) -> list[float]:
 @app.command()
 @plain_errors
 def predict(
-    model: Annotated[Path, typer.Argument(help="Adapter folder that a run wrote, or an .onnx file of `export`.")],
+    model: Annotated[Path, typer.Argument(help="Adapter folder that a run wrote, or .onnx file that `export` wrote.")],
     data: Annotated[
-        Path, typer.Argument(help="HDF5 file, folder with a test split, folder of picture tiles, or a slide (.svs, …).")
+        Path, typer.Argument(help="HDF5 file, folder with a test split, folder of tiles, or slide (.svs, …).")
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="CSV file to write; all else goes beside it (submission.csv; a slide's own name)."),
+        typer.Option(help="CSV file to write, with the other files beside it (submission.csv; a slide's own name)."),
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Where the backbone's weights lie now.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
-    how: Annotated[str, typer.Option(help="Comma-separated, of ensemble, balanced, adabn.")] = "",
-    mpp: Annotated[float | None, typer.Option(help="Microns per pixel of a slide (its metadata's).")] = None,
+    weights: Annotated[Path | None, typer.Option(help="File of the backbone's weights, if it has moved.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 32,
+    how: Annotated[str, typer.Option(help="Change the prediction: comma-separated ensemble, balanced, adabn.")] = "",
+    mpp: Annotated[float | None, typer.Option(help="Microns per pixel of the slide (from its metadata).")] = None,
     tile_mpp: Annotated[float | None, typer.Option(help="Microns per pixel of a tile (the training patches').")] = None,
-    stride: Annotated[int | None, typer.Option(help="Between a slide's tiles, in pixels of a tile (96).")] = None,
-    tissue: Annotated[float | None, typer.Option(help="Share of tissue in a tile, at least (0.25).")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Probability that counts as tumour (0.5).")] = None,
+    stride: Annotated[int | None, typer.Option(help="Distance of a slide's tiles, in pixels of a tile (96).")] = None,
+    tissue: Annotated[float | None, typer.Option(help="Least share of tissue in a predicted tile (0.25).")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Least probability of a tumour region (0.5).")] = None,
     calibrated: Annotated[
         bool,
-        typer.Option("--calibrated", help="By the threshold and the temperature that validation gave the adapter."),
+        typer.Option("--calibrated", help="Use the threshold and the temperature that were chosen on validation."),
     ] = False,
 ) -> None:
-    """Predict with a saved adapter or an exported network: a submission and probabilities, or a slide's heat map."""
+    """Predict with a saved adapter or an exported network: a submission with probabilities, or a slide's heat map."""
     check_minimums(batch_size=batch_size)
     words = [word for word in how.split(",") if word]
     given = {"mpp": mpp, "tile_mpp": tile_mpp, "stride": stride, "tissue": tissue, "threshold": threshold}
     given = {name: value for name, value in given.items() if value is not None}
     if several_processes() and (model.suffix == ".onnx" or wholeslide.is_slide(data)):
-        raise ExampleError("several processes predict patches with an adapter; run this in one, without torchrun.")
+        raise ExampleError("several processes can only predict patches with an adapter; run this without torchrun.")
     if wholeslide.is_slide(data):
         point = decided(model, words, calibrated)
         predict_slide(model, data, out or Path(f"{data.stem}.csv"), weights, batch_size, words, given, point)
         return
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ExampleError(f"{flags} is of slides, and {data} is none; leave it out.")
+        raise ExampleError(f"{flags} is for slides, and {data} is not a slide; leave it out.")
     out, point = out or Path("submission.csv"), decided(model, words, calibrated)
     if model.suffix == ".onnx":
         predicts = modified(Method(model.stem, ""), check_how(words)).predict
@@ -360,11 +359,11 @@ def predict(
 
 
 def decided(model: Path, words: Sequence[str], calibrated: bool) -> tuple[float, float]:
-    """The logit above which a patch is called 1, and the temperature: validation's, or 0 and 1."""
+    """The logit above which a patch is called 1, and the temperature: those chosen on validation, or 0 and 1."""
     if not calibrated:
         return 0.0, 1.0
     if words or model.suffix == ".onnx":
-        raise ExampleError("--calibrated is of an adapter's own predictions; leave --how out, and give its folder.")
+        raise ExampleError("--calibrated needs an adapter's folder, without --how; give the folder alone.")
     point = experiment.read_point(model)
     assert point.threshold is not None and point.temperature is not None
     return point.threshold, point.temperature
@@ -389,7 +388,7 @@ def predict_slide(
         recipe = dataclasses.replace(recipe, weights=weights or recipe.weights)
         classify, trained = slidemap.classifier(model, recipe, modified(method, check_how(words))), recipe.mpp
     if trained is None and "tile_mpp" not in given:
-        raise ExampleError(f"{model} does not say how many microns a pixel of its patches was: give --tile-mpp.")
+        raise ExampleError(f"{model} does not say the microns per pixel of its training patches: give --tile-mpp.")
     threshold, temperature = point
     # a sigmoid that does not overflow
     usual = {
@@ -413,7 +412,7 @@ def predict_slide(
 
 
 def check_slide_options(given: dict[str, Any]) -> None:
-    """Refuse what no slide can be predicted by."""
+    """Refuse numbers by which no slide can be predicted."""
     for name in ("mpp", "tile_mpp"):
         if not 0 < given.get(name, 1.0) < math.inf:
             raise ExampleError(f"--{name.replace('_', '-')} {given[name]}: must be a number above 0, in microns.")
@@ -430,20 +429,20 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run wrote.")],
     out: Annotated[Path, typer.Option(help="ONNX file to write.")] = Path("model.onnx"),
     data: Annotated[
-        Path | None, typer.Option(help="Patches to compare torch and onnxruntime on; random ones without.")
+        Path | None, typer.Option(help="Patches on which torch and onnxruntime are compared (random ones).")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Where the backbone's weights lie now.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="File of the backbone's weights, if it has moved.")] = None,
 ) -> None:
-    """Merge an adapter and write the plain network as ONNX, compared with torch in onnxruntime."""
+    """Write the merged network as ONNX, after onnxruntime's logits were compared with torch's."""
     if out.suffix != ".onnx":
-        raise ExampleError(f"--out {out}: `predict` knows an ONNX file by its name; let it end in .onnx.")
+        raise ExampleError(f"--out {out}: the name must end in .onnx, by which `predict` recognises the file.")
     recipe, _ = experiment.read_card(adapter)
     recipe = dataclasses.replace(recipe, weights=weights or recipe.weights)
     split = None if data is None else open_to_predict(data)
     done = exporting.export(adapter, out, recipe, split)
     console.print(
-        f"wrote {done.path}, {done.size / 1e6:.1f} MB; onnxruntime against torch on {done.images} patches: "
-        f"largest logit difference {done.difference:.1g}",
+        f"wrote {done.path}, {done.size / 1e6:.1f} MB; largest logit difference between onnxruntime and torch on "
+        f"{done.images} patches: {done.difference:.1g}",
         soft_wrap=True,
         highlight=False,
     )
@@ -453,29 +452,31 @@ def export(
 @plain_errors
 def make_data(
     out: Annotated[Path, typer.Argument(help="Folder for train.h5, val.h5 and test.h5.")],
-    train: Annotated[int | None, typer.Option(help="Stand-in patches (960).")] = None,
-    val: Annotated[int | None, typer.Option(help="Stand-in patches (320).")] = None,
-    test: Annotated[int | None, typer.Option(help="Stand-in patches (320).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the stand-in (0).")] = None,
-    dtype: Annotated[str, typer.Option(help="float16, float32, float64 or uint8.")] = "float32",
-    slides: Annotated[Path | None, typer.Option(help="Cut these pictures instead.")] = None,
-    patch: Annotated[int | None, typer.Option(help="Side of what --slides cuts, in pixels (96).")] = None,
-    stride: Annotated[int | None, typer.Option(help="Between what --slides cuts, in pixels (96 or less).")] = None,
-    magnification: Annotated[float | None, typer.Option(help="Of these pixels: 10 is 1 micron a pixel.")] = None,
+    train: Annotated[int | None, typer.Option(help="Number of synthetic training patches (960).")] = None,
+    val: Annotated[int | None, typer.Option(help="Number of synthetic validation patches (320).")] = None,
+    test: Annotated[int | None, typer.Option(help="Number of synthetic test patches (320).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the synthetic patches (0).")] = None,
+    dtype: Annotated[str, typer.Option(help="Stored type: float16, float32, float64 or uint8.")] = "float32",
+    slides: Annotated[Path | None, typer.Option(help="Folder of tissue pictures to cut patches from.")] = None,
+    patch: Annotated[int | None, typer.Option(help="Side of the patches that --slides cuts, in pixels (96).")] = None,
+    stride: Annotated[int | None, typer.Option(help="Distance between these patches, in pixels (96 or less).")] = None,
+    magnification: Annotated[
+        float | None, typer.Option(help="Magnification at which --patch and --stride count: 10 is 1 micron a pixel.")
+    ] = None,
 ) -> None:
-    """Write the synthetic stand-in, or patches cut from your own tissue pictures, in the challenge's layout."""
+    """Write synthetic patches, or patches cut from your own tissue pictures, in the challenge's layout."""
     asked = {"train": train, "val": val, "test": test, "seed": seed}
     check_minimums(**asked)
     given = {name: value for name, value in asked.items() if value is not None}
     cutting = Options(patch=patch, stride=stride, magnification=magnification).cutting()
     if slides is None and cutting:
-        raise ExampleError(f"{', '.join(f'--{name}' for name in cutting)} is of --slides; leave it out.")
+        raise ExampleError(f"{', '.join(f'--{name}' for name in cutting)} needs --slides; leave it out.")
     if slides is None:
         seed = given.pop("seed", 0)
-        make_standin(out, SMALL_SIZES | given, seed, dtype)
+        make_synthetic(out, SMALL_SIZES | given, seed, dtype)
     elif given:
         flags = ", ".join(f"--{name}" for name in given)
-        raise ExampleError(f"{flags} is of the stand-in; with --slides the pictures decide. Leave it out.")
+        raise ExampleError(f"{flags} is for synthetic patches, not for --slides; leave it out.")
     else:
         cut_slides(slides, out, dtype, **cutting)
     console.print(f"wrote {out}", soft_wrap=True)
@@ -487,11 +488,11 @@ def pack_data(
     data: Annotated[Path, typer.Argument(help="Folder of splits (challenge, WILDS or PCam), or one HDF5 file.")],
     out: Annotated[Path, typer.Argument(help="Folder for the packed files, which --data takes.")],
     rounded: Annotated[
-        bool, typer.Option("--round", help="Move numbers between those of 8 bits to the nearest, by 1/510 at most.")
+        bool, typer.Option("--round", help="Round values between those of 8 bits to the nearest, by 1/510 at most.")
     ] = False,
     limit: Annotated[int | None, typer.Option(help="Pack this many images of each split only.")] = None,
 ) -> None:
-    """Put each split's patches into one array of bytes, which reads several times as fast, bit for bit the same."""
+    """Store each split as one array of bytes, which reads several times as fast, bit for bit the same."""
     check_minimums(limit=limit)
     for name, split in inspection.open_all(data, limit).items():
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -501,7 +502,7 @@ def pack_data(
                 progress.update(task, completed=count)
 
             done = pack(split, out / f"{name}.h5", rounded, packed)
-        moved = f"numbers moved by up to {done.largest:.2g}" if done.largest else "bit for bit"
+        moved = f"values rounded by up to {done.largest:.2g}" if done.largest else "bit for bit"
         console.print(f"wrote {done.path}: {done.images:,} images, {done.size / 1e6:,.0f} MB, {moved}", soft_wrap=True)
 
 
@@ -510,10 +511,10 @@ def pack_data(
 def inspect_data(
     data: Annotated[Path, typer.Argument(help="Folder of splits (challenge, WILDS or PCam), or one HDF5 file.")],
     out: Annotated[Path, typer.Option(help="Folder for the figures and the page.")] = Path("runs/inspect"),
-    limit: Annotated[int | None, typer.Option(help="Look at this many images of each split only.")] = None,
-    seed: Annotated[int, typer.Option(help="Which samples are shown.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Inspect only this many images of each split.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed that chooses the samples shown.")] = 0,
 ) -> None:
-    """Say what a data set holds: layout, counts, labels, centres, colours; and draw it."""
+    """Print and draw what a data set holds: layout, counts, labels, centres, colours."""
     check_minimums(limit=limit, seed=seed)
     splits = inspection.open_all(data, limit)
     warnings = leakage.warnings(splits)
@@ -534,15 +535,15 @@ def inspect_data(
 def contact_sheet(
     out: Annotated[Path, typer.Argument(help="PNG file to write.")],
     pictures: Annotated[
-        Path | None, typer.Option(help="Folder of H&E pictures, or one (scikit-image's, which is IHC).")
+        Path | None, typer.Option(help="H&E picture or folder of them (scikit-image's picture, which is IHC).")
     ] = None,
-    patch: Annotated[int, typer.Option(help="Side of a patch in the pictures' pixels.")] = 96,
-    columns: Annotated[int, typer.Option(help="Patches a row.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the stand-in and of the choice.")] = 0,
-    bare: Annotated[bool, typer.Option("--bare", help="The stand-in alone.")] = False,
-    colours: Annotated[int | None, typer.Option(help="Palette of so many colours, for a small file.")] = None,
+    patch: Annotated[int, typer.Option(help="Side of a patch, in the pictures' pixels.")] = 96,
+    columns: Annotated[int, typer.Option(help="Patches in a row.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the synthetic patches and of the choice of tissue patches.")] = 0,
+    bare: Annotated[bool, typer.Option("--bare", help="Show the synthetic patches alone.")] = False,
+    colours: Annotated[int | None, typer.Option(help="Size of the PNG's palette, for a small file.")] = None,
 ) -> None:
-    """Show the stand-in's patches beside real tissue."""
+    """Show synthetic patches beside real tissue."""
     check_minimums(patch=patch, columns=columns, seed=seed, colours=colours)
     if colours is not None and colours > 256:
         raise ExampleError(f"--colours {colours}: a palette holds at most 256.")
@@ -557,11 +558,11 @@ def run(
     sweep: Sequence[float] = (),
     find_executor: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Train every method with every seed, at the best rate of a sweep where one is given, and write the report."""
+    """Train every method with every seed, at the best learning rate of the sweep if there is one, and report."""
     recipe = check(options, seeds)
     executor = find_executor()
     if executor is not None and several_processes():
-        raise ExampleError("torchrun's processes share each training; with --jobs or --executor start one process.")
+        raise ExampleError("torchrun's processes share each training; leave out torchrun, or --jobs and --executor.")
     experiment.check_backbone_takes(recipe)
     job = Job(options.out, console, make_accelerator(recipe.precision, options.tracker), options.resume)
     if options.fit_memory:
@@ -603,7 +604,7 @@ def run(
 
 
 def fitting_batch(methods: Sequence[Method], recipe: Recipe, job: Job) -> int:
-    """The batch of which a step of every method fits in memory; a job that resumes takes the one that it began with."""
+    """The batch size at which a step of every method fits in memory; a resumed job keeps the one it began with."""
     kept = job.out / "batch-size.json"
     if job.resume and kept.is_file():
         return int(json.loads(kept.read_text(encoding="utf-8"))["batch_size"])
@@ -621,7 +622,7 @@ def finish(
     remarks: Sequence[str],
     warnings: Sequence[str],
 ) -> None:
-    """Write and show the outputs of a job."""
+    """Write the job's outputs and print its tables."""
     facts = [outputs.describe_split(name, split) for name, split in splits.items()]
     test = splits["test"]
     given = arguments(options, recipe, results)
@@ -644,8 +645,8 @@ def finish(
 
 
 def with_pictures(whole: outputs.Report, splits: dict[str, HistoDataset]) -> outputs.Report:
-    """The report with patches and costs; a fault in either is a footnote, since what was trained must be shown."""
-    console.print("looking at patches and costs", highlight=False)
+    """The report with patches and costs; an error in either becomes a footnote, so that the results are not lost."""
+    console.print("drawing patches and measuring costs", highlight=False)
     remarks = list(whole.remarks)
     shown: exhibits.Exhibits | None = None
     costs: Sequence[Cost] = ()
@@ -661,16 +662,16 @@ def with_pictures(whole: outputs.Report, splits: dict[str, HistoDataset]) -> out
 
 
 def arguments(options: Options, recipe: Recipe, results: Sequence[experiment.Result]) -> dict[str, Any]:
-    """Everything that was asked for, for the report."""
+    """All options and settings, for the report."""
     seeds = sorted({result.seed for result in results})
-    where = options.data or options.slides or "synthetic stand-in"
+    where = options.data or options.slides or "synthetic data set"
     trained = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("seed", "lr") and v is not None}
     trained["lr"] = ", ".join(f"{lr:g}" for lr in sorted({result.lr for result in results}))
     return {"data": str(where), "limit": options.limit or "none", **trained, "seeds": ", ".join(map(str, seeds))}
 
 
 def check(options: Options, seeds: int) -> Recipe:
-    """The recipe of these options; the first value that cannot work is an ExampleError."""
+    """The recipe of these options; raises ExampleError at the first value that cannot work."""
     check_backbone(options.backbone)
     if options.native_size and options.image_size is not None:
         raise ExampleError("--image-size and --native-size exclude each other; give one.")
@@ -683,9 +684,9 @@ def check(options: Options, seeds: int) -> Recipe:
         raise ExampleError("--data and --slides exclude each other; give one.")
     if options.slides is None and options.cutting():
         flags = ", ".join(f"--{name}" for name in options.cutting())
-        raise ExampleError(f"{flags} is of --slides; leave it out, or give the folder of pictures.")
+        raise ExampleError(f"{flags} needs --slides; leave it out, or give the folder of pictures.")
     if options.slides is not None and options.mpp is not None:
-        raise ExampleError("--mpp is of --data; with --slides --magnification says it. Leave it out.")
+        raise ExampleError("--mpp is for --data; with --slides give --magnification in its place.")
     if recipe.mpp is not None and not 0 < recipe.mpp < math.inf:
         raise ExampleError(f"--mpp {recipe.mpp}: must be a number above 0, in microns.")
     if options.data is not None:
@@ -699,7 +700,7 @@ def check(options: Options, seeds: int) -> Recipe:
 
 
 def check_minimums(**values: int | None) -> None:
-    """Refuse a value below its least, by the option's name."""
+    """Refuse an option below its least value."""
     for name, value in values.items():
         least = MINIMUMS.get(name, 1)
         if value is not None and value < least:
@@ -707,55 +708,55 @@ def check_minimums(**values: int | None) -> None:
 
 
 def find_data(options: Options) -> Path:
-    """The folder to read: the user's, the cut slides, or the stand-in made now."""
+    """The folder to read: the user's, or patches that are cut or drawn now."""
     if options.data is not None:
         return options.data
     if options.slides is not None:
         cut_slides(options.slides, options.out / "slides", **options.cutting())
         return options.out / "slides"
-    # The challenge stores floats; at its full size that would be 24 GB, as bytes it is 6.
-    make_standin(options.out / "data", options.sizes(), options.seed, "uint8" if options.full else "float32")
+    # The challenge stores floats; at its full size these take 24 GB, and bytes take 6.
+    make_synthetic(options.out / "data", options.sizes(), options.seed, "uint8" if options.full else "float32")
     return options.out / "data"
 
 
-def make_standin(folder: Path, sizes: dict[str, int], seed: int, dtype: str) -> None:
-    """Make the stand-in, with a bar."""
+def make_synthetic(folder: Path, sizes: dict[str, int], seed: int, dtype: str) -> None:
+    """Draw the synthetic patches, with a progress bar."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("making the stand-in", total=sum(sizes.values()))
-        standin.make_standin(
+        task = progress.add_task("drawing synthetic patches", total=sum(sizes.values()))
+        synthetic.make_synthetic(
             folder, sizes, seed=seed, dtype=dtype, progress=lambda done: progress.update(task, completed=done)
         )
 
 
 def cut_slides(folder: Path, out: Path, dtype: str = "float32", **cutting: Any) -> None:
-    """Cut pictures into the splits and say how many patches each got."""
+    """Cut pictures into the splits and print how many patches each got."""
     counts = slides.cut_slides(folder, out, dtype=dtype, **cutting)
     console.print("cut " + ", ".join(f"{count} {name}" for name, count in counts.items()) + " patches")
 
 
 def check_how(words: Sequence[str]) -> Sequence[str]:
-    """The ways of predicting that were asked for, if a trained adapter can still be predicted by them."""
+    """The words of --how, each checked to be one that needs no other training."""
     for word in words:
         if word not in LATER:
-            raise ExampleError(f"--how {word}: give any of {', '.join(LATER)}; the rest is decided in training.")
+            raise ExampleError(f"--how {word}: give any of {', '.join(LATER)}; other modifiers need another training.")
     return words
 
 
 def open_to_predict(data: Path) -> HistoDataset:
-    """The file itself, a folder's test split, or a folder of tiles."""
+    """The patches to predict: the file itself, a folder's test split, or a folder of tiles."""
     if data.is_dir():
         splits = find_splits(data)
         if "test" in splits:
             return HistoDataset(splits["test"], require_labels=False, split="test")
         if splits or not find_tiles(data):
             raise ExampleError(
-                f"{data}: no test.h5 in this folder, no PNG, JPEG or TIFF; name the HDF5 file or the slide itself."
+                f"{data}: this folder has no test.h5 and no PNG, JPEG or TIFF; name the HDF5 file or the slide itself."
             )
     return HistoDataset(data, require_labels=False, split="test")
 
 
 def caveat(splits: dict[str, HistoDataset]) -> str:
-    """What the data cannot show, by the source that its files carry; empty for the challenge's own."""
+    """What the data cannot show, by the attribute ``source`` of its files; empty for the challenge's own files."""
     sources = sorted({split.source for split in splits.values() if split.source})
     return " ".join(CAVEATS.get(source, f"Data made by: {source}.") for source in sources)
 

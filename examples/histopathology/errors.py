@@ -1,4 +1,4 @@
-"""The one error of the example: a user's mistake or a missing file, said in one line with its remedy."""
+"""The example's only error: a user's mistake or a missing file, in one line with its remedy."""
 
 
 class ExampleError(Exception):

@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all: written under a temporary name beside their place, then renamed."""
+"""Write files whole or not at all: under a temporary name in the same folder, then renamed."""
 
 import os
 import shutil
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file; an interrupted write leaves what was at ``path`` before."""
+    """Write a UTF-8 file; an interrupted write leaves the earlier file at ``path``."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file; an interrupted write leaves what was at ``path`` before."""
+    """Write a file; an interrupted write leaves the earlier file at ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -26,11 +26,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replacing_file(path: Path, shared: bool = False) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` when the block ends without an error: synced, then renamed.
+    """Give a temporary name to write to, which is synced and renamed to ``path`` when the block ends without an error.
 
     Args:
         path: the file.
-        shared: whether another process, on another machine perhaps, may write the same file now.
+        shared: whether another process, perhaps on another machine, may write the same file at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12] + '.' if shared else ''}partial")
@@ -45,7 +45,7 @@ def replacing_file(path: Path, shared: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def replacing_directory(folder: Path) -> Iterator[Path]:
-    """An empty directory to fill, which takes the place of ``folder`` when the block ends without an error."""
+    """Give an empty directory to fill, which replaces ``folder`` when the block ends without an error."""
     partial, old = (folder.with_name(f"{folder.name}.{kind}") for kind in ("partial", "old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -53,7 +53,7 @@ def replacing_directory(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         if folder.exists():
-            folder.rename(old)  # a directory cannot be renamed onto one that holds files
+            folder.rename(old)  # a directory cannot be renamed to the name of one that holds files
         partial.rename(folder)
     finally:
         for leftover in (partial, old):

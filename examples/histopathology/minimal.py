@@ -1,6 +1,6 @@
-"""From patches to a saved adapter and back, in one go; ``python -m examples.histopathology`` does all the rest.
+"""From patches to a saved adapter and back; ``python -m examples.histopathology`` runs the whole example.
 
-``python -m examples.histopathology.minimal`` draws stand-in patches; ``… minimal FOLDER`` takes the challenge's files.
+``python -m examples.histopathology.minimal`` draws synthetic patches; ``… minimal FOLDER`` reads the challenge's files.
 """
 
 import sys
@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import Normalize  # type: ignore[import-untyped]
 
 import convlora
 from examples.histopathology.data.dataset import HistoDataset, open_splits
-from examples.histopathology.making.standin import make_standin
+from examples.histopathology.making.synthetic import make_synthetic
 from examples.histopathology.training.backbones import load_backbone
 
 
@@ -25,13 +25,13 @@ def main(data: Path | None = None, out: Path = Path("runs/minimal"), epochs: int
     convlora.inject(model, rank=8)
     print(convlora.summary(model))
 
-    # Patches (3, 96, 96) in [0, 1] with label 0 or 1, and their numbers; test patches are from a hospital of their own.
+    # Patches (3, 96, 96) in [0, 1] with label 0 or 1, and their indices; test patches are from another hospital.
     if data is None:
-        make_standin(data := out / "data", {"train": 960, "val": 320, "test": 320})
+        make_synthetic(data := out / "data", {"train": 960, "val": 320, "test": 320})
     normalise = Normalize(colours.mean, colours.std)
     train, val, test = open_splits(data, transforms=dict.fromkeys(("train", "val", "test"), normalise)).values()
 
-    # Any loop trains it. What trains is the factors and the head.
+    # Any loop trains it. The factors and the head train.
     optimizer = torch.optim.Adam(convlora.trainable_parameters(model), lr=1e-3)
     for epoch in range(1, epochs + 1):
         model.train()
@@ -41,7 +41,7 @@ def main(data: Path | None = None, out: Path = Path("runs/minimal"), epochs: int
             optimizer.zero_grad(), loss.backward(), optimizer.step()  # type: ignore[no-untyped-call]
         print(f"epoch {epoch}: validation accuracy {accuracy(model, val):.3f}")
 
-    # The adapter is a small file. On a fresh network it predicts the same; merged it costs nothing.
+    # The adapter is a small file. On a fresh network it predicts the same; merged it adds no cost.
     convlora.save_adapter(model, out / "adapter")
     again = convlora.merge(convlora.load_adapter(load_backbone("lite0")[0], out / "adapter"))
     found = accuracy(again, test)

@@ -90,7 +90,7 @@ def test_local_weights_load_with_another_head(tmp_path, suffix):
 def test_weights_of_another_network_are_refused_by_name(tmp_path):
     path = tmp_path / "lite0.pth"
     torch.save(lite0_state(), path)
-    with pytest.raises(ExampleError, match=r"another network's than ResNet: missing .* of another shape bn1"):
+    with pytest.raises(ExampleError, match=r"do not fit ResNet: missing .* of another shape bn1"):
         load_backbone("resnet18", weights=path)
 
 
@@ -134,7 +134,7 @@ def test_a_size_of_which_the_last_rows_would_not_count_is_refused(kernel, step, 
     if not unseen:
         check_input(model, "toy", size)
         return
-    what = f"toy never looks at the last {unseen} of {size}-pixel images.* give --image-size {sizes}\\."
+    what = f"toy ignores the last {unseen} of {size}-pixel images.* give --image-size {sizes}\\."
     with pytest.raises(ExampleError, match=what):
         check_input(model, "toy", size)
     for better in sizes.split(" or "):
@@ -217,7 +217,7 @@ def test_networks_of_the_hub_are_taken_by_name_and_say_what_is_missing_offline(m
 
 def test_a_file_cannot_say_how_a_network_of_the_hub_is_built(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "uni.safetensors")
-    with pytest.raises(ExampleError, match=r"uni: how it is built is on the Hugging Face Hub.*vit_large_patch16_224"):
+    with pytest.raises(ExampleError, match=r"uni: its configuration is on the Hugging Face Hub.*vit_large_patch16_224"):
         load_backbone("uni", weights=tmp_path / "uni.safetensors")
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from examples.histopathology.__main__ import Options, app
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.making import standin
+from examples.histopathology.making import synthetic
 from examples.histopathology.report import costs, exhibits
 from examples.histopathology.runs import experiment
 from examples.histopathology.training import memory
@@ -86,8 +86,8 @@ def test_main_job_writes_everything_and_says_where(finished):
 def test_the_page_shows_patches_maps_and_costs_of_what_was_trained(finished):
     page = (finished[1] / "report.html").read_text()
     assert "No patches are shown" not in page and "No costs are shown" not in page
-    assert page.count("Grad-CAM reads the output of") == 1
-    assert "predicts otherwise" not in page
+    assert page.count("Grad-CAM uses the output of") == 1
+    assert "predictions differently" not in page
     assert page.count('src="data:image/png;base64,') >= 3 * 4  # at least two right ones of each label, or wrong ones
     data = json.loads((finished[1] / "results.json").read_text())
     assert {row["split"] for row in data["scores"]} == {"test", "validation"}
@@ -204,9 +204,9 @@ def test_compare_sweeps_every_training_alike_and_pairs_seeds(toy, tmp_path):
 
 
 @pytest.mark.thorough
-def test_stand_in_is_made_marked_and_called_no_evidence(tmp_path):
+def test_synthetic_data_are_made_marked_and_called_no_evidence(tmp_path):
     run("make-data", tmp_path / "data", "--train", 16, "--val", 8, "--test", 8, "--dtype", "uint8")
-    assert (tmp_path / "data" / "standin.json").is_file()
+    assert (tmp_path / "data" / "synthetic.json").is_file()
     run("train", "--method", "probe", "--data", tmp_path / "data", *SMALL, "--out", tmp_path / "out")
     for name in ("table.md", "report.html", "results.json"):
         assert "no evidence about Camelyon17" in (tmp_path / "out" / name).read_text()
@@ -217,9 +217,9 @@ def test_without_data_the_job_makes_its_own(tmp_path, monkeypatch):
     def quick(folder, sizes, *, seed, dtype, progress):
         assert sizes == {"train": 16, "val": 16, "test": 16}
         progress(48)
-        write_toy(folder, sizes, source=standin.SOURCE)
+        write_toy(folder, sizes, source=synthetic.SOURCE)
 
-    monkeypatch.setattr(standin, "make_standin", quick)
+    monkeypatch.setattr(synthetic, "make_synthetic", quick)
     run("train", "--method", "probe", *SMALL, "--limit", 16, "--out", tmp_path / "out")
     assert "no evidence about Camelyon17" in (tmp_path / "out" / "report.html").read_text()
 
@@ -251,7 +251,7 @@ def test_without_data_the_job_makes_its_own(tmp_path, monkeypatch):
         (["predict", "absent", "absent"], "no run.json in absent"),
         (["predict", "absent.onnx", "absent"], "absent"),
         (["export", "absent"], "no run.json in absent"),
-        (["export", "absent", "--out", "model.pt"], "let it end in .onnx"),
+        (["export", "absent", "--out", "model.pt"], "the name must end in .onnx"),
         (["make-data", "made", "--train", "0"], "--train 0: must be at least 1"),
         (["make-data", "made", "--dtype", "int4"], "int4"),
         (["make-data", "made", "--slides", "absent"], "absent"),
@@ -270,7 +270,7 @@ def test_missing_and_truncated_data_are_found_before_training(toy, tmp_path):
         (data / name).write_bytes((toy / name).read_bytes())
     assert "no test.h5" in refused("--data", data, *SMALL, "--out", tmp_path / "out")
     (data / "test.h5").write_bytes((toy / "test.h5").read_bytes()[:1000])
-    assert "test.h5 is no readable HDF5" in refused("--data", data, *SMALL, "--out", tmp_path / "out")
+    assert "test.h5 is an HDF5 file that cannot be read" in refused("--data", data, *SMALL, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

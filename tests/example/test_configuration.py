@@ -76,8 +76,8 @@ def test_the_main_job_takes_one_too(tmp_path, asked):
         ("lr: {a: 1}", "lr: holds keys; write one value, or a list."),
         ("- 1", "holds [1]; write a line for each option"),
         ("a: [", "cannot be read as YAML"),
-        ("command: compare", "is of `compare`; run that, or take the line `command` out."),
-        ("command: null", "is of the main job, without a sub-command; run that"),
+        ("command: compare", "is for `compare`; run that, or remove the line `command`."),
+        ("command: null", "is for the main job, without a sub-command; run that"),
     ],
 )
 def test_a_faulty_file_is_one_line(tmp_path, asked, text, message):

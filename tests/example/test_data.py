@@ -131,20 +131,20 @@ def test_missing_file(tmp_path):
 def test_truncated_file(split, tmp_path):
     cut = tmp_path / "cut.h5"
     cut.write_bytes(split.read_bytes()[:50_000])
-    with pytest.raises(ExampleError, match=r"cut\.h5 is no readable HDF5 file.*truncated"):
+    with pytest.raises(ExampleError, match=r"cut\.h5 is an HDF5 file that cannot be read.*truncated"):
         HistoDataset(cut)
 
 
 def test_not_hdf5(tmp_path):
     (tmp_path / "train.h5").write_text("<html>404</html>")
-    with pytest.raises(ExampleError, match=r"is no HDF5 file. It begins with b'<html>404</html>': get the file again"):
+    with pytest.raises(ExampleError, match=r"is not an HDF5 file. It begins with b'<html>404</html>': get the file"):
         HistoDataset(tmp_path / "train.h5")
 
 
 @pytest.mark.parametrize(
     ("name", "begins", "remedy"),
     [
-        ("a.svs", b"II*\0", "looks like a slide: `predict` takes it as it is; to train on slides"),
+        ("a.svs", b"II*\0", "looks like a slide: `predict` takes slides; to train on slides"),
         ("a.NDPI", b"II*\0", "looks like a slide"),
         ("a.png", b"\x89PNG", "looks like a picture: `predict` takes a folder of tiles"),
         ("a.h5", b"\x1f\x8b\x08\x00", "is compressed: run `gunzip`"),
@@ -154,7 +154,7 @@ def test_not_hdf5(tmp_path):
 )
 def test_a_file_of_another_kind_is_told_what_to_do_with_and_not_called_damaged(tmp_path, name, begins, remedy):
     (tmp_path / name).write_bytes(begins)
-    with pytest.raises(ExampleError, match=rf"{name} is no HDF5 file. .*{remedy}") as caught:
+    with pytest.raises(ExampleError, match=rf"{name} is not an HDF5 file. .*{remedy}") as caught:
         HistoDataset(tmp_path / name)
     assert "damaged" not in str(caught.value) and "truncated" not in str(caught.value)
 
@@ -186,10 +186,10 @@ def test_text_labels_of_pcam_are_told_the_same(tmp_path):
     ("keys", "parts", "message"),
     [
         ([], {}, "holds no image"),
-        (["0", "abc"], {}, "key 'abc' is no decimal integer"),
-        (["0", "-1"], {}, "key '-1' is no decimal integer"),
-        (["٣"], {}, "no decimal integer"),
-        (["9" * 19], {}, "no decimal integer"),
+        (["0", "abc"], {}, "key 'abc' is not a decimal integer"),
+        (["0", "-1"], {}, "key '-1' is not a decimal integer"),
+        (["٣"], {}, "not a decimal integer"),
+        (["9" * 19], {}, "not a decimal integer"),
         (["1", "01"], {}, "same integer"),
         (["0"], {"img": False}, "key 0 has no img"),
         (["4"], {"img": np.zeros((96, 96, 3), "f4")}, r"img of key 4 has shape \(96, 96, 3\)"),
@@ -212,14 +212,14 @@ def test_construction_names_file_and_key(tmp_path, keys, parts, message):
 def test_a_key_that_is_no_group(tmp_path):
     with h5py.File(tmp_path / "train.h5", "w") as file:
         file["0"] = 1.0
-    with pytest.raises(ExampleError, match="key 0 is no group"):
+    with pytest.raises(ExampleError, match="key 0 is not a group"):
         HistoDataset(tmp_path / "train.h5")
 
 
 def test_img_that_is_a_group(tmp_path):
     with h5py.File(tmp_path / "train.h5", "w") as file:
         file.create_group("0/img")
-    with pytest.raises(ExampleError, match=r"key 0 cannot be read .*img is no array"):
+    with pytest.raises(ExampleError, match=r"key 0 cannot be read .*img is not an array"):
         HistoDataset(tmp_path / "train.h5")
 
 

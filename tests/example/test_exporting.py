@@ -44,7 +44,7 @@ def adapter(tmp_path_factory):
 def exported(adapter, tmp_path_factory):
     file = tmp_path_factory.mktemp("file") / "model.onnx"
     printed = run("export", adapter, "--out", file, "--data", data(adapter)).stdout
-    assert "24 patches: largest logit difference" in printed
+    assert "24 patches: " in printed
     return file
 
 
@@ -90,17 +90,17 @@ def test_a_file_that_differs_from_torch_never_gets_its_name(adapter, exported, t
     monkeypatch.setattr(exporting, "_write", lambda model, images, path: shutil.copy(exported, path))  # half a minute
     monkeypatch.setattr(exporting._Session, "logits", lambda self, images: real(self, images) + 1)
     outcome = run("export", adapter, "--out", tmp_path / "model.onnx", status=1)
-    assert "onnxruntime's logits differ from torch's by 1; it was not written" in outcome.stderr
+    assert "was not written: onnxruntime's logits differ from torch's by 1" in outcome.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.thorough
 def test_what_a_fixed_network_cannot_do_is_refused(adapter, exported, tmp_path, monkeypatch):
-    assert "let it end in .onnx" in run("export", adapter, "--out", tmp_path / "model.pt", status=1).stderr
+    assert "the name must end in .onnx" in run("export", adapter, "--out", tmp_path / "model.pt", status=1).stderr
     outcome = run("predict", exported, data(adapter), "--how", "adabn", "--out", tmp_path / "s.csv", status=1)
-    assert "adabn: an ONNX file's statistics are folded into its weights" in outcome.stderr
+    assert "adabn: an ONNX file has no batch norms" in outcome.stderr
     monkeypatch.setattr(exporting, "read_card", lambda folder: (RECIPE, find_method("lora-centre")))
-    with pytest.raises(ExampleError, match="lora-centre computes with the statistics of the images"):
+    with pytest.raises(ExampleError, match="lora-centre uses statistics of all its test images"):
         exporting.export(adapter, tmp_path / "model.onnx", RECIPE)
     assert list(tmp_path.iterdir()) == []
 
@@ -120,6 +120,6 @@ def test_files_of_others_are_refused(adapter, exported, tmp_path):
 @pytest.mark.thorough
 def test_without_the_packages_the_message_names_them(adapter, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
-    with pytest.raises(ExampleError, match=r"ONNX needs packages that are not here .*pip install onnx onnxscript"):
+    with pytest.raises(ExampleError, match=r"ONNX needs a package that is not installed .*pip install onnx onnxscript"):
         exporting.export(adapter, tmp_path / "model.onnx", RECIPE, HistoDataset(data(adapter)))
     assert list(tmp_path.iterdir()) == []

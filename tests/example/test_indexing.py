@@ -112,5 +112,5 @@ def test_a_file_that_was_cut_short_meanwhile_is_one_error(tmp_path):
     data = HistoDataset(path)
     data.read([0])
     os.truncate(path, int(data.rows._offsets[2]) + 100)
-    with pytest.raises(ExampleError, match=r"train\.h5: key 2 cannot be read \(the file ends in it\)"):
+    with pytest.raises(ExampleError, match=r"train\.h5: key 2 cannot be read \(the file ends early\)"):
         data.read([2])

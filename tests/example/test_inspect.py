@@ -89,7 +89,7 @@ def test_inspect_leaves_out_what_the_data_cannot_give(tmp_path):
     (data / "camelyonpatch_level_2_split_valid_y.h5").unlink()
     printed = run("inspect", data, "--out", tmp_path / "out").stdout
     assert "24 without a centre" in printed and "PCam names no centre" in printed
-    assert "8 images have no label: only the test split may come without" in printed
+    assert "8 images have no label, which is allowed in the test split only" in printed
     assert {p.name for p in (tmp_path / "out").glob("fig*")} == {"fig2-labels-train.png", *AUGMENTED}
 
 
@@ -133,7 +133,7 @@ def test_colours_of_a_centre_look_at_its_images_alone(tmp_path):
     np.testing.assert_allclose(facts.colours[3].mean, data.read(where.tolist()).mean((0, 2, 3)), rtol=1e-5)
 
 
-def test_the_sheet_shows_real_pictures_below_the_stand_in(tmp_path):
+def test_the_sheet_shows_real_pictures_below_the_synthetic_ones(tmp_path):
     (tmp_path / "pictures").mkdir()
     green = np.zeros((200, 220, 3), np.uint8) + np.array([10, 200, 30], np.uint8)
     Image.fromarray(green).save(tmp_path / "pictures" / "mine.png")

@@ -90,7 +90,7 @@ def test_pcam_has_no_centres_and_says_so(pcam, folders):
     data = open_splits(pcam)["train"]
     assert not data.has_centres and "names no centre" in data.rows.notes[0]
     message = refused(require_centres, data, "centre normalisation")
-    assert message.startswith("centre normalisation needs to know the hospitals") and "6 of 6" in message
+    assert message.startswith("centre normalisation needs each image's hospital") and "6 of 6" in message
     with_centres = open_splits(folders["challenge HDF5"])["train"]
     assert require_centres(with_centres, "centre normalisation") is with_centres.centres
 
@@ -166,7 +166,7 @@ def test_a_wilds_table_without_a_split(tmp_path):
 
 def test_faults_of_pcam_files(pcam):
     stem = str(pcam / "camelyonpatch_level_2_split_train")
-    assert "no array x in it, only y" in refused(HistoDataset, f"{stem}_y.h5")
+    assert "has no array x, only y" in refused(HistoDataset, f"{stem}_y.h5")
     with h5py.File(f"{stem}_y.h5", "r+") as file:
         file["y"][4] = 3
     assert "train_y.h5: y of row 4 is 3; it must be 0 or 1" in refused(open_splits, pcam)

@@ -168,7 +168,7 @@ def test_unknown_and_repeated_methods_are_refused():
         ("about: x\nadapt: {alpha: no}", "adapt.alpha: False is not allowed; write a number or null"),
         ("about: x\nadapt: {trains: all}", "adapt.trains: 'all' is not allowed; write 'head' or 'lora'"),
         ("about: x\npredict: {views: 4}", "predict.views: 4 is not allowed; write 1 or 8"),
-        ("about: x\naugment: {stain_jitter: .inf}", "augment.stain_jitter: inf is too small or no number"),
+        ("about: x\naugment: {stain_jitter: .inf}", "augment.stain_jitter: inf is too small or not a number"),
         ("about: x\nnormalise: slide", "normalise: 'slide' is not allowed; write 'backbone' or 'centre'"),
         ("about: x\nadapt: lora", "adapt: holds 'lora'; write keys below it: trains, rank"),
         ("about: x\nbase: dora", "base: there is no method 'dora'; known: "),
@@ -362,7 +362,7 @@ def test_ensemble_is_the_mean_probability():
 def test_adabn_of_single_images_is_refused_where_it_left_every_statistic_at_nothing(toy, lite0):
     view = experiment.make_views(open_splits(toy), RECIPE, find_method("lora"))["test"]
     model = find_method("lora").prepare(copy.deepcopy(lite0))
-    with pytest.raises(ExampleError, match="statistics are of images together; give two or more, and --batch-size 2"):
+    with pytest.raises(ExampleError, match="statistics need several images; give two or more, and --batch-size 2"):
         adapted_to(make_loader(view, 1), model)
 
 
@@ -375,7 +375,7 @@ def test_what_a_method_will_ask_for_is_looked_for_before_anything_is_trained(toy
     experiment.check_methods(find_methods(["lora"]), splits, RECIPE)
     with pytest.raises(ExampleError, match=r"lora-centre: centre normalisation needs .*test\.h5.* for 1 of 24 images"):
         experiment.check_methods(find_methods(["lora-centre"]), splits, RECIPE)
-    with pytest.raises(ExampleError, match="centre normalisation needs to know the hospitals"):
+    with pytest.raises(ExampleError, match="centre normalisation needs each image's hospital"):
         experiment.centre_statistics(splits["test"])
 
 

@@ -27,7 +27,7 @@ FOLDERS: dict[str, list[str]] = {
         "dataset",
         "packing",
     ],
-    "making": ["writing", "nuclei", "hospitals", "tissue", "standin", "slides"],
+    "making": ["writing", "nuclei", "hospitals", "tissue", "synthetic", "slides"],
     "methods": ["method", "catalogue", "ablation"],
     "augment": ["draws", "resampling", "colour", "hed", "transforms"],
     "training": [
@@ -102,5 +102,5 @@ def test_imports_inside_a_folder_face_one_way(folder):
 def test_imports_are_read_whichever_way_they_are_written():
     path = ROOT / "runs" / "comparison.py"
     assert {("errors",), ("runs", "rates"), ("data", "dataset"), ("training", "recipe")} <= imports_of(path)
-    assert ("making", "standin") in imports_of(ROOT / "minimal.py")
+    assert ("making", "synthetic") in imports_of(ROOT / "minimal.py")
     assert ("report", "charts") in imports_of(ROOT / "report" / "outputs.py")

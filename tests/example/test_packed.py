@@ -59,7 +59,7 @@ def test_numbers_that_bytes_cannot_give_are_refused_and_rounded_on_request(tmp_p
     with h5py.File(path, "r+") as file:
         file["5/img"][0, 0, 0] += 1e-3
     split = HistoDataset(path)
-    with pytest.raises(ExampleError, match=r"train\.h5: img of key 5 holds numbers between .* --round moves each"):
+    with pytest.raises(ExampleError, match=r"train\.h5: img of key 5 holds values between .* --round rounds each"):
         packed(split, tmp_path)
     assert not list((tmp_path / "packed").iterdir())
     done = pack(split, tmp_path / "packed" / "train.h5", rounded=True)
@@ -70,7 +70,7 @@ def test_numbers_that_bytes_cannot_give_are_refused_and_rounded_on_request(tmp_p
 
 def test_nothing_but_a_packed_file_is_overwritten(tmp_path):
     split = HistoDataset(write_challenge(tmp_path, SIZES) / "train.h5")
-    with pytest.raises(ExampleError, match="exists and is no packed file"):
+    with pytest.raises(ExampleError, match="exists and is not a packed file"):
         pack(split, split.path)
     assert packed(split, tmp_path) == packed(split, tmp_path)
 
@@ -84,7 +84,7 @@ def test_what_made_the_data_is_kept(tmp_path):
 
 FAULTS = {
     "images": (np.zeros((2, 3, 96, 95), np.uint8), r"images has shape \(2, 3, 96, 95\)"),
-    "ids": (np.array([4, 4, 5, 6, 7, 8, 9]), "ids do not rise"),
+    "ids": (np.array([4, 4, 5, 6, 7, 8, 9]), "ids are not in rising order"),
     "labels": (np.array([0, 1, 2, 0, 0, 0, 0], np.int8), "the label of id 2 is 2"),
     "centres": (np.zeros(7, np.float32), "centres has dtype float32"),
     "slides": (np.zeros((7, 300), np.uint8), r"slides has shape \(7, 300\)"),
@@ -111,7 +111,7 @@ def test_images_in_chunks_or_absent_are_refused(tmp_path):
         images = file["images"][...]
         del file["images"]
         file.create_dataset("images", data=images, chunks=(1, 3, 96, 96))
-    with pytest.raises(ExampleError, match="images does not lie in one piece"):
+    with pytest.raises(ExampleError, match="images is not contiguous"):
         HistoDataset(path)
     with h5py.File(path, "r+") as file:
         del file["values"]
@@ -126,5 +126,5 @@ def test_more_images_than_the_file_holds_are_refused(tmp_path):
     with h5py.File(path, "r+") as file:
         del file["images"]
         file.create_dataset("images", (10**6, 3, 96, 96), np.uint8)  # never written
-    with pytest.raises(ExampleError, match="more numbers than were ever written"):
+    with pytest.raises(ExampleError, match="more numbers than were written"):
         HistoDataset(path)

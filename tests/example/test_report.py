@@ -134,7 +134,7 @@ def test_without_test_labels_differences_are_of_validation_and_say_that_it_chose
     assert note == "lora − probe, validation accuracy: +0.4000 [+0.0000, +0.8000] (by seed +0.400, +0.400)"
     assert [each["split"] for each in as_data(whole)["differences"]] == ["val"]
     (said,) = [note for note in whole.notes() if note.startswith("The test set has no labels")]
-    assert "of validation, which chose the learning rate and the epoch" in said and "optimistic" in said
+    assert "of validation, which also chose the learning rate and the epoch" in said and "optimistic" in said
     assert "One standard error of an accuracy of 0.9 on 5 validation patches is 0.134." in whole.notes()
     assert "The test set has no labels" in markdown(whole) and "The test set has no labels" in html(whole)
 
@@ -198,7 +198,7 @@ def test_a_failed_proof_is_loud():
 def test_proofs_that_held_are_one_sentence():
     (note,) = [note for note in report().notes() if "logits" in note]
     assert "bit-equal" in note
-    assert "difference by merging: 1e-06" in note
+    assert "difference after merging: 1e-06" in note
 
 
 def test_absent_test_labels_are_said():
@@ -224,7 +224,7 @@ def whole_report(*results: Result, **changes) -> Report:
         "val": Truth(torch.tensor([1, 0]), torch.tensor([-1, -1])),
     }
     patch = Patch(7, 2, 1, 0.02, {"patch": PNG})
-    explained = Patch(8, None, 0, 0.9, {"as the network sees it": PNG, "Grad-CAM": PNG, "occlusion": PNG})
+    explained = Patch(8, None, 0, 0.9, {"network input": PNG, "Grad-CAM": PNG, "occlusion": PNG})
     shown = Exhibits("lora", 0, "test", [patch], [explained], ["Maps are of something."])
     costs = [Cost("probe", 1000, 10, 500, 2.0, 1.5, None), Cost("lora", 1100, 110, 900, 2.0, 3.0, 2_000_000)]
     given = {"truth": truth, "exhibits": shown, "costs": costs, **changes}
@@ -442,7 +442,7 @@ def test_patients_are_drawn_where_they_are_named_and_the_page_says_so():
     apart, together = judged_report(), judged_report(torch.arange(400) // 40, "patient")
     assert [each.units for each in together.published[:3]] == [10, 10, 10]
     assert "10 patients" in markdown(together) and "Whole patients were drawn" in html(together)
-    assert "Single patches were drawn" in html(apart)
+    assert "Single patches were resampled" in html(apart)
     assert apart.published[0].estimates["auroc"] != together.published[0].estimates["auroc"]
 
 

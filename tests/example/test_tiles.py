@@ -53,7 +53,7 @@ def test_names_that_are_no_numbers_of_their_own_are_counted(tmp_path, names):
     split = open_tiles(save(tmp_path, names))
     assert split.ids.tolist() == [0, 1]
     assert [split.rows.name(i) for i in range(2)] == sorted(names)
-    assert split.rows.notes == ["not every name is a number of its own: IDs count the tiles by name, from 0"]
+    assert split.rows.notes == ["not every name is a different number, so IDs count the tiles by name, from 0"]
 
 
 def test_larger_squares_are_averaged_and_said(tmp_path):
@@ -122,4 +122,4 @@ def test_a_faulty_tile_leaves_nothing_half_written(adapter, tmp_path):
 
 
 def test_a_folder_without_anything_to_predict_is_refused(adapter, tmp_path):
-    assert "no test.h5 in this folder, no PNG" in predict(adapter, tmp_path, tmp_path / "s.csv", status=1).stderr
+    assert "this folder has no test.h5 and no PNG" in predict(adapter, tmp_path, tmp_path / "s.csv", status=1).stderr

@@ -69,7 +69,7 @@ def test_a_tracker_that_fails_is_left_out_and_ends_no_training():
 
     run = TrackedRun(make_accelerator(), "x", {})
     run.trackers = [Gone(), Kept()]
-    with pytest.warns(UserWarning, match=r"gone: run x is not whole, since it took no more \(no route to host\)"):
+    with pytest.warns(UserWarning, match=r"gone: run x is incomplete, since the tracker failed \(no route to host\)"):
         run.log(1, {"loss": 0.5, "accuracy": None})
     run.log(2, {"loss": 0.4})
     run.close()
@@ -84,7 +84,7 @@ def test_a_tracker_that_begins_no_run_is_one_line(monkeypatch):
         raise RuntimeError("no API key\nand more")
 
     monkeypatch.setattr(accelerator, "init_trackers", refused)
-    with pytest.raises(Exception, match=r"^--tracker wandb: it begins no run \(no API key\)\.$"):
+    with pytest.raises(Exception, match=r"^--tracker wandb: cannot start a run \(no API key\)\.$"):
         TrackedRun(accelerator, "x", {})
 
 

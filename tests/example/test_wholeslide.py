@@ -363,8 +363,8 @@ def test_a_calibrated_map_is_of_the_same_temperature_and_threshold(adapter, plan
 @pytest.mark.parametrize(
     ("options", "point", "message"),
     [
-        (("--calibrated", "--how", "ensemble"), (0.5, 2.0), "--calibrated is of an adapter's own predictions"),
-        (("--calibrated",), (None, None), "run.json holds no threshold and temperature; a training that ends writes"),
+        (("--calibrated", "--how", "ensemble"), (0.5, 2.0), "--calibrated needs an adapter's folder"),
+        (("--calibrated",), (None, None), "run.json holds no threshold and temperature; a training writes"),
     ],
 )
 def test_what_was_not_decided_is_refused(adapter, planted, tmp_path, options, point, message):
@@ -400,7 +400,7 @@ def test_outlines_are_simple_rings_that_enclose_their_cells_and_no_other(seed):
 def test_a_slide_that_does_not_say_its_microns_asks_for_them(adapter, tmp_path):
     slide = write_svs(tmp_path / "a.svs", tissue(200, 200), power=20)
     text = predict(adapter, slide, tmp_path / "a.csv", status=1).stderr
-    assert text.startswith(f"error: {slide}: its metadata do not say how many microns a pixel is. Give --mpp")
+    assert text.startswith(f"error: {slide}: its metadata do not say the microns per pixel. Give --mpp")
     assert "Its objective was 20×: about --mpp 0.5." in text
     assert list(tmp_path.iterdir()) == [slide]
     printed = predict(adapter, slide, tmp_path / "a.csv", "--mpp", "0.5").stdout
@@ -410,8 +410,8 @@ def test_a_slide_that_does_not_say_its_microns_asks_for_them(adapter, tmp_path):
 def test_a_slide_coarser_than_the_training_and_a_scale_of_ones_own_are_said(adapter, tmp_path):
     slide = write_svs(tmp_path / "a.svs", tissue(200, 200), 0.5)
     printed = predict(adapter, slide, tmp_path / "a.csv", "--mpp", "2").stdout
-    assert "--mpp 2 was taken; the slide's metadata say 0.5" in printed
-    assert "the slide is coarser (2 microns a pixel) than what the network was trained on (0.97)" in printed
+    assert "--mpp 2 overrides the slide's metadata, which say 0.5" in printed
+    assert "the slide is coarser (2 microns a pixel) than the training patches (0.97)" in printed
 
 
 def test_without_a_library_the_extra_is_named(monkeypatch, tmp_path):
@@ -443,7 +443,7 @@ def test_a_truncated_slide_is_named_where_it_ends_and_nothing_is_written(adapter
 def test_a_slide_of_glass_is_said_to_hold_no_tissue(adapter, tmp_path):
     slide = write_svs(tmp_path / "a.svs", np.full((300, 300, 3), 243, np.uint8), 0.97)
     text = predict(adapter, slide, tmp_path / "a.csv", status=1).stderr
-    assert "none of its 16 tiles holds 25% of tissue; --tissue 0 takes all." in text
+    assert "none of its 16 tiles holds 25% tissue; --tissue 0 takes all." in text
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_a_slide_of_glass_is_said_to_hold_no_tissue(adapter, tmp_path):
         (("--stride", "97"), "--stride 97: must be from 1 to 96"),
         (("--tissue", "25"), "--tissue 25.0: must be a share from 0 to 1"),
         (("--threshold", "-1"), "--threshold -1.0: must be a share"),
-        (("--how", "balanced"), "looks at all images together"),
+        (("--how", "balanced"), "uses all images together"),
     ],
 )
 def test_what_no_slide_can_be_predicted_by_is_refused(adapter, planted, tmp_path, options, message):
@@ -464,7 +464,7 @@ def test_what_no_slide_can_be_predicted_by_is_refused(adapter, planted, tmp_path
 def test_options_of_slides_are_refused_elsewhere(adapter, tmp_path):
     Image.fromarray(tissue(96, 96)).save(tmp_path / "0.png")
     text = predict(adapter, tmp_path, tmp_path / "a.csv", "--mpp", "0.5", status=1).stderr
-    assert "--mpp is of slides" in text
+    assert "--mpp is for slides" in text
 
 
 # -- cutting pictures at a magnification -------------------------------------------------------------------
@@ -488,12 +488,12 @@ def test_pictures_are_cut_at_the_magnification_that_was_asked_for(tmp_path):
 
 def test_a_magnification_needs_every_pictures_microns(tmp_path):
     folder = cuttable(tmp_path, None)
-    with pytest.raises(ExampleError, match=r"a\.svs: a magnification needs to know how many microns a pixel is"):
+    with pytest.raises(ExampleError, match=r"a\.svs: a magnification needs the picture's microns per pixel"):
         cut_slides(folder, tmp_path / "out", magnification=10)
     (folder / "slides.csv").write_text("file,split,centre,mpp\na.svs,train,0,0.5\nb.svs,val,1,.5\nc.svs,test,2,0.5\n")
     assert cut_slides(folder, tmp_path / "out", magnification=10, stride=48) == {"train": 9, "val": 9, "test": 9}
     (folder / "slides.csv").write_text("file,split,centre,mpp\na.svs,train,0,half\nb.svs,val,1,.5\nc.svs,test,2,0.5\n")
-    with pytest.raises(ExampleError, match="line 2: mpp 'half' is no number above 0"):
+    with pytest.raises(ExampleError, match="line 2: mpp 'half' is not a number above 0"):
         cut_slides(folder, tmp_path / "out", magnification=10)
 
 
@@ -509,15 +509,15 @@ def test_what_was_trained_on_pictures_own_pixels_asks_what_they_are(adapter, pla
     card["recipe"]["mpp"] = None
     (tmp_path / "own" / "run.json").write_text(json.dumps(card))
     text = predict(tmp_path / "own", planted, tmp_path / "b.csv", status=1).stderr
-    assert "does not say how many microns a pixel of its patches was: give --tile-mpp." in text
+    assert "does not say the microns per pixel of its training patches: give --tile-mpp." in text
     assert "16 of 20 tiles" in predict(tmp_path / "own", planted, tmp_path / "b.csv", "--tile-mpp", "1.94").stdout
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--patch", "192"), "--patch is of --slides"),
-        (("--slides", "x", "--mpp", "1"), "--mpp is of --data"),
+        (("--patch", "192"), "--patch needs --slides"),
+        (("--slides", "x", "--mpp", "1"), "--mpp is for --data"),
         (("--mpp", "-1"), "--mpp -1.0: must be a number above 0"),
     ],
 )

@@ -1,6 +1,6 @@
-"""Colour jitter of a batch, each patch by numbers and in an order of its own.
+"""Colour jitter of a batch: ``torchvision.transforms.v2.ColorJitter`` for many patches at once, on any device.
 
-What ``torchvision.transforms.v2.ColorJitter`` does to one image, for many at once and on any device.
+Factors and order are drawn for each patch.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 from .draws import Draws, Floats
 
 _GREY = (0.2989, 0.587, 0.114)
-_SIDES = (5.0, 3.0, 1.0)  # where R, G and B stand on the wheel of six colours, counted down
+_SIDES = (5.0, 3.0, 1.0)  # positions of R, G and B on a colour wheel of six, counted down
 
 
 def jittered(images: Tensor, draws: Draws, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
-    """``(n, 3, H, W)`` in [0, 1] to the same: four changes in a random order.
+    """Jitter brightness, contrast, saturation and hue in a random order; ``(n, 3, H, W)`` in [0, 1].
 
     Args:
-        images: RGB.
-        draws: of these patches.
-        brightness, contrast, saturation: factors lie in 1 ± these.
-        hue: shift in ± this, of the whole circle.
+        images: RGB images.
+        draws: random numbers of these patches.
+        brightness, contrast, saturation: factors are drawn from 1 ± these.
+        hue: the shift is drawn from ± this, as a share of the whole circle.
     """
     strengths = (brightness, contrast, saturation)
     factors = [draws.uniform(1 - strength, 1 + strength) for strength in strengths] + [draws.uniform(-hue, hue)]
@@ -41,27 +41,27 @@ def jittered(images: Tensor, draws: Draws, brightness: float, contrast: float, s
 
 
 def column(numbers: Floats, images: Tensor) -> Tensor:
-    """A number for each image, ``(n, 1, 1, 1)``, of the images' type and device."""
+    """One number for each image, as ``(n, 1, 1, 1)`` on the images' device and in their dtype."""
     return torch.from_numpy(numbers).to(images)[:, None, None, None]
 
 
 def brighter(images: Tensor, factor: Tensor) -> Tensor:
-    """Every number times the factor."""
+    """Multiply every pixel by the factor."""
     return (images * factor).clamp_(0, 1)
 
 
 def more_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Away from each image's mean grey."""
+    """Blend each image with its mean grey."""
     return _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), factor)
 
 
 def more_saturated(images: Tensor, factor: Tensor) -> Tensor:
-    """Away from each pixel's grey."""
+    """Blend each pixel with its grey."""
     return _blend(images, _grey(images), factor)
 
 
 def turned(images: Tensor, shift: Tensor) -> Tensor:
-    """The hue of each pixel turned, at the same value and saturation in HSV."""
+    """Shift the hue of each pixel in HSV; value and saturation stay."""
     high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     spread = high - low
     red, green, blue = images[:, :1], images[:, 1:2], images[:, 2:]

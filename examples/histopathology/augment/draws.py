@@ -1,8 +1,8 @@
-"""Random numbers of augmentation: for each patch a stream of its own, a function of seed, epoch and patch alone.
+"""Random numbers for augmentation: each patch has its own stream, which depends on seed, epoch and patch alone.
 
-So a patch is augmented alike whatever batch it is in, whichever worker or process reads it and whichever device works
-on it. The streams are SplitMix64's (G. L. Steele, D. Lea, C. H. Flood. Fast splittable pseudorandom number generators.
-OOPSLA 2014), which takes a batch's numbers in one vectorised step.
+A patch is therefore augmented in the same way whatever the batch, the worker, the process and the device. The streams
+are SplitMix64's (G. L. Steele, D. Lea, C. H. Flood. Fast splittable pseudorandom number generators. OOPSLA 2014),
+which draws a batch's numbers in one vectorised step.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mixed(*numbers: int) -> int:
-    """One seed from several numbers, such that neighbours give unrelated ones."""
+    """Hash several numbers into one seed, so that neighbouring numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Draws:
-    """The next numbers of each patch of a batch.
+    """The random streams of a batch's patches; each call draws the next number of every stream.
 
     >>> Draws(seed=0, epoch=3, indices=[5, 17]).uniform().shape
     (2,)
 
     Attributes:
-        indices: ``(n,)`` int64, the patches.
+        indices: ``(n,)`` int64, the patches' indices in their split.
     """
 
     def __init__(self, seed: int, epoch: int, indices: Sequence[int] | npt.NDArray[np.int64]) -> None:
@@ -49,7 +49,7 @@ class Draws:
         return numbers
 
     def below(self, count: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """One whole number from 0 up to and without ``count`` for each patch, ``(n,)``."""
+        """One whole number in [0, count) for each patch, ``(n,)``."""
         return np.minimum((self.uniform() * count).astype(np.int64), count - 1)
 
 

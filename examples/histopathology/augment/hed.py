@@ -1,4 +1,4 @@
-"""Stain jitter: the amounts of haematoxylin, eosin and a rest scaled and shifted at random, per image.
+"""Stain jitter: scale and shift the amounts of haematoxylin, eosin and a residual at random, per image.
 
 Idea: D. Tellez et al. Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference to train
 distilled stain-invariant convolutional networks. IEEE Transactions on Medical Imaging 37(9), 2018 (arXiv 1808.05896).
@@ -18,22 +18,22 @@ _DARKEST = 0.5 / 255  # as in `stain`
 
 
 def to_hed(images: Tensor) -> Tensor:
-    """``(..., 3, H, W)`` RGB in [0, 1] -> amounts of the three stains, in units of optical density."""
+    """The amounts of the three stains, as optical density, in RGB images ``(..., 3, H, W)`` in [0, 1]."""
     density = -torch.log10(images.clamp(min=_DARKEST))
     return torch.einsum("...chw,cs->...shw", density, _TO_AMOUNTS.to(images))
 
 
 def from_hed(amounts: Tensor) -> Tensor:
-    """The other way; intensities, which may leave [0, 1]."""
+    """RGB intensities from amounts of stain, the inverse of `to_hed`; they may leave [0, 1]."""
     return torch.pow(10.0, -torch.einsum("...shw,sc->...chw", amounts, _STAINS.to(amounts)))
 
 
 def stain_jittered(images: Tensor, draws: Draws, strength: float) -> Tensor:
-    """Each stain's amount times (1 + a) plus b, with a and b uniform in ±strength, drawn for each image.
+    """Multiply each stain's amount by 1 + a and add b; a and b are uniform in ±strength, drawn for each image.
 
     Args:
         images: ``(n, 3, H, W)`` in [0, 1].
-        draws: of these patches.
+        draws: random numbers of these patches.
         strength: at least 0; b is in units of optical density.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Cutting, resizing, flipping and turning a batch, each patch by numbers of its own, on any device.
+"""Crop, resize, flip and rotate a batch on any device, each patch with its own numbers.
 
-A cut, a resize and a flip together are linear in rows and in columns: two small matrices an image, whose weights are
-those of ``torchvision``'s antialiased bilinear ``resize``.
+Crop, resize and flip together are linear in rows and in columns, so each image takes two small matrices. Their weights
+are those of ``torchvision``'s antialiased bilinear ``resize``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch.nn.functional import affine_grid, grid_sample
 
 
 def resized_part(images: Tensor, size: int, begins: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor]) -> Tensor:
-    """A part of each image, resized: ``(n, c, H, W)`` to ``(n, c, size, size)``.
+    """Crop a part of each image and resize it: ``(n, c, H, W)`` to ``(n, c, size, size)``.
 
     Args:
-        images: floating.
+        images: floating-point images.
         size: side of the result.
-        begins: first row and first column, each ``(n,)``.
-        lengths: rows and columns of the part, each ``(n,)``; below 0, the part is flipped.
+        begins: first row and first column of each part, each ``(n,)``.
+        lengths: rows and columns of each part, each ``(n,)``; a negative number flips the part.
     """
     rows, columns = (
         _weights(side, size, begin, length).to(images)
@@ -29,24 +29,24 @@ def resized_part(images: Tensor, size: int, begins: tuple[Tensor, Tensor], lengt
 
 
 def _weights(side: int, size: int, begin: Tensor, length: Tensor) -> Tensor:
-    """``(n, size, side)``: how much each input row gives to each output row."""
+    """How much each input row contributes to each output row, ``(n, size, side)``."""
     steps = torch.arange(size, device=begin.device) + 0.5
     begin, flipped, length = begin[:, None], length[:, None] < 0, length[:, None].abs().float()
     scale = length / size
     centre = begin + scale * torch.where(flipped, size - steps, steps)
     place = torch.arange(side, device=begin.device) + 0.5
-    reach = scale.clamp(min=1)[..., None]  # what shrinks takes in more than two neighbours
+    reach = scale.clamp(min=1)[..., None]  # shrinking averages more than two neighbours
     weights = (place - centre[..., None]).div_(reach).abs_().neg_().add_(1).clamp_(min=0)
     weights *= (place >= begin[..., None]) & (place < (begin + length)[..., None])
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def moved(images: Tensor, degrees: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
-    """Each image turned, enlarged and sheared along its rows about its centre, bilinear; outside it is black.
+    """Rotate, scale and shear each image about its centre with bilinear interpolation; outside is black.
 
     Args:
         images: ``(n, c, H, W)``, square.
-        degrees, scale, shear: ``(n,)``; angles in degrees, as of ``torchvision``'s ``affine``.
+        degrees, scale, shear: ``(n,)``; angles in degrees, defined as in ``torchvision``'s ``affine``.
     """
     turn, slant = torch.deg2rad(degrees), torch.tan(torch.deg2rad(shear))
     cosine, sine, nothing = turn.cos(), turn.sin(), torch.zeros_like(turn)

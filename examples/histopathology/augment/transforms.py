@@ -1,10 +1,10 @@
-"""Augmentation and evaluation transforms, by the batch, on the device that the patches are on.
+"""Augmentation and evaluation transforms, a batch at a time, on the patches' device.
 
-The report's order is crop, flips, jitter. Here the jitter comes first: on the patch's own 96×96 pixels it costs
-a fifth of what it costs after enlarging to 224, and since it changes each pixel by itself, only interpolation
-lies between the two orders.
+The challenge report's order is crop, flips, jitter. Here the jitter comes first, because on 96×96 pixels it costs a
+fifth of what it costs after enlarging to 224. It changes each pixel by itself, so the two orders differ only by
+interpolation.
 
-Every patch is augmented by `Draws` of its own: in which batch it is, and with how many others, does not matter.
+Every patch is augmented by its own `Draws`, so its batch does not matter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,21 +24,21 @@ from .hed import stain_jittered
 from .resampling import moved, resized_part
 
 Transform: TypeAlias = Callable[[Tensor, Draws], Tensor]
-"""Of a batch ``(n, 3, 96, 96)`` float in [0, 1], and draws of its patches."""
+"""Augments a batch ``(n, 3, 96, 96)`` of floats in [0, 1] by its patches' random numbers."""
 
-# The label speaks of the central 32×32 of a 96×96 patch. A crop of 0.6 of the area with a side ratio of 3:4 is
-# 64 pixels at its narrowest, so that wherever it lies it still holds that centre.
+# The label describes the central 32×32 of a 96×96 patch. A crop of 0.6 of the area with a side ratio of 3:4 is at least
+# 64 pixels wide, so it holds that centre wherever it lies.
 CROP_SCALE = (0.6, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 VIEWS = 8
-# Half of what a square's diagonal is longer than its side: a rotation shows mirrored tissue there, and no black.
+# Half the difference between a square's diagonal and its side: a rotation shows mirrored tissue there, not black.
 _MARGIN = 20
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What a backbone was trained to see, and where its weights are from.
+    """The pixel mean and deviation that a backbone was pretrained with, and where its weights are from.
 
     ``mean`` and ``std`` are per RGB channel for pixels in [0, 1].
     """
@@ -50,17 +50,17 @@ class Normalisation:
 
 
 def dihedral(images: Tensor, view: int) -> Tensor:
-    """One of the 8 turns and flips of a square, exact: ``(..., H, H)`` to the same; view 0 changes nothing."""
+    """Apply one of the 8 rotations and flips of a square to ``(..., H, H)``, exactly; view 0 changes nothing."""
     images = images.flip(-1) if view >= 4 else images
     return torch.rot90(images, view % 4, (-2, -1))
 
 
 class Normalise:
-    """By one mean and deviation, or by those of each patch's centre.
+    """Normalise by one mean and deviation, or by those of each patch's centre.
 
     Args:
-        by: one for all; or one for each centre.
-        centres: ``(N,)``, of every patch of the split.
+        by: one normalisation for all patches, or one for each centre.
+        centres: ``(N,)``, the centre of every patch of the split.
     """
 
     def __init__(self, by: Normalisation | Mapping[int, Normalisation], centres: Tensor | None = None) -> None:
@@ -70,14 +70,14 @@ class Normalise:
         self._of = None if centres is None else np.array([numbers[c] for c in torch.as_tensor(centres).tolist()])
 
     def __call__(self, images: Tensor, draws: Draws | None = None) -> Tensor:
-        """``(n, 3, H, W)`` to the same; where centres are told apart, ``draws`` says which patches these are."""
+        """Normalise ``(n, 3, H, W)``; only normalising by centre needs ``draws``, for the patches' indices."""
         rows = np.zeros(1, np.int64) if self._of is None or draws is None else self._of[draws.indices]
         mean, std = (numbers[rows, :, None, None].to(images) for numbers in (self.mean, self.std))
         return images.sub(mean).div_(std)
 
 
 class TrainTransform:
-    """To normalised ``(n, 3, size, size)``, by a policy of `method.Augment`."""
+    """Augment by a policy of `method.Augment` and normalise; the result is ``(n, 3, size, size)``."""
 
     def __init__(self, size: int, normalise: Normalise, augment: Augment = Augment()) -> None:  # noqa: B008
         self.size, self.normalise, self.augment = size, normalise, augment
@@ -90,12 +90,12 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """To normalised ``(views·n, 3, size, size)``: the centre at the report's 256 : 224.
+    """Crop the centre at the challenge report's 256 : 224 and normalise; the result is ``(views·n, 3, size, size)``.
 
     Args:
         size: side of the result.
-        normalise: mean and deviation.
-        views: numbers of the 8 turns and flips, each applied first; the batch comes once for each, one after another.
+        normalise: the normalisation.
+        views: which of the 8 rotations and flips to apply first; the result holds the batch once for each, in order.
     """
 
     def __init__(self, size: int, normalise: Normalise, views: Sequence[int] = (0,)) -> None:
@@ -118,7 +118,7 @@ def _crop(images: Tensor, draws: Draws, size: int) -> Tensor:
 
 
 def _box(draws: Draws, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Height and width of a random crop: the first of ten tries that lies inside, else the whole."""
+    """Height and width of a random crop: the first of ten tries that fits inside, else the whole image."""
     height = np.full(len(draws), side)
     width, open_ = height.copy(), np.ones(len(draws), bool)
     for _ in range(_ATTEMPTS):
@@ -131,7 +131,7 @@ def _box(draws: Draws, side: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _affine(images: Tensor, draws: Draws, size: int) -> Tensor:
-    """Flips, a turn, a scale and a shear."""
+    """Flips, rotation, scale and shear."""
     for axis in (-1, -2):
         rows = torch.from_numpy(np.flatnonzero(draws.below(2))).to(images.device)
         images = images.index_copy(0, rows, images[rows].flip(axis))
@@ -142,7 +142,7 @@ def _affine(images: Tensor, draws: Draws, size: int) -> Tensor:
 
 
 def _dihedral(images: Tensor, draws: Draws, size: int) -> Tensor:
-    """One of the 8 turns and flips."""
+    """One of the 8 rotations and flips, drawn for each patch."""
     views, images = draw_views(draws), images.clone()
     for view in range(1, VIEWS):
         rows = torch.from_numpy(np.flatnonzero(views == view)).to(images.device)
@@ -151,7 +151,7 @@ def _dihedral(images: Tensor, draws: Draws, size: int) -> Tensor:
 
 
 def draw_views(draws: Draws) -> np.ndarray:
-    """One of the 8 for each patch."""
+    """Draw one of the 8 rotations and flips for each patch."""
     return draws.below(VIEWS)
 
 

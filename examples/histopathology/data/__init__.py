@@ -1,1 +1,1 @@
-"""Reading patches: each layout on disk, whole slides, and the one dataset over all of them."""
+"""Reading patches: each layout on disk, whole slides, and the one dataset class over all of them."""

@@ -1,4 +1,4 @@
-"""The challenge's HDF5 files as `Rows`; what such a file holds and what is checked of it is in `layout`."""
+"""The challenge's HDF5 files as `Rows`; `layout` says what such a file holds and checks it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUFFIXES = (".h5", ".hdf5")
 class ChallengeRows(Rows):
     """One file, one group per image. Raises as `layout.sorted_keys` and `layout.read_row` do.
 
-    What `indexing` keeps of the file is taken where there is such an entry; a whole file leaves one.
+    Labels and centres come from `indexing`'s cache if it has an entry; reading a file without a limit writes one.
     """
 
     layout = "challenge HDF5"
@@ -49,7 +49,7 @@ class ChallengeRows(Rows):
 
 
 def _look(path: Path, limit: int | None) -> indexing.Columns:
-    """Look at each image of the file, or at those that a limit keeps."""
+    """Read what is known of each image without its pixels, or of those that a limit keeps."""
     with open_file(path) as file:
         before = indexing.stamp(path)
         keys, ids = sorted_keys(file, path)
@@ -72,7 +72,7 @@ def _look(path: Path, limit: int | None) -> indexing.Columns:
 
 
 def find(files: list[Path]) -> dict[str, Path]:
-    """Of a folder's files, the one of each split: ``train.h5``, or else the one with "train" in its name.
+    """A folder's file for each split: ``train.h5``, or else the only file with "train" in its name.
 
     Raises:
         ExampleError: several files that could be the same split.
@@ -97,8 +97,8 @@ def _notes_on_keys(listed: list[bytes], keys: list[bytes], ids: npt.NDArray[np.i
     notes = []
     if listed != keys:
         first = ", ".join(name.decode() for name in listed[:4])
-        notes.append(f"keys are listed out of order ({first}, ...): taken in the order of their numbers")
+        notes.append(f"keys are listed out of order ({first}, ...); images are read in the order of their numbers")
     gaps = int(ids[-1] - ids[0] + 1 - len(ids))
     if gaps or ids[0]:
-        notes.append(f"keys run from {ids[0]} to {ids[-1]}, {gaps:,} numbers between them are not there")
+        notes.append(f"keys run from {ids[0]} to {ids[-1]}, and {gaps:,} numbers between them are missing")
     return notes

@@ -1,7 +1,7 @@
-"""Reading a split: `HistoDataset` is one, whatever its layout; `open_splits` gives a folder's three.
+"""Reading splits: `HistoDataset` is one split of any layout; `open_splits` opens a folder's three.
 
-Layouts are told apart by what is there: the challenge's HDF5 (`challenge`), the WILDS Camelyon17 folder (`wilds`),
-PCam's HDF5 (`pcam`) and what `packing` makes of any of them (`packed`). `writing` makes files in the challenge's.
+The layout is recognised from the files: the challenge's HDF5 (`challenge`), the WILDS Camelyon17 folder (`wilds`),
+PCam's HDF5 (`pcam`) or packed files (`packed`), which `packing` writes. `writing` writes the challenge's layout.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .rows import NO_CENTRE, Rows
 Transform = Callable[[Tensor], Tensor]
 Sample = tuple[Tensor, Tensor, int]
 
-# Room for the rounding of whoever wrote the file; 0..255 stored as floats is far outside.
+# Tolerance for rounding when the file was written; 0..255 stored as floats lies far outside.
 _RANGE_SLACK = 1e-3
 
 
@@ -36,30 +36,30 @@ class HistoDataset(Dataset[Sample]):
     >>> image.shape, label, split.ids[index]           # doctest: +SKIP
     (torch.Size([3, 96, 96]), tensor(1.), 0)
 
-    Every id, shape, dtype, label and centre is checked here, once (0.5 ms an image, and none where
-    `indexing` keeps what was found); pixels when they are read. Files are opened again in each worker process
-    and never pickled.
+    Ids, shapes, dtypes, labels and centres are checked once, here (0.5 ms an image, and no time where `indexing` has
+    them cached). Pixels are checked when they are read. Each worker process opens the files again; they are never
+    pickled.
 
     Args:
-        path: an HDF5 file of the challenge, of PCam's images or packed, a WILDS folder or its ``metadata.csv``, or a
-            folder of pictures, a tile each and without labels (`tiles`).
-        transform: applied to each image, ``(3, 96, 96)`` float32 in [0, 1], after reading.
+        path: an HDF5 file (the challenge's, PCam's images, or packed), a WILDS folder or its ``metadata.csv``, or a
+            folder of tiles without labels (`tiles`).
+        transform: called with each image, ``(3, 96, 96)`` float32 in [0, 1], after reading.
         require_labels: raise when a label is absent; otherwise one absent label makes `labels` None.
-        limit: keep this many images, the same random choice each time, so that a file sorted by class
-            or by centre still gives all of them. None keeps all.
-        split: "train", "val" or "test": which rows of a WILDS table. A file is one split already.
+        limit: keep this many images, the same random choice each time, so that a file sorted by class or by centre
+            still gives all classes and centres. None keeps all.
+        split: "train", "val" or "test": which rows of a WILDS table to take. Other files hold one split.
 
     Attributes:
-        path: as given; of a WILDS folder, its table.
-        layout: which was found, in words.
-        ids: ``(n,)`` int64: keys, rows, or WILDS's index.
+        path: as given; the table of a WILDS folder.
+        layout: the layout's name.
+        ids: ``(n,)`` int64: keys, row numbers, or WILDS's index.
         labels: ``(n,)`` int64 of 0 and 1, or None.
         centres: ``(n,)`` int64; -1 where none is named.
-        source: what made the file, where it says so (a stand-in, cut slides), else None.
-        rows: what the layout gives, see `rows.Rows`.
+        source: which program made the file, if it says so (synthetic patches, cut slides), else None.
+        rows: the layout's `rows.Rows`.
 
     Raises:
-        ExampleError: no such file; not HDF5 or truncated; no images; an id that is no whole number; a
+        ExampleError: no such file; not HDF5 or truncated; no images; an id that is not a whole number; a
             wrong shape or dtype; a label outside {0, 1} or, where required, absent; a limit below 1.
     """
 
@@ -103,7 +103,7 @@ class HistoDataset(Dataset[Sample]):
         return bool((self.centres != NO_CENTRE).all())
 
     def read(self, indices: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Pixels alone, without transform: ``(len(indices), 3, 96, 96)`` float32 in [0, 1]."""
+        """The pixels without the transform: ``(len(indices), 3, 96, 96)`` float32 in [0, 1]."""
         out = np.empty((len(indices), *SHAPE), np.float32)
         for image, index in zip(out, indices, strict=True):
             self.rows.read(index, image)
@@ -118,7 +118,7 @@ class HistoDataset(Dataset[Sample]):
     def _check_range(self, images: npt.NDArray[np.float32], indices: Sequence[int]) -> None:
         flat = images.reshape(len(images), -1)
         low, high = flat.min(1), flat.max(1)
-        # Written so that a NaN, which min and max carry along, counts as outside.
+        # min and max propagate a NaN, and this comparison counts it as outside.
         inside = (low >= -_RANGE_SLACK) & (high <= 1 + _RANGE_SLACK)
         if not inside.all():
             bad = int(np.argmin(inside))
@@ -129,26 +129,26 @@ class HistoDataset(Dataset[Sample]):
 
 
 def require_centres(dataset: HistoDataset, purpose: str) -> Tensor:
-    """The centres ``(n,)`` of a split, for what cannot do without.
+    """The centres ``(n,)`` of a split, for a step that needs them.
 
     Args:
         dataset: a split.
-        purpose: what needs them, the beginning of the error.
+        purpose: the step, with which the error begins.
 
     Raises:
-        ExampleError: an image without a centre; in PCam that is every one.
+        ExampleError: an image without a centre; PCam names none.
     """
     if not dataset.has_centres:
         nameless = int((dataset.centres == NO_CENTRE).sum())
         raise ExampleError(
-            f"{purpose} needs to know the hospitals, and {dataset.path} ({dataset.layout}) names none for "
+            f"{purpose} needs each image's hospital, and {dataset.path} ({dataset.layout}) names none for "
             f"{nameless:,} of {len(dataset):,} images. Use the challenge's or WILDS's data, or another method."
         )
     return dataset.centres
 
 
 def find_splits(directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """The file of each split that a folder holds, by split name.
+    """A folder's files by split name.
 
     Challenge: ``train.h5``, or else the one ``.h5`` or ``.hdf5`` file with "train" in its stem, in any case. PCam:
     the images' file, ``..._train_x.h5``. WILDS: ``metadata.csv`` for each split that it lists.
@@ -181,12 +181,12 @@ def open_splits(
     limit: int | None = None,
     transforms: dict[str, Transform] | None = None,
 ) -> dict[str, HistoDataset]:
-    """Train, validation and test sets of a folder; the test set alone may come without labels.
+    """The training, validation and test sets of a folder; only the test set may come without labels.
 
     Args:
         directory: holds one file per split or a WILDS table, see `find_splits`.
-        limit: at most this many images of each split.
-        transforms: by split name; a split that is not named gets none.
+        limit: the most images of each split.
+        transforms: one for each split name; a split that is not named gets none.
 
     Raises:
         ExampleError: a split is missing, and whatever `HistoDataset` raises.

@@ -1,9 +1,9 @@
-"""What is known of a challenge file's images without their pixels, kept so that the file opens at once the next time.
+"""A cache of all that is known of a challenge file's images without their pixels, so that the file opens at once.
 
-Looking at each of 100,000 groups takes a minute. What was found lies in the user's cache, not beside the file: a folder
-of data may be read-only, and what lies in it may come from a stranger. An entry holds for the file's path, size, time
-of writing and time of change; a file that was written less than two seconds ago gets none, since it could change once
-more without its times telling.
+Reading each of 100,000 groups takes a minute. The cache lies in the user's cache folder, not beside the file: a data
+folder may be read-only, or its contents may come from a stranger. An entry is valid while the file's path, size, time
+of writing and time of change stay the same. A file written less than two seconds ago gets no entry, since it could
+change again without a change of its times.
 
 ``HISTOPATHOLOGY_CACHE`` names another folder; the default is ``convlora-histopathology`` in ``XDG_CACHE_HOME`` or
 ``~/.cache``. Entries may be deleted at any time.
@@ -29,14 +29,14 @@ from ..files import write_bytes
 
 FORMAT = 1
 WORTH = 1000
-"""Images from which on an entry is written; fewer are looked at in half a second."""
+"""The fewest images for which an entry is written; fewer are read in half a second."""
 NO_LABEL = -1
-_SETTLED = 2e9  # nanoseconds; the coarsest clock of a file system that is in use ticks every two seconds
+_SETTLED = 2e9  # nanoseconds; the coarsest clock of a file system in use ticks every two seconds
 
 
 @dataclass(frozen=True)
 class Columns:
-    """A column for each thing known, a row for each image, in the order of the ids.
+    """One row for each image, in the order of the ids.
 
     Attributes:
         keys: ``(n,)`` bytes.
@@ -45,8 +45,8 @@ class Columns:
         centres: ``(n,)`` int64.
         dtypes: ``(n,)`` text.
         offsets: ``(n,)`` int64, see `layout.Row`.
-        source: as `layout.read_source`.
-        notes: a sentence each.
+        source: see `layout.read_source`.
+        notes: remarks on the file, a sentence each.
     """
 
     keys: npt.NDArray[np.bytes_]
@@ -59,7 +59,7 @@ class Columns:
     notes: list[str]
 
     def chosen(self, rows: npt.NDArray[np.int64]) -> Columns:
-        """Some of the rows."""
+        """These rows alone."""
         return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in _ARRAYS})
 
 
@@ -67,7 +67,7 @@ _ARRAYS = ("keys", "ids", "labels", "centres", "dtypes", "offsets")
 
 
 def stamp(path: Path) -> dict[str, Any]:
-    """What an entry holds for: the file by its path, size and times."""
+    """The file's path, size and times, for which an entry is valid."""
     found = path.stat()
     return {
         "format": FORMAT,
@@ -79,7 +79,7 @@ def stamp(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> Columns | None:
-    """The columns of a file that is as it was when they were written; None where there are none."""
+    """The cached columns of a file; None without an entry, or where the file has changed."""
     try:
         with np.load(io.BytesIO(_entry(path).read_bytes()), allow_pickle=False) as stored:
             kept = json.loads(str(stored["kept"]))
@@ -87,11 +87,11 @@ def read(path: Path) -> Columns | None:
                 return None
             return Columns(**{name: stored[name] for name in _ARRAYS}, source=kept["source"], notes=kept["notes"])
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-        return None  # no entry, or a damaged one: look at the file itself
+        return None  # no entry, or a damaged one: read the file itself
 
 
 def write(path: Path, columns: Columns, before: dict[str, Any]) -> None:
-    """Keep the columns, where that is worth it and the file stood still since ``before``, its stamp back then."""
+    """Cache the columns, if there are enough images and the file's stamp is still ``before``."""
     now = time.time_ns()
     is_settled = before == stamp(path) and max(before["written"], before["changed"]) < now - _SETTLED
     if len(columns.ids) < WORTH or not is_settled:
@@ -102,7 +102,7 @@ def write(path: Path, columns: Columns, before: dict[str, Any]) -> None:
     try:
         write_bytes(_entry(path), body.getvalue())
     except OSError:
-        return  # a cache that cannot be written costs time alone
+        return  # without a cache the next opening only takes longer
 
 
 def _entry(path: Path) -> Path:
@@ -111,7 +111,7 @@ def _entry(path: Path) -> Path:
 
 
 def folder() -> Path:
-    """Where entries lie."""
+    """The folder of the entries."""
     given = os.environ.get("HISTOPATHOLOGY_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(given if given else Path(base, "convlora-histopathology")).expanduser()

@@ -1,14 +1,14 @@
-"""The challenge's layout in HDF5: what a split's file holds, the checks of it, and the words for each fault.
+"""The challenge's layout in HDF5: what a split's file holds, the checks, and the errors.
 
 One group per image, its key a decimal index: ``img`` (3, 96, 96), ``label`` 0 or 1 (may be absent in test),
 ``metadata`` whose element 0 is the centre. Nothing else of ``metadata`` leaves this module: it is not
 documented and may hold the label.
 
-A file may come from a stranger: `stored` looks at how an array is kept before its numbers are read.
+A file may come from a stranger: `stored` checks how an array is stored before its numbers are read.
 
-Images are read through h5py's low-level calls: opening a group and a data set as Python objects takes longer
-than reading 110 kB (``python -m benchmarks.loading`` has the figures). No torch here: the stand-in's workers
-import this module.
+Images are read through h5py's low-level calls: opening a group and a data set as Python objects takes longer than
+reading 110 kB (``python -m benchmarks.loading`` measures it). This module must not import torch, since the worker
+processes of `making.synthetic` import it.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ SPLITS = ("train", "val", "test")
 PATCH = 96
 SHAPE = (3, PATCH, PATCH)
 SLIDES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm")
-"""How the names of whole slides end."""
+"""File name endings of whole slides."""
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DTYPES = ("float16", "float32", "float64", "uint8")
 
 Array = npt.NDArray[Any]
 
 FAULTS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
-"""What h5py raises on files that are damaged: whatever HDF5 stumbled over."""
+"""The errors that h5py raises on damaged files."""
 MOST_METADATA = 4096
-"""Numbers in an image's metadata."""
+"""The most numbers in an image's metadata."""
 _MOST_SPARE = 2**20
-"""Bytes of a compressed chunk of label or metadata."""
+"""The most bytes of a compressed chunk of label or metadata."""
 _MOST_IMAGE = 8 * 8 * math.prod(SHAPE)
-"""Bytes that are inflated for an image: eight of eight bytes a number."""
+"""The most bytes that are inflated for an image: eight times its numbers at eight bytes each."""
 _PLAIN = (
     (h5t.IEEE_F16LE, h5t.IEEE_F32LE, h5t.IEEE_F64LE, h5t.STD_U8LE)
     if sys.byteorder == "little" and hasattr(os, "preadv")
     else ()
 )
-"""What is read past HDF5."""
+"""Stored types that are read from the file directly, without HDF5."""
 
 _EXPECTED = (
     "A split has one group per image, named 0, 1, 2, ..., and nothing else at its top; "
@@ -62,22 +62,22 @@ _EXPECTED = (
 
 
 def open_file(path: Path) -> h5py.File:
-    """Open a split's file for reading, or say what is wrong with it."""
+    """Open a split's file for reading, or raise an ExampleError that says what is wrong with it."""
     if not path.is_file():
         raise ExampleError(f"{path}: no such file. A split is one HDF5 file: train.h5, val.h5 or test.h5.")
     try:
         return h5py.File(path, "r")
     except FAULTS as error:
         if not h5py.is_hdf5(path):
-            raise ExampleError(f"{path} is no HDF5 file. {_instead(path)}") from error
+            raise ExampleError(f"{path} is not an HDF5 file. {_instead(path)}") from error
         raise ExampleError(
-            f"{path} is no readable HDF5 file ({brief(error)}). If it was downloaded, it may be truncated: "
+            f"{path} is an HDF5 file that cannot be read ({brief(error)}). If it was downloaded, it may be truncated: "
             "get it again."
         ) from error
 
 
 def is_array(file: h5py.File, name: str) -> bool:
-    """Whether a file holds an array of that name, itself and not by a link."""
+    """Whether the file itself, and not a link in it, holds an array of that name."""
     try:
         is_inside = file.get(name, getclass=True, getlink=True) is h5py.HardLink
         return is_inside and file.get(name, getclass=True) is h5py.Dataset
@@ -86,12 +86,12 @@ def is_array(file: h5py.File, name: str) -> bool:
 
 
 def _instead(path: Path) -> str:
-    """What to do with a file that is no HDF5, by its name and how it begins."""
+    """The remedy for a file that is not HDF5, by its name and its first bytes."""
     suffix = path.suffix.lower()
     if suffix in SLIDES:
         return (
-            "It looks like a slide: `predict` takes it as it is; to train on slides, give their folder as --slides, or "
-            "cut it by `make-data --slides`."
+            "It looks like a slide: `predict` takes slides; to train on slides, give their folder as --slides, or cut "
+            "them with `make-data --slides`."
         )
     if suffix in _PICTURES:
         return "It looks like a picture: `predict` takes a folder of tiles; `make-data --slides` cuts larger pictures."
@@ -100,27 +100,27 @@ def _instead(path: Path) -> str:
     if begins.startswith(b"\x1f\x8b"):
         return "It is compressed: run `gunzip` on it first."
     if begins.startswith(b"version https://git-lfs"):
-        return "It stands for a file that Git LFS keeps: run `git lfs pull`."
+        return "It is a Git LFS pointer: run `git lfs pull`."
     return f"It begins with {begins!r}: get the file again." if begins else "It is empty: get it again."
 
 
 def brief(error: BaseException) -> str:
-    """First line of what HDF5 has to say, to be quoted inside an error of ours."""
+    """The first line of HDF5's message, to be quoted in an ExampleError."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def remedy(error: BaseException) -> str:
-    """What to do about it."""
+    """The remedy for an error of reading."""
     return error.remedy if isinstance(error, Unfit) else "The file is damaged: get it again."
 
 
 def read_source(file: h5py.File) -> str | None:
-    """What made the file, where it says so: a stand-in, cut slides. The challenge's own files do not."""
+    """Which program made the file, if it says so: synthetic patches, cut slides. The challenge's files do not."""
     try:
         if not h5a.exists(file.id, b"source"):
             return None
         found = h5a.open(file.id, b"source")
-        # One text and no more: many could each be the same long one of the file.
+        # A single text: each of many could be the same long text in the file.
         kind, extent = found.get_type().get_class(), found.get_space().get_simple_extent_type()
         source = file.attrs["source"] if (kind, extent) == (h5t.STRING, h5s.SCALAR) else None
     except FAULTS:
@@ -142,7 +142,7 @@ def sorted_keys(file: h5py.File, path: Path) -> tuple[Array, npt.NDArray[np.int6
     for name in names:
         # More than 18 digits would not fit an int64.
         if not (name.isascii() and name.isdecimal() and len(name) <= 18):
-            raise ExampleError(f"{path}: key {name[:40]!r} is no decimal integer. {_EXPECTED}")
+            raise ExampleError(f"{path}: key {name[:40]!r} is not a decimal integer. {_EXPECTED}")
     ids = np.array([int(name) for name in names], np.int64)
     order = np.argsort(ids, kind="stable")
     ids, keys = ids[order], np.array(names, "S")[order]
@@ -156,8 +156,8 @@ def sorted_keys(file: h5py.File, path: Path) -> tuple[Array, npt.NDArray[np.int6
 class Row(NamedTuple):
     """Label (None where absent), centre (-1 where absent) and stored dtype of one image.
 
-    ``offset`` is the byte of the file where its numbers begin, -1 where they do not simply lie there one after the
-    other: in chunks, or in a type that is not this machine's.
+    ``offset`` is the byte of the file where its numbers begin. It is -1 where they are not contiguous (chunks), or of a
+    type that is not this machine's.
     """
 
     label: int | None
@@ -167,14 +167,14 @@ class Row(NamedTuple):
 
 
 def read_row(file: Any, key: bytes, path: Path) -> Row:
-    """What is known of one image without its pixels; its shape and dtype are checked."""
+    """Read all that is known of one image without its pixels, and check its shape and dtype."""
     name = key.decode()
     try:
         check_inside(file, key)
         group = h5g.open(file, key)
     except FAULTS as error:
         raise ExampleError(
-            f"{path}: key {name} is no group ({brief(error)}). Each image is one, with img in it."
+            f"{path}: key {name} is not a group ({brief(error)}). Each image is a group with img in it."
         ) from error
     with _reading(path, name):
         image = _child(group, b"img", _MOST_IMAGE)
@@ -190,10 +190,10 @@ def read_row(file: Any, key: bytes, path: Path) -> Row:
 
 
 def read_plain(descriptor: int, offset: int, dtype: str, out: npt.NDArray[np.float32], path: Path, key: bytes) -> None:
-    """Read one image whose numbers lie at ``offset`` (see `Row`) of an open file, past HDF5, as `read_image` does."""
+    """Read one image as `read_image` does, but directly from ``offset`` (see `Row`) of an open file, without HDF5."""
     stored: Array = out if dtype == "float32" else np.empty(SHAPE, dtype)
     if os.preadv(descriptor, [stored.data], offset) != stored.nbytes:
-        raise ExampleError(f"{path}: key {key.decode()} cannot be read (the file ends in it). Get the file again.")
+        raise ExampleError(f"{path}: key {key.decode()} cannot be read (the file ends early). Get the file again.")
     if stored is not out:
         _as_floats(stored, out)
 
@@ -201,12 +201,12 @@ def read_plain(descriptor: int, offset: int, dtype: str, out: npt.NDArray[np.flo
 def read_image(file: Any, key: bytes, out: npt.NDArray[np.float32], path: Path) -> None:
     """Read one image into `out`, ``(3, 96, 96)`` float32, whatever its stored dtype."""
     with _reading(path, key.decode()):
-        data = h5d.open(file, key + b"/img")  # looked at by `read_row`
+        data = h5d.open(file, key + b"/img")  # checked by `read_row`
         check_chunks(data, "img", (0, 0, 0), SHAPE, _MOST_IMAGE)
         if data.dtype == out.dtype:
             data.read(h5s.ALL, h5s.ALL, out)
             return
-        # Converting float16 here takes a third of what HDF5 takes on the way.
+        # Converting float16 here takes a third of HDF5's time.
         stored = np.empty(SHAPE, data.dtype)
         data.read(h5s.ALL, h5s.ALL, stored)
     _as_floats(stored, out)
@@ -216,14 +216,14 @@ def _as_floats(stored: Array, out: npt.NDArray[np.float32]) -> None:
     if stored.dtype == np.uint8:
         np.divide(stored, np.float32(255), out=out)
     elif stored.dtype == np.float16:
-        np.take(_halves(), stored.view(np.uint16), out=out, mode="clip")  # a third of what numpy's conversion takes
+        np.take(_halves(), stored.view(np.uint16), out=out, mode="clip")  # a third of the time of numpy's conversion
     else:
         out[...] = stored
 
 
 @cache
 def _halves() -> npt.NDArray[np.float32]:
-    """The number that each 16 bits stand for."""
+    """The float32 value of each of the 65,536 float16 bit patterns."""
     return np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
@@ -240,7 +240,7 @@ def _child(group: Any, name: bytes, most: int) -> Any | None:
 
 
 def _offset(image: Any) -> int:
-    # A block of the user's own before HDF5's shifts what the library calls an offset.
+    # A user block before HDF5's data shifts the offsets that the library returns.
     plain = image.get_create_plist().get_layout() == h5d.CONTIGUOUS and image.get_type() in _PLAIN
     offset = image.get_offset() if plain and not h5i.get_file_id(image).get_create_plist().get_userblock() else None
     return -1 if offset is None else int(offset)
@@ -257,7 +257,7 @@ def _values(data: Any, name: str) -> Array:
 
 def _check_image(image: Any | None, name: str, path: Path) -> str:
     if image is None:
-        raise ExampleError(f"{path}: key {name} has no img. Each image is a group with img {SHAPE} in it.")
+        raise ExampleError(f"{path}: key {name} has no img. Each image is a group with img, {SHAPE}, in it.")
     if tuple(image.shape) != SHAPE:
         raise ExampleError(
             f"{path}: img of key {name} has shape {tuple(image.shape)}; it must be {SHAPE}, channel first."

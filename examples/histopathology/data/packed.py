@@ -1,8 +1,8 @@
-"""Packed files as `Rows`: a split's patches as bytes in one piece, read past HDF5 as fast as the system gives them.
+"""Packed files as `Rows`: a split's patches as one contiguous array of bytes, read directly, without HDF5.
 
 ``images`` (N, 3, 96, 96) uint8, ``ids`` (N,) rising, ``labels`` (N,) 0, 1 or -1 for none, ``centres`` (N,), and
-``values`` (256,) float32: the number that each byte stands for. Where the slide and the patient of each patch are
-known, ``slides`` and ``patients`` (N, W) uint8 hold their names, UTF-8 filled up with zeros. `packing` writes them.
+``values`` (256,) float32, the number that each byte encodes. If the slide and the patient of each patch are known,
+``slides`` and ``patients`` (N, W) uint8 hold their names in UTF-8, padded with zeros. `packing` writes these files.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .stored import Unfit, check_chunks, open_array
 
 NO_LABEL = -1
 EVEN = np.arange(256, dtype=np.float32) / np.float32(255)
-"""What bytes stand for elsewhere."""
+"""The value of each byte in a picture of 8 bits."""
 NAMES = ("slides", "patients")
 LONGEST_NAME = 256
-"""Bytes of a slide's or a patient's name."""
+"""The most bytes of a slide's or a patient's name."""
 _BYTES = math.prod(SHAPE)
 _MOST = 2**28
-"""Bytes of a column: ids of 30 million patches."""
+"""The most bytes of a column: ids of 30 million patches."""
 
 
 class PackedRows(Rows):
@@ -74,33 +74,33 @@ class PackedRows(Rows):
         place = self._offset + int(self._rows[index]) * _BYTES
         if os.preadv(self._handle.descriptor(), [stored.data], place) != _BYTES:
             raise ExampleError(
-                f"{self.path}: {self.name(index)} cannot be read (the file ends in it). Get the file again."
+                f"{self.path}: {self.name(index)} cannot be read (the file ends early). Get the file again."
             )
         if self._values is None:
             np.divide(stored, np.float32(255), out=out)
         else:
-            np.take(self._values, stored, out=out, mode="clip")  # without "clip" numpy checks each index first
+            np.take(self._values, stored, out=out, mode="clip")  # "clip" spares numpy's check of each index
 
     def name(self, index: int) -> str:
-        """The image by its id, in the words of the challenge's files, so that predictions are the same text."""
+        """The image's id, worded as for the challenge's files, so that prediction files are the same text."""
         return f"img of key {self.ids[index]}"
 
 
 def is_packed(path: Path) -> bool:
-    """Whether an HDF5 file is one of these."""
+    """Whether an HDF5 file is packed."""
     with open_file(path) as file:
         return is_array(file, "images") and is_array(file, "ids")
 
 
 def _images(file: Any) -> tuple[int, int]:
-    """Where the images begin, and how many they are."""
+    """The byte where the images begin, and their number."""
     data = open_array(file, b"images", _BYTES)
     shape = tuple(data.shape)
     if len(shape) != 4 or shape[1:] != SHAPE or data.dtype != np.uint8 or not shape[0]:
         raise Unfit(f"images has shape {shape} and dtype {data.dtype}; it must be (N, 3, 96, 96) of uint8")
     offset = data.get_offset() if data.get_create_plist().get_layout() == h5d.CONTIGUOUS else None
     if offset is None or file.get_create_plist().get_userblock():
-        raise Unfit("images does not lie in one piece")
+        raise Unfit("images is not contiguous")
     return int(offset), int(shape[0])
 
 
@@ -111,7 +111,7 @@ def _column(file: Any, name: str, count: int) -> Array:
     if tuple(data.shape) != (count,):
         raise Unfit(f"{name} has shape {tuple(data.shape)}; it must be ({count},)")
     if name != "values" and data.dtype.kind not in "iu":
-        raise Unfit(f"{name} has dtype {data.dtype}; it must be of whole numbers")
+        raise Unfit(f"{name} has dtype {data.dtype}; it must hold whole numbers")
     check_chunks(data, name, (0,), (count,), _MOST)
     values = np.empty(data.shape, data.dtype)
     data.read(h5s.ALL, h5s.ALL, values)
@@ -133,7 +133,7 @@ def _names(file: Any, name: str, count: int) -> Array | None:
 
 def _check(path: Path, ids: Array, labels: Array) -> None:
     if ids[0] < 0 or (ids[1:] <= ids[:-1]).any():
-        raise ExampleError(f"{path}: ids do not rise. Pack the split again.")
+        raise ExampleError(f"{path}: ids are not in rising order. Pack the split again.")
     bad = np.flatnonzero(~np.isin(labels, (0, 1, NO_LABEL)))
     if bad.size:
         raise ExampleError(

@@ -1,8 +1,8 @@
-"""Writing a split as `packed` reads it. Whatever its layout and type, reading it packed gives the same bits.
+"""Write a split of any layout as `packed` reads it; reading it back gives the same bits.
 
-That is possible where a split's numbers are 256 different ones at most, as those of pictures of 8 bits are in whatever
-type they are stored. What each byte stands for is taken from the numbers themselves, so that how they were rounded,
-to float16 perhaps, comes back too.
+A split can be packed if it has at most 256 different values, as pictures of 8 bits have in whatever type they are
+stored. The value of each byte is taken from the data, so values that were rounded, to float16 perhaps, come back
+rounded in the same way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class Packed:
-    """What was written; ``largest`` is how far a number was moved at most, on the scale of 0 to 1."""
+    """The file that was written; ``largest`` is the largest rounding of a value in [0, 1]."""
 
     path: Path
     images: int
@@ -35,7 +35,7 @@ class Packed:
 
 
 class _Bytes:
-    """Turns numbers into bytes, and learns what each byte stands for."""
+    """Turns values into bytes, and learns the value of each byte."""
 
     def __init__(self, rounded: bool) -> None:
         self.rounded = rounded
@@ -43,7 +43,7 @@ class _Bytes:
         self.largest = 0.0
 
     def take(self, images: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-        """The bytes of some images, and which images they give back exactly."""
+        """The bytes of some images, and which of the images they give back exactly."""
         stored = np.rint(np.clip(images, 0, 1) * np.float32(255)).astype(np.uint8)
         new = np.isnan(self.values[stored])
         self.values[stored[new]] = images[new]
@@ -52,27 +52,27 @@ class _Bytes:
         return stored, ~off.any(axis=(1, 2, 3))
 
     def all_values(self) -> npt.NDArray[np.float32]:
-        """What bytes stand for, those that never came too."""
+        """The value of every byte, those that never occurred included."""
         return np.where(np.isnan(self.values), EVEN, self.values)
 
 
 def pack(
     split: HistoDataset, path: Path, rounded: bool = False, progress: Callable[[int], object] = lambda done: None
 ) -> Packed:
-    """Write a split packed, whole or not at all.
+    """Pack a split, wholly or not at all.
 
     Args:
-        split: of any layout, labels or none.
-        path: the file to write; one that was packed before is replaced.
-        rounded: whether numbers may move, to the nearest of 0/255 to 255/255.
+        split: a split of any layout, with or without labels.
+        path: the file to write; a packed file of that name is replaced.
+        rounded: whether values may be rounded to the nearest of 0/255 to 255/255.
         progress: called with the number of images written.
 
     Raises:
-        ExampleError: numbers that 256 different ones cannot give; a file of that name that is something else; a place
-            that cannot be written.
+        ExampleError: more than 256 different values; a file of that name that is not packed; a path that cannot be
+            written.
     """
     if path.exists() and not is_packed(path):
-        raise ExampleError(f"{path} exists and is no packed file. Choose another folder.")
+        raise ExampleError(f"{path} exists and is not a packed file. Choose another folder.")
     table = _Bytes(rounded)
     try:
         with replacing_file(path) as partial, h5py.File(partial, "w") as file:
@@ -95,8 +95,8 @@ def _bytes(split: HistoDataset, chosen: range, table: _Bytes) -> Array:
     if not table.rounded and not exact.all():
         name = split.rows.name(chosen[int(np.argmin(exact))])
         raise ExampleError(
-            f"{split.path}: {name} holds numbers between those of 8 bits, so bytes cannot give them back. "
-            "--round moves each to the nearest, by 1/510 at most. Nothing was written."
+            f"{split.path}: {name} holds values between those of 8 bits, so bytes cannot give them back. "
+            "--round rounds each to the nearest, by 1/510 at most. Nothing was written."
         )
     return stored
 
@@ -114,6 +114,6 @@ def _columns(split: HistoDataset, table: _Bytes) -> dict[str, Array]:
 
 
 def _as_bytes(names: Sequence[str]) -> Array:
-    """A row of bytes for each name, filled up with zeros."""
+    """One row of bytes for each name, padded with zeros."""
     texts = np.array([name.encode()[:LONGEST_NAME] or b"-" for name in names])
     return texts.view(np.uint8).reshape(len(texts), texts.itemsize)

@@ -1,8 +1,8 @@
 """PCam's HDF5 files as `Rows`: all images of a split in one array, the labels in a file beside it.
 
 ``camelyonpatch_level_2_split_{train,valid,test}_x.h5`` holds ``x`` (N, 96, 96, 3) uint8, and ``..._y.h5`` holds
-``y`` (N, 1, 1, 1), 0 or 1. Both arrays in one file are read too. No file names a hospital, so every image
-carries the same centre, `NO_CENTRE`: there is no shift from hospital to hospital to be measured on it.
+``y`` (N, 1, 1, 1), 0 or 1. A file that holds both arrays is read too. No file names a hospital, so every image has
+the same centre, `NO_CENTRE`, and no shift between hospitals can be measured.
 
 B. S. Veeling et al. Rotation equivariant CNNs for digital pathology. MICCAI 2018, arXiv:1806.03962.
 """
@@ -26,7 +26,7 @@ from .stored import DEFLATE, check_chunks, open_array
 NOTE = "PCam names no centre: all images count as one hospital, so no shift between hospitals can be measured"
 _SHAPE = (PATCH, PATCH, 3)
 _MOST_IMAGES = 256 * math.prod(_SHAPE)
-"""Bytes that are inflated to read an image: chunks of up to 256."""
+"""The most bytes that are inflated to read an image: chunks of up to 256 images."""
 _WORDS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
 
 
@@ -38,7 +38,7 @@ class PcamRows(Rows):
         limit: see `rows.choose`.
 
     Raises:
-        ExampleError: no ``x``, or of another shape or dtype; labels that do not fit it or are not 0 and 1.
+        ExampleError: no ``x``, or ``x`` of another shape or dtype; labels of another number, or other than 0 and 1.
     """
 
     layout = "PCam HDF5"
@@ -63,7 +63,7 @@ class PcamRows(Rows):
         stored = np.empty((1, *_SHAPE), np.uint8)
         row = int(self.ids[index])
         try:
-            data = h5d.open(self._handle(), b"x")  # looked at by `_images`
+            data = h5d.open(self._handle(), b"x")  # checked by `_images`
             _check_row(data, row, self.path)
             where = data.get_space()
             where.select_hyperslab((row, 0, 0, 0), stored.shape)
@@ -75,18 +75,18 @@ class PcamRows(Rows):
         np.divide(stored[0].transpose(2, 0, 1), np.float32(255), out=out)
 
     def name(self, index: int) -> str:
-        """The image by its row."""
+        """The image's row."""
         return f"row {self.ids[index]} of x"
 
 
 def is_pcam(path: Path) -> bool:
-    """Whether an HDF5 file holds an array of all images or of all labels, rather than a group per image."""
+    """Whether an HDF5 file holds one array of all images or labels, rather than a group per image."""
     with open_file(path) as file:
         return any(is_array(file, name) for name in ("x", "y"))
 
 
 def find(files: list[Path]) -> dict[str, Path]:
-    """Of a folder's files, PCam's images by split; empty where there are none.
+    """A folder's files of PCam images by split; empty if there are none.
 
     Raises:
         ExampleError: two files for one split, or files that are still compressed.
@@ -97,7 +97,7 @@ def find(files: list[Path]) -> dict[str, Path]:
         if split is None:
             continue
         if path.suffix == ".gz":
-            raise ExampleError(f"{path} is compressed: run `gunzip` on it and on its neighbours first.")
+            raise ExampleError(f"{path} is compressed: run `gunzip` on PCam's files first.")
         if split in found:
             raise ExampleError(f"{path.parent}: {found[split].name} and {path.name} are both the {split} split.")
         found[split] = path
@@ -105,7 +105,7 @@ def find(files: list[Path]) -> dict[str, Path]:
 
 
 def labels_path(path: Path) -> Path:
-    """Where the labels of ``..._x.h5`` lie: ``..._y.h5`` beside it."""
+    """The path of the labels of ``..._x.h5``: ``..._y.h5`` beside it."""
     return path.with_name(f"{path.stem.removesuffix('_x')}_y{path.suffix}")
 
 
@@ -119,14 +119,14 @@ def _split_of(name: str) -> str | None:
 def _images(file: h5py.File, path: Path) -> Any:
     names = _names(file, path)
     if "x" not in names:
-        raise ExampleError(f"{path}: no array x in it, only {', '.join(names)}. Name the file of the images, ..._x.h5.")
+        raise ExampleError(f"{path} has no array x, only {', '.join(names)}. Name the file of the images, ..._x.h5.")
     images = _checked_array(file, "x", path, _MOST_IMAGES)
     shape, dtype = tuple(images.shape), images.dtype
     if len(shape) != 4 or shape[1:] != _SHAPE or dtype != np.uint8 or not shape[0]:
         raise ExampleError(f"{path}: x has shape {shape} and dtype {dtype}; PCam has (N, 96, 96, 3), uint8.")
     if math.prod(shape) > DEFLATE * path.stat().st_size:
         raise ExampleError(f"{path}: x has shape {shape}, more images than a file of this size can hold.")
-    _check_row(images, 0, path)  # a shape of chunks that gives no image is known before training begins
+    _check_row(images, 0, path)  # finds unreadable chunks before training begins
     return images
 
 
@@ -143,7 +143,7 @@ def _row_fault(path: Path, row: int, error: BaseException) -> ExampleError:
 
 def _names(file: h5py.File, path: Path) -> list[str]:
     try:
-        return [str(name) for name in file]  # bytes where a name is no text
+        return [str(name) for name in file]  # h5py returns bytes where a name is not UTF-8
     except FAULTS as error:
         raise ExampleError(f"{path}: its names cannot be read ({brief(error)}). Get the file again.") from error
 
@@ -164,12 +164,12 @@ def _read_labels(file: h5py.File, path: Path, count: int) -> npt.NDArray[np.int6
     with open_file(beside) as other:
         names = _names(other, beside)
         if "y" not in names:
-            raise ExampleError(f"{beside}: no array y in it, only {', '.join(names) or 'nothing'}.")
+            raise ExampleError(f"{beside} has no array y, only {', '.join(names) or 'nothing'}.")
         return _labels(other, beside, count)
 
 
 def _labels(file: h5py.File, path: Path, count: int) -> npt.NDArray[np.int64]:
-    most = max(2**20, 16 * count)  # eight bytes a label, twice over, or as much as h5py puts into a chunk
+    most = max(2**20, 16 * count)  # twice eight bytes a label, or the size of h5py's chunks
     labels = _checked_array(file, "y", path, most)
     shape = tuple(labels.shape)
     if shape[:1] != (count,) or math.prod(shape) != count:

@@ -1,7 +1,8 @@
-"""Picture files from strangers: four formats by name, and nothing is decoded before its size is known to be small.
+"""Read pictures from strangers: four formats only, and nothing is decoded before its size is checked.
 
-The format is told from the file's first bytes, so that no other decoder of Pillow is ever tried. What a decoder would
-allot before Pillow says how large the picture is, is read here first: WebP's canvas, TIFF's tiles and lists of numbers.
+The format is recognised from the file's first bytes, so no other decoder of Pillow is tried. Some decoders allocate
+memory before Pillow reports the picture's size; what they would allocate is checked here first: WebP's canvas, TIFF's
+tiles and lists of numbers.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ _SIGNATURES = {
     b"MM\0+": "TIFF",
 }
 _MOST_SCANS = 100
-"""Of a JPEG, each of which goes over every pixel; an encoder makes ten."""
+"""The most scans of a JPEG, each of which passes over every pixel; encoders write ten."""
 _MOST_NUMBERS = 65_536
-"""Of one tag of TIFF: Pillow makes an object of each."""
+"""The most numbers of one TIFF tag: Pillow makes an object of each."""
 _PLAIN_TYPES = (1, 2, 7)
-"""Bytes and text, which stay as they are."""
+"""TIFF types of bytes and text, of which Pillow makes one object."""
 _TILE = (322, 323)
 
-# Pillow only warns up to twice its limit. Set once: catch_warnings is not safe in threads.
+# Up to twice its limit Pillow only warns. The filter is set once: catch_warnings is not safe in threads.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 class PictureError(ValueError):
-    """A file that is broken, or that would take too much to decode."""
+    """A file that is broken, or too expensive to decode."""
 
 
 class UnknownFormatError(PictureError):
-    """A file that is none of the formats that are read."""
+    """A file of another format."""
 
 
 class TooLargeError(PictureError):
@@ -50,14 +51,14 @@ class TooLargeError(PictureError):
 
 @contextmanager
 def opened(file: BinaryIO, most: int | None = None) -> Iterator[Image.Image]:
-    """The first picture of a file, not decoded yet; decode it inside the block.
+    """The first picture of a file, to be decoded inside the block.
 
     Args:
-        file: at its start; read in part, or whole.
-        most: pixels at most; without it, Pillow's own ``MAX_IMAGE_PIXELS``.
+        file: the file, at its start.
+        most: the most pixels; by default Pillow's ``MAX_IMAGE_PIXELS``.
 
     Raises:
-        PictureError: whatever goes wrong in the block, `UnknownFormatError` and `TooLargeError` among it.
+        PictureError: any error inside the block; `UnknownFormatError` and `TooLargeError` are such errors.
     """
     most = most or Image.MAX_IMAGE_PIXELS or 2**31
     try:
@@ -71,13 +72,13 @@ def opened(file: BinaryIO, most: int | None = None) -> Iterator[Image.Image]:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise TooLargeError(f"more than {most:,} pixels") from error
-    except Exception as error:  # decoders raise whatever a broken file leads them to
+    except Exception as error:  # a broken file can make a decoder raise anything
         raise PictureError(str(error) or type(error).__name__) from error
 
 
 @contextmanager
 def opened_path(path: Path, most: int | None = None) -> Iterator[Image.Image]:
-    """`opened`, of a file on disk."""
+    """`opened` for a path."""
     with path.open("rb") as file, opened(file, most) as image:
         yield image
 
@@ -88,7 +89,7 @@ def _format(start: bytes) -> str:
             return kind
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return "WEBP"
-    raise UnknownFormatError(f"no picture of a known format: {READ}")
+    raise UnknownFormatError(f"not a picture of a known format: {READ}")
 
 
 def _check_size(size: tuple[int, int], most: int) -> None:
@@ -97,7 +98,7 @@ def _check_size(size: tuple[int, int], most: int) -> None:
 
 
 def _check_before_opening(file: BinaryIO, kind: str, most: int) -> None:
-    """What Pillow, or the library below it, would spend before the picture's size can be asked for."""
+    """Check what Pillow, or the library below it, would allocate before it reports the picture's size."""
     file.seek(0)
     if kind == "WEBP":
         _check_size(_webp_canvas(file.read(30)), most)
@@ -113,7 +114,7 @@ def _check_before_opening(file: BinaryIO, kind: str, most: int) -> None:
 
 
 def _webp_canvas(start: bytes) -> tuple[int, int]:
-    """Width and height by the first chunk: extended, lossless, or lossy."""
+    """Width and height from the first chunk: extended, lossless, or lossy."""
     kind = start[12:16]
     if len(start) < 30 or kind not in (b"VP8X", b"VP8L", b"VP8 "):
         raise PictureError("a WebP without its header")
@@ -126,7 +127,7 @@ def _webp_canvas(start: bytes) -> tuple[int, int]:
 
 
 def _check_tiff(file: BinaryIO, most: int) -> None:
-    """The first directory's counts, and the size of a tile, which libtiff allots however small the picture is."""
+    """Check the first directory's counts, and the tile size, which libtiff allocates however small the picture is."""
     start = file.read(16)
     order = "<" if start[:2] == b"II" else ">"
     big = 43 in start[2:4]

@@ -1,6 +1,6 @@
-"""Pictures of any kind as RGB, and a square of any size as a patch.
+"""Read any picture as RGB, and resize a square of any size to a patch.
 
-Pillow reads a picture where it reads it well; `tifffile` reads TIFFs of more than 8 bits and of unusual compression.
+Pillow reads pictures, except TIFFs of more than 8 bits or unusual compression, which `tifffile` reads.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def read_picture(path: Path) -> Bytes:
-    """A PNG, JPEG, WebP or TIFF as RGB: ``(H, W, 3)`` uint8.
+    """Read a PNG, JPEG, WebP or TIFF as RGB: ``(H, W, 3)`` uint8.
 
-    Transparency is laid over white, gray and palettes become RGB, 16 bits become 8. Pillow reads it, or, where
-    it cannot, tifffile.
+    Transparent pixels become white, gray and palettes become RGB, 16 bits become 8.
 
     Raises:
-        ExampleError: unreadable, or more pixels than Pillow holds to be safe.
+        ExampleError: the picture cannot be read, or has more pixels than Pillow considers safe.
     """
     if not path.is_file():
         raise ExampleError(f"{path}: no such picture.")
@@ -46,7 +45,7 @@ def read_picture(path: Path) -> Bytes:
 
 
 def resized(pixels: Bytes) -> Bytes:
-    """A square of any size as 96×96, each pixel the mean of what it covers."""
+    """Resize a square to 96×96; each pixel is the mean of the area that it covers."""
     if pixels.shape[0] == PATCH:
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((PATCH, PATCH), Image.Resampling.BOX))
@@ -54,7 +53,7 @@ def resized(pixels: Bytes) -> Bytes:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn what Pillow and tifffile raise into one error that names the picture."""
+    """Turn the errors of Pillow and tifffile into an ExampleError that names the picture."""
     try:
         yield
     except TooLargeError as error:
@@ -75,13 +74,13 @@ def _to_rgb(image: Image.Image) -> Bytes:
 
 
 def _is_deep_tiff(image: Image.Image) -> bool:
-    # Pillow opens 16-bit colour in separate planes without a word, and mixes up its pixels.
+    # Pillow opens 16-bit colour in separate planes without an error, and mixes up its pixels.
     bits_per_sample = getattr(image, "tag_v2", {}).get(258, (8,))
     return image.format == "TIFF" and max(bits_per_sample) > 8
 
 
 def _read_tiff(path: Path) -> Bytes:
-    """First series of a TIFF that Pillow does not read, or not well: more than 8 bits, unusual compression."""
+    """The first series of a TIFF of more than 8 bits or unusual compression, which Pillow cannot read correctly."""
     with tifffile.TiffFile(path) as tiff:
         series = tiff.series[0]
         if Image.MAX_IMAGE_PIXELS is not None and series.size > 3 * Image.MAX_IMAGE_PIXELS:
@@ -90,14 +89,14 @@ def _read_tiff(path: Path) -> Bytes:
 
 
 def _scale_to_bytes(values: npt.NDArray[Any]) -> Bytes:
-    """Gray or colour of any depth to ``(H, W, 3)`` uint8; integers over their type's range, floats over [0, 1]."""
+    """Scale gray or colour to ``(H, W, 3)`` uint8: integers from their type's range, floats from [0, 1]."""
     if values.ndim == 3 and values.shape[0] in (3, 4) and values.shape[2] not in (3, 4):
         values = np.moveaxis(values, 0, 2)
     if values.ndim == 2:
         values = np.repeat(values[:, :, None], 3, axis=2)
     if values.ndim != 3 or values.shape[2] not in (3, 4):
-        raise ValueError(f"an array of shape {values.shape} is no gray or RGB picture")
-    # Pillow hands 16-bit gray over as int32 in mode I.
+        raise ValueError(f"an array of shape {values.shape} is neither gray nor RGB")
+    # Pillow returns 16-bit gray as int32 in mode I.
     wide = values.dtype.kind in "iu" and values.dtype.itemsize > 1
     top = 65535 if wide else 255 if values.dtype == np.uint8 else 1
     share = values.astype(np.float32) / top

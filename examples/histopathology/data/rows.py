@@ -1,6 +1,6 @@
-"""What a layout gives of one split: `Rows`, which the dataset reads through, whatever lies underneath.
+"""`Rows`: the interface through which the dataset reads one split of any layout.
 
-`challenge`, `wilds` and `pcam` each make one. No torch here.
+`challenge`, `wilds`, `pcam`, `packed` and `tiles` implement it. This module must not import torch.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _LIMIT_SEED = 0
 
 
 class Rows(ABC):
-    """The images of one split, in the order of their ids, and what is known of each without its pixels.
+    """The images of one split in the order of their ids, and all that is known of each without its pixels.
 
     Attributes:
-        layout: what was found, in words: "challenge HDF5", "WILDS Camelyon17 folder", "PCam HDF5".
-        path: the file that names the split.
+        layout: the layout's name: "challenge HDF5", "WILDS Camelyon17 folder", "PCam HDF5".
+        path: the split's file.
         ids: ``(n,)`` int64, rising.
-        labels: of each image 0, 1 or None.
+        labels: 0, 1 or None for each image.
         centres: ``(n,)`` int64; `NO_CENTRE` where none is named.
-        source: what made the data, where it says so.
-        dtypes: how many images are stored in which dtype.
-        shape: of a stored image.
-        slides: the name of the slide that each image is of; None where the layout names none.
-        patients: the same of the patient.
-        notes: what a reader of the data should know, a sentence each.
+        source: which program made the data, if it says so.
+        dtypes: the number of images stored in each dtype.
+        shape: the shape of a stored image.
+        slides: the name of each image's slide; None where the layout names none.
+        patients: the name of each image's patient; None where the layout names none.
+        notes: remarks on the data, a sentence each.
     """
 
     layout: str
@@ -61,11 +61,11 @@ class Rows(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What an error calls this image."""
+        """The image's name in errors."""
 
 
 class Handle:
-    """An HDF5 file that is opened when it is first read, again in each process, and is never pickled."""
+    """An HDF5 file that each process opens when it first reads it, and that is never pickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,14 +74,14 @@ class Handle:
 
     def __call__(self) -> Any:
         """The low-level id of the open file."""
-        # A handle inherited by fork shares the parent's file position and HDF5 state: open an own one.
+        # A handle inherited by fork shares the parent's file position and HDF5 state, so each process opens its own.
         if self._file is None or self._pid != os.getpid():
             self._file = open_file(self.path)
             self._pid = os.getpid()
         return self._file.id
 
     def descriptor(self) -> int:
-        """The system's own descriptor of the open file, to be read by position alone."""
+        """The operating system's descriptor of the open file, to be read by position only."""
         return int(self().get_vfd_handle())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,9 +89,9 @@ class Handle:
 
 
 def choose(count: int, limit: int | None, path: Path) -> Ids:
-    """Which of `count` images a limit keeps, rising: the same random choice each time, None keeps all.
+    """Which of `count` images a limit keeps, in rising order; None keeps all.
 
-    Random, so that a file sorted by class or by centre still gives all of them.
+    The choice is random, so that a file sorted by class or by centre still gives all of them, and the same each time.
 
     Raises:
         ExampleError: a limit below 1.

@@ -1,4 +1,4 @@
-"""Stains as optical density: Beer-Lambert's law, known stain vectors, and a slide's own.
+"""Stains as optical density: Beer-Lambert's law, published stain vectors, and those estimated from a slide.
 
 Arrays are channel last, ``(..., 3)`` in R, G, B; a stain matrix is ``(2, 3)``, haematoxylin first, each row
 of length 1. Sources:
@@ -18,17 +18,17 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating[Any]]
 
-# Ruifrok & Johnston 2001, measured on slides of one stain each, normalised to length 1 below.
+# Ruifrok & Johnston 2001, measured on slides of one stain each; normalised to length 1 below.
 HAEMATOXYLIN = (0.65, 0.70, 0.29)
 EOSIN = (0.07, 0.99, 0.11)
 DAB = (0.27, 0.57, 0.78)
 
 _LN10 = math.log(10)
-# Half a step of an 8-bit picture: a black pixel gets a finite density, 2.7.
+# Half a step of an 8-bit picture, so that a black pixel has a finite density, 2.7.
 _DARKEST = 0.5 / 255
-# A plane needs more than a handful of pixels; below this the percentiles rest on single ones.
+# Below this number the percentiles depend on single pixels.
 _FEWEST_PIXELS = 50
-# Haematoxylin and eosin are some 25 to 40 degrees apart; compression noise alone spreads a gray a few.
+# Haematoxylin and eosin are 25 to 40 degrees apart; compression noise alone spreads a gray by a few degrees.
 _SMALLEST_ANGLE = np.deg2rad(5.0)
 
 
@@ -49,7 +49,7 @@ def optical_density(intensity: Floats, white: npt.ArrayLike = 1.0) -> Floats:
     [-0.0, 1.0, 2.0]
 
     Args:
-        intensity: ``(..., 3)`` in [0, 1]; what is darker than half a step of 8 bits counts as that.
+        intensity: ``(..., 3)`` in [0, 1]; values below half a step of 8 bits are raised to that.
         white: I0, a number or ``(3,)``, the intensity where there is no tissue.
     """
     density: Floats = -np.log10(np.maximum(intensity, _DARKEST) / white)
@@ -57,14 +57,14 @@ def optical_density(intensity: Floats, white: npt.ArrayLike = 1.0) -> Floats:
 
 
 def intensity(density: Floats, white: npt.ArrayLike = 1.0) -> Floats:
-    """Beer-Lambert, the other way: ``I = I0 · 10^-OD``, ``(..., 3)`` to ``(..., 3)``."""
-    # As exp, which numpy computes in vectors; its power takes ten times as long.
+    """Intensity from optical density: ``I = I0 · 10^-OD``, ``(..., 3)`` to ``(..., 3)``."""
+    # numpy's power takes ten times as long as its vectorised exp.
     light: Floats = np.asarray(white) * np.exp(density * -_LN10)
     return light
 
 
 def concentrations(density: Floats, stains: Floats) -> Floats:
-    """How much of each stain explains a density, by least squares.
+    """The amounts of each stain that best explain a density, by least squares.
 
     >>> amounts = np.array([[0.3, 0.1]])
     >>> concentrations(amounts @ RUIFROK, RUIFROK).round(6).tolist()
@@ -75,23 +75,23 @@ def concentrations(density: Floats, stains: Floats) -> Floats:
         stains: ``(n, 3)``, n at most 3, rows independent.
 
     Returns:
-        ``(..., n)`` in the stains' order; noise makes some slightly negative.
+        ``(..., n)`` in the stains' order; noise can make amounts slightly negative.
     """
-    # lstsq wants one column a pixel; the pseudo-inverse of the 2×3 matrix gives the same, in one product.
+    # lstsq needs one column a pixel; the pseudo-inverse of the 2×3 matrix gives the same in one product.
     amounts: Floats = density @ np.linalg.pinv(stains).astype(density.dtype)
     return amounts
 
 
 def macenko_stains(density: Floats, threshold: float = 0.15, percentile: float = 1.0) -> Floats:
-    """A slide's own two stain vectors, after Macenko et al. 2009.
+    """Estimate a slide's two stain vectors by the method of Macenko et al. 2009.
 
     Stained pixels lie in the plane of the first two singular vectors of their densities; the stains are
-    the extreme directions in that plane, taken at a percentile of the angle so that noise does not decide.
+    the extreme directions in that plane, taken at a percentile of the angle so that noise has little effect.
 
     Args:
         density: optical density, ``(..., 3)``.
-        threshold: pixels whose density, as a length, is at or below this are left out: too pale to have a hue.
-        percentile: of the angle, from either end, in percent.
+        threshold: pixels whose density vector is no longer than this are ignored: they are too pale to have a hue.
+        percentile: percentile of the angle, from either end, in percent.
 
     Returns:
         ``(2, 3)``, rows of length 1; first haematoxylin, which is the one that absorbs more red.
@@ -100,7 +100,7 @@ def macenko_stains(density: Floats, threshold: float = 0.15, percentile: float =
         ValueError: too few stained pixels, or all of one hue (a gray picture, a single stain).
     """
     pixels = density.reshape(-1, 3)
-    # The length, not each channel: pale haematoxylin hardly absorbs blue, and would be left out first.
+    # The length, not each channel: pale haematoxylin hardly absorbs blue, and would be ignored first.
     stained = pixels[np.linalg.norm(pixels, axis=1) > threshold].astype(np.float64)
     if len(stained) < _FEWEST_PIXELS:
         raise ValueError(f"only {len(stained)} pixels are stained; {_FEWEST_PIXELS} are needed")
@@ -118,8 +118,8 @@ def macenko_stains(density: Floats, threshold: float = 0.15, percentile: float =
 
 
 def _principal_plane(stained: Floats) -> Floats:
-    """First two right singular vectors, ``(3, 2)``, the first pointing into the positive octant."""
-    # Eigenvectors of the 3×3 product: the same vectors as an SVD of all pixels, without its memory.
+    """The first two right singular vectors, ``(3, 2)``, the first pointing into the positive octant."""
+    # Eigenvectors of the 3×3 product are the same vectors as an SVD of all pixels gives, with less memory.
     _, vectors = np.linalg.eigh(stained.T @ stained)
     plane: Floats = vectors[:, [2, 1]]
     return plane * np.where(plane.sum(axis=0) < 0, -1.0, 1.0)

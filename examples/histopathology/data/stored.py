@@ -1,9 +1,9 @@
-"""How an HDF5 array is stored, looked at before any of its numbers is read: a file may come from a stranger.
+"""Check how an HDF5 array is stored before its numbers are read: a file may come from a stranger.
 
-Only what lies in the file itself is read, and only where what it says of its size is borne out. HDF5 gives a compressed
-chunk as much memory as its bytes inflate to, whatever the chunk's shape; where they inflate to less, it hands over what
-happens to lie behind them in memory; and where nothing was ever written, what lay in the memory that it was given. So a
-compressed chunk is inflated here first, to its own size and no further, and an array without its numbers is refused.
+Only arrays that lie in the file itself are read, and only if their stated size is true. HDF5 allocates as much memory
+as a compressed chunk inflates to, whatever the chunk's shape. If it inflates to less, HDF5 returns whatever memory lies
+behind it; if it was never written, uninitialised memory. A compressed chunk is therefore inflated here first, to its
+own size and no further, and an array without its numbers is refused.
 """
 
 from __future__ import annotations
@@ -17,57 +17,57 @@ from typing import Any
 from h5py import h5d, h5l, h5s, h5t, h5z
 
 DEFLATE = 1032
-"""How much smaller gzip can make an array at best; no filter that is read here does better."""
+"""The largest compression ratio of gzip; no other filter that is read here compresses more."""
 FILTERS = {
     h5z.FILTER_SHUFFLE: "shuffle",
     h5z.FILTER_DEFLATE: "gzip",
     h5z.FILTER_LZF: "lzf",
     h5z.FILTER_FLETCHER32: "fletcher32",
 }
-"""What is read; others may load a library that someone has put on the machine."""
+"""The filters that are read; others may load a library that someone has put on the machine."""
 PLAIN = (
-    "Write it anew with h5py: arrays of numbers that lie in the file itself, without compression or with gzip, lzf, "
-    "shuffle or fletcher32, in chunks of one image."
+    "Write it again with h5py: arrays of numbers in the file itself, without compression or with gzip, lzf, shuffle or "
+    "fletcher32, in chunks of one image."
 )
 _CHECKSUM = 4
-_SLACK = 64  # with a thousandth of the size, more than gzip, lzf and checksum add to numbers that cannot be packed
+_SLACK = 64  # plus a thousandth of the size: more than gzip, lzf and checksum add to incompressible numbers
 _NUMBERS = (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)  # h5py stores truth values as an enumeration
 
 
 class Unfit(OSError):
-    """An array that is refused for how it is stored; the message names the array."""
+    """An array is refused because of how it is stored; the message names the array."""
 
     remedy = PLAIN
 
 
 class TextError(Unfit):
-    """Text where numbers are needed."""
+    """An array of text where numbers are needed."""
 
     remedy = (
-        "Write numbers in its place, by h5py such as `del file['0/label']; file['0/label'] = 1`: a label is 0 or 1, "
+        "Write numbers in its place, with h5py such as `del file['0/label']; file['0/label'] = 1`: a label is 0 or 1, "
         "metadata begins with the number of the centre, img holds the pixels."
     )
 
 
 def open_array(group: Any, name: bytes, most: int) -> Any:
-    """An array that lies in the group itself.
+    """Open an array that lies in the group itself.
 
     Args:
         group: low-level id of a file or group.
         name: of the array.
-        most: bytes of a compressed chunk; what is needed at once, times what may be read for nothing.
+        most: the most bytes of a compressed chunk, which may hold more than is needed.
 
     Raises:
-        Unfit: a link; elements that are no numbers of 1 to 8 bytes; numbers that lie in another file or were never
-            written; filters other than `FILTERS`; larger chunks; more numbers than its bytes can hold.
-        OSError: no array, or whatever else h5py stumbles over.
+        Unfit: a link; elements that are not numbers of 1 to 8 bytes; numbers that lie in another file or were never
+            written; filters other than `FILTERS`; larger chunks; more numbers than the stored bytes can hold.
+        OSError: not an array, or any other error of h5py.
     """
     check_inside(group, name)
     word = name.decode()
     try:
         data = h5d.open(group, name)
     except (KeyError, TypeError, ValueError) as error:  # a group where an array is expected
-        raise OSError(f"{word} is no array") from error
+        raise OSError(f"{word} is not an array") from error
     _check_elements(data, word)
     plist = data.get_create_plist()
     if plist.get_layout() == h5d.VIRTUAL or plist.get_external_count():
@@ -77,29 +77,29 @@ def open_array(group: Any, name: bytes, most: int) -> Any:
         _check_filters(plist, data.dtype.itemsize, word, most)
         stored *= DEFLATE
     if stored < size:
-        raise Unfit(f"{word} has shape {data.shape}, more numbers than were ever written of it")
+        raise Unfit(f"{word} has shape {data.shape}, more numbers than were written")
     return data
 
 
 def check_inside(group: Any, name: bytes) -> None:
-    """Raise `Unfit` where a name is a link, which could lead to another file, and not the thing itself."""
+    """Raise `Unfit` if a name is a link, which could lead to another file."""
     if group.links.get_info(name).type != h5l.TYPE_HARD:
         raise Unfit(f"{name.decode()} is a link")
 
 
 def check_chunks(data: Any, name: str, start: Sequence[int], shape: Sequence[int], most: int) -> None:
-    """Inflate the compressed chunks that a part of an array lies in, each to its own size and no further.
+    """Check the compressed chunks of a part of an array by inflating each, to its own size and no further.
 
     Args:
-        data: of `open_array`.
-        name: for the error.
-        start: first index of the part, by dimension.
-        shape: of the part.
-        most: bytes of all these chunks together.
+        data: an array that `open_array` returned.
+        name: the array's name in errors.
+        start: first index of the part in each dimension.
+        shape: shape of the part.
+        most: the most bytes of all these chunks together.
 
     Raises:
-        Unfit: chunks of more bytes than that; one that holds more or fewer bytes than its shape says, or was never
-            written.
+        Unfit: chunks of more bytes than that; a chunk that holds more or fewer bytes than its shape says, or was
+            never written.
     """
     plist = data.get_create_plist()
     if not plist.get_nfilters():
@@ -112,12 +112,12 @@ def check_chunks(data: Any, name: str, start: Sequence[int], shape: Sequence[int
     ]
     together = size * math.prod(map(len, steps))
     if together > most:
-        raise Unfit(f"chunks of {together:,} bytes hold a part of {name}; {most:,} are inflated at most")
+        raise Unfit(f"reading a part of {name} inflates chunks of {together:,} bytes; {most:,} are allowed")
     raw = memoryview(bytearray(size + size // 1000 + _SLACK))
     for corner in itertools.product(*steps):
         try:
             skipped, stored = data.read_direct_chunk(corner, None, raw)
-        except ValueError as error:  # the buffer is too small: also h5py's answer for a chunk that is not there
+        except ValueError as error:  # the buffer is too small; h5py raises it for a missing chunk too
             raise Unfit(f"the chunk of {name} at {corner} is too large or was never written") from error
         used = [kind for i, kind in enumerate(filters) if not skipped >> i & 1]
         if _inflated(stored, used, size + _CHECKSUM) != size:
@@ -133,7 +133,7 @@ def _check_elements(data: Any, name: str) -> None:
     if data.get_space().get_simple_extent_type() == h5s.NULL:
         raise Unfit(f"{name} is empty")
     if data.dtype.itemsize != kind.get_size():
-        raise Unfit(f"the numbers of {name} are of no type that numpy has")
+        raise Unfit(f"the numbers of {name} have a type that numpy does not know")
 
 
 def _check_filters(plist: Any, itemsize: int, name: str, most: int) -> None:
@@ -147,22 +147,22 @@ def _check_filters(plist: Any, itemsize: int, name: str, most: int) -> None:
     shuffled_last = packing and h5z.FILTER_SHUFFLE in kinds[kinds.index(packing[0]) :]
     if len(set(kinds)) < len(kinds) or len(packing) > 1 or shuffled_last:
         shown = ", ".join(FILTERS[kind] for kind in kinds)
-        raise Unfit(f"{name} has filters {shown}; each is read once, shuffle before gzip or lzf")
+        raise Unfit(f"{name} has filters {shown}; each may occur once, and shuffle before gzip or lzf")
     size = math.prod(plist.get_chunk()) * itemsize
     if size > most:
         raise Unfit(f"a chunk of {name} takes {size:,} bytes; {most:,} are read at most")
-    # lzf allots what the file says that a chunk takes.
+    # lzf allocates the chunk size that the file states.
     if any(values[2:] and values[2] > size for kind, _, values, _ in filters if kind == h5z.FILTER_LZF):
-        raise Unfit(f"a chunk of {name} is said to take more than {size:,} bytes")
+        raise Unfit(f"the file says that a chunk of {name} takes more than {size:,} bytes")
 
 
 def _inflated(body: Any, used: list[int], most: int) -> int:
-    """How many bytes of numbers a chunk inflates to; any number above `most` stands for more.
+    """The number of bytes that a chunk inflates to; any number above `most` means too many.
 
     Args:
-        body: as stored.
+        body: the chunk as stored.
         used: its filters, in the order in which they were applied.
-        most: bytes that are inflated, checksum included.
+        most: the most bytes to inflate, checksum included.
     """
     held = len(body)
     for kind in reversed(used):
@@ -173,7 +173,7 @@ def _inflated(body: Any, used: list[int], most: int) -> int:
             try:
                 held = len(stream.decompress(body, most + 1))
             except zlib.error as error:
-                raise OSError(f"a chunk is no gzip stream ({error})") from error
+                raise OSError(f"a chunk is not a gzip stream ({error})") from error
             if not stream.eof and held <= most:
                 raise OSError("a chunk's gzip stream is cut short")
         elif kind == h5z.FILTER_LZF:
@@ -182,7 +182,7 @@ def _inflated(body: Any, used: list[int], most: int) -> int:
 
 
 def _lzf_size(body: Any, most: int) -> int:
-    """What an LZF stream inflates to, by its lengths alone: runs of literals, and copies of what came before."""
+    """The number of bytes that an LZF stream inflates to, from its lengths: runs of literals, and copies."""
     at = size = 0
     while at < len(body) and size <= most:
         control = body[at]

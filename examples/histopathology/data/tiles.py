@@ -1,8 +1,8 @@
-"""A folder of picture files, a tile each, as `Rows`: for predictions on your own.
+"""A folder of tiles, one picture file each, as `Rows`, for predictions on your own pictures.
 
-Files of the folder itself are taken, in the order of their numbers where every name is one (``12.png``), else of their
-names. A tile is a square of any size, at the magnification that the network was trained at; other than 96 pixels is
-resized to 96, each pixel the mean of what it covers.
+Files in the folder itself are read, in the order of their numbers if every name is a number (``12.png``), else of
+their names. A tile is a square of any size, at the magnification of the training patches. It is resized to 96 pixels,
+where each pixel is the mean of the area that it covers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .rgb import read_picture, resized
 from .rows import NO_CENTRE, Rows, choose
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-# Larger is a slide, and shrunk to a patch it would show nothing.
+# A larger picture is a slide, and would show nothing when shrunk to a patch.
 LARGEST = 1024
 
 
 class TileRows(Rows):
-    """The tiles of a folder, each read once here, so that what cannot be read is known before anything is predicted.
+    """The tiles of a folder; each is read once here, so that an unreadable one is found before anything is predicted.
 
     Args:
         path: the folder.
@@ -50,7 +50,7 @@ class TileRows(Rows):
         sizes = _check(path, self.files)
         self.shape = (*next(iter(sizes)), 3)
         if not numbered:
-            self.notes.append("not every name is a number of its own: IDs count the tiles by name, from 0")
+            self.notes.append("not every name is a different number, so IDs count the tiles by name, from 0")
         if set(sizes) != {(PATCH, PATCH)}:
             found = ", ".join(f"{count:,} of {width}×{width}" for (width, _), count in sorted(sizes.items()))
             self.notes.append(f"resized to {PATCH}×{PATCH}: {found}")
@@ -60,17 +60,17 @@ class TileRows(Rows):
         np.divide(resized(read_picture(self.files[index])).transpose(2, 0, 1), np.float32(255), out=out)
 
     def name(self, index: int) -> str:
-        """The tile by its file."""
+        """The tile's file name."""
         return self.files[index].name
 
 
 def find_tiles(folder: Path) -> list[Path]:
-    """The pictures that lie in a folder; empty where there are none."""
+    """The pictures in a folder; empty if there are none."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def _check(folder: Path, files: list[Path]) -> Counter[tuple[int, int]]:
-    """The sizes of the tiles, how many of each."""
+    """The number of tiles of each size."""
     sizes: Counter[tuple[int, int]] = Counter()
     faults = []
     for file in files:
@@ -84,8 +84,8 @@ def _check(folder: Path, files: list[Path]) -> Counter[tuple[int, int]]:
         sizes[width, height] += 1
     if faults:
         raise ExampleError(
-            f"{folder}: {len(faults)} of {len(files)} tiles cannot be used: {'; '.join(faults)}. Mend them or take "
-            "them out; larger pictures are cut by `make-data --slides`. Nothing was written."
+            f"{folder}: {len(faults)} of {len(files)} tiles cannot be used: {'; '.join(faults)}. Repair or remove "
+            "them; `make-data --slides` cuts larger pictures. Nothing was written."
         )
     return sizes
 

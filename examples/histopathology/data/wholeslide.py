@@ -1,11 +1,11 @@
-"""A whole slide: its microns per pixel, the grid of tiles at the training's, which of them hold tissue, their pixels.
+"""A whole slide: its microns per pixel, a grid of tiles over it, which tiles hold tissue, and their pixels.
 
-OpenSlide (``openslide-python``) opens them or, where it is absent or does not know the file, ``tiffslide``.
-Coordinates (x, y) are of the slide's full resolution, as in QuPath.
+OpenSlide (``openslide-python``) opens slides, or ``tiffslide`` if OpenSlide is absent or does not know the file.
+Coordinates (x, y) are those of the slide's full resolution, as in QuPath.
 
-The grid covers the whole slide: tiles at its right and lower border hang over it, onto white. A **tile** is what the
-network sees, 96×96 pixels of the training's size; tiles begin a stride apart. Each pixel of a tile is the mean of what
-it covers in the slide, in the pyramid's coarsest level that is not coarser than the tile.
+A **tile** is one input of the network: 96×96 pixels at the training patches' microns per pixel. Tiles begin a stride
+apart and cover the whole slide; those at its right and lower border reach beyond it, onto white. Each pixel of a tile
+is the mean of the area that it covers, in the pyramid's coarsest level that is not coarser than the tile.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .layout import PATCH, SLIDES
 
 INSTALL = 'pip install "convlora[slides]"'
 BLOCK = 8
-"""Tiles a side that are read together: a slide's own tiles, compressed each, are then decoded once or twice."""
+"""Side of the blocks of tiles that are read at once, so that the slide's own tiles are decoded at most twice."""
 AHEAD = 4
-"""Blocks that wait to be predicted, at most."""
+"""The most blocks that wait to be predicted."""
 # Glass varies by a few hundredths between its channels; pale stroma in H&E by a tenth and more.
 _COLOURED = (0.04, 0.12)
 _ROUNDING = 1.01
@@ -42,7 +42,7 @@ Answer = TypeVar("Answer")
 
 
 def is_slide(path: Path) -> bool:
-    """Whether a path is a file that is named as a slide."""
+    """Whether a path is a file with a slide's name."""
     return path.suffix.lower() in SLIDES and path.is_file()
 
 
@@ -52,8 +52,8 @@ class WholeSlide:
     Attributes:
         path: the file.
         size: width and height at full resolution.
-        mpp: microns per pixel at full resolution, as its metadata say; None where they do not.
-        power: the objective's magnification, as its metadata say; None where they do not.
+        mpp: microns per pixel at full resolution, from its metadata; None if absent.
+        power: the objective's magnification, from its metadata; None if absent.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,13 +64,13 @@ class WholeSlide:
         self.power = self._number("objective-power")
 
     def read(self, x: float, y: float, side: tuple[float, float], scale: float, out: tuple[int, int]) -> Bytes:
-        """A rectangle, resized: ``(out[1], out[0], 3)``; beyond the slide it is white.
+        """Read and resize a rectangle: ``(out[1], out[0], 3)``; beyond the slide it is white.
 
         Args:
-            x: of its upper left corner, at full resolution; any fraction of a pixel.
-            y: the same.
-            side: its width and height at full resolution.
-            scale: pixels at full resolution for one of the result, by which the pyramid's level is chosen.
+            x: column of the upper left corner at full resolution; fractions are allowed.
+            y: row of the upper left corner.
+            side: width and height at full resolution.
+            scale: pixels at full resolution for one pixel of the result, which decides the pyramid's level.
             out: width and height of the result.
         """
         level = max(i for i, step in enumerate(self._slide.level_downsamples) if i == 0 or step <= scale * _ROUNDING)
@@ -86,18 +86,18 @@ class WholeSlide:
         return np.asarray(region.resize(out, Image.Resampling.BOX, box))
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._slide.close()
 
     def _region(self, corner: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
         try:
             found: Image.Image = self._slide.read_region(corner, level, size)
-        except Exception as error:  # both libraries raise what their decoders raise
+        except Exception as error:  # both libraries pass on any error of their decoders
             raise ExampleError(
                 f"{self.path}: its pixels at x {corner[0]}, y {corner[1]} cannot be read ({_first_line(error)}). The "
                 "file may be truncated: get it again."
             ) from error
-        if found.mode == "RGBA":  # what a scanner left out is transparent
+        if found.mode == "RGBA":  # regions that were not scanned are transparent
             return Image.alpha_composite(Image.new("RGBA", found.size, "white"), found).convert("RGB")
         return found.convert("RGB")
 
@@ -107,7 +107,7 @@ class WholeSlide:
         return sum(known) / len(known) if known else None
 
     def _number(self, name: str) -> float | None:
-        """One of the properties that both libraries give, under their own prefix; None unless it is positive."""
+        """A property under either library's prefix; None unless it is a positive number."""
         for prefix in ("openslide", "tiffslide"):
             try:
                 value = float(self._slide.properties.get(f"{prefix}.{name}") or 0)
@@ -120,10 +120,10 @@ class WholeSlide:
 
 @contextmanager
 def opened_slide(path: Path) -> Iterator[WholeSlide]:
-    """A slide, closed in the end.
+    """Open a slide, and close it after the block.
 
     Raises:
-        ExampleError: no such file; neither library is here; neither reads it.
+        ExampleError: no such file; neither library is installed; neither reads it.
     """
     slide = WholeSlide(path)
     try:
@@ -133,7 +133,7 @@ def opened_slide(path: Path) -> Iterator[WholeSlide]:
 
 
 def microns_per_pixel(slide: WholeSlide, given: float | None) -> float:
-    """What was given, or else what the slide's metadata say.
+    """The given microns per pixel, or else those of the slide's metadata.
 
     Raises:
         ExampleError: neither.
@@ -143,22 +143,22 @@ def microns_per_pixel(slide: WholeSlide, given: float | None) -> float:
     if slide.mpp is None:
         hint = "" if slide.power is None else f" Its objective was {slide.power:g}×: about --mpp {10 / slide.power:g}."
         raise ExampleError(
-            f"{slide.path}: its metadata do not say how many microns a pixel is. Give --mpp, for instance 0.25 of a "
-            f"scan at 40×, 0.5 at 20×.{hint}"
+            f"{slide.path}: its metadata do not say the microns per pixel. Give --mpp, for instance 0.25 for a scan at "
+            f"40×, 0.5 at 20×.{hint}"
         )
     return slide.mpp
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the tiles of a slide lie.
+    """The positions of a slide's tiles.
 
     Attributes:
-        step: between tiles, in pixels at full resolution; a fraction as a rule.
-        side: of a tile, in pixels at full resolution.
-        stride: between tiles, in pixels of a tile.
-        columns: of tiles.
-        rows: of tiles.
+        step: distance between tiles in pixels at full resolution, usually a fraction.
+        side: side of a tile in pixels at full resolution.
+        stride: distance between tiles in pixels of a tile.
+        columns: number of columns of tiles.
+        rows: number of rows of tiles.
     """
 
     step: float
@@ -173,24 +173,26 @@ class Grid:
         return self.side / PATCH
 
     def corner(self, column: int, row: int) -> tuple[int, int]:
-        """A tile's upper left corner (x, y) at full resolution, to the pixel."""
+        """A tile's upper left corner (x, y) at full resolution, rounded to pixels."""
         return round(column * self.step), round(row * self.step)
 
 
 def make_grid(size: tuple[int, int], mpp: float, tile_mpp: float, stride: int = PATCH) -> Grid:
-    """The fewest tiles that cover a slide of this size.
+    """The grid of the fewest tiles that cover a slide of this size.
 
     >>> make_grid((2220, 2967), mpp=0.499, tile_mpp=0.97)
     Grid(step=186.6132264529058, side=186.6132264529058, stride=96, columns=12, rows=16)
     """
     side, step = PATCH * (tile_mpp / mpp), stride * (tile_mpp / mpp)
-    # what lies over by rounding alone is no further tile
+    # an excess that is only rounding adds no tile
     columns, rows = (1 + max(0, math.ceil((length - side) / step - 1e-6)) for length in size)
     return Grid(step, side, stride, columns, rows)
 
 
 def overview(slide: WholeSlide, grid: Grid, cell: int) -> Bytes:
-    """All that the grid covers, a stride of it on ``cell`` pixels; read in blocks, since there may be no pyramid.
+    """A small picture of all that the grid covers, with ``cell`` pixels for each stride.
+
+    It is read in blocks, since a slide may have no pyramid.
 
     Returns:
         ``(height, width, 3)``.
@@ -209,7 +211,7 @@ def overview(slide: WholeSlide, grid: Grid, cell: int) -> Bytes:
 
 
 def tissue_mask(picture: Bytes) -> Mask:
-    """Which pixels are stained ``(H, W)``: whose channels differ by more than Otsu's threshold, held within bounds."""
+    """Which pixels are stained ``(H, W)``: their channels differ by more than Otsu's threshold, clipped to bounds."""
     colour = (picture.max(2).astype(np.float32) - picture.min(2)) / 255
     stained: Mask = colour > np.clip(_otsu(colour), *_COLOURED)
     return stained
@@ -231,7 +233,7 @@ Tiles = tuple[list[tuple[int, int]], Bytes]
 
 
 def read_tiles(slide: WholeSlide, grid: Grid, chosen: Mask, threads: int = 2) -> Iterator[Tiles]:
-    """The chosen tiles, block by block; a few blocks are read ahead by threads of their own, and no more."""
+    """The chosen tiles, block by block; threads read a few blocks ahead."""
 
     def read(places: Sequence[tuple[int, int]]) -> Tiles:
         return list(places), _block(slide, grid, places)
@@ -242,7 +244,7 @@ def read_tiles(slide: WholeSlide, grid: Grid, chosen: Mask, threads: int = 2) ->
 def read_ahead(
     read: Callable[[Item], Answer], items: Iterable[Item], threads: int = 2, ahead: int = AHEAD
 ) -> Iterator[Answer]:
-    """``read`` of each item in order, by threads, of at most ``ahead`` items beyond the one that is handed out."""
+    """Yield ``read(item)`` in order; threads read at most ``ahead`` items in advance."""
     waiting: deque[Future[Answer]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -258,7 +260,7 @@ def read_ahead(
 
 
 def _blocks(chosen: Mask) -> Iterator[list[tuple[int, int]]]:
-    """The places of the chosen tiles, those of one square of the grid together."""
+    """The places of the chosen tiles, grouped by squares of the grid."""
     rows, columns = chosen.shape
     for top in range(0, rows, BLOCK):
         for left in range(0, columns, BLOCK):
@@ -268,7 +270,7 @@ def _blocks(chosen: Mask) -> Iterator[list[tuple[int, int]]]:
 
 
 def _block(slide: WholeSlide, grid: Grid, places: Sequence[tuple[int, int]]) -> Bytes:
-    """Pixels of tiles, cut from the one rectangle around them."""
+    """The pixels of a block's tiles, cut from the rectangle around them."""
     (top, left), (bottom, right) = np.min(places, 0), np.max(places, 0)
     out = (int(right - left) * grid.stride + PATCH, int(bottom - top) * grid.stride + PATCH)
     side = (out[0] * grid.scale, out[1] * grid.scale)
@@ -278,7 +280,7 @@ def _block(slide: WholeSlide, grid: Grid, places: Sequence[tuple[int, int]]) -> 
 
 
 def _otsu(values: npt.NDArray[np.float32]) -> float:
-    """The threshold that parts values of [0, 1] into the two groups whose means are the furthest apart (Otsu 1979)."""
+    """Otsu's threshold (1979) for values in [0, 1]: it maximises the variance between the two groups."""
     counts, edges = np.histogram(values, 256, (0.0, 1.0))
     centres = (edges[1:] + edges[:-1]) / 2
     below, total = counts.cumsum(), (counts * centres).cumsum()
@@ -296,21 +298,21 @@ def _opened(path: Path) -> Any:
         with suppress(ImportError), _noting(faults):
             return open_by(path)
     if not faults:
-        raise ExampleError(f"{path}: to read a slide needs openslide-python or tiffslide: {INSTALL}.")
+        raise ExampleError(f"{path}: reading a slide needs openslide-python or tiffslide: {INSTALL}.")
     raise ExampleError(
         f"{path}: cannot be read as a slide ({'; '.join(faults)}). Aperio, Hamamatsu, MIRAX, Leica, Philips, Ventana "
-        "and pyramidal TIFF are read; a tile of a slide is put into a folder, and the folder is given."
+        "and pyramidal TIFF are read; to predict single tiles, give the folder that holds them."
     )
 
 
 @contextmanager
 def _noting(faults: list[str]) -> Iterator[None]:
-    """Note what a library says of a file that it does not read; one that is absent says nothing."""
+    """Collect the error of a library that does not read the file; a library that is not installed adds none."""
     try:
         yield
     except ImportError:
         raise
-    except Exception as error:  # each library has kinds of its own, and its decoders theirs
+    except Exception as error:  # the libraries and their decoders have errors of many kinds
         faults.append(_first_line(error))
 
 

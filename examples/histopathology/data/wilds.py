@@ -1,9 +1,9 @@
 """The WILDS Camelyon17 folder as `Rows`: ``metadata.csv`` and a PNG for each patch.
 
-The table's first column, without a name, is the index; ``patient`` (three digits, leading zeros kept), ``node``,
-``x_coord`` and ``y_coord`` name the picture; ``tumor`` is the label, ``center`` the hospital. As the WILDS package
-does, centre 1 is validation and centre 2 test, whatever ``split`` says; of the other centres, ``split`` 0 is
-train. Their rows of ``split`` 1 are WILDS's validation *within* the training hospitals and are left out.
+The table's first column, without a name, is the index; ``patient`` (three digits with leading zeros), ``node``,
+``x_coord`` and ``y_coord`` name the picture; ``tumor`` is the label, ``center`` the hospital. As in the WILDS package,
+centre 1 is validation and centre 2 test, whatever ``split`` says, and the other centres' rows of ``split`` 0 are
+training data. Their rows of ``split`` 1, WILDS's validation *within* the training hospitals, are left out.
 
 P. W. Koh et al. WILDS: a benchmark of in-the-wild distribution shifts. ICML 2021, arXiv:2012.07421.
 """
@@ -27,9 +27,9 @@ TABLE = "metadata.csv"
 COLUMNS = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
 CENTRES = {1: "val", 2: "test"}
 MOST_BYTES = 32 * 2**20
-"""Of the table, which takes up to twenty times as much memory."""
+"""The most bytes of the table, which takes up to twenty times as much memory."""
 _LONGEST = 4096
-"""Characters of a line."""
+"""The most characters of a line."""
 _MOST_PAIRS = 1000
 _SIZE = (PATCH, PATCH)
 _OWN_SPLITS = {0: "train", 1: None}
@@ -45,8 +45,8 @@ class WildsRows(Rows):
         limit: see `rows.choose`.
 
     Raises:
-        ExampleError: a column is missing, a row is faulty (the first is named by its line), no row of the split,
-            a patient's folder of pictures is not there.
+        ExampleError: a column is missing; a row is faulty (the error names the first such line); the split has no
+            row; a patient's folder of pictures is missing.
     """
 
     layout = "WILDS Camelyon17 folder"
@@ -90,7 +90,7 @@ class WildsRows(Rows):
         np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=out)
 
     def name(self, index: int) -> str:
-        """The image by its file."""
+        """The image's file."""
         return self._names[index]
 
 
@@ -101,15 +101,15 @@ class _Entry(NamedTuple):
 
 
 class _Table:
-    """The table's lines as text; cells are made of those that are asked for."""
+    """The table's lines as text; a line is split into cells when it is asked for."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise ExampleError(f"{path}: no such file. A WILDS folder holds metadata.csv and patches/.")
         if path.stat().st_size > MOST_BYTES:
             raise ExampleError(
-                f"{path}: {path.stat().st_size:,} bytes; {MOST_BYTES:,} are read at most, twice what WILDS's half a "
-                "million rows need. Unpack the archive again."
+                f"{path}: {path.stat().st_size:,} bytes; {MOST_BYTES:,} are read at most, twice the size of WILDS's "
+                "table. Unpack the archive again."
             )
         self.path = path
         self._lines: list[str] = []
@@ -123,7 +123,7 @@ class _Table:
             raise ExampleError(f"{path}: cannot be read as a table ({error}). Unpack the archive again.") from error
 
     def _kept(self, file: TextIO) -> Iterator[str]:
-        """Each line of the file, kept on the way: one that is too long, or a quote that goes on, would be no row."""
+        """Yield and keep each line of the file; a line that is too long, or a quote without its end, is an error."""
         while line := file.readline(_LONGEST + 1):
             if len(line) > _LONGEST or line.count('"') % 2:
                 what = f"longer than {_LONGEST:,} characters" if len(line) > _LONGEST else "a quote without its end"
@@ -144,15 +144,15 @@ class _Table:
         return [header.index(name) for name in COLUMNS]
 
     def lines_of(self, split: str | None) -> list[int]:
-        """The lines of a split; None asks for those that belong to none."""
+        """The line numbers of a split; those of no split for None."""
         return [line for line, each in enumerate(self._splits) if each == split]
 
     def splits(self) -> set[str | None]:
-        """The splits that a line belongs to."""
+        """The splits that have lines."""
         return set(self._splits)
 
     def ids(self, lines: list[int]) -> Ids:
-        """The index of these lines, each once."""
+        """The index of each of these lines; raises if two are the same."""
         ids = np.array([self._whole(line, self._cells(line)[0], "the index") for line in lines], np.int64)
         values, counts = np.unique(ids, return_counts=True)
         if (counts > 1).any():
@@ -160,7 +160,7 @@ class _Table:
         return ids
 
     def entry(self, line: int) -> _Entry:
-        """Picture, label and centre of a line."""
+        """The picture, label and centre of a line."""
         cells = self._cells(line)
         patient, node, x, y, tumour, centre, _ = (cells[column].strip() for column in self._columns)
         if not (patient.isascii() and patient.isdecimal() and len(patient) < 10):  # it becomes part of a path
@@ -218,7 +218,7 @@ def is_wilds(folder: Path) -> bool:
 
 
 def find(folder: Path) -> dict[str, Path]:
-    """The table, for each split that a row of it belongs to."""
+    """The table's path for each split that it has rows of."""
     splits = _Table(folder / TABLE).splits()
     return {split: folder / TABLE for split in SPLITS if split in splits}
 
@@ -233,7 +233,7 @@ def _rule(split: str) -> str:
 
 
 def _check_folders(path: Path, names: list[str]) -> None:
-    # Each patient's folder once: to look for half a million pictures one by one would take minutes on a slow disk.
+    # Only the folders are checked: half a million pictures would take minutes on a slow disk.
     for name in sorted({name.rpartition("/")[0] for name in names}):
         if not (path.parent / name).is_dir():
             patient = name.split("_")[1]

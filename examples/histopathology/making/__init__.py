@@ -1,1 +1,1 @@
-"""Making data sets: the synthetic one, and one that is cut from tissue pictures."""
+"""Making data sets: synthetic patches, and patches cut from tissue pictures."""

@@ -1,21 +1,21 @@
-"""The hospitals of the stand-in: each one's stains, scanner and slides.
+"""The hospitals of the synthetic data set: the stains, scanner and slides of each.
 
-Each has its own stain vectors, amounts, white point, blur, JPEG quality and magnification; each slide varies a
-little around its hospital and has its patient's tumour, and no slide is in two splits. Stains are as in `stain`.
+Each hospital has its own stain vectors, amounts of stain, white point, blur, JPEG quality and magnification. Each slide
+varies a little around its hospital and has its patient's tumour; no slide is in two splits. Stains are as in `stain`.
 
-The amounts and the two spreads were fitted to the challenge's colour statistics and to nothing else, before any
-classifier saw a patch: ``python -m benchmarks.colours --fit`` repeats it. Reached over 500 patches a split, seed 0,
-means and standard deviations of R, G, B:
+The amounts and the two spreads were fitted to the challenge's colour statistics alone, before any classifier saw a
+patch; ``python -m benchmarks.colours --fit`` repeats the fit. Means and standard deviations of R, G, B over 500
+patches a split, seed 0:
 
 ======  ===========================  ===========================
-split   challenge                    stand-in
+split   challenge                    synthetic
 ======  ===========================  ===========================
 train   .74 .59 .72 / .18 .21 .17    .74 .60 .72 / .18 .20 .17
 val     .61 .46 .59 / .19 .22 .18    .62 .47 .60 / .18 .20 .18
 test    not published                .67 .55 .72 / .19 .20 .16
 ======  ===========================  ===========================
 
-Centre 2, the test set, is a choice: paler than validation, bluer than either, another magnification.
+Centre 2, the test set, was chosen: paler than validation, bluer than both others, at another magnification.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from .nuclei import Nucleus, tumour_kind
 
 @dataclass(frozen=True)
 class Hospital:
-    """What a laboratory and its scanner do to tissue.
+    """How a laboratory and its scanner change the look of tissue.
 
     Attributes:
-        share: of the patches of its split.
+        share: its share of the patches of its split.
         haematoxylin, eosin: directions of optical density in R, G, B.
         amounts: factors on the two stains' concentrations.
-        white: intensity of empty glass, R, G, B.
-        blur: standard deviation, pixels.
+        white: intensity of empty glass in R, G, B.
+        blur: standard deviation in pixels.
         jpeg: quality, 1 to 95.
-        microns: per pixel.
-        slides: how many it sent.
+        microns: microns per pixel.
+        slides: number of slides.
     """
 
     split: str
@@ -56,13 +56,13 @@ class Hospital:
     slides: int = 10
 
 
-# The challenge's own means and standard deviations of R, G, B over 500 images; of the test set none are published.
+# The challenge's means and standard deviations of R, G, B over 500 images; those of the test set are not published.
 PUBLISHED = {
     "train": ((0.74, 0.59, 0.72), (0.18, 0.21, 0.17)),
     "val": ((0.61, 0.46, 0.59), (0.19, 0.22, 0.18)),
 }
 
-# Patch by patch, standard deviations of logarithms: a section's thickness, and how much eosin a spot takes up.
+# Variation between patches, as standard deviations of logarithms: of a section's thickness, and of the eosin in a spot.
 THICKNESS = 0.25
 EOSIN_UPTAKE = 0.50
 
@@ -87,14 +87,14 @@ HOSPITALS: dict[int, Hospital] = {
 
 @dataclass(frozen=True)
 class Slide:
-    """One slide of a hospital: its stains, its scan, and the tumour that its patient has.
+    """One slide of a hospital: its stains, its scan, and its patient's tumour.
 
     Attributes:
-        stains: ``(2, 3)``, rows of length 1, times the slide's amounts.
+        stains: ``(2, 3)``, rows of length 1 times the slide's amounts.
         white: ``(3,)``.
-        blur, jpeg, microns: as of the hospital, a little off.
-        tumour: its nuclei.
-        tumour_eosin: of its cytoplasm.
+        blur, jpeg, microns: the hospital's, slightly changed.
+        tumour: the tumour's kind of nucleus.
+        tumour_eosin: eosin in the tumour's cytoplasm.
     """
 
     number: int
@@ -109,7 +109,7 @@ class Slide:
 
 
 def choose_slide(rng: np.random.Generator, seed: int, split: str) -> Slide:
-    """Draw a slide for a patch: its hospital by the split's shares, then any of that hospital's slides."""
+    """Draw a slide for a patch: the hospital by the split's shares, then any of its slides."""
     centres = [centre for centre, hospital in HOSPITALS.items() if hospital.split == split]
     shares = np.array([HOSPITALS[centre].share for centre in centres])
     centre = int(rng.choice(centres, p=shares / shares.sum()))
@@ -117,7 +117,7 @@ def choose_slide(rng: np.random.Generator, seed: int, split: str) -> Slide:
 
 
 def spread(rng: np.random.Generator) -> Floats:
-    """A patch's own factors on its two stains, ``(2,)``."""
+    """Draw a patch's factors on its two stains, ``(2,)``."""
     thickness, uptake = rng.normal(0, (THICKNESS, EOSIN_UPTAKE))
     factors: Floats = np.exp([thickness, thickness + uptake])
     return factors
@@ -125,7 +125,7 @@ def spread(rng: np.random.Generator) -> Floats:
 
 @cache
 def _slide(seed: int, centre: int, number: int) -> Slide:
-    """The slide's own jitter around its hospital; slides of different centres never share a number."""
+    """Draw a slide's variation around its hospital; slides of different centres never share a seed."""
     hospital = HOSPITALS[centre]
     number += 100 * centre
     rng = np.random.default_rng([seed, number, 2])

@@ -1,8 +1,8 @@
-"""Nuclei of a lymph node and of a metastasis: their kinds, and drawing many of one kind at once.
+"""Kinds of nuclei in a lymph node and in a metastasis, and a function that draws many of one kind at once.
 
-A nucleus is an ellipse whose radius waves with the angle; each is drawn in a small window of its own, all
-windows of a kind in one array, so that the cost goes with the nuclei's area and not with the canvas. Sizes of
-the kinds overlap on purpose: size alone must not tell tumour from reactive cells.
+A nucleus is an ellipse whose radius varies with the angle. Each is drawn in its own small window, all windows of a
+kind in one array, so the cost depends on the nuclei's area and not on the canvas. The kinds' sizes overlap on purpose,
+so that size alone does not distinguish tumour from reactive cells.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import numpy as np
 
 from ..data.stain import Floats
 
-# Nucleoli are this wide in every nucleus, in pixels, so relatively larger in small ones.
+# Nucleoli have this width in pixels in every nucleus, so they are relatively larger in small nuclei.
 _NUCLEOLUS = 1.1
 
 
 @dataclass(frozen=True)
 class Nucleus:
-    """A kind of nucleus. Ranges are (low, high) of a uniform draw per nucleus.
+    """A kind of nucleus. Ranges are (low, high) of a uniform distribution, drawn for each nucleus.
 
     Attributes:
-        diameter: micrometres, of a circle of the same area.
+        diameter: diameter of a circle of the same area, in micrometres.
         aspect: length over width.
         irregular: depth of the outline's waves, as a share of the radius.
-        density: of haematoxylin.
+        density: density of haematoxylin.
         vesicular: how much paler the inside is than the membrane, 0 to 1.
-        nucleoli: how many at most.
+        nucleoli: the most nucleoli.
         chromatin: contrast of the texture.
     """
 
@@ -50,7 +50,7 @@ FIBROBLAST = Nucleus((6.5, 9.5), (2.4, 5.0), 0.06, (0.48, 0.75), 0.12, 0, 0.18)
 
 
 def tumour_kind(grade: float) -> Nucleus:
-    """A tumour's nuclei, from small and regular (grade 0) to large and pleomorphic (grade 1).
+    """The kind of a tumour's nuclei, from small and regular (grade 0) to large and pleomorphic (grade 1).
 
     >>> tumour_kind(0.0).diameter, tumour_kind(1.0).diameter
     ((10.0, 14.0), (11.0, 20.0))
@@ -68,9 +68,10 @@ def tumour_kind(grade: float) -> Nucleus:
 
 @dataclass(frozen=True)
 class Cells:
-    """Where nuclei of one kind lie and how large each is, all ``(n,)`` but the centres, ``(n, 2)``; in pixels.
+    """Position and size of nuclei of one kind, in pixels; all ``(n,)`` except the centres, ``(n, 2)``.
 
-    ``radius`` is that of the circle of the same area, ``stretch`` the factor on the long half axis, ``angle`` of it.
+    ``radius`` is that of the circle of the same area, ``stretch`` the factor on the long half axis, ``angle`` its
+    direction.
     """
 
     centres: Floats
@@ -79,26 +80,26 @@ class Cells:
     angle: Floats
 
     def reach(self, kind: Nucleus) -> Floats:
-        """The farthest that each can extend from its centre, ``(n,)``."""
+        """The largest distance of each outline from its centre, ``(n,)``."""
         extent: Floats = self.radius * self.stretch * (1 + 2 * kind.irregular) + 1
         return extent
 
     def keep(self, chosen: Floats) -> Cells:
-        """Those that a mask ``(n,)`` chooses."""
+        """The cells that a mask ``(n,)`` selects."""
         return Cells(self.centres[chosen], self.radius[chosen], self.stretch[chosen], self.angle[chosen])
 
 
 def choose_cells(
     rng: np.random.Generator, kind: Nucleus, centres: Floats, scale: float, lean: float | Floats | None
 ) -> Cells:
-    """Sizes and directions for nuclei at these centres.
+    """Draw sizes and directions for nuclei at these centres.
 
     Args:
-        rng: decides them.
-        kind: of nucleus.
+        rng: generator of all random numbers.
+        kind: kind of nucleus.
         centres: ``(n, 2)``, pixels.
         scale: pixels per micrometre.
-        lean: direction of the long axis, radians, one or ``(n,)``; None for any.
+        lean: direction of the long axis in radians, one for all or ``(n,)``; None for random directions.
     """
     n = len(centres)
     radius = rng.uniform(*kind.diameter, n) * (scale / 2)
@@ -108,7 +109,7 @@ def choose_cells(
 
 
 def draw(rng: np.random.Generator, kind: Nucleus, cells: Cells) -> Floats:
-    """Bodies in [0, 1] and haematoxylin densities: ``(n, 2, side, side)`` float32."""
+    """Draw nuclei as masks in [0, 1] and haematoxylin densities: ``(n, 2, side, side)`` float32."""
     n = len(cells.centres)
     side = 2 * int(np.ceil(cells.reach(kind).max())) + 1
     u, v = _own_axes(cells, side)
@@ -127,13 +128,13 @@ def draw(rng: np.random.Generator, kind: Nucleus, cells: Cells) -> Floats:
 
 
 def _column(values: Floats) -> Floats:
-    """One number a nucleus, as ``(n, 1, 1)`` float32."""
+    """One number for each nucleus, as ``(n, 1, 1)`` float32."""
     column: Floats = np.asarray(values, np.float32)[:, None, None]
     return column
 
 
 def _own_axes(cells: Cells, side: int) -> tuple[Floats, Floats]:
-    """Along and across each nucleus, ``(n, side, side)``, 1 at its outline; from its sub-pixel centre."""
+    """Coordinates along and across each nucleus from its sub-pixel centre, ``(n, side, side)``; 1 at its outline."""
     steps = np.arange(side, dtype=np.float32) - np.float32(side // 2 - 0.5)
     fraction = (cells.centres - np.floor(cells.centres)).astype(np.float32)
     y = (steps - fraction[:, :1])[:, :, None]
@@ -146,7 +147,7 @@ def _own_axes(cells: Cells, side: int) -> tuple[Floats, Floats]:
 
 
 def _outline(rng: np.random.Generator, cos: Floats, sin: Floats, depth: float) -> Floats:
-    """Radius by direction, about 1, with two and three bumps of a random phase each."""
+    """The radius in each direction: 1 plus waves of two and three periods with random phases."""
     phase = rng.uniform(0, 2 * np.pi, (2, len(cos)))
     a, b = depth * np.cos(phase), depth * np.sin(phase)
     cos2, sin2 = 2 * cos * cos - 1, 2 * cos * sin
@@ -157,12 +158,12 @@ def _outline(rng: np.random.Generator, cos: Floats, sin: Floats, depth: float) -
 
 
 def _nucleolus(rng: np.random.Generator, u: Floats, v: Floats, radius: Floats) -> Floats:
-    """A dark dot within half the radius of each nucleus's centre; about a third of the nuclei go without."""
+    """A dark dot within half the radius of each nucleus's centre; about a third of the nuclei have none."""
     n = len(u)
     away, turn = 0.5 * np.sqrt(rng.random(n)), rng.uniform(0, 2 * np.pi, n)
     strength = 0.6 * rng.uniform(0.5, 1.0, n) * (rng.random(n) < 0.67)
     du, dv = u - _column(away * np.cos(turn)), v - _column(away * np.sin(turn))
-    # A bell that ends: as wide at half its height as a Gaussian of that width, and cheaper.
+    # A bell curve of finite support: as wide at half its height as a Gaussian of that width, and cheaper.
     bell = np.maximum(1 - (du * du + dv * dv) * _column((radius / (2.2 * _NUCLEOLUS)) ** 2), 0)
     bell *= bell
     bell *= _column(strength)

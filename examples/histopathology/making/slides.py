@@ -1,12 +1,12 @@
-"""A labelled data set cut from a folder of tissue pictures, for trying the pipeline on real pixels.
+"""Cut a labelled data set from a folder of tissue pictures, to try the pipeline on real pixels.
 
-The label needs no pathologist, and says nothing about tumours: 1 where the haematoxylin density of a patch's
-central third lies above the median of its slide. Stains are separated with the slide's own vectors (Macenko
-et al. 2009, see `stain`), so half of every slide's patches are 1 whatever its stain, while scanner and stain
-change from split to split, as in the challenge.
+The label needs no pathologist and says nothing about tumours: it is 1 where the haematoxylin density of a patch's
+central third lies above the median of its slide. Stains are separated with the slide's own vectors (Macenko et al.
+2009, see `stain`), so half of every slide's patches are 1 whatever its stain. Scanner and stain differ between splits,
+as in the challenge.
 
-Small pictures are cut with overlap. Overlapping patches are correlated: a split of a few hundred holds
-the information of far fewer, and intervals computed from its size are too narrow.
+Small pictures are cut with overlap. Overlapping patches are correlated: a split of a few hundred holds the information
+of far fewer, and intervals computed from its size are too narrow.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .writing import SplitWriter, refuse_to_overwrite
 SOURCE = "slides cut on a grid; label: haematoxylin of the centre above the slide's median"
 TABLE = "slides.csv"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".svs")
-# Grid steps tried in turn, in pixels of the patch, until a slide gives enough.
+# Grid steps, in pixels of the patch, that are tried in turn until a slide gives enough patches.
 STRIDES = (96, 48, 32, 24)
 ENOUGH = 100
 
@@ -46,13 +46,13 @@ _FEWEST_PATCHES = 4
 
 @dataclass(frozen=True)
 class Slide:
-    """A picture and where it belongs.
+    """A picture with its split and centre.
 
     Attributes:
         path: PNG, JPEG, TIFF or SVS.
         split: "train", "val" or "test".
         centre: the laboratory's number.
-        mpp: microns per pixel, where ``slides.csv`` says it.
+        mpp: microns per pixel, if ``slides.csv`` says it.
     """
 
     path: Path
@@ -74,22 +74,21 @@ def cut_slides(
     """Cut a folder of pictures into ``train.h5``, ``val.h5`` and ``test.h5``; returns patches per split.
 
     Args:
-        folder: the pictures, and ``slides.csv`` (columns file, split, centre, and mpp where it is known) saying where
-            each belongs.
-        directory: takes the three files.
-        patch: side in the pictures' pixels; other than 96 is resized to 96 (192 halves the magnification).
+        folder: the pictures, and ``slides.csv`` (columns file, split, centre, and mpp if known), which assigns each.
+        directory: folder for the three files.
+        patch: side in the pictures' pixels; a side other than 96 is resized to 96 (192 halves the magnification).
         stride: grid step in the pictures' pixels. None takes, for each slide, the largest of 1, 1/2, 1/3
             and 1/4 of the patch that gives 100 patches, or else 1/4.
-        magnification: at which patch and stride are counted: 10 is 1 micron a pixel, 20 is 0.5. It needs each picture's
-            microns per pixel, from ``slides.csv`` or the metadata of a slide. None for the pictures' own pixels.
-        max_per_slide: at most this many, evenly spread over the slide's patches.
-        dtype: of ``img``, see `SplitWriter`.
+        magnification: magnification at which patch and stride are counted: 10 is 1 micron a pixel, 20 is 0.5. It needs
+            each picture's microns per pixel, from ``slides.csv`` or a slide's metadata. None for the pictures' pixels.
+        max_per_slide: the most patches of a slide, evenly spread over it.
+        dtype: stored type of ``img``, see `SplitWriter`.
         progress: called with the number of slides done so far.
 
     Raises:
-        ExampleError: microns per pixel that are needed and not known; no or a faulty ``slides.csv`` where one is
-            needed; a picture that cannot be read, is too large, too small, nearly empty, or of one hue; an output file
-            of another origin; a bad number.
+        ExampleError: microns per pixel that are needed and unknown; a missing or faulty ``slides.csv``; a picture that
+            cannot be read, or is too large, too small, nearly empty or of one hue; an output file of another origin; a
+            number out of range.
     """
     _check_numbers(patch, stride, max_per_slide, magnification)
     slides = find_slides(folder)
@@ -112,11 +111,11 @@ def cut_slides(
 
 
 def find_slides(folder: str | os.PathLike[str]) -> list[Slide]:
-    """The folder's pictures with split and centre, from its ``slides.csv`` or, for known pictures, a table here.
+    """The folder's pictures with split and centre, from its ``slides.csv``, or from a table here for known pictures.
 
     Raises:
-        ExampleError: no such folder, no picture, pictures of unknown origin without ``slides.csv``, faults in
-            it (all in one message), or a split without a picture.
+        ExampleError: no such folder, no picture, unknown pictures without ``slides.csv``, faults in it (all in one
+            message), or a split without a picture.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -130,7 +129,7 @@ def find_slides(folder: str | os.PathLike[str]) -> list[Slide]:
 
 
 def _microns(slide: Slide) -> float:
-    """Microns per pixel by the table, or by the metadata of the slide."""
+    """Microns per pixel from the table, or from the slide's metadata."""
     if slide.mpp is not None:
         return slide.mpp
     if is_slide(slide.path):
@@ -138,13 +137,13 @@ def _microns(slide: Slide) -> float:
             if opened.mpp is not None:
                 return opened.mpp
     raise ExampleError(
-        f"{slide.path}: a magnification needs to know how many microns a pixel is. Say it in {TABLE}, in a column mpp."
+        f"{slide.path}: a magnification needs the picture's microns per pixel. Add them to {TABLE} in a column mpp."
     )
 
 
 def _check_numbers(patch: int, stride: int | None, max_per_slide: int | None, magnification: float | None) -> None:
     if patch < 32:
-        raise ExampleError(f"patch={patch}: give 32 pixels or more; 96 is the task's own.")
+        raise ExampleError(f"patch={patch}: give 32 pixels or more; the task's patches have 96.")
     if stride is not None and stride < 1:
         raise ExampleError(f"stride={stride}: give 1 pixel or more, or None to choose by slide.")
     if magnification is not None and not 0 < magnification < float("inf"):
@@ -160,8 +159,8 @@ def _from_known_names(root: Path) -> list[Slide]:
     if not set(names) <= set(_KNOWN):
         lines = ["file,split,centre", *(f"{name},{SPLITS[i % 3]},{i}" for i, name in enumerate(names[:3]))]
         raise ExampleError(
-            f"{root}: which picture is for training, validation and test? Say so in {root / TABLE}, "
-            f"splits {', '.join(SPLITS)}, one centre number per laboratory, beginning like this:\n" + "\n".join(lines)
+            f"{root}: which picture is for training, validation and test? Say so in {root / TABLE}, with splits "
+            f"{', '.join(SPLITS)} and one centre number per laboratory, like this:\n" + "\n".join(lines)
         )
     return [Slide(root / name, *_KNOWN[name]) for name in names]
 
@@ -184,7 +183,7 @@ def _from_table(table: Path) -> list[Slide]:
 
 
 def _positive(text: str | None) -> float | None:
-    """A number above 0, None of nothing, NaN of all else."""
+    """A number above 0; None for an empty cell, NaN for anything else."""
     if not (text or "").strip():
         return None
     try:
@@ -201,9 +200,9 @@ def _row_faults(root: Path, row: dict[str, str | None]) -> Iterator[str]:
     if split.strip() not in SPLITS:
         yield f"split {split!r} is none of {', '.join(SPLITS)}"
     if not centre.strip().isdecimal():
-        yield f"centre {centre!r} is no number"
+        yield f"centre {centre!r} is not a number"
     if (mpp := _positive(row.get("mpp"))) is not None and mpp != mpp:
-        yield f"mpp {row['mpp']!r} is no number above 0"
+        yield f"mpp {row['mpp']!r} is not a number above 0"
 
 
 def _cut(
@@ -216,7 +215,7 @@ def _cut(
     density = _haematoxylin(picture, slide.path, corners, patch)
     labels = density > np.median(density)
     if not labels.any():
-        raise ExampleError(f"{slide.path}: all patches have the same haematoxylin density; nothing to tell apart.")
+        raise ExampleError(f"{slide.path}: all patches have the same haematoxylin density. Leave this picture out.")
     for (y, x), label in zip(corners, labels, strict=True):
         image = resized(picture[y : y + patch, x : x + patch])
         writer.add(image.transpose(2, 0, 1), int(label), np.array([slide.centre, number, x, y], np.int64))
@@ -227,7 +226,7 @@ def _corners(picture: Bytes, path: Path, patch: int, stride: int | None) -> list
     """Upper left corners (y, x) of the patches that hold tissue."""
     height, width = picture.shape[:2]
     if min(height, width) < patch:
-        raise ExampleError(f"{path}: {width}×{height} pixels hold no patch of {patch}×{patch}.")
+        raise ExampleError(f"{path}: {width}×{height} pixels hold no patch of {patch}×{patch}. Leave this picture out.")
     steps = [stride] if stride is not None else [max(1, s * patch // PATCH) for s in STRIDES]
     for step in steps:
         grid = [(y, x) for y in range(0, height - patch + 1, step) for x in range(0, width - patch + 1, step)]
@@ -243,13 +242,13 @@ def _corners(picture: Bytes, path: Path, patch: int, stride: int | None) -> list
 
 
 def is_tissue(pixels: Bytes) -> bool:
-    """Whether a patch is more than glass."""
+    """Whether a patch is darker than glass."""
     return bool(pixels.mean() <= _BACKGROUND * 255)
 
 
 def _haematoxylin(picture: Bytes, path: Path, corners: Sequence[tuple[int, int]], patch: int) -> Floats:
-    """Mean haematoxylin concentration of each patch's central third, ``(n,)``, by the slide's own stains."""
-    # Every k-th pixel: percentiles of 200,000 angles do not move with more.
+    """The mean haematoxylin concentration of each patch's central third, ``(n,)``, by the slide's own stains."""
+    # Every k-th pixel is enough: percentiles of 200,000 angles do not change with more.
     sample = picture.reshape(-1, 3)[:: max(1, picture.size // 3 // _STAIN_PIXELS)]
     try:
         stains = macenko_stains(optical_density(sample / np.float32(255)))

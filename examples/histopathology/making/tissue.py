@@ -1,10 +1,10 @@
 """Tissue of a lymph node, with and without tumour, as concentrations of two stains.
 
-Morphology, at about 1 µm a pixel: lymphocyte nuclei 7-8 µm, round and dense; tumour nuclei 10-20 µm,
-pleomorphic, vesicular with nucleoli, in sheets, nests or small groups with more eosin. What makes it hard is what
-makes it hard on glass: reactive cells as large and as pale as a low-grade tumour's (histiocytes, also packed
-with pink cytoplasm as in a granuloma, germinal-centre cells, immunoblasts, plump endothelium), tumour that
-fills a corner of the centre only, and tumour up to the edge of the central 32×32 with label 0.
+Morphology, at about 1 µm a pixel: lymphocyte nuclei are 7-8 µm, round and dense; tumour nuclei are 10-20 µm,
+pleomorphic and vesicular with nucleoli, in sheets, nests or small groups with more eosin. Patches are difficult for the
+same reasons as on glass: reactive cells are as large and as pale as those of a low-grade tumour (histiocytes, also
+packed as in a granuloma, germinal-centre cells, immunoblasts, plump endothelium), tumour may fill only a corner of the
+central 32×32, and with label 0 it may reach up to its edge.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from .nuclei import (
 
 Mask = npt.NDArray[np.bool_]
 
-# Room around the patch, so that nuclei cut by its border and the blur at it look like any other.
+# A margin around the patch, so that nuclei and blur at its border look like any other.
 _MARGIN = 12
 _CANVAS = PATCH + 2 * _MARGIN
 _CENTRE_HALF = 16
-# Of the patches of label 0, those that hold tumour outside their centre.
+# The share of patches of label 0 that hold tumour outside their centre.
 _SHARE_OUTSIDE = 0.35
 
 
@@ -46,10 +46,10 @@ class Tissue:
     """Concentrations of two stains on a canvas, built up layer by layer.
 
     Args:
-        rng: decides everything.
-        microns: per pixel.
-        tumour: the nuclei of this slide's tumour.
-        tumour_eosin: of its cytoplasm.
+        rng: generator of all random numbers.
+        microns: microns per pixel.
+        tumour: the kind of nucleus of this slide's tumour.
+        tumour_eosin: eosin in the tumour's cytoplasm.
 
     Attributes:
         haematoxylin, eosin: ``(120, 120)`` float32, the patch and a margin of 12 pixels.
@@ -64,7 +64,7 @@ class Tissue:
         self.eosin: Floats = np.zeros((_CANVAS, _CANVAS), np.float32)
 
     def grow(self, label: int) -> Mask:
-        """Tumour where the label wants it and lymph node in the rest; returns the tumour's mask on the canvas."""
+        """Draw tumour as the label demands, and lymph node elsewhere; returns the tumour's mask on the canvas."""
         region, seed = self._tumour_region(label)
         if region.any():
             self._cytoplasm(region, eosin=self.tumour_eosin, haematoxylin=0.07, grain=self.rng.uniform(0.15, 0.35))
@@ -79,7 +79,7 @@ class Tissue:
     # -- normal tissue ---------------------------------------------------------------------------------------
 
     def lymphoid(self, region: Mask) -> None:
-        """Sheets of lymphocytes with hardly any cytoplasm, a few large cells among them."""
+        """Sheets of lymphocytes with hardly any cytoplasm, and a few large cells among them."""
         self._cytoplasm(region, eosin=0.12, haematoxylin=0.04, grain=0.35)
         self._nuclei(LYMPHOCYTE, region, spacing=self.rng.uniform(8.5, 12.0), keep=self.rng.uniform(0.7, 0.95))
         self._nuclei(HISTIOCYTE, region, spacing=24, keep=self.rng.uniform(0, 0.4))
@@ -92,13 +92,13 @@ class Tissue:
         self._nuclei(LYMPHOCYTE, region, spacing=11, keep=self.rng.uniform(0.1, 0.5))
 
     def granuloma(self, region: Mask) -> None:
-        """Packed histiocytes with cytoplasm as pink as a tumour's; even nuclei, hardly a nucleolus."""
+        """Packed histiocytes with cytoplasm as pink as a tumour's, even nuclei and hardly any nucleoli."""
         self._cytoplasm(region, eosin=self.rng.uniform(0.20, 0.30), haematoxylin=0.05, grain=0.25)
         self._nuclei(HISTIOCYTE, region, spacing=self.rng.uniform(14, 19), keep=0.9)
         self._nuclei(LYMPHOCYTE, region, spacing=15, keep=self.rng.uniform(0, 0.3))
 
     def germinal_centre(self, region: Mask) -> None:
-        """Cells between lymphocyte and tumour in size and in paleness."""
+        """Cells whose size and paleness lie between those of lymphocytes and tumour."""
         self._cytoplasm(region, eosin=0.15, haematoxylin=0.06, grain=0.30)
         self._nuclei(CENTROBLAST, region, spacing=self.rng.uniform(12.5, 16.5), keep=0.85)
         self._nuclei(LYMPHOCYTE, region, spacing=12, keep=self.rng.uniform(0.15, 0.4))
@@ -111,7 +111,7 @@ class Tissue:
         self._nuclei(IMMUNOBLAST, region, spacing=22, keep=self.rng.uniform(0.1, 0.5))
 
     def stroma(self, region: Mask) -> None:
-        """Bundles of collagen along one direction, with spindle nuclei in line."""
+        """Bundles of collagen along one direction, with spindle nuclei along it."""
         name = ("fibre-x", "fibre-y")[self.rng.integers(2)]
         uneven = np.clip(1 + 0.35 * _noise(self.rng, "coarse"), 0.2, None)
         bundles = np.clip(0.24 + 0.11 * _noise(self.rng, name) + 0.03 * _noise(self.rng, "fine"), 0.02, 1) * uneven
@@ -161,10 +161,10 @@ class Tissue:
     # -- tumour ----------------------------------------------------------------------------------------------
 
     def _tumour_region(self, label: int) -> tuple[Mask, Floats | None]:
-        """The mask of the tumour, and for label 1 a point in the centre where a nucleus of it must lie."""
+        """The mask of the tumour, and for label 1 a point in the centre where a tumour nucleus must lie."""
         nests = _noise(self.rng, "coarse")
         if label:
-            # Squared: small groups are as common as sheets that fill the patch.
+            # Squared, so that small groups are as common as sheets that fill the patch.
             share = 0.06 + 0.94 * self.rng.random() ** 2
             point = self.rng.uniform(1 - _CENTRE_HALF, _CENTRE_HALF - 1, 2)
             y, x = _grid()
@@ -174,7 +174,7 @@ class Tissue:
             return seen, point + _CANVAS / 2
         if self.rng.random() > _SHARE_OUTSIDE:
             return np.zeros((_CANVAS, _CANVAS), np.bool_), None
-        # A wavy edge, and rounded corners: a straight one would give the label away.
+        # The edge is wavy with rounded corners: a straight one would reveal the label.
         apart = _from_centre() - np.abs(4 * _noise(self.rng, "coarse")) > 0.5
         away: Mask = apart & (nests > self.rng.uniform(-1.5, 0.6))
         return away, None
@@ -187,13 +187,13 @@ class Tissue:
             apart = ((centres - seed) ** 2).sum(1) > (0.8 * mean * self.scale) ** 2
             centres = np.concatenate([seed[None], centres[apart]])
         cells = choose_cells(self.rng, kind, centres, self.scale, None)
-        if seed is None:  # from outside, no nucleus may reach into the centre
+        if seed is None:  # with label 0 no tumour nucleus may reach into the centre
             gap = _from_centre()[centres[:, 0].astype(int), centres[:, 1].astype(int)]
             cells = cells.keep(gap > cells.reach(kind) + 1)
         self._stain(kind, cells)
 
     def _cleft_around(self, region: Mask) -> None:
-        # Nests shrink away from the stroma when a block is fixed, on some slides more than on others.
+        # Nests shrink away from the stroma during fixation, on some slides more than on others.
         if self.rng.random() < 0.4:
             soft = gaussian_filter(region.astype(np.float32), 2.0, truncate=3)
             self.eosin *= 1 - 0.5 * np.exp(-(((soft - 0.35) / 0.15) ** 2))
@@ -214,7 +214,7 @@ class Tissue:
         for cy, cx in self.rng.uniform(-_CANVAS / 2, _CANVAS / 2, (count, 2)).astype(np.float32):
             wanted = self.rng.uniform(*radius) * self.scale
             distance = np.sqrt((y - cy) ** 2 + (x - cx) ** 2)
-            # Cells touch but do not merge: a later one shrinks to fit between earlier ones and the region's edge.
+            # Cells touch but do not merge: a new cell shrinks to fit between earlier ones and the region's edge.
             taken = (holes > 0.5) | ~region
             r = min(wanted, float(np.min(distance[taken], initial=wanted + 1.5)) - 1.5)
             if r > 3:
@@ -224,7 +224,7 @@ class Tissue:
         self.haematoxylin *= keep
 
     def _fold(self) -> None:
-        """A crease: along a band the section lies double."""
+        """A crease: a band along which the section lies double."""
         y, x = _grid()
         turn = self.rng.uniform(0, np.pi)
         across = np.cos(turn) * y + np.sin(turn) * x + 4 * _noise(self.rng, "coarse")
@@ -234,7 +234,7 @@ class Tissue:
         self.eosin *= double
 
     def _nuclei(self, kind: Nucleus, region: Mask, spacing: float, keep: float, lean: float | None = None) -> None:
-        """Scatter nuclei of one kind over a region, `spacing` micrometres apart, a share `keep` of the places."""
+        """Scatter nuclei over a share `keep` of a region's places, which are `spacing` micrometres apart."""
         self._stain(kind, choose_cells(self.rng, kind, self._places(region, spacing, keep), self.scale, lean))
 
     def _places(self, region: Mask, spacing: float, keep: float) -> Floats:
@@ -244,7 +244,7 @@ class Tissue:
         return chosen
 
     def _stain(self, kind: Nucleus, cells: Cells) -> None:
-        """Lay nuclei over what is there: they push the cytoplasm aside."""
+        """Draw nuclei over the tissue; they displace the cytoplasm."""
         if not len(cells.centres):
             return
         windows = draw(self.rng, kind, cells)
@@ -273,12 +273,12 @@ _NORMAL_SHARES = (0.28, 0.15, 0.10, 0.15, 0.08, 0.16, 0.08)
 
 
 def without_margin(canvas: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The patch of a canvas: ``(..., 120, 120)`` to ``(..., 96, 96)``."""
+    """Crop the patch from a canvas: ``(..., 120, 120)`` to ``(..., 96, 96)``."""
     return canvas[..., _MARGIN : _MARGIN + PATCH, _MARGIN : _MARGIN + PATCH]
 
 
 def _scatter(rng: np.random.Generator, spacing: float) -> Floats:
-    """Points ``(n, 2)`` on the canvas, from a turned and jittered hexagonal grid: spread, but not in rows."""
+    """Points ``(n, 2)`` on the canvas, from a rotated and jittered hexagonal grid: evenly spread, but not in rows."""
     grid = _hexagons(int(np.ceil(0.75 * _CANVAS / spacing)) + 1)
     turn = rng.uniform(0, np.pi)
     cos, sin = np.cos(turn) * spacing, np.sin(turn) * spacing
@@ -291,7 +291,7 @@ def _scatter(rng: np.random.Generator, spacing: float) -> Floats:
 
 @cache
 def _hexagons(reach: int) -> Floats:
-    """Points of a hexagonal grid, one apart, within `reach` of the origin."""
+    """Points of a hexagonal grid of spacing 1 within `reach` of the origin."""
     i, j = np.mgrid[-2 * reach : 2 * reach + 1, -2 * reach : 2 * reach + 1].reshape(2, -1)
     points = np.stack([i * np.sqrt(0.75), j + 0.5 * (i % 2)], 1)
     near: Floats = points[np.hypot(*points.T) <= reach]
@@ -307,7 +307,7 @@ def _grid() -> tuple[Floats, Floats]:
 
 @cache
 def _from_centre() -> Floats:
-    """How far each pixel lies from the central 32×32, ``(120, 120)``, in pixels; 0 or less within."""
+    """Each pixel's distance from the central 32×32, ``(120, 120)``; 0 or less inside it."""
     y, x = (np.abs(steps) - _CENTRE_HALF for steps in _grid())
     outside = np.hypot(np.maximum(y, 0), np.maximum(x, 0))
     distance: Floats = np.where(outside > 0, outside, np.maximum(y, x))
@@ -325,7 +325,7 @@ _NOISE_WIDTHS: dict[str, tuple[float, float]] = {
 
 
 def _noise(rng: np.random.Generator, name: str) -> Floats:
-    """A random window, ``(120, 120)``, of a sheet made once: filtering anew would take most of the time."""
+    """A random window, ``(120, 120)``, of a sheet that is made once: filtering each time would dominate the cost."""
     y, x = rng.integers(0, 2 * _NOISE_SIDE, 2).tolist()
     window = _noise_sheet(name)[y // 2 : y // 2 + _CANVAS, x // 2 : x // 2 + _CANVAS]
     return window[:: 1 - 2 * (y % 2), :: 1 - 2 * (x % 2)]
@@ -333,19 +333,19 @@ def _noise(rng: np.random.Generator, name: str) -> Floats:
 
 @cache
 def _noise_sheet(name: str) -> Floats:
-    """Smooth noise, ``(512, 512)``, mean 0 and standard deviation 1, that tiles."""
+    """Smooth periodic noise, ``(512, 512)``, with mean 0 and standard deviation 1."""
     rng = np.random.default_rng([3, list(_NOISE_WIDTHS).index(name)])
     white = rng.standard_normal((_NOISE_SIDE, _NOISE_SIDE)).astype(np.float32)
     sheet = gaussian_filter(white, _NOISE_WIDTHS[name], mode="wrap")
     if name.startswith("fibre"):
         sheet = _wavy(sheet, vertical=name == "fibre-y")
     sheet = (sheet - sheet.mean()) / sheet.std()
-    # Tiled once more, so that a window at any offset is a plain slice.
+    # Repeated, so that a window at any offset is a plain slice.
     return np.pad(sheet, ((0, _CANVAS), (0, _CANVAS)), mode="wrap")
 
 
 def _wavy(sheet: Floats, vertical: bool) -> Floats:
-    """Shift rows against each other along a sine, the crimp of collagen; keeps the tiling."""
+    """Shift rows against each other along a sine, as the crimp of collagen; the sheet stays periodic."""
     rows = sheet.T if vertical else sheet
     turns = np.arange(_NOISE_SIDE) * 2 * np.pi / _NOISE_SIDE
     shift = np.rint(6 * np.sin(5 * turns) + 4 * np.sin(9 * turns + 1)).astype(int)

@@ -21,15 +21,15 @@ class SplitWriter:
     >>> with SplitWriter("data", "train", dtype="uint8") as split:      # doctest: +SKIP
     ...     split.add(image, label=1, metadata=[3, 0, 96, 192])
 
-    Images go to ``NAME.h5.partial``, which becomes ``NAME.h5`` when the block ends and is deleted when it
+    Images are written to ``NAME.h5.partial``, which is renamed to ``NAME.h5`` when the block ends and deleted when it
     raises.
 
     Args:
         directory: made if absent.
         split: "train", "val" or "test"; keys count from 0.
-        dtype: of ``img``: "float16", "float32", "float64" in [0, 1], or "uint8" 0..255.
-        source: what the file is, kept as the root attribute ``source``. A file of the same name is
-            overwritten only if it carries the same.
+        dtype: stored type of ``img``: "float16", "float32", "float64" in [0, 1], or "uint8" 0..255.
+        source: which program makes the file, stored as the root attribute ``source``. A file of the same name is
+            overwritten only if its attribute is the same.
 
     Raises:
         ExampleError: unknown split or dtype; a file of that name from elsewhere; a folder or disk that cannot
@@ -63,7 +63,7 @@ class SplitWriter:
 
         Args:
             image: ``(3, 96, 96)``, floating in [0, 1] or uint8 0..255; converted to the file's dtype.
-            label: 0, 1, or None for an image without one.
+            label: 0, 1, or None for no label.
             metadata: 1-D, element 0 the centre.
         """
         if image.shape != SHAPE:
@@ -83,7 +83,7 @@ class SplitWriter:
             self._file.close()
             if kind is None:
                 self._publish()
-        except (OSError, RuntimeError) as fault:  # h5py raises either where the disk is full
+        except (OSError, RuntimeError) as fault:  # h5py raises either when the disk is full
             raise ExampleError(f"{self.path}: cannot be written ({brief(fault)}).") from fault
         finally:
             self.partial.unlink(missing_ok=True)
@@ -107,7 +107,7 @@ def refuse_to_overwrite(path: Path, source: str) -> None:
     """Raise unless `path` is absent or was made by the same `source`.
 
     Raises:
-        ExampleError: a file that holds something else, the real data perhaps.
+        ExampleError: the file holds something else, perhaps the real data.
     """
     if not path.exists():
         return

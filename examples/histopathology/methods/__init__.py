@@ -1,1 +1,1 @@
-"""Methods: a YAML file each, what such a file may say, and finding them by name."""
+"""Methods: one YAML file each, the keys of such a file, and finding methods by name."""

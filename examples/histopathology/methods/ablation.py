@@ -1,4 +1,4 @@
-"""What of LoRA matters: rank, layers, alpha, trained norms; each variant changes one thing of ``lora``."""
+"""The ablation of ``lora``: each variant changes its rank, its layers or its alpha, or trains norm layers too."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from .method import Method
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 ALPHAS = (4.0, 8.0, 32.0, 64.0)
 LAYERS = ("stem", "stages", "1x1", "kxk")
-# What the variants are seen against.
+# The methods with which the variants are compared.
 AGAINST = ("probe-augmented", "norms", "full")
 
 

@@ -1,7 +1,7 @@
-"""Reading methods from YAML, with a check of every key; and finding them by name.
+"""Read methods from YAML, check every key, and find methods by name.
 
 A file holds ``about``, and any of ``base`` (the method that it starts from), ``adapt``, ``augment``, ``normalise`` and
-``predict``; see `method` for what is in each. Errors name the file, the key and what to write.
+``predict``; `method` documents their keys. Errors name the file, the key and the remedy.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from .method import MODIFIERS, Adapt, Augment, Method, Predict, modified
 
 FOLDER = Path(__file__).parent
 SECTIONS: dict[str, type[Any]] = {"adapt": Adapt, "augment": Augment, "predict": Predict}
-# The least value that a number may have.
+# The least allowed value of each number.
 LEAST = {"rank": 1, "alpha": 1e-6, "lr_ratio": 1e-6, "stain_jitter": 0.0}
 
 
 def names() -> list[str]:
-    """The methods that have a file here."""
+    """The names of the methods that come with the example."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def find_methods(wanted: Sequence[str]) -> list[Method]:
-    """The methods of these names, in this order; an unknown, repeated or absent name is an ExampleError."""
+    """The methods of these names, in this order; raises ExampleError at an unknown or repeated name, or at none."""
     methods = [find_method(name) for name in wanted if name]
     if not methods:
-        raise ExampleError(f"unknown method (none given); known: {', '.join(names())}.")
+        raise ExampleError(f"no method is given; known: {', '.join(names())}.")
     found = [method.name for method in methods]
     if len(set(found)) < len(found):
         raise ExampleError(f"--methods {','.join(wanted)} names a method twice; name each once.")
@@ -42,7 +42,7 @@ def find_methods(wanted: Sequence[str]) -> list[Method]:
 
 
 def find_method(name: str) -> Method:
-    """One method: a name of ``methods/``, or a YAML file; with ``+modifier`` any number of times.
+    """Find a method by its name in ``methods/`` or its YAML file, followed by any number of ``+modifier``.
 
     Raises:
         ExampleError: an unknown name or modifier, or a fault in its file.
@@ -62,12 +62,12 @@ def read_yaml(path: Path, called: str, wanted: str) -> dict[str, Any]:
     """The keys and values of a YAML file.
 
     Args:
-        path: of the file.
-        called: what errors call it.
-        wanted: what they say to write in it.
+        path: path of the file.
+        called: the file's name in errors.
+        wanted: the remedy in errors.
 
     Raises:
-        ExampleError: no such file, no YAML, or no keys in it.
+        ExampleError: no such file, not YAML, or no keys in it.
     """
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -83,7 +83,7 @@ def read_method(path: Path) -> Method:
     """A method from its file.
 
     Raises:
-        ExampleError: no YAML; an unknown key; a value of the wrong type or out of range; an unknown base.
+        ExampleError: not YAML; an unknown key; a value of the wrong type or out of range; an unknown base.
     """
     stored = read_yaml(path, str(path), "write keys such as `about: my method`")
     return method_from(stored, path.stem, path)
@@ -111,7 +111,7 @@ def method_from(stored: Mapping[str, Any], name: str, path: Path) -> Method:
 
 
 def as_plain(method: Method) -> dict[str, Any]:
-    """What `method_from` takes: the method without its name."""
+    """The method as plain values, without its name: the inverse of `method_from`."""
     return {"about": method.about, **method.training_parts(), "predict": dataclasses.asdict(method.predict)}
 
 
@@ -146,7 +146,7 @@ def _check_known(name: Any, known: Sequence[str], key: str, path: Path) -> None:
 
 
 def _check(value: Any, hint: Any, key: str, path: Path) -> None:
-    """Raise unless the value is of the type, and not below its least."""
+    """Raise unless the value has the type and is at least its least value."""
     allowed = _allowed(hint)
     literals = [choice for choice in allowed if not isinstance(choice, type)]
     kinds = [kind for kind in allowed if isinstance(kind, type)]
@@ -158,7 +158,7 @@ def _check(value: Any, hint: Any, key: str, path: Path) -> None:
         raise ExampleError(f"{path}: {key}: {value!r} is not allowed; write {' or '.join(words)}.")
     least = LEAST.get(key.rpartition(".")[2])
     if least is not None and value is not None and not least <= value < float("inf"):
-        raise ExampleError(f"{path}: {key}: {value!r} is too small or no number; write {least:g} or more.")
+        raise ExampleError(f"{path}: {key}: {value!r} is too small or not a number; write {least:g} or more.")
 
 
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}

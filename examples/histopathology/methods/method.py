@@ -1,10 +1,10 @@
-"""Methods as configurations: what trains, what is augmented, how inputs are normalised, how predictions are made.
+"""Methods as configurations: what trains, how images are augmented and normalised, how predictions are made.
 
 Each is a small YAML file in ``methods/``, or one of your own; ``name+modifier`` composes: ``lora+ensemble+balanced``.
-A method whose prediction looks at unlabelled test images as a whole is transductive: its figure is not comparable
-with that of a method which sees one image at a time, and every table marks it.
+A method is transductive if its prediction uses the unlabelled test images together. Its figures are not comparable
+with those of methods that see one image at a time, and every table marks it.
 
-What differs in prediction alone shares one training (`Method.training`).
+Methods that differ in prediction alone share one training (`Method.training`).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Adapt:
 
     Attributes:
         trains: "head" alone, "lora" factors, "norms" (scale and shift of norm layers), or the "full" network.
-        rank: of the factors.
+        rank: rank of the factors.
         alpha: their scaling is alpha / rank; None for twice the rank.
         layers: which convolutions get factors: all, the stem (the network's first), the stages (all but the stem),
             those with 1×1 kernels, those with larger ones; or every linear layer instead, as in a vision transformer.
         norm: whether running statistics "freeze" or "track" in training.
         train_norms: whether the norm layers' scale and shift train beside the factors.
-        lean: whether each factor A is chosen from the training images and stays so, and activations keep masks: less
-            memory in training.
-        lr_ratio: how many times the learning rate of all else the factors B have: 16 in LoRA+ (Hayou et al. 2024, arXiv
-            2402.12354), and then no factor decays.
+        lean: lean training, which needs less memory: each factor A is chosen from the training images and frozen, and
+            activations keep masks.
+        lr_ratio: learning rate of the factors B over that of all other parameters: 16 in LoRA+ (Hayou et al. 2024,
+            arXiv 2402.12354). If it is not 1, factors have no weight decay.
     """
 
     trains: Trains = "head"
@@ -54,11 +54,11 @@ class Adapt:
 
 @dataclass(frozen=True)
 class Augment:
-    """What training images go through.
+    """How training images are augmented.
 
     Attributes:
-        policy: "none"; "dihedral" (one of the 8 exact turns and flips); "crop" (the report's first: colour jitter,
-            random resized crop, flips); "affine" (its second: flips, rotations, affine).
+        policy: "none"; "dihedral" (one of the 8 exact rotations and flips); "crop" (the challenge report's first:
+            colour jitter, random resized crop, flips); "affine" (its second: flips, rotations, affine).
         stain_jitter: strength of the jitter in HED space, see `hed`; 0 for none.
     """
 
@@ -71,7 +71,7 @@ class Predict:
     """How test images become predictions.
 
     Attributes:
-        views: 1, or 8: the mean probability over the exact turns and flips.
+        views: 1, or 8 for the mean probability over the exact rotations and flips.
         adabn: batch-norm statistics recomputed on the unlabelled test images (Li et al. 2016, arXiv 1603.04779).
         balanced: the threshold that calls half of the test images positive.
     """
@@ -83,11 +83,11 @@ class Predict:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table.
+    """A method: one row of the table.
 
     Attributes:
-        normalise: by the "backbone"'s mean and deviation, or by those of each "centre"'s own images.
-        training: name of the training that it uses; methods with the same name differ in prediction alone.
+        normalise: "backbone" for its mean and deviation, "centre" for those of each centre's own images.
+        training: name of the training that it uses; methods with the same training differ in prediction alone.
     """
 
     name: str
@@ -100,12 +100,12 @@ class Method:
 
     @property
     def transductive(self) -> bool:
-        """Whether unlabelled test images, together, decide about each of them."""
+        """Whether a prediction uses the unlabelled test images together."""
         return self.normalise == "centre" or self.predict.adabn or self.predict.balanced
 
     @property
     def title(self) -> str:
-        """The name as tables show it."""
+        """The name in tables."""
         return f"{self.name} (transductive)" if self.transductive else self.name
 
     @property
@@ -114,7 +114,7 @@ class Method:
         return self.adapt.trains == "head" and self.adapt.norm == "freeze"
 
     def training_parts(self) -> dict[str, Any]:
-        """All that decides about the training, as plain values."""
+        """All settings that affect the training, as plain values."""
         return {
             "adapt": dataclasses.asdict(self.adapt),
             "augment": dataclasses.asdict(self.augment),
@@ -124,9 +124,9 @@ class Method:
     def prepare(self, model: nn.Module, rank: int | None = None, images: Iterable[Any] | None = None) -> nn.Module:
         """Inject this method's adapter into a backbone, in place.
 
-        A lean method reads a few batches of ``images``; without, its A is drawn, and costs the same. Full fine-tuning
-        and norm-only are adapters too, of modules trained in full, so that saving, loading and proving are the same
-        for every row. Parameters that sit on the model itself, as a ViT's tokens, stay frozen.
+        A lean method reads a few batches of ``images``; without them its A is drawn at random, at the same cost. Full
+        fine-tuning and norm-only training are adapters of modules trained in full, so that saving, loading and checking
+        are the same for every method. Parameters of the model itself, such as a ViT's tokens, stay frozen.
         """
         adapt = self.adapt
         head = convlora.plan(model, target_modules=()).modules_to_save
@@ -151,7 +151,7 @@ class Method:
         )
 
     def to_train_mode(self, model: nn.Module) -> None:
-        """``train()``, with the statistics of batch norms held where the method freezes them."""
+        """Call ``train()``, but keep the running statistics of batch norms if the method freezes them."""
         model.train()
         if self.adapt.norm == "freeze":
             for module in model.modules():
@@ -220,7 +220,7 @@ _SELECT: dict[str, Any] = {
 
 
 def _by_place(model: nn.Module, layers: str) -> Callable[[str, nn.Module], bool]:
-    """The stem is what holds the network's first convolution; the stages are all else."""
+    """Matches the stem, the module with the network's first convolution, or the stages, all other modules."""
     first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)).split(".")[0]
 
     def matches(name: str, module: nn.Module) -> bool:

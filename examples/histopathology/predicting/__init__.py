@@ -1,1 +1,1 @@
-"""Predictions by a saved adapter beyond patches: whole slides, and ONNX."""
+"""Predicting whole slides, and exporting to ONNX and predicting from it."""

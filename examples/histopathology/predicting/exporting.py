@@ -1,7 +1,7 @@
-"""A trained adapter as one ONNX file, merged, and predictions from it.
+"""Export a merged adapter to ONNX, and predict from the file.
 
-The file is what deployment needs and no more: the plain network, with no trace of adapters. How its input is made is in
-its metadata, so that it predicts without the backbone's weights and without convlora.
+The file holds the plain network, without adapters, and its metadata say how the input is made. It therefore predicts
+without the backbone's weights and without convlora.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..training.prediction import balanced, ensembled
 from ..training.recipe import Recipe
 from .slidemap import Classifier
 
-# Sums in another order: of logits of size 1 to 10, fp32 rounding through some fifty layers.
+# Tolerance for another order of summation: fp32 rounding through some fifty layers, of logits of size 1 to 10.
 TOLERANCE = 1e-3
 _INSTALL = "pip install onnx onnxscript onnxruntime"
 _META = "convlora.histopathology"
@@ -38,7 +38,7 @@ _META = "convlora.histopathology"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how far its logits lie from torch's on ``images`` patches."""
+    """The file that was written, and the largest difference of its logits from torch's on ``images`` patches."""
 
     path: Path
     size: int
@@ -47,24 +47,24 @@ class Exported:
 
 
 def export(adapter: Path, out: Path, recipe: Recipe, split: HistoDataset | None = None, images: int = 32) -> Exported:
-    """Merge an adapter, write it as ONNX, and compare onnxruntime with torch before the file gets its name.
+    """Merge an adapter, write it as ONNX, and compare onnxruntime with torch before the file is renamed into place.
 
     Args:
-        adapter: the folder that a run wrote.
-        out: the file.
-        recipe: the adapter's, perhaps with weights that lie elsewhere.
+        adapter: adapter folder that a run wrote.
+        out: file to write.
+        recipe: the adapter's recipe, perhaps with another path of the weights.
         split: patches to compare on; None for random ones.
-        images: how many.
+        images: number of patches to compare on.
 
     Raises:
-        ExampleError: packages are missing, the method normalises by centre or adapts statistics to its test images, or
-            the two differ.
+        ExampleError: packages are missing; the method normalises by centre or adapts statistics to its test images; the
+            logits differ.
     """
     _, method = read_card(adapter)
     if method.normalise == "centre" or method.predict.adabn:
         raise ExampleError(
-            f"{method.name} computes with the statistics of the images that it is given together, which no fixed "
-            "network does; export one that is not transductive, such as lora."
+            f"{method.name} uses statistics of all its test images together, which a fixed network cannot; export a "
+            "method that is not transductive, such as lora."
         )
     with _needed():
         import onnx
@@ -83,20 +83,18 @@ def export(adapter: Path, out: Path, recipe: Recipe, split: HistoDataset | None 
             expected = model(inputs).flatten()
         difference = float((_Session(partial).logits(inputs) - expected).abs().max())
         if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
-            raise ExampleError(
-                f"{out}: onnxruntime's logits differ from torch's by {difference:.2g}; it was not written."
-            )
+            raise ExampleError(f"{out} was not written: onnxruntime's logits differ from torch's by {difference:.2g}.")
     return Exported(out, out.stat().st_size, len(inputs), difference)
 
 
 def classifier_onnx(file: Path, how: Predict) -> tuple[Classifier, float | None]:
-    """The file as a function of patches, see `slidemap.classifier`; and microns per pixel of what it was trained on.
+    """The file as a function of patches, see `slidemap.classifier`, and the microns per pixel of its training patches.
 
     Raises:
-        ExampleError: as `predict_onnx`; AdaBN or the balanced threshold, which need all patches together.
+        ExampleError: as `predict_onnx`; AdaBN or the balanced threshold, which use all patches together.
     """
     if how.adabn or how.balanced:
-        raise ExampleError("adabn and balanced look at all images together; leave them out of --how for a slide.")
+        raise ExampleError("adabn and balanced use all images together; leave them out of --how for a slide.")
     session = _Session(file)
     meta = session.meta()
     plain = Normalisation("onnx", file.name, tuple(meta["mean"]), tuple(meta["std"]))
@@ -110,14 +108,15 @@ def classifier_onnx(file: Path, how: Predict) -> tuple[Classifier, float | None]
 
 
 def predict_onnx(file: Path, split: HistoDataset, how: Predict, batch_size: int) -> Tensor:
-    """Logits ``(N,)`` of a file that `export` wrote; above 0 means label 1.
+    """Logits ``(N,)`` by a file that `export` wrote; above 0 means label 1.
 
     Raises:
-        ExampleError: onnxruntime is missing; no such file; not ours; AdaBN, for which the file has no batch norms.
+        ExampleError: onnxruntime is missing; no such file, or one that `export` did not write; AdaBN, for which the
+            file has no batch norms.
     """
     if how.adabn:
         raise ExampleError(
-            "adabn: an ONNX file's statistics are folded into its weights; predict by the adapter's folder."
+            "adabn: an ONNX file has no batch norms, since they are folded into its weights; give the adapter's folder."
         )
     session = _Session(file)
     meta = session.meta()
@@ -142,14 +141,14 @@ class _Session:
         self.file = file
         try:
             self.session: Any = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        except Exception as fault:  # onnxruntime raises kinds of its own
+        except Exception as fault:  # onnxruntime has its own kinds of errors
             raise ExampleError(f"{file} cannot be read as ONNX ({str(fault).splitlines()[0]}).") from fault
 
     def meta(self) -> dict[str, Any]:
-        """How its input is made."""
+        """The file's metadata, which say how its input is made."""
         stored = self.session.get_modelmeta().custom_metadata_map.get(_META)
         if stored is None:
-            raise ExampleError(f"{self.file} does not say how its input is made; write it by `export`.")
+            raise ExampleError(f"{self.file} does not say how its input is made; write the file with `export`.")
         return dict(json.loads(stored))
 
     def logits(self, images: Tensor) -> Tensor:
@@ -160,7 +159,7 @@ class _Session:
 
 def _write(model: nn.Module, images: Tensor, path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own, of its parts
+        warnings.simplefilter("ignore")  # the exporter warns of its own internals
         torch.onnx.export(
             model,
             (images.contiguous(),),
@@ -189,4 +188,4 @@ def _needed() -> Iterator[None]:
     try:
         yield
     except ImportError as fault:
-        raise ExampleError(f"ONNX needs packages that are not here ({fault.name}): {_INSTALL}.") from fault
+        raise ExampleError(f"ONNX needs a package that is not installed ({fault.name}): {_INSTALL}.") from fault

@@ -1,4 +1,4 @@
-"""A slide's heat map in files: a figure (PNG), a pyramidal TIFF in the slide's own scale, and GeoJSON for QuPath."""
+"""Files of a slide's heat map: a figure (PNG), a pyramidal TIFF in the slide's scale, and GeoJSON for QuPath."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _OPACITY = 0.65
 _TUMOUR, _TISSUE = (200, 0, 0), (120, 120, 180)
 _TILE = 256
 _MOST_FEATURES = 200_000
-"""Tiles beyond this are left out of the GeoJSON, and only regions stay: no program opens more."""
+"""The most tiles in the GeoJSON; beyond it only regions are written, since no program opens more."""
 
 
 def write_map(found: SlideMap, table: Path) -> list[Path]:
-    """Write all that a slide's prediction gives; what lies beside the table is named after it.
+    """Write all files of a slide's prediction beside the table, named after it.
 
     Returns:
         The files: ``NAME.csv``, ``NAME-heatmap.png``, ``NAME-heatmap.tif``, ``NAME.geojson``, ``NAME-summary.json``.
@@ -46,7 +46,7 @@ ENDINGS = ("-heatmap.png", "-heatmap.tif", ".geojson", "-summary.json")
 
 
 def overlaid(found: SlideMap) -> Bytes:
-    """The overview with each tile's middle coloured by its probability; what is no tissue stays as it is."""
+    """The overview with the middle of each tissue tile coloured by its probability."""
     heat = np.repeat(np.repeat(found.probabilities, found.cell, 0), found.cell, 1)
     top = (found.overview.shape[0] - heat.shape[0]) // 2
     left = (found.overview.shape[1] - heat.shape[1]) // 2
@@ -60,7 +60,7 @@ def overlaid(found: SlideMap) -> Bytes:
 
 
 def drawn(found: SlideMap, picture: Bytes) -> bytes:
-    """A PNG of the slide beside its heat map, with millimetres and the colours' meaning."""
+    """A PNG of the slide beside its heat map, with axes in millimetres and a colour bar."""
     width = picture.shape[1] * found.grid.step * found.mpp / found.cell / 1000
     height = width * picture.shape[0] / picture.shape[1]
     figure = Figure(figsize=(12, 1.2 + 5.2 * min(2.0, height / width)), layout="constrained")
@@ -79,8 +79,8 @@ def drawn(found: SlideMap, picture: Bytes) -> bytes:
 
 
 def write_pyramid(picture: Bytes, path: Path, mpp: float) -> None:
-    """A tiled TIFF with each level half the one before, down to one tile, that says its microns per pixel."""
-    # 32 bits count 4 GB; QuPath and OpenSlide read both kinds.
+    """Write a tiled TIFF pyramid with its microns per pixel; each level is half the one before, down to one tile."""
+    # Offsets of 32 bits end at 4 GB; QuPath and OpenSlide read TIFF and BigTIFF.
     with tifffile.TiffWriter(path, bigtiff=picture.nbytes > 2**31) as tiff:
         level, scale = picture, mpp
         while True:

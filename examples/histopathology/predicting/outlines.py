@@ -1,7 +1,8 @@
-"""Regions of a heat map as polygons, and all of it as GeoJSON in the form that QuPath reads.
+"""Regions of a heat map as polygons, and GeoJSON that QuPath reads.
 
-A region is what cells make that share a side; its outline runs along the sides of its cells, holes included. QuPath's
-coordinates are those of the slide's full resolution. Drag the file onto the open slide, or File, Import objects.
+A region is a set of cells that are connected by their sides; its outline follows the sides of its cells, holes
+included. QuPath's coordinates are those of the slide's full resolution. To open the file in QuPath, drag it onto the
+open slide, or choose File, Import objects.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from scipy import ndimage
 
 Mask = npt.NDArray[np.bool_]
 Corner = tuple[int, int]
-"""(column, row) of the grid's lines."""
+"""A corner of cells: (column, row) of the grid's lines."""
 Ring = list[Corner]
 
 
 def regions(mask: Mask) -> list[Mask]:
-    """The parts of a mask whose cells share sides, largest first."""
+    """The connected regions of a mask, largest first."""
     numbered, count = ndimage.label(mask)
     parts = [numbered == number for number in range(1, count + 1)]
     return sorted(parts, key=lambda part: -int(part.sum()))
@@ -30,11 +31,11 @@ def regions(mask: Mask) -> list[Mask]:
 def rings(region: Mask) -> list[Ring]:
     """The outlines of one region: the outer one first, then its holes; each ends where it begins.
 
-    Each ring has the region to its right, as the picture is drawn; only its corners are kept.
+    The region lies to the right of each ring as the picture is drawn. Only the ring's corners are kept.
     """
     padded = np.pad(region, 1)
     onward: dict[Corner, list[Corner]] = {}
-    # The sides of cells behind which there is none, each walked so that the cell lies to the right.
+    # The sides of cells that border on none, each directed so that its cell lies to the right.
     for (down, across), (start, end) in {
         (-1, 0): ((0, 0), (1, 0)),
         (0, 1): ((1, 0), (1, 1)),
@@ -55,7 +56,7 @@ def _walk(onward: dict[Corner, list[Corner]], start: Corner) -> Ring:
     ring, here, way = [start], start, (0, 0)
     while True:
         ends = onward[here]
-        # Where two cells touch with a corner only, the way turns left, along the same gap: each ring is a simple one.
+        # Where two cells touch only at a corner, the path turns left along the same gap, so that each ring is simple.
         ends.sort(key=lambda end: -_turn(way, (end[0] - here[0], end[1] - here[1])))
         end = ends.pop()
         if not ends:
@@ -70,7 +71,7 @@ def _walk(onward: dict[Corner, list[Corner]], start: Corner) -> Ring:
 
 
 def _turn(way: Corner, new: Corner) -> int:
-    """Above 0 for a turn to the right, as the picture is drawn, rows downwards."""
+    """Above 0 for a turn to the right as the picture is drawn, with rows downwards."""
     return way[0] * new[1] - way[1] * new[0]
 
 
@@ -81,7 +82,7 @@ def feature(
     colour: Sequence[int],
     measurements: dict[str, float],
 ) -> dict[str, Any]:
-    """One object of QuPath's: an "annotation" or a "tile", with its class and what was measured of it."""
+    """An object for QuPath: an "annotation" or a "tile", with its class and measurements."""
     return {
         "type": "Feature",
         "geometry": {"type": "Polygon", "coordinates": polygon},
@@ -94,7 +95,7 @@ def feature(
 
 
 def scaled(found: Sequence[Ring], corner: Callable[[Corner], tuple[float, float]]) -> list[list[list[float]]]:
-    """Rings in the slide's coordinates."""
+    """Convert rings to the slide's coordinates."""
     return [[list(corner(each)) for each in ring] for ring in found]
 
 

@@ -1,7 +1,7 @@
-"""Predicting a whole slide: the probability of each tile that holds tissue, where it lies, and the slide's summary.
+"""Predict a whole slide: the probability of each tile that holds tissue, its position, and the slide's summary.
 
-Tiles are read ahead by threads, a few blocks and no more, while the network predicts: memory does not grow with the
-slide but for the overview and a number a tile.
+Threads read a few blocks of tiles ahead while the network predicts. Only the overview and one number a tile stay in
+memory.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ from ..training.recipe import Recipe, pick_device
 from .outlines import regions
 
 TISSUE = 0.25
-"""The share of a tile that is tissue, at least, where nothing else is asked for."""
+"""The default of the least share of tissue in a predicted tile."""
 _OVERVIEW = 2048
-"""Pixels that the overview's longer side has, about."""
+"""The approximate length of the overview's longer side, in pixels."""
 _LEAST_CELL = 8
 
 Classifier = Callable[[Tensor], Tensor]
-"""Logits ``(B,)`` on the CPU of patches ``(B, 3, 96, 96)`` in [0, 1]."""
+"""Returns logits ``(B,)`` on the CPU for patches ``(B, 3, 96, 96)`` in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """How a slide is to be predicted.
+    """The settings of a slide's prediction.
 
     Attributes:
-        tile_mpp: microns per pixel of the patches that the network was trained on.
+        tile_mpp: microns per pixel of the training patches.
         mpp: microns per pixel of the slide; None reads its metadata.
-        stride: between tiles, in pixels of a tile, at most 96.
-        tissue: share of a tile that is tissue, at least; 0 takes all tiles.
-        threshold: the probability from which a tile counts as tumour.
-        batch_size: tiles a step.
+        stride: distance between tiles in pixels of a tile, at most 96.
+        tissue: least share of tissue in a predicted tile; 0 takes all tiles.
+        threshold: least probability of tumour.
+        batch_size: tiles in a batch.
     """
 
     tile_mpp: float
@@ -73,19 +73,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class SlideMap:
-    """What a slide's prediction gave.
+    """The result of a slide's prediction.
 
     Attributes:
-        path: the slide.
-        size: its width and height at full resolution.
-        mpp: its microns per pixel.
-        asked: how it was predicted.
-        grid: where its tiles lie.
-        probabilities: ``(rows, columns)``; NaN where there is no tissue.
-        overview: what the grid covers, ``(height, width, 3)``.
-        cell: pixels of the overview for a stride.
-        seconds: that reading and predicting took.
-        notes: what a reader should know, a sentence each.
+        path: the slide's file.
+        size: the slide's width and height at full resolution.
+        mpp: the slide's microns per pixel.
+        asked: the settings.
+        grid: the positions of the tiles.
+        probabilities: ``(rows, columns)``; NaN for tiles without tissue.
+        overview: a small picture of all that the grid covers, ``(height, width, 3)``.
+        cell: pixels of the overview for each stride.
+        seconds: time of reading and predicting.
+        notes: remarks, a sentence each.
     """
 
     path: Path
@@ -112,11 +112,11 @@ class SlideMap:
 
     @property
     def cell_area(self) -> float:
-        """Square millimetres that a tile stands for: a stride by a stride."""
+        """The area that a tile counts for, a square of one stride, in square millimetres."""
         return float((self.grid.step * self.mpp / 1000) ** 2)
 
     def cell_corner(self, column: float, row: float) -> tuple[float, float]:
-        """Where the square that a tile stands for begins, the tile's middle, at full resolution."""
+        """The upper left corner, at full resolution, of that square in the middle of a tile."""
         margin = (self.grid.side - self.grid.step) / 2
         return column * self.grid.step + margin, row * self.grid.step + margin
 
@@ -125,19 +125,19 @@ def classifier(folder: Path, recipe: Recipe, method: Method) -> Classifier:
     """A saved adapter as a function of patches.
 
     Raises:
-        ExampleError: a method that needs to see all images together; as `experiment.load`.
+        ExampleError: a method that uses all images together; as `experiment.load`.
     """
     if method.transductive:
         raise ExampleError(
-            f"{method.name} looks at all images together (centre, adabn or balanced), and a slide's tiles come one "
-            "after the other. Take an adapter of another method, or leave these words out of --how."
+            f"{method.name} uses all images together (centre, adabn or balanced), which a slide's tiles do not allow. "
+            "Give an adapter of another method, or leave these words out of --how."
         )
     model = load(folder, recipe, pick_device())
     return classifier_of(model, recipe.image_size, open_backbone(recipe)[1], method.predict.views)
 
 
 def classifier_of(model: nn.Module, size: int, normalisation: Normalisation, views: int = 1) -> Classifier:
-    """A model as a function of patches; the mean probability over its views."""
+    """A model as a function of patches, which averages the probability over the views."""
     transform = EvalTransform(size, Normalise(normalisation), range(views))
     device = next(model.parameters()).device
     model.eval()
@@ -159,8 +159,8 @@ def predict_slide(
     Args:
         path: the slide.
         classify: see `classifier`.
-        asked: how.
-        progress: called with the tiles that are done and all of them.
+        asked: the settings.
+        progress: called with the number of tiles that are done and of all tiles.
 
     Raises:
         ExampleError: the slide cannot be read, does not say its microns per pixel, or holds no tissue.
@@ -175,7 +175,7 @@ def predict_slide(
         total = int(chosen.sum())
         if not total:
             raise ExampleError(
-                f"{path}: none of its {chosen.size:,} tiles holds {asked.tissue:.0%} of tissue; --tissue 0 takes all."
+                f"{path}: none of its {chosen.size:,} tiles holds {asked.tissue:.0%} tissue; --tissue 0 takes all."
             )
         probabilities = np.full(chosen.shape, np.nan)
         done = 0
@@ -195,17 +195,17 @@ def predict_slide(
 def _notes(asked: Asked, mpp: float, stored: float | None) -> list[str]:
     notes = []
     if stored is not None and abs(mpp / stored - 1) > 0.01:
-        notes.append(f"--mpp {mpp:g} was taken; the slide's metadata say {stored:g}")
+        notes.append(f"--mpp {mpp:g} overrides the slide's metadata, which say {stored:g}")
     if mpp > asked.tile_mpp * 1.2:
         notes.append(
-            f"the slide is coarser ({mpp:g} microns a pixel) than what the network was trained on "
-            f"({asked.tile_mpp:g}): its tiles are enlarged, and predictions are not to be trusted"
+            f"the slide is coarser ({mpp:g} microns a pixel) than the training patches ({asked.tile_mpp:g}): its tiles "
+            "are enlarged, and predictions cannot be trusted"
         )
     return notes
 
 
 def tiles_csv(found: SlideMap) -> str:
-    """``X,Y,Probability,Pred`` lines, a tile each, from the top down: its upper left corner at full resolution."""
+    """``X,Y,Probability,Pred`` lines, one for each tile: its upper left corner at full resolution, its probability."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("X", "Y", "Probability", "Pred"))
@@ -247,7 +247,7 @@ def summary(found: SlideMap) -> dict[str, Any]:
 
 
 def region_facts(found: SlideMap, region: Mask) -> dict[str, Any]:
-    """One region of tumour: the rectangle around it at full resolution, its tiles and area, how probable it is."""
+    """One region of tumour: its bounding box at full resolution, its tiles, its area and its probability."""
     places = np.argwhere(region)
     (top, left), (bottom, right) = places.min(0), places.max(0) + 1
     x, y = found.cell_corner(left, top)
@@ -265,7 +265,7 @@ def region_facts(found: SlideMap, region: Mask) -> dict[str, Any]:
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
-    """The summary for the terminal."""
+    """The summary as lines for the terminal."""
     most = facts["regions"][0] if facts["regions"] else None
     return [
         f"{facts['slide']}: {facts['width']:,}×{facts['height']:,} pixels of {facts['microns_per_pixel']:g} microns",

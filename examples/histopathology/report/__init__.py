@@ -1,1 +1,1 @@
-"""What a run or a data set is shown by: pages, tables, charts."""
+"""Reports on runs and data sets: pages, tables, charts."""

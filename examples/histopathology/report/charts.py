@@ -1,4 +1,4 @@
-"""The report's charts, each an ``<svg>`` element to put into a page: no file, no script, no outside request."""
+"""The report's charts, each an ``<svg>`` element for a page, without files, scripts or outside requests."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ..runs.experiment import Result
 from ..runs.scores import Bin, auc, ece, roc
 from ..training.recipe import Epoch
 
-# Okabe and Ito's colours, told apart by colour-blind readers; the dashes tell them apart in grey.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; the dashes distinguish them in grey.
 _COLOURS = ("#0072b2", "#d55e00", "#666666", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _COUNTED = re.compile(r'<g id="[\w.]+_\d+">')
 _DASHES = ("-", "--", ":", "-.")
-# A curve of 85,000 patches would be megabytes of corners that nobody sees.
+# A curve of 85,000 patches would take megabytes for corners that nobody sees.
 _POINTS = 400
 DRAWN = len(_COLOURS)
-"""How many methods a chart can tell apart."""
+"""The most methods that a chart can distinguish."""
 
 
 def curves(results: Sequence[Result]) -> dict[str, Markup]:
-    """Loss and accuracy over the epochs, and where the data give it accuracy against the share that trains."""
+    """Charts of loss and accuracy by epoch and, if there are labels, of accuracy against the trainable share."""
     drawn = {
         "Validation loss": _curve(results, "validation loss", lambda epoch: epoch.val_loss),
         "Validation accuracy": _curve(results, "validation accuracy", lambda epoch: epoch.val_accuracy),
@@ -42,9 +42,9 @@ def curves(results: Sequence[Result]) -> dict[str, Markup]:
 
 
 def frontier(results: Sequence[Result], split: str = "test") -> Markup:
-    """Mean accuracy against the share of parameters that train, with the line of what nothing beats on both.
+    """Mean accuracy against the trainable share, with its Pareto front.
 
-    Transductive methods are hollow, and have no part in the line. ``split`` is "test" or "validation".
+    Transductive methods are hollow and not part of the front. ``split`` is "test" or "validation".
     """
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.add_subplot(xlabel="trainable share", ylabel=f"{split} accuracy", xscale="log")
@@ -67,7 +67,7 @@ def _accuracy(result: Result, split: str) -> float:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (cost, gain) that no other beats on both, by cost."""
+    """The points (cost, gain) that no other point beats on both, by cost."""
     line: list[tuple[float, float]] = []
     for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
         if not line or gain > line[-1][1]:
@@ -76,7 +76,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def roc_chart(predictions: Mapping[str, Tensor], labels: Tensor, what: str) -> Markup:
-    """ROC curves by name; the dot is where the predictions are, at logit 0."""
+    """ROC curves by name; the dot marks the threshold of the predictions, logit 0."""
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="false positive rate", ylabel="true positive rate", aspect="equal", title=what)
     axes.plot((0, 1), (0, 1), color="#bbbbbb", lw=0.8)
@@ -92,7 +92,7 @@ def roc_chart(predictions: Mapping[str, Tensor], labels: Tensor, what: str) -> M
 
 
 def reliability_chart(bins: Sequence[Bin], title: str) -> Markup:
-    """Share of label 1 against the predicted probability, one dot a bin, its area by the bin's patches."""
+    """Share of label 1 against the predicted probability, one dot for each bin, its area by the bin's patches."""
     figure = Figure(figsize=(3, 3.1), layout="constrained")
     axes = figure.add_subplot(xlabel="predicted probability", ylabel="share of label 1", aspect="equal")
     axes.set_title(f"{title}\nECE {ece(bins):.3f}", fontsize=9)

@@ -45,7 +45,7 @@ class Cost:
 
 
 def costs(results: Mapping[str, Sequence[Result]]) -> list[Cost]:
-    """The cost of each method, whose results are given by its name.
+    """The costs of each method.
 
     Raises:
         ExampleError: an adapter's folder or the backbone's weights are gone.

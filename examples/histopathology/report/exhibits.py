@@ -1,6 +1,6 @@
-"""Single patches for the report: those that a method got most wrong, and saliency maps of some of them.
+"""Single patches for the report: the wrong predictions with the highest loss, and saliency maps of some patches.
 
-Maps are of the saved adapter, loaded as anyone would load it, on the image as the network sees it; see `explain`.
+Maps are computed from the saved adapter, loaded as a user would load it, on the network's input image; see `explain`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ..training.recipe import pick_device
 from .explain import cam_layer, grad_cam, occlusion
 
 WORST = 12
-# Of each kind: label 1 missed, label 0 taken for it, and the surest right ones of both.
+# Patches of each kind: false negatives, false positives, and the most confident true positives and true negatives.
 EXPLAINED = 2
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One patch with what is known of it; pictures are PNGs in base64, by what they show."""
+    """One patch with its label, probability and pictures (PNGs in base64, by name)."""
 
     id: int
     centre: int | None
@@ -43,14 +43,14 @@ class Patch:
 
     @property
     def caption(self) -> str:
-        """A few words."""
+        """The patch's caption."""
         where = "" if self.centre is None else f", centre {self.centre}"
         return f"{self.id}{where}: label {self.label}, probability {self.probability:.3f}"
 
 
 @dataclass(frozen=True)
 class Exhibits:
-    """What the report shows of one method's predictions on one split; ``notes`` says what the maps are."""
+    """The patches that the report shows of one method on one split; ``notes`` explains the maps."""
 
     method: str
     seed: int
@@ -61,7 +61,7 @@ class Exhibits:
 
 
 def labelled(result: Result, splits: Mapping[str, HistoDataset]) -> tuple[str, Tensor, Tensor] | None:
-    """Name, logits and labels of the split on which a method can be judged: test, else validation; None without any."""
+    """Name, logits and labels of the test split, or else of validation; None if neither has labels."""
     for name, logits in (("test", result.test_logits), ("val", result.val_logits)):
         labels = splits[name].labels
         if labels is not None and len(logits) == len(labels):
@@ -70,7 +70,7 @@ def labelled(result: Result, splits: Mapping[str, HistoDataset]) -> tuple[str, T
 
 
 def exhibits(result: Result, splits: Mapping[str, HistoDataset]) -> Exhibits | None:
-    """The worst patches of a result, and maps of some; None where no labels say what is wrong.
+    """The patches of a result with the highest loss, and maps of some; None without labels.
 
     Raises:
         ExampleError: the adapter's folder or the backbone's weights are gone, or pixels cannot be read.
@@ -87,7 +87,7 @@ def exhibits(result: Result, splits: Mapping[str, HistoDataset]) -> Exhibits | N
 
 
 def _chosen(logits: Tensor, labels: Tensor) -> list[int]:
-    """The surest wrong and the surest right patches of each label, a few of each."""
+    """The most confident wrong and right patches of each label, a few of each."""
     sureness = logits.abs()
     chosen: list[int] = []
     for right in (False, True):
@@ -110,26 +110,26 @@ def _explained(
     plain = EvalTransform(recipe.image_size, Normalise(Normalisation("none", "", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))))
     patches = plain(torch.from_numpy(split.read(indices)), Draws(0, 0, indices)).clamp(0, 1)
     seen = [each.numpy().transpose(1, 2, 0) for each in patches]
-    pictures = [{"as the network sees it": _png(each)} for each in seen]
+    pictures = [{"network input": _png(each)} for each in seen]
     layer = cam_layer(model, images)
-    notes = [f"Maps are for the label that was predicted, from the adapter on one view at {recipe.image_size} px."]
+    notes = [f"Maps explain the predicted label, by the adapter on one view at {recipe.image_size} px."]
     if layer is None:
-        notes.append("No Grad-CAM: this network has no layer whose output is known to be a map.")
+        notes.append("No Grad-CAM: this network has no layer whose output is known to be a feature map.")
     else:
         name = next(name for name, module in model.named_modules() if module is layer)
-        notes.append(f"Grad-CAM reads the output of {name}; it is scaled to its own highest value.")
+        notes.append(f"Grad-CAM uses the output of {name}; each map is scaled to its highest value.")
         _add(pictures, "Grad-CAM", seen, grad_cam(model, images, layer, towards))
     side = max(1, recipe.image_size // 4)
     falls = occlusion(model, images, side, max(1, side // 2), towards)
     notes.append(
-        f"Occlusion: how far the logit falls where a {side}×{side} square is made grey, scaled to its own highest fall."
+        f"Occlusion: the fall of the logit when a {side}×{side} square is made grey; each map is scaled to its highest."
     )
     _add(pictures, "occlusion", seen, falls / falls.amax((1, 2), keepdim=True).clamp(min=1e-6))
     with torch.inference_mode():
         alone = model.eval()(images).flatten().float().cpu()
-    # batches of another size may round otherwise
+    # a batch of another size may round differently
     if not torch.allclose(alone, logits[torch.tensor(indices)], rtol=1e-3, atol=1e-3):
-        notes.append("The method predicts otherwise than this (views, statistics or threshold).")
+        notes.append("The method makes its own predictions differently (views, statistics or threshold).")
     return [_patch(split, i, logits, labels, p) for i, p in zip(indices, pictures, strict=True)], notes
 
 
@@ -140,7 +140,7 @@ def _add(pictures: Sequence[dict[str, str]], name: str, seen: Sequence[Floats], 
 
 
 def overlaid(image: Floats, heat: Floats) -> Floats:
-    """A map ``(H, W)`` in [0, 1] over an image ``(H, W, 3)``: grey where it is 0, coloured where it is high."""
+    """Overlay a map ``(H, W)`` in [0, 1] on an image ``(H, W, 3)``: grey where it is 0, coloured where it is high."""
     grey = np.repeat(image.mean(2, keepdims=True), 3, 2)
     colour = matplotlib.colormaps["inferno"](heat)[..., :3]
     opacity = 0.75 * heat[..., None]

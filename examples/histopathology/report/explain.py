@@ -1,13 +1,13 @@
-"""What in an image speaks for label 1: Grad-CAM and occlusion, for any network with one logit, adapted or not.
+"""Saliency maps by Grad-CAM and occlusion, for any network with one logit, adapted or not.
 
 - **Grad-CAM**: R. R. Selvaraju et al. Grad-CAM: Visual explanations from deep networks via gradient-based localization.
   ICCV 2017 (arXiv 1610.02391). Each channel of a layer's output is weighted by its mean gradient; the positive part of
   the sum is the map.
 - **Occlusion**: M. D. Zeiler, R. Fergus. Visualizing and understanding convolutional networks. ECCV 2014 (arXiv
-  1311.2901). How far the logit falls where a square of the image is made grey.
+  1311.2901). The fall of the logit when a square of the image is made grey.
 
-The model is used as it is: its adapters, if any, are part of its own forward. Nothing of it is changed, no parameter
-gets a gradient, and none need require one.
+The model is used as it is, with its adapters if any, and not changed. No parameter gets a gradient, and none needs to
+require one.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _COARSEST = 4
 
 
 def cam_layer(model: nn.Module, images: Tensor) -> nn.Module | None:
-    """The module whose output Grad-CAM reads; None where there is none that can be told.
+    """The module whose output Grad-CAM uses; None if none is found.
 
-    Of a CNN the last one to give a feature map of 4×4 positions or more, outermost where several give the same, since a
-    coarser one says nothing of where; of a vision transformer in timm's form the norm that begins its last block, since
-    after it only the class token counts.
+    In a CNN it is the last module that returns a feature map of at least 4×4 positions, since a coarser map shows no
+    position; the outermost if several return the same map. In a timm vision transformer it is the norm at the start of
+    the last block, since after it only the class token counts.
     """
     blocks = getattr(model, "blocks", None)
     if hasattr(model, "num_prefix_tokens") and isinstance(blocks, nn.Sequential) and hasattr(blocks[-1], "norm1"):
         return blocks[-1].get_submodule("norm1")
-    if getattr(model, "output_fmt", "NCHW") != "NCHW":  # timm's networks that put channels last
+    if getattr(model, "output_fmt", "NCHW") != "NCHW":  # timm's networks with channels last
         return None
     last: list[nn.Module] = []
 
@@ -57,19 +57,19 @@ def cam_layer(model: nn.Module, images: Tensor) -> nn.Module | None:
 
 
 def grad_cam(model: nn.Module, images: Tensor, layer: nn.Module, towards: Tensor | None = None) -> Tensor:
-    """Maps ``(B, H, W)`` of the images' size, from 0 to 1 each (all 0 where nothing speaks for it).
+    """Grad-CAM maps ``(B, H, W)`` of the images' size in [0, 1]; all 0 if no position supports the label.
 
     Args:
         model: gives logits ``(B, 1)``.
         images: ``(B, 3, H, W)``, normalised, on the model's device.
         layer: see `cam_layer`.
-        towards: ``(B,)`` of 0 and 1: which label the map is for; None for label 1.
+        towards: ``(B,)`` of 0 and 1: the label that the map explains; None for label 1.
     """
     outputs: list[Tensor] = []
 
     def cut(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        # A leaf in place of the output: its gradient is there although nothing before it requires one. What comes
-        # after gets a copy, which it may write to.
+        # A leaf replaces the output, so that it gets a gradient although nothing before it requires one. The layers
+        # after it get a copy, since they may write to their input.
         outputs.append(output.detach().requires_grad_())
         return outputs[-1].clone()
 
@@ -88,13 +88,13 @@ def grad_cam(model: nn.Module, images: Tensor, layer: nn.Module, towards: Tensor
 
 
 def occlusion(model: nn.Module, images: Tensor, side: int, stride: int, towards: Tensor | None = None) -> Tensor:
-    """How far the logit of a label falls where a square is made grey: ``(B, H, W)``, in logits, 0 and above.
+    """Occlusion maps ``(B, H, W)``: the fall of a label's logit when a square is made grey, 0 or more.
 
     Args:
         model: gives logits ``(B, 1)``.
         images: ``(B, 3, H, W)``, normalised, so that 0 is the mean colour; on the model's device.
-        side: of the square, in pixels.
-        stride: between squares; each pixel gets the mean over the squares that cover it, and 0 where none does.
+        side: side of the square in pixels.
+        stride: distance between squares; each pixel gets the mean over the squares that cover it, or 0.
         towards: as in `grad_cam`.
     """
     height, width = images.shape[2:]
@@ -119,7 +119,7 @@ def _corners(height: int, width: int, side: int, stride: int) -> Iterator[tuple[
 
 
 def _as_maps(model: nn.Module, output: Tensor) -> Tensor:
-    """``(B, C, H, W)`` as it is; tokens ``(B, N, C)`` as the square of patches that they stand for."""
+    """Return feature maps ``(B, C, H, W)`` unchanged, and tokens ``(B, N, C)`` as a square of patches."""
     if output.ndim == 4:
         return output
     patches = output[:, int(getattr(model, "num_prefix_tokens", 0)) :]

@@ -1,4 +1,4 @@
-"""Pictures of a data set: shares as bars, patches on a sheet, with their labels as frames."""
+"""Pictures of a data set: shares as bars, and sheets of patches with frames for label 1."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ..data.layout import PATCH
 from ..data.stain import Floats
 from ..methods.method import Augment, Policy
 
-# Okabe and Ito's colours, told apart by colour-blind readers.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 _BAR, _FRAME = "#0072b2", "#d55e00"
 _PER_ROW = 8
 _CENTRE = (PATCH / 3 - 0.5, PATCH / 3 - 0.5)
 
 
 def shares(counts: Mapping[int | None, int], what: str, title: str) -> Figure:
-    """Counts as horizontal bars with their shares."""
+    """Counts and their shares as horizontal bars."""
     total = sum(counts.values())
     names = [f"no {what}" if key is None else f"{what} {key}" for key in counts]
     figure = Figure(figsize=(5, 0.9 + 0.45 * len(counts)), layout="constrained")
@@ -41,7 +41,7 @@ def shares(counts: Mapping[int | None, int], what: str, title: str) -> Figure:
 
 
 def samples(splits: Mapping[str, HistoDataset], seed: int) -> Figure:
-    """Up to eight patches of each centre of each split, a row each; label 1 with a frame around the centre."""
+    """Up to eight patches of each centre and split, in one row; a frame around the centre marks label 1."""
     rows, titles, framed = [], [], []
     for name, split in splits.items():
         centres = split.centres.numpy()
@@ -54,7 +54,7 @@ def samples(splits: Mapping[str, HistoDataset], seed: int) -> Figure:
 
 
 def augmented(split: HistoDataset, seed: int, policy: Policy, patches: int = 4) -> Figure:
-    """A few patches, each followed by what a policy may make of it; not normalised, so that they can be seen."""
+    """A few patches, each followed by augmented versions that are not normalised."""
     plain = Normalisation("none", "", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     augment = TrainTransform(PATCH, Normalise(plain), Augment(policy))
     chosen = _some(np.arange(len(split)), seed)[:patches]
@@ -67,13 +67,13 @@ def augmented(split: HistoDataset, seed: int, policy: Policy, patches: int = 4) 
 def sheet(
     rows: Sequence[Floats], titles: Sequence[str], framed: Sequence[Sequence[bool]] | None = None, title: str = ""
 ) -> Figure:
-    """Patches in rows, a name before each.
+    """Patches in rows, each row with a title before it.
 
     Args:
         rows: each ``(n, height, width, 3)`` in [0, 1], n up to eight.
-        titles: of the rows.
+        titles: the rows' titles.
         framed: which patches get a frame around their central 32×32.
-        title: above all.
+        title: the figure's title.
     """
     width = max(len(row) for row in rows)
     close = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
@@ -93,14 +93,14 @@ def sheet(
 
 
 def as_png(figure: Figure, dpi: int = 110) -> bytes:
-    """The picture as PNG, without date or version in it."""
+    """The figure as PNG, without date or version."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
     return stream.getvalue()
 
 
 def _some(indices: npt.NDArray[Any], seed: int) -> list[int]:
-    """Up to eight of the indices, the same for the same seed, in order."""
+    """Up to eight of the indices, in order; the choice depends on the seed alone."""
     wanted = min(_PER_ROW, len(indices))
     chosen: list[int] = np.random.default_rng(seed).choice(indices, wanted, replace=False).tolist()
     return sorted(chosen)

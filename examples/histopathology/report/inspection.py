@@ -1,8 +1,7 @@
-"""What a data set holds, before anything is trained on it: the ``inspect`` command.
+"""The ``inspect`` command: what a data set holds, before anything is trained on it.
 
-Facts of each split, colours of each centre, and the figures of the report's analysis of its data (share of the
-centres in train, labels in train and validation, samples of each centre, augmented samples), as pictures and as
-one page without any outside request.
+It collects facts of each split and colours of each centre, and draws the figures of the challenge report's data
+analysis (shares of centres and labels, samples of each centre, augmented samples), as pictures and in one page.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _CHUNK = 32
 
 @dataclass(frozen=True)
 class Colours:
-    """Of some images: means and standard deviations of R, G, B over all their pixels, and the range of values."""
+    """Means and standard deviations of R, G, B over all pixels of some images, and the range of values."""
 
     images: int
     mean: tuple[float, ...]
@@ -51,15 +50,15 @@ class Colours:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one split holds.
+    """The facts of one split.
 
     Attributes:
-        stored: images by stored dtype.
-        shape: of a stored image.
-        labels: images by label; None for those without one.
-        centres: images by centre; None for those without one.
-        colours: by centre.
-        notes: a sentence each.
+        stored: number of images by stored dtype.
+        shape: shape of a stored image.
+        labels: number of images by label; None is the key of images without one.
+        centres: number of images by centre; None is the key of images without one.
+        colours: colours by centre.
+        notes: remarks, a sentence each.
         warnings: a sentence each, see `leakage`.
     """
 
@@ -79,11 +78,11 @@ class Facts:
 
     @property
     def values(self) -> tuple[float, float]:
-        """The lowest and the highest value of the images that were looked at, on the scale of 0 to 1."""
+        """The lowest and the highest value of the images that were read, on the scale of 0 to 1."""
         return min(c.lowest for c in self.colours.values()), max(c.highest for c in self.colours.values())
 
     def lines(self) -> list[str]:
-        """All of it but the colours, to be printed."""
+        """All facts except the colours, as lines to print."""
         stored = ", ".join(f"{count:,} × {dtype}" for dtype, count in self.stored.items())
         low, high = self.values
         looked_at = sum(c.images for c in self.colours.values())
@@ -101,7 +100,7 @@ class Facts:
 
 
 def open_all(data: Path, limit: int | None = None) -> dict[str, HistoDataset]:
-    """The splits that a folder or a file holds, by name; labels may be absent in any.
+    """Open the splits of a folder or a file, by name; any of them may lack labels.
 
     Raises:
         ExampleError: as `find_splits` and `HistoDataset`, or a folder without any split.
@@ -119,13 +118,13 @@ def open_all(data: Path, limit: int | None = None) -> dict[str, HistoDataset]:
 
 
 def find_facts(name: str, split: HistoDataset, warnings: Sequence[str] = ()) -> Facts:
-    """Look at one split; of each centre, the colours of up to 500 images."""
+    """Collect the facts of one split, with the colours of up to 500 images of each centre."""
     rows = split.rows
     labels: dict[int | None, int] = dict(sorted(Counter(rows.labels).items(), key=_none_last))
     centres, counts = np.unique(rows.centres, return_counts=True)
     notes = list(rows.notes)
     if None in labels and name in ("train", "val"):
-        notes.append(f"{labels[None]:,} images have no label: only the test split may come without")
+        notes.append(f"{labels[None]:,} images have no label, which is allowed in the test split only")
     return Facts(
         name=name,
         path=str(split.path),
@@ -144,7 +143,7 @@ def find_facts(name: str, split: HistoDataset, warnings: Sequence[str] = ()) -> 
 
 
 def colours(split: HistoDataset, indices: Any = None, limit: int = COLOUR_IMAGES) -> Colours:
-    """Colours of up to `limit` of these images, evenly spaced; None for all of the split."""
+    """Colours of up to `limit` of these images, evenly spaced; ``indices`` None means the whole split."""
     indices = np.arange(len(split)) if indices is None else np.asarray(indices)
     chosen = indices[np.unique(np.linspace(0, len(indices) - 1, min(limit, len(indices))).astype(int))]
     total, squares = np.zeros(3), np.zeros(3)
@@ -160,7 +159,7 @@ def colours(split: HistoDataset, indices: Any = None, limit: int = COLOUR_IMAGES
 
 
 def draw(splits: Mapping[str, HistoDataset], facts: Mapping[str, Facts], seed: int) -> dict[str, tuple[str, Figure]]:
-    """The figures, by file name: a caption and the picture. Those that the data cannot give are left out."""
+    """The figures, each a caption and a picture, by file name; figures that the data do not allow are left out."""
     drawn: dict[str, tuple[str, Figure]] = {}
     train = facts.get("train", next(iter(facts.values())))
     if None not in train.centres:
@@ -180,7 +179,7 @@ def draw(splits: Mapping[str, HistoDataset], facts: Mapping[str, Facts], seed: i
 
 
 def write(out: Path, facts: Mapping[str, Facts], drawn: Mapping[str, tuple[str, Figure]]) -> list[Path]:
-    """The figures, ``inspect.json`` and ``inspect.html``, which holds them all; returns what was written."""
+    """Write the figures, ``inspect.json`` and ``inspect.html``, which holds all figures; returns the files."""
     pictures = {name: figures.as_png(figure) for name, (_, figure) in drawn.items()}
     for name, picture in pictures.items():
         write_bytes(out / name, picture)
@@ -195,7 +194,7 @@ def write(out: Path, facts: Mapping[str, Facts], drawn: Mapping[str, tuple[str, 
 
 
 def colour_rows(facts: Mapping[str, Facts]) -> list[tuple[str, ...]]:
-    """For each split and centre: its name, images, means and standard deviations of R, G, B."""
+    """Rows of split, centre, images, means and standard deviations of R, G, B."""
     return [
         (each.name, "none" if centre is None else str(centre), f"{c.images:,}", _numbers(c.mean), _numbers(c.std))
         for each in facts.values()
@@ -204,7 +203,7 @@ def colour_rows(facts: Mapping[str, Facts]) -> list[tuple[str, ...]]:
 
 
 def _plain(facts: Facts) -> dict[str, Any]:
-    """For JSON, whose keys are words."""
+    """The facts as plain values for JSON, whose keys are strings."""
     fields = dataclasses.asdict(facts)
     for name in ("labels", "centres", "colours"):
         fields[name] = {"none" if key is None else str(key): value for key, value in fields[name].items()}

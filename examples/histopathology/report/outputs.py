@@ -1,8 +1,8 @@
-"""What a run leaves behind: the tables, ``submission.csv``, ``results.json`` and one HTML page.
+"""The outputs of a run: tables, ``submission.csv``, ``results.json`` and one HTML page.
 
-The same rows feed the terminal, ``table.md`` and ``report.html``. Accuracies are shares in [0, 1]; over several
-seeds a cell reads mean ± standard deviation. `scores` are computed here, drawn by `charts`; single patches come from
-`exhibits`, costs from `costs`.
+The terminal, ``table.md`` and ``report.html`` show the same rows. Accuracies are shares in [0, 1]; over several seeds a
+cell holds mean ± standard deviation. This module computes `scores`, which `charts` draws; `exhibits` adds single
+patches, and `costs` the costs.
 """
 
 import csv
@@ -54,7 +54,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "h5py")
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """Size, share of label 1 (None without labels) and patches per centre of one split."""
+    """One split's size, share of label 1 (None without labels) and patches per centre."""
 
     name: str
     patches: int
@@ -63,7 +63,7 @@ class SplitFacts:
 
 
 def truths(splits: Mapping[str, HistoDataset]) -> dict[str, Truth]:
-    """Of the test and the validation split, where they have labels."""
+    """The truth of the test and validation splits that have labels."""
     found = ((name, splits[name]) for name in ("test", "val") if name in splits)
     return {
         name: Truth(split.labels, split.centres, *_units(split.rows))
@@ -73,10 +73,10 @@ def truths(splits: Mapping[str, HistoDataset]) -> dict[str, Truth]:
 
 
 def track_results(accelerator: Accelerator, config: Mapping[str, Any], results: Sequence[Result]) -> None:
-    """One more run, with what each method gave."""
+    """Log all results as one more run in the experiment trackers."""
     run = TrackedRun(accelerator, "results", config)
     for result in results:
-        # MLflow takes no plus sign in a name
+        # MLflow allows no plus sign in a name
         name = f"{result.method.replace('+', '_')}-seed{result.seed}"
         numbers = {"test_accuracy": result.test_accuracy, "val_accuracy": result.val_accuracy}
         run.log(0, {f"{name}/{key}": value for key, value in {**numbers, "val_loss": result.val_loss}.items()})
@@ -84,7 +84,7 @@ def track_results(accelerator: Accelerator, config: Mapping[str, Any], results: 
 
 
 def _units(rows: Rows) -> tuple[Tensor | None, str]:
-    """The largest unit that the data name."""
+    """The largest unit that the data name: patients, else slides, else patches."""
     if rows.patients is not None:
         return numbered(rows.patients), "patient"
     if rows.slides is not None:
@@ -94,7 +94,7 @@ def _units(rows: Rows) -> tuple[Tensor | None, str]:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the outputs show. ``caveat`` is empty for the challenge's own data."""
+    """All contents of the outputs. ``caveat`` is empty for the challenge's own data."""
 
     results: Sequence[Result]
     splits: Sequence[SplitFacts]
@@ -103,39 +103,39 @@ class Report:
     remarks: Sequence[str] = ()
     """Further footnotes."""
     truth: Mapping[str, Truth] = field(default_factory=dict)
-    """By split, "test" before "val"."""
+    """Truth by split, "test" before "val"."""
     exhibits: Exhibits | None = None
     costs: Sequence[Cost] = ()
     warnings: Sequence[str] = ()
-    """What the splits share, see `leakage`."""
+    """Sentences on leakage between splits, see `leakage`."""
     configuration: str = ""
-    """The run as a file, see `configuration`."""
+    """The run's options as a file, see `configuration`."""
     environment: Mapping[str, Any] = field(default_factory=lambda: describe_environment())
 
     @property
     def best(self) -> Result:
-        """The result of the lowest validation loss of its own predictions, whatever it predicts by; the first of
-        several that are equal. The test set's labels have no say in it."""
+        """The first result with the lowest validation loss, computed from its own predictions. The test set's labels
+        have no influence on it."""
         return min(self.results, key=lambda result: result.val_loss)
 
     def rows(self) -> list[list[str]]:
-        """One row of cells for each method, under `HEADER`."""
+        """Cells under `HEADER`, one row for each method."""
         return [_row(results) for results in self.by_method().values()]
 
     def notes(self) -> list[str]:
         """The table's footnotes."""
         return [
-            "Every method saw the same patches in the same order, for the same seed.",
+            "With the same seed, every method saw the same patches in the same order.",
             *(
                 [
-                    "Transductive: unlabelled test images, together, decide about each of them; such a row does not "
-                    "compare with one that sees one image at a time."
+                    "Transductive: the prediction uses the unlabelled test images together; such a row is not "
+                    "comparable with methods that see one image at a time."
                 ]
                 if any(result.transductive for result in self.results)
                 else []
             ),
-            "Trainable: factors and head; share: of all parameters of the adapted model; adapter: "
-            "adapter_model.safetensors. Seconds per epoch: the training pass, median over epochs.",
+            "Trainable: parameters of factors and head; share: of all parameters of the adapted model; adapter: size "
+            "of adapter_model.safetensors. Seconds per epoch: the training pass, median over epochs.",
             "±: standard deviation over seeds." if len({r.seed for r in self.results}) > 1 else "One seed.",
             *self._judged_notes(),
             *self._paired_notes(),
@@ -149,20 +149,20 @@ class Report:
         return {name: [r for r in self.results if r.method == name] for name in names}
 
     def abouts(self) -> list[tuple[str, str]]:
-        """Each method's name and description."""
+        """Names and descriptions of the methods."""
         return [(name, results[0].about) for name, results in self.by_method().items()]
 
     def chosen(self) -> dict[str, Result]:
-        """Of each method the seed with the lowest validation loss, which charts and confusions show."""
+        """The seed with the lowest validation loss of each method, which charts and confusion tables show."""
         return {name: min(own, key=lambda result: result.val_loss) for name, own in self.by_method().items()}
 
     def judged(self, result: Result) -> dict[str, tuple[Tensor, Truth]]:
-        """A result's logits with the truth of each split that has one."""
+        """A result's logits with the truth of each split that has labels."""
         logits = {name: result.logits(name) for name in self.truth}
         return {name: (logits[name], t) for name, t in self.truth.items() if len(logits[name]) == len(t.labels)}
 
     def score_rows(self) -> list[list[str]]:
-        """Cells under `SCORES`: mean ± deviation over seeds."""
+        """Cells under `SCORES`: mean ± standard deviation over seeds."""
         return [
             [_title(own[0]), _NAMES[split], *_scores([self.judged(result)[split] for result in own])]
             for own in self.by_method().values()
@@ -181,7 +181,7 @@ class Report:
 
     @cached_property
     def published(self) -> list[Published]:
-        """Of each method's chosen seed: each split whole and, where it is of several centres, each of them."""
+        """The numbers to publish of each method's chosen seed: of each split and, if there are several, each centre."""
         return [
             each
             for result in self.chosen().values()
@@ -204,16 +204,16 @@ class Report:
         return operating_point(logits, truth.labels)
 
     def differences(self) -> list[Difference]:
-        """Paired, on the test set or, where it has no labels, on validation."""
+        """Paired differences on the test set or, if it has no labels, on validation."""
         return differences(self.results, self.truth)
 
     def _judged_notes(self) -> list[str]:
-        """What the accuracies are worth: their standard error, and on which split they are."""
+        """Notes on the accuracies: their standard error, and on which split they were measured."""
         if self.best.test_accuracy is not None:
             return [_sampling_error(len(self.best.test_logits), "test")]
         return [
-            "The test set has no labels: every figure and difference is of validation, which chose the learning rate "
-            "and the epoch that was kept. They are therefore optimistic.",
+            "The test set has no labels: every figure and difference is of validation, which also chose the learning "
+            "rate and the epoch. They are therefore optimistic.",
             *([_sampling_error(len(self.truth["val"].labels), "validation")] if "val" in self.truth else []),
         ]
 
@@ -230,7 +230,7 @@ class Report:
         )
         explained = (
             f"Differences are paired by seed and patch; in brackets the 95 % interval over {UNITS[unit]} (percentile "
-            f"bootstrap), which says nothing of other seeds. {drawn}"
+            f"bootstrap), which says nothing about other seeds. {drawn}"
         )
         return [explained, *map(str, found)]
 
@@ -266,13 +266,13 @@ def write_report(report: Report, out: Path, submission: str) -> None:
 
 
 def rich_tables(report: Report) -> list[Table]:
-    """The table for the terminal: a column for each method, four methods a table, so that it fits 80 characters."""
+    """Tables for the terminal with a column for each method, four methods a table, to fit 80 characters."""
     rows = report.rows()
     return [_rich_table(rows[start : start + 4]) for start in range(0, len(rows), 4)]
 
 
 def _rich_table(rows: Sequence[Sequence[str]]) -> Table:
-    """Some methods' rows, turned into columns."""
+    """A table with a column for each of these methods' rows."""
     table = Table(box=box.SIMPLE)
     names, *figures = zip(HEADER, *rows, strict=True)
     for name in names:
@@ -283,7 +283,7 @@ def _rich_table(rows: Sequence[Sequence[str]]) -> Table:
 
 
 def markdown(report: Report) -> str:
-    """The table with its caveat and footnotes, as ``table.md``."""
+    """The table with its caveat and footnotes, for ``table.md``."""
     lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in report.rows()]
     caveat = [f"**{report.caveat}**", ""] if report.caveat else []
@@ -293,7 +293,7 @@ def markdown(report: Report) -> str:
 
 
 def _published_lines(report: Report) -> list[str]:
-    """The numbers to publish as a second table."""
+    """The numbers to publish, as a second table."""
     if not report.published:
         return []
     lines = ["| " + " | ".join(PUBLISHED) + " |", "|---" * 4 + "|---:" * (len(PUBLISHED) - 4) + "|"]
@@ -302,7 +302,7 @@ def _published_lines(report: Report) -> list[str]:
 
 
 def as_data(report: Report) -> dict[str, Any]:
-    """Everything measured, for ``results.json``: the same figures unrounded, with every epoch."""
+    """All measurements for ``results.json``: the figures unrounded, with every epoch."""
     return {
         "caveat": report.caveat,
         "warnings": list(report.warnings),
@@ -321,7 +321,7 @@ def as_data(report: Report) -> dict[str, Any]:
 
 
 def html(report: Report) -> str:
-    """One page without any outside request: style and curves are inside it."""
+    """The report as one page without outside requests; style and charts are inside it."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -343,14 +343,14 @@ def html(report: Report) -> str:
 
 
 def drawn(report: Report) -> dict[str, Result]:
-    """What charts of predictions show: the methods of the lowest validation losses, as many as can be told apart."""
+    """The methods in the charts of predictions: those with the lowest validation losses, as many as fit a chart."""
     by_loss = sorted(report.chosen().items(), key=lambda item: item[1].val_loss)[: charts.DRAWN]
     kept = dict(by_loss)
     return {name: result for name, result in report.chosen().items() if name in kept}
 
 
 def rocs(report: Report) -> list[Markup]:
-    """One chart for each split that has both labels."""
+    """ROC charts, one for each split that has both labels."""
     found = []
     for split, truth in report.truth.items():
         logits = {
@@ -364,7 +364,7 @@ def rocs(report: Report) -> list[Markup]:
 
 
 def reliabilities(report: Report) -> list[Markup]:
-    """One chart for each method, of the test set or, where that has no labels, of validation."""
+    """Reliability charts, one for each method, of the test set or, if it has no labels, of validation."""
     found = []
     for name, result in drawn(report).items():
         for split, (logits, truth) in list(report.judged(result).items())[:1]:
@@ -373,7 +373,7 @@ def reliabilities(report: Report) -> list[Markup]:
 
 
 def submission_csv(ids: Sequence[int], logits: Tensor) -> str:
-    """``ID,Pred`` lines with 0 or 1 as the prediction, by ascending integer ID."""
+    """``ID,Pred`` lines with predictions 0 or 1, by ascending integer ID."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("ID", "Pred"))
@@ -382,13 +382,13 @@ def submission_csv(ids: Sequence[int], logits: Tensor) -> str:
 
 
 def probabilities_csv(split: HistoDataset, logits: Tensor, threshold: float = 0.0, temperature: float = 1.0) -> str:
-    """``ID,Name,Probability,Pred`` lines by ascending ID: the probability of label 1, and which patch it is of.
+    """``ID,Name,Probability,Pred`` lines by ascending ID, with the probability of label 1.
 
     Args:
         split: the patches.
         logits: ``(N,)``.
         threshold: the logit above which a patch is called 1.
-        temperature: by which the probabilities' logits are divided.
+        temperature: number by which the logits are divided for the probabilities.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -446,20 +446,20 @@ def _cell(values: Sequence[float | None], digits: int = 3, nothing: str = "no la
 
 
 def _sampling_error(patches: int, split: str) -> str:
-    """How far chance alone moves an accuracy measured on this many patches."""
+    """The standard error of an accuracy measured on this many patches."""
     return (
         f"One standard error of an accuracy of 0.9 on {patches:,} {split} patches is {math.sqrt(0.09 / patches):.3f}."
     )
 
 
 def _proof_notes(results: Sequence[Result]) -> list[str]:
-    """One sentence where every proof held; each proof that failed by name where not."""
+    """One sentence if every check passed, else one for each check that failed."""
     failed = [f"FAILED, {r.method} seed {r.seed}: {r.proofs}." for r in results if not r.proofs.held]
     largest = max(r.proofs.merge_difference for r in results)
     held = (
-        "Every saved adapter, loaded on a fresh base, gave bit-equal logits to the trained model in memory on all "
-        f"{results[0].proofs.patches:,} test patches, and merged the same labels; largest logit difference "
-        f"by merging: {largest:.1g}."
+        "Every saved adapter, loaded on a fresh base, gave logits bit-equal to those of the trained model on all "
+        f"{results[0].proofs.patches:,} test patches, and the same labels when merged; largest logit difference "
+        f"after merging: {largest:.1g}."
     )
     return failed or [held]
 

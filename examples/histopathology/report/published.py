@@ -1,4 +1,4 @@
-"""The numbers of `clinical` for each method, split and centre, as a table."""
+"""A table of the numbers of `clinical` for each method, split and centre."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UNITS = {"patient": "patients", "slide": "slides", "patch": "patches"}
 
 @dataclass(frozen=True)
 class Published:
-    """One method on one split or one of its centres; ``units`` many of ``unit`` were drawn for the intervals."""
+    """One method on one split or centre; the intervals are from resamples of ``units`` units of the kind ``unit``."""
 
     method: str
     split: str
@@ -66,7 +66,7 @@ def publish(
     unit: str,
     point: OperatingPoint,
 ) -> list[Published]:
-    """A whole split, then each of its centres where there are several; all but the names and ``point`` are ``(N,)``."""
+    """The numbers of a split and, if it has several centres, of each; all but the names and ``point`` are ``(N,)``."""
     parts = {"all": torch.ones(len(logits), dtype=torch.bool)}
     found = sorted(set(centres.tolist()))
     if len(found) > 1:
@@ -104,19 +104,19 @@ def _part(
 
 
 def published_notes(rows: Sequence[Published]) -> list[str]:
-    """How the table was computed, a sentence each."""
+    """Notes on how the table was computed, a sentence each."""
     units = sorted({UNITS[each.unit] for each in rows})
     drawn = (
-        "Single patches were drawn, since the data name no slide and no patient: where patches resemble each other, as "
-        "those of one slide do, the intervals are too narrow."
+        "Single patches were resampled, since the data name no slide and no patient: where patches resemble each "
+        "other, as those of one slide do, the intervals are too narrow."
         if "patches" in units
-        else f"Whole {' or '.join(units)} were drawn, with all of their patches."
+        else f"Whole {' or '.join(units)} were resampled, with all of their patches."
     )
     return [
         f"In brackets the 95 % intervals of a percentile bootstrap of {RESAMPLES:,} resamples, of each method's seed "
-        "with the lowest validation loss. They say nothing of other seeds.",
+        "with the lowest validation loss. They say nothing about other seeds.",
         drawn,
-        f"Sensitivity at {SPECIFICITY:.0%} specificity: the highest that a threshold reaches on these very patches. "
+        f"Sensitivity at {SPECIFICITY:.0%} specificity: the highest that any threshold reaches on the same patches. "
         "F1, sensitivity and specificity: at the threshold of the highest sensitivity + specificity on validation; "
         "those of validation are therefore optimistic.",
         "T: the temperature that calibrates on validation; ECE: the calibration error before and after the logits are "

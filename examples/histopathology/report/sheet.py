@@ -1,7 +1,7 @@
-"""The stand-in's patches beside real tissue: a contact sheet that anyone can make from their own pictures.
+"""A contact sheet of synthetic patches beside real tissue, from the user's own pictures.
 
-No picture comes with this example. Real ones are the user's, or the one that scikit-image carries, which is no H&E:
-its brown is DAB, an antibody's stain.
+No picture comes with this example. Without the user's pictures, scikit-image's is shown, which is not H&E: its brown is
+DAB, the stain of an antibody.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from ..errors import ExampleError
 from ..files import write_bytes
 from ..making.hospitals import HOSPITALS
 from ..making.slides import SUFFIXES, is_tissue
-from ..making.standin import Patch, render_patch
+from ..making.synthetic import Patch, render_patch
 from . import figures
 
 Bytes = npt.NDArray[np.uint8]
 
-TITLE = "Stand-in (drawn by a program; frame: label 1)"
+TITLE = "Synthetic patches (drawn by a program; frame: label 1)"
 _TRIES = 400
 
 
 def make_sheet(
     pictures: Path | None, columns: int = 8, patch: int = PATCH, seed: int = 0, bare: bool = False
 ) -> Figure:
-    """Rows of the stand-in, one a centre, and under them a row of random tissue patches of each picture.
+    """Rows of synthetic patches, one for each centre, above a row of random tissue patches of each picture.
 
     Args:
-        pictures: a folder of pictures, or one; None for scikit-image's, where it is installed.
-        columns: patches a row.
-        patch: side of a patch in the pictures' pixels; it is scaled to 96, which brings a picture of 0.25 µm a
-            pixel (384) to the stand-in's 1 µm.
-        seed: of the stand-in, and of the choice.
-        bare: the stand-in alone.
+        pictures: a picture or a folder of pictures; None for scikit-image's picture, if installed.
+        columns: patches in a row.
+        patch: side of a patch in the pictures' pixels, which is scaled to 96; 384 scales a picture of 0.25 µm a pixel
+            to the synthetic patches' 1 µm.
+        seed: seed of the synthetic patches and of the choice of tissue patches.
+        bare: whether to show the synthetic patches alone.
 
     Raises:
-        ExampleError: no picture, one that cannot be read, too small or nearly empty; no scikit-image.
+        ExampleError: no picture; a picture that cannot be read, or is too small or nearly empty; no scikit-image.
     """
-    rows, framed, titles = _standin_rows(columns, seed)
+    rows, framed, titles = _synthetic_rows(columns, seed)
     if not bare:
         for name, picture in _pictures(pictures):
             rows.append(_tissue(picture, name, columns, patch, seed))
@@ -56,7 +56,7 @@ def make_sheet(
 
 
 def write_sheet(figure: Figure, out: Path, colours: int | None = None) -> None:
-    """Write a PNG; with a palette of so many colours where a small file is wanted."""
+    """Write the figure as PNG, with a palette of ``colours`` colours for a small file."""
     content = figures.as_png(figure, dpi=100)
     if colours is not None:
         stream = io.BytesIO()
@@ -65,7 +65,7 @@ def write_sheet(figure: Figure, out: Path, colours: int | None = None) -> None:
     write_bytes(out, content)
 
 
-def _standin_rows(columns: int, seed: int) -> tuple[list[Floats], list[list[bool]], list[str]]:
+def _synthetic_rows(columns: int, seed: int) -> tuple[list[Floats], list[list[bool]], list[str]]:
     rows, framed, titles = [], [], []
     for centre, hospital in sorted(HOSPITALS.items()):
         patches: list[Patch] = []
@@ -97,8 +97,8 @@ def _from_scikit_image() -> Bytes:
         from skimage.data import immunohistochemistry
     except ImportError as error:
         raise ExampleError(
-            "no pictures to show beside the stand-in: give --pictures with a folder of H&E pictures, or "
-            "`pip install scikit-image` for the one that it carries."
+            "no pictures to show beside the synthetic patches: give --pictures with a folder of H&E pictures, or "
+            "`pip install scikit-image` for its picture."
         ) from error
     return np.asarray(immunohistochemistry(), np.uint8)
 

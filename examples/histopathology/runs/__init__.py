@@ -1,1 +1,1 @@
-"""Runs of one method and of many: configuration, proofs, scores, comparison."""
+"""Runs of one or many methods: configuration, checks, scores, comparison."""

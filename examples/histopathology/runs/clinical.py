@@ -1,14 +1,14 @@
-"""What a pathology paper says of a classifier: areas, an operating point, calibration, each with its 95 % interval.
+"""The numbers of a pathology paper: areas under curves, an operating point, calibration, each with its 95 % interval.
 
 - **AUROC**, **AUPRC** (average precision), and the **sensitivity at a fixed specificity**: the highest that any
-  threshold reaches on these very patches.
-- **F1, sensitivity and specificity at one threshold**, chosen on validation: the one of the highest Youden's index,
+  threshold reaches on the same patches.
+- **F1, sensitivity and specificity at one threshold**, which is chosen on validation by the highest Youden's index,
   sensitivity + specificity - 1 (Youden, 1950).
-- **Temperature**: the one number T by which logits are divided so that validation's cross-entropy is lowest (Guo et
-  al., ICML 2017). It changes no order and so no area; the calibration error is given before and after.
+- **Temperature**: the number T that gives validation's lowest cross-entropy when logits are divided by it (Guo et al.,
+  ICML 2017). It does not change the order of logits, and so no area; the calibration error is given before and after.
 
-Intervals are of a percentile bootstrap. Patches of one patient resemble each other, so that patients are drawn, with
-all their patches, where the data name them; else slides; else patches, which makes the interval too narrow.
+Intervals are from a percentile bootstrap. Patches of one patient resemble each other, so patients are resampled with
+all their patches if the data name them, else slides, else single patches, whose interval is too narrow.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 SPECIFICITY = 0.95
 RESAMPLES = 1000
 _FEWEST = 0.5
-"""Share of the resamples that hold both labels, at least, for an interval to be given."""
+"""The least share of resamples with both labels for which an interval is given."""
 
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval; the value is None where labels are of one kind, the ends where units are one."""
+    """A number with its 95 % interval. The value is None if labels are of one kind; the ends if there is one unit."""
 
     value: float | None
     low: float | None = None
@@ -48,9 +48,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What validation decided: the logit from which a patch is called positive, and the temperature.
+    """The threshold, as a logit, and the temperature that were chosen on validation.
 
-    Both are None where validation has not both labels.
+    Both are None if validation lacks one of the labels.
     """
 
     threshold: float | None
@@ -63,14 +63,14 @@ NAMES = ("auroc", "auprc", "sensitivity_at", "f1", "sensitivity", "specificity")
 def estimates(
     logits: Tensor, labels: Tensor, threshold: float | None = None, units: Tensor | None = None, seed: int = 0
 ) -> dict[str, Estimate]:
-    """Each of `NAMES` with its interval.
+    """Compute each of `NAMES` with its interval.
 
     Args:
         logits: ``(N,)``.
         labels: ``(N,)`` of 0 and 1.
-        threshold: the logit from which a patch is called positive; without it the last three are of no value.
-        units: ``(N,)``, which patches are drawn together: numbers of patients or slides; None draws patches.
-        seed: of the draws.
+        threshold: the logit from which a patch is called positive; without it the last three numbers have no value.
+        units: ``(N,)``, numbers of patients or slides, whose patches are resampled together; None resamples patches.
+        seed: seed of the resamples.
     """
     ranked = _Ranked(logits, labels, threshold)
     whole = ranked.measure(np.ones(len(labels)))
@@ -79,16 +79,16 @@ def estimates(
 
 
 def operating_point(logits: Tensor, labels: Tensor) -> OperatingPoint:
-    """The threshold and the temperature of validation's logits and labels ``(N,)``."""
+    """Choose the threshold and the temperature from validation's logits and labels ``(N,)``."""
     if int(labels.sum()) in (0, len(labels)):
         return OperatingPoint(None, None)
     return OperatingPoint(youden_threshold(logits, labels), temperature(logits, labels))
 
 
 def youden_threshold(logits: Tensor, labels: Tensor) -> float:
-    """The logit from which calling patches positive gives the highest sensitivity + specificity.
+    """The threshold, as a logit, with the highest sensitivity + specificity.
 
-    It lies in the middle between two patches' logits, the highest of several that are as good.
+    It lies midway between two patches' logits; of equally good thresholds it is the highest.
     """
     ranked = _Ranked(logits, labels, None)
     true, false = ranked.curve(np.ones(len(labels)))
@@ -100,7 +100,7 @@ def youden_threshold(logits: Tensor, labels: Tensor) -> float:
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
-    """The T in [0.01, 100] of the lowest cross-entropy of ``logits / T``."""
+    """The T in [0.01, 100] with the lowest cross-entropy of ``logits / T``."""
     own, target = logits.double(), labels.double()
 
     def loss(logarithm: float) -> float:
@@ -111,20 +111,20 @@ def temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def numbered(names: Sequence[str]) -> Tensor:
-    """Equal names as equal numbers ``(N,)``."""
+    """Number the names ``(N,)``; equal names get equal numbers."""
     known: Mapping[str, int] = {name: number for number, name in enumerate(sorted(set(names)))}
     return torch.tensor([known[name] for name in names])
 
 
 class _Ranked:
-    """Patches by falling logit, so that each resample costs one pass and no sorting."""
+    """Patches sorted by falling logit once, so that each resample takes one pass without sorting."""
 
     def __init__(self, logits: Tensor, labels: Tensor, threshold: float | None) -> None:
         scores = logits.double().numpy()
         self.order = np.argsort(-scores, kind="stable")
         self.scores: Array = scores[self.order]
         self.positive: Array = labels.double().numpy()[self.order]
-        # equal logits are one step
+        # equal logits are one step of the curve
         changes = np.flatnonzero(np.diff(self.scores)) if len(scores) else np.empty(0, int)
         self.ends = np.concatenate([[-1], changes, [len(scores) - 1]]).astype(int)
         self.called = None if threshold is None else int((self.scores >= threshold).sum())
@@ -136,7 +136,7 @@ class _Ranked:
         return true[self.ends + 1], false[self.ends + 1]
 
     def measure(self, weights: Array) -> Array:
-        """Each of `NAMES`; NaN where it has no value."""
+        """The values of `NAMES`; NaN for a number without a value."""
         true, false = self.curve(weights)
         positives, negatives = true[-1], false[-1]
         found = np.full(len(NAMES), np.nan)
@@ -147,7 +147,7 @@ class _Ranked:
         called = true[1:] + false[1:]
         precision = np.divide(true[1:], called, out=np.zeros_like(called), where=called > 0)
         found[1] = (np.diff(sensitivity) * precision).sum()
-        # a share of whole patches: no rounding of a sum of weights may lose one
+        # weights are counts of patches: rounding of their sum must not lose one
         found[2] = sensitivity[wrong <= 1 - SPECIFICITY + 1e-12].max()
         if self.called is not None:
             hits = float((weights * self.positive)[: self.called].sum())
@@ -157,7 +157,7 @@ class _Ranked:
 
 
 def _resampled(ranked: _Ranked, units: Tensor | None, seed: int) -> Array:
-    """``(RESAMPLES, len(NAMES))``: units are drawn as often as there are, with all their patches."""
+    """Values of all resamples, ``(RESAMPLES, len(NAMES))``; units are drawn with replacement, whole."""
     size = len(ranked.order)
     own = np.arange(size) if units is None else np.unique(units.numpy(), return_inverse=True)[1]
     own = own[ranked.order]

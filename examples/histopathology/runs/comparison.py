@@ -1,8 +1,8 @@
-"""The whole table: an equal learning-rate sweep for every trained arm, several seeds, paired differences.
+"""The comparison: an equal learning-rate sweep for every trained method, several seeds, paired differences.
 
-The sweep is on the first seed; while its best rate lies at an end it goes on there, twice at most. The rate with the
-lowest validation loss trains the other seeds. The test set has no say in it. A best rate that still lies at an end is
-said, since a better one may lie beyond.
+The sweep uses the first seed. While its best rate is the lowest or highest tried, it is extended at that end, twice at
+most. The rate with the lowest validation loss trains the other seeds; the test set is not used. If the best rate is
+still the lowest or highest, the report says so, since a better one may lie beyond.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ TABLE = (
     "lora-ensemble,lora-balanced,lora-adabn,probe-augmented+balanced,full+ensemble"
 )
 
-# The report's own figures, single runs on the challenge's data: method -> (backbone, validation, test).
+# The challenge report's figures, single runs on the challenge's data: method -> (backbone, validation, test).
 REPORTED = {
     "probe": [("ResNet50", ".8285", ".8981"), ("DINOv2", ".8745", ".9056")],
     "probe-augmented": [("DINOv2", ".8803", "-")],
@@ -43,19 +43,19 @@ CHALLENGE = {"train": (100_000, {0, 3, 4}), "val": (34_904, {1}), "test": (85_05
 
 @dataclass(frozen=True)
 class Sweep:
-    """Validation losses of one training by learning rate, on the first seed."""
+    """Validation losses of one training on the first seed, by learning rate."""
 
     training: str
     losses: dict[float, float] = field(default_factory=dict)
 
     @property
     def best(self) -> float:
-        """The rate of the lowest validation loss."""
+        """The rate with the lowest validation loss."""
         return min(self.losses, key=lambda lr: self.losses[lr])
 
     @property
     def beyond(self) -> float | None:
-        """The next rate behind the end at which the best one lies; None where it lies inside."""
+        """The next rate beyond the end at which the best one lies; None if the best lies inside."""
         return rates.beyond(self.losses, self.best)
 
     def __str__(self) -> str:
@@ -72,16 +72,16 @@ def compare(
     job: Job,
     trainings: Trainings | None = None,
 ) -> tuple[list[Result], list[Sweep]]:
-    """Sweep each training once, then run every method with every seed at its training's rate.
+    """Sweep each training once, then run every method with every seed at the training's best rate.
 
     Args:
-        methods: rows.
+        methods: methods, the rows of the table.
         splits: "train", "val" and "test".
-        recipe: everything else, of the first seed.
-        lrs: learning rates.
-        seeds: how many, from the recipe's up.
-        job: where.
-        trainings: what trains; None for this process, one after the other.
+        recipe: the recipe of the first seed.
+        lrs: learning rates to sweep.
+        seeds: number of seeds, from the recipe's seed up.
+        job: folder and processes.
+        trainings: where trainings run; None for one after the other in this process.
     """
     trainings = trainings or Here(splits, job)
     shared = {method.training: method for method in methods}
@@ -93,7 +93,7 @@ def compare(
         for method in methods
     ]
     if not isinstance(trainings, Here):
-        # Trainings first: rows that share one must find it done.
+        # Trainings first: methods that share a training must find it done.
         kept = {(method.training, each.seed): (method, each) for method, each in rows}
         _wait([trainings.ran(_plain(method), each, suffix(each)) for method, each in kept.values()])
         others = [(method, each) for method, each in rows if method.predict != Predict()]
@@ -115,7 +115,7 @@ def _wait(sent: Sequence[Answer]) -> None:
 def sweep(
     methods: Sequence[Method], recipe: Recipe, lrs: Sequence[float], job: Job, trainings: Trainings
 ) -> dict[str, Sweep]:
-    """Train each method at each rate, then beyond an end that does best; an infinite loss counts as that."""
+    """Train each method at each rate, then beyond the end that is best; a diverged training has an infinite loss."""
     sweeps = {method.training: Sweep(method.training) for method in methods}
     asked = [(method, lr) for method in methods for lr in lrs]
     for _ in range(1 + rates.FURTHER):
@@ -144,28 +144,28 @@ def _val_loss(future: Answer, job: Job, may_fail: bool) -> float:
 
 
 def suffix(recipe: Recipe) -> str:
-    """What a training's files are named by, behind its method."""
+    """The ending of the names of a training's files, after its method."""
     return f"-lr{recipe.lr:g}-seed{recipe.seed}"
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Labels and centres ``(N,)`` of a split; -1 where no centre is named."""
+    """Labels and centres ``(N,)`` of a split; a centre is -1 if none is named."""
 
     labels: Tensor
     centres: Tensor
     units: Tensor | None = None
-    """``(N,)``: number of the patient or slide that each patch is of, where the data name them."""
+    """``(N,)``: number of each patch's patient or slide, if the data name them."""
     unit: str = "patch"
-    """What is drawn for intervals."""
+    """The unit that is resampled for intervals."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy of one method minus another's on the same patches, mean over seeds, with a 95 % interval.
+    """The accuracy of one method minus another's on the same patches, mean over seeds, with a 95 % interval.
 
-    ``split`` is "test" or "val". ``unit`` says what was resampled: patients, slides or patches. The ends of the
-    interval are None where there is one unit, which has no spread.
+    ``split`` is "test" or "val". ``unit`` is the unit that was resampled: patients, slides or patches. The ends of the
+    interval are None if there is one unit only.
     """
 
     first: str
@@ -185,16 +185,16 @@ class Difference:
 
 
 def difference(first: Sequence[Result], second: Sequence[Result], truth: Truth, split: str = "test") -> Difference:
-    """Paired by seed and patch; the interval is a percentile bootstrap over the data's units.
+    """The difference of two methods, paired by seed and patch, with a percentile bootstrap over the data's units.
 
-    It says how far other patients, slides or patches would move the difference. It says nothing of other seeds, which
-    ``by_seed`` shows. Where the data name neither patients nor slides, patches are resampled, and the interval is too
+    The interval shows how much the difference varies between patients, slides or patches, not between seeds, which
+    ``by_seed`` shows. If the data name neither patients nor slides, patches are resampled, and the interval is too
     narrow where patches resemble each other, as those of one slide do.
 
     Args:
         first: results of one method.
-        second: of the other; a seed that only one of the two has is left out.
-        truth: of the split.
+        second: results of the other; seeds of only one of the two are ignored.
+        truth: the split's truth.
         split: "test" or "val".
 
     Raises:
@@ -203,7 +203,7 @@ def difference(first: Sequence[Result], second: Sequence[Result], truth: Truth, 
     control = {result.seed: result for result in second}
     pairs = [(result, control[result.seed]) for result in first if result.seed in control]
     if not pairs:
-        raise ValueError("no seed in common")
+        raise ValueError("the two methods have no seed in common")
     right = [[((r.logits(split) > 0) == truth.labels.bool()).double() for r in pair] for pair in pairs]
     gains = torch.stack([a - b for a, b in right])
     low, high = _interval(gains.mean(0).numpy(), truth.units)
@@ -212,7 +212,7 @@ def difference(first: Sequence[Result], second: Sequence[Result], truth: Truth, 
 
 
 def _interval(each: npt.NDArray[np.float64], units: Tensor | None) -> tuple[float | None, float | None]:
-    """The 95 % interval of the patches' mean: units are drawn as often as there are, with all their patches."""
+    """The 95 % interval of the patches' mean by resampling whole units."""
     own = np.arange(len(each)) if units is None else np.unique(units.numpy(), return_inverse=True)[1]
     sums, sizes = np.bincount(own, each), np.bincount(own)
     count = len(sizes)
@@ -225,12 +225,12 @@ def _interval(each: npt.NDArray[np.float64], units: Tensor | None) -> tuple[floa
 
 
 def differences(results: Sequence[Result], truths: Mapping[str, Truth]) -> list[Difference]:
-    """Every method against the probe of the same augmentation, and LoRA against every other that trains.
+    """Every method minus the probe with the same augmentation, and LoRA minus every other trained method.
 
     Args:
-        results: of any methods and seeds.
-        truths: of the splits that have labels. The test set's is taken; where it has none, validation's, by which the
-            learning rate and the epoch were chosen already, so that those differences are optimistic.
+        results: results of any methods and seeds.
+        truths: truth of the splits that have labels. The test set is used or, if it has no labels, validation, which
+            also chose the learning rate and the epoch, so that these differences are optimistic.
     """
     groups: dict[str, list[Result]] = {}
     for result in results:
@@ -245,7 +245,7 @@ def differences(results: Sequence[Result], truths: Mapping[str, Truth]) -> list[
 
 
 def is_the_challenge(splits: Mapping[str, HistoDataset]) -> bool:
-    """Whether these are the challenge's own data, whole: by size, centres, and no source that made them."""
+    """Whether these are all of the challenge's data: by size and centres, and no attribute ``source``."""
     return all(
         name in splits
         and splits[name].source is None
@@ -256,11 +256,11 @@ def is_the_challenge(splits: Mapping[str, HistoDataset]) -> bool:
 
 
 def reported(methods: Sequence[str], splits: Mapping[str, HistoDataset]) -> list[str]:
-    """The report's own figures for these methods, only where the data are the same."""
+    """The challenge report's figures for these methods, if the data are the same."""
     if not is_the_challenge(splits):
         return []
     return [
-        f"The report's {name}, {backbone}, a single run: validation {val}, test {test}."
+        f"The challenge report's {name}, {backbone}, a single run: validation {val}, test {test}."
         for name in methods
         for backbone, val, test in REPORTED.get(name, [])
     ]

@@ -1,7 +1,7 @@
-"""A run as a file: ``--config run.yaml`` gives a command's options by their names, and each run writes the one it was.
+"""A run's options as a file: ``--config run.yaml`` reads a command's options by name, and each run writes its own file.
 
-What is on the command line goes before the file. The key ``command`` names the sub-command that a file is of; a file
-without it fits any that knows its keys.
+The command line overrides the file. The key ``command`` names the file's sub-command; a file without it fits any
+command that has its options.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from ..methods.catalogue import read_yaml
 
 NAME = "run.yaml"
 _OF_THE_RUN = ("config", "resume")
-"""Options that say nothing of what comes out."""
+"""Options that do not affect the results."""
 
 
 def take(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Make a file's values the defaults of the command that is about to read its options."""
+    """Make a file's values the defaults of a command, before the command reads its options."""
     if path is not None and not ctx.resilient_parsing:
         try:
             ctx.default_map = read(path, ctx)
-        except ExampleError as error:  # raised while options are read, where no command catches it yet
+        except ExampleError as error:  # raised while options are parsed, where no command catches it yet
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
     return path
 
 
 def read(path: Path, ctx: typer.Context) -> dict[str, Any]:
-    """The options of a file, by the names of the command's parameters.
+    """Read the options of a file, by the names of the command's parameters.
 
     Raises:
-        ExampleError: no such file, no YAML, an unknown option, a value that is a mapping, or a file of another command.
+        ExampleError: no such file, not YAML, an unknown option, a value that is a mapping, a file of another command.
     """
     stored = read_yaml(path, f"--config {path}", "write a line for each option, such as `epochs: 3`")
     command = stored.pop("command", _command(ctx))
     if command != _command(ctx):
         whose = "the main job, without a sub-command" if command is None else f"`{command}`"
-        raise ExampleError(f"--config {path}: is of {whose}; run that, or take the line `command` out.")
+        raise ExampleError(f"--config {path}: is for {whose}; run that, or remove the line `command`.")
     known = [str(each.name) for each in ctx.command.params if each.name not in _OF_THE_RUN]
     options = {}
     for key, value in stored.items():
@@ -59,7 +59,7 @@ def read(path: Path, ctx: typer.Context) -> dict[str, Any]:
 
 
 def written(ctx: typer.Context) -> str:
-    """The file that repeats what a command was asked for, defaults included."""
+    """The file that repeats a command with all its options, defaults included."""
     names = [each.name for each in ctx.command.params if each.name not in _OF_THE_RUN]
     given = {name: ctx.params.get(name) for name in names}
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
@@ -69,5 +69,5 @@ def written(ctx: typer.Context) -> str:
 
 
 def _command(ctx: typer.Context) -> str | None:
-    """The sub-command's name; None of the main job."""
+    """The sub-command's name; None for the main job."""
     return None if ctx.parent is None else str(ctx.info_name)

@@ -1,9 +1,9 @@
-"""What the pixels of a split are: each of its images is read once before anything is trained.
+"""Digests of a split's contents: each image is read once before anything is trained.
 
-Neither a file's name nor its size and times say what it holds: a copy keeps them, a rewritten file may. So what is kept
-of an earlier run (features, checkpoints, results) is known by the pixels themselves: SHA-256 of every image as float32
-in [0, 1], of the ids, the labels and the centres. The same reading finds pixels that are not finite or out of range
-before they cost a training, and images that lie in two splits.
+A file's name, size and times do not identify its contents: a rewritten file may keep them. Files of an earlier run
+(features, checkpoints, results) are therefore identified by the SHA-256 of every image as float32 in [0, 1], of the
+ids, the labels and the centres. The same pass finds pixels that are not finite or out of range before they cost a
+training, and images that are in two splits.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _seen: WeakKeyDictionary[HistoDataset, Images] = WeakKeyDictionary()
 
 
 def look(splits: Mapping[str, HistoDataset], job: Job) -> None:
-    """Read every image of the splits, in the first process for all of them.
+    """Read every image of the splits, in the first process on behalf of all.
 
     Raises:
         ExampleError: pixels that cannot be read, are not finite, or lie outside [0, 1].
     """
-    job.console.print(f"reading each of {sum(map(len, splits.values())):,} images once", highlight=False)
+    job.console.print(f"checking all {sum(map(len, splits.values())):,} images", highlight=False)
     found = job.first_decides(lambda: {name: images_of(split) for name, split in splits.items()})
     for name, split in splits.items():
         _seen[split] = found[name]
 
 
 def images_of(split: HistoDataset) -> Images:
-    """The digest of each image of a split: ``(n, 4)``; read where this process has not yet looked at it.
+    """The digest of each image of a split, ``(n, 4)``; the images are read unless this process has done so.
 
     Raises:
         ExampleError: as `look`.
@@ -57,12 +57,12 @@ def images_of(split: HistoDataset) -> Images:
 
 
 def know(split: HistoDataset, images: Images) -> None:
-    """Take `images_of` a split from another process that has read them."""
+    """Take over the digests of a split from another process that has read it."""
     _seen[split] = images
 
 
 def digest_of(split: HistoDataset) -> str:
-    """The size of a split and a digest of all that a training reads of it: pixels, ids, labels, centres."""
+    """The size of a split and a digest of all data that a training uses: pixels, ids, labels, centres."""
     labels = torch.full((len(split),), -1) if split.labels is None else split.labels
     digest = hashlib.sha256(images_of(split).tobytes())
     for column in (torch.as_tensor(split.ids), labels, torch.as_tensor(split.centres)):
@@ -71,7 +71,7 @@ def digest_of(split: HistoDataset) -> str:
 
 
 def digest_of_file(path: Path) -> str:
-    """A file by its name and its content; by its name alone where there is no such file."""
+    """A file's name and digest; the name alone if there is no such file."""
     if not path.is_file():
         return path.name
     found = path.stat()
@@ -80,7 +80,7 @@ def digest_of_file(path: Path) -> str:
 
 @functools.lru_cache
 def _file_digest(path: Path, *stamp: int) -> str:
-    """Once for as long as a process sees the same size and times."""
+    """The file's digest, computed once in a process while size and times stay the same."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(2**20):

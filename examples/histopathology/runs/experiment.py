@@ -1,7 +1,7 @@
-"""One method from a fresh backbone to its proven test logits, and a saved adapter back to predictions.
+"""Train one method, save and check its adapter and test it; load a saved adapter and predict.
 
-An adapter folder holds what ``convlora.save_adapter`` writes and ``run.json``, which names the backbone, the image size
-and the method that the adapter was trained by.
+An adapter folder holds the files of ``convlora.save_adapter``, and ``run.json`` with the adapter's backbone, image size
+and method.
 """
 
 import dataclasses
@@ -43,10 +43,10 @@ POINT = "operating_point"
 
 @dataclass(frozen=True)
 class Result:
-    """What one method gave with one seed. Accuracies are in [0, 1], None without labels; logits are ``(N,)``.
+    """The result of one method with one seed. Accuracies are in [0, 1], None without labels; logits are ``(N,)``.
 
-    ``val_loss`` and ``val_accuracy`` are of the method's own predictions. Where it predicts otherwise than it was
-    trained (several views, other statistics, another threshold) they are not those of any epoch.
+    ``val_loss`` and ``val_accuracy`` are computed from the method's own predictions. If it predicts with several views,
+    other statistics or another threshold, they are not those of any epoch.
     """
 
     method: str
@@ -66,15 +66,15 @@ class Result:
     transductive: bool = False
     about: str = ""
     val_logits: Tensor = field(default_factory=lambda: torch.empty(0))
-    """``(N,)``; empty in results that an earlier version wrote."""
+    """``(N,)``; empty in results of an earlier version."""
 
     @property
     def best(self) -> Epoch:
-        """The epoch of the training's lowest validation loss, whose model was kept."""
+        """The epoch with the training's lowest validation loss, whose model was kept."""
         return self.history[self.best_epoch]
 
     def logits(self, split: str) -> Tensor:
-        """Of "test" or "val"."""
+        """The logits of "test" or "val"."""
         return {"test": self.test_logits, "val": self.val_logits}[split]
 
     @property
@@ -84,27 +84,27 @@ class Result:
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Median of the training passes: one epoch on a machine busy elsewhere does not move it."""
+        """The median of the training passes, which a single disturbed epoch does not change."""
         return statistics.median(epoch.seconds for epoch in self.history)
 
 
 def open_backbone(recipe: Recipe) -> tuple[nn.Module, Normalisation]:
-    """The recipe's backbone with the fresh head of its seed."""
+    """The recipe's backbone with a fresh head drawn by its seed."""
     torch.manual_seed(recipe.seed)
     return load_backbone(recipe.backbone, dropout=recipe.dropout, image_size=recipe.image_size, weights=recipe.weights)
 
 
 def check_backbone_takes(recipe: Recipe) -> None:
-    """Try the backbone with the image size once, so that what cannot work fails before any training."""
+    """Run the backbone once at the image size, so that a size that does not work fails before any training."""
     model, _ = open_backbone(recipe)
     check_input(model, recipe.backbone, recipe.image_size)
 
 
 def check_methods(methods: Sequence[Method], splits: Mapping[str, HistoDataset], recipe: Recipe) -> None:
-    """Refuse before any training what data or backbone do not give a method that will ask for it.
+    """Refuse, before any training, methods that need more than the data or the backbone have.
 
     Raises:
-        ExampleError: centre normalisation without centres; AdaBN without batch norms, or of single images.
+        ExampleError: centre normalisation without centres; AdaBN without batch norms, or with single images.
     """
     for method in methods:
         if method.normalise == "centre":
@@ -120,7 +120,7 @@ _STATISTICS: WeakKeyDictionary[HistoDataset, dict[int, Normalisation]] = WeakKey
 
 
 def centre_statistics(split: HistoDataset, most: int = 2000) -> dict[int, Normalisation]:
-    """Mean and deviation of each centre's own images, of at most so many, evenly spread; read once for each split.
+    """Mean and deviation of each centre's images, over at most ``most`` evenly spread ones; cached for each split.
 
     Raises:
         ExampleError: an image names no centre.
@@ -147,13 +147,13 @@ def _centre_statistics(split: HistoDataset, most: int) -> dict[int, Normalisatio
 
 
 class Transforms:
-    """The transforms of one method: by the backbone's normalisation, or by each centre's own."""
+    """The transforms of one method, normalised by the backbone's statistics or by each centre's own."""
 
     def __init__(self, method: Method, recipe: Recipe, normalisation: Normalisation) -> None:
         self.method, self.recipe, self.normalisation = method, recipe, normalisation
 
     def view(self, split: HistoDataset, *, train: bool = False, turns: Sequence[int] = (0,)) -> View:
-        """A split as this method sees it; for evaluation under some of the 8 turns and flips."""
+        """A split under this method's transforms; for evaluation with some of the 8 rotations and flips."""
         if self.method.normalise == "backbone":
             normalise = Normalise(self.normalisation)
         else:
@@ -164,7 +164,7 @@ class Transforms:
 
 
 def make_views(splits: Mapping[str, HistoDataset], recipe: Recipe, method: Method) -> dict[str, View]:
-    """The splits as a method sees them, training draws by the recipe's seed."""
+    """The splits under a method's transforms; augmentation is drawn by the recipe's seed."""
     transforms = Transforms(method, recipe, open_backbone(recipe)[1])
     return {name: transforms.view(split, train=name == "train") for name, split in splits.items()}
 
@@ -172,17 +172,17 @@ def make_views(splits: Mapping[str, HistoDataset], recipe: Recipe, method: Metho
 def run_method(
     method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, job: Job, *, suffix: str = ""
 ) -> Result:
-    """Train what the method trains, or take the training that it shares with another, and predict its way.
+    """Train a method, or use the training that it shares with another, and predict.
 
-    What is written lies in the job's folder: the files of `train`, and ``predictions/NAME.json`` where the method
-    predicts otherwise than image by image. A job that resumes reads what is there.
+    Files are written to the job's folder: those of `train`, and ``predictions/NAME.json`` if the method does not
+    predict image by image. A job that resumes reads them.
 
     Args:
-        method: what to train, and how to predict.
+        method: the method.
         splits: "train", "val" and "test".
-        recipe: everything else.
-        job: where, and with how many processes.
-        suffix: of the files' names, behind the method's.
+        recipe: the training recipe.
+        job: folder and processes.
+        suffix: ending of the files' names, after the method's name.
 
     Raises:
         ExampleError: as `training.fit` and `backbones.load_backbone`.
@@ -190,7 +190,7 @@ def run_method(
     shared = dataclasses.replace(method, name=method.training, predict=Predict())
     trained = train(shared, splits, recipe, job, f"{method.training}{suffix}")
     if method.predict == Predict():
-        # the name may be another's whose training is the same
+        # the name may be that of another method with the same training
         return dataclasses.replace(trained, method=method.name, transductive=method.transductive, about=method.about)
     file = job.out / "predictions" / f"{method.name}{suffix}.json"
     identity = {**identity_of(shared, recipe, splits), "predict": dataclasses.asdict(method.predict)}
@@ -221,11 +221,11 @@ def run_method(
 
 
 def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, job: Job, name: str) -> Result:
-    """Train a method, save its best adapter, load it back on a fresh base, prove it, test it image by image.
+    """Train a method, save its best adapter, load it on a fresh base, check it, and test it image by image.
 
     Writes ``adapters/NAME``, ``checkpoints/NAME.pt``, ``logs/NAME.csv`` and, when all is done, ``results/NAME.json``.
-    A training that this job has done, or where it resumes an earlier one, is read. One that the job has only tried (see
-    `try_training`) is taken from its checkpoint, and proven.
+    A training that this job, or the job it resumes, has finished is read from its files. A training that the job has
+    only tried (see `try_training`) is read from its checkpoint and checked.
     """
     folder, file = job.out / "adapters" / name, job.out / "results" / f"{name}.json"
     identity = identity_of(method, recipe, splits)
@@ -266,8 +266,8 @@ def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, jo
         point = operating_point(result.val_logits, _labels(splits["val"]))
         save(
             model, folder, method, recipe, _metrics(result), point
-        )  # the same numbers, now with a card that says how good
-        size = (folder / "adapter_model.safetensors").stat().st_size  # the file says it, too
+        )  # the same weights, now with the metrics in the card
+        size = (folder / "adapter_model.safetensors").stat().st_size  # the card is in this file too
         result = dataclasses.replace(result, adapter_bytes=size)
         write_result(file, identity, result)
         return result
@@ -276,9 +276,9 @@ def train(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, jo
 
 
 def try_training(method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, job: Job, name: str) -> float:
-    """The validation loss that a training reaches, for a sweep: the test set is not read and nothing proven.
+    """Train for a sweep and return the validation loss, without reading the test set or checking the adapter.
 
-    Writes what `train` writes but the result; `train` goes on from there where this training is kept.
+    Writes all files of `train` except the result; `train` continues from there if this training is kept.
     """
     done = _done(name, identity_of(method, recipe, splits), job)
     if done is not None:
@@ -288,7 +288,7 @@ def try_training(method: Method, splits: Mapping[str, HistoDataset], recipe: Rec
 
 
 def _done(name: str, identity: Mapping[str, Any], job: Job) -> Result | None:
-    """The result of a training that this job, or one that it resumes, has proven; any other's is deleted."""
+    """The result of a training that this job, or the job it resumes, has finished; any other file is deleted."""
     folder, file = job.out / "adapters" / name, job.out / "results" / f"{name}.json"
     is_to_be_read = job.resume or name in job.done
     return job.first_decides(lambda: read_result(file, identity, folder) if is_to_be_read else _forget(file))
@@ -297,7 +297,7 @@ def _done(name: str, identity: Mapping[str, Any], job: Job) -> Result | None:
 def _fit(
     method: Method, splits: Mapping[str, HistoDataset], recipe: Recipe, job: Job, name: str
 ) -> tuple[nn.Module, Transforms, Fit]:
-    """The trained model, its best adapter saved; taken from its checkpoint where this job has trained it before."""
+    """Train and save the best adapter; a training that this job has done before is read from its checkpoint."""
     folder, identity = job.out / "adapters" / name, identity_of(method, recipe, splits)
     device = job.accelerator.device
     model, normalisation = open_backbone(recipe)
@@ -330,7 +330,7 @@ def _what_trains(
     recipe: Recipe,
     job: Job,
 ) -> tuple[nn.Module, Mapping[str, Any]]:
-    """The model and its images; or its head and their features, where those are the same in each epoch."""
+    """The model and its images, or its head and their features if these are the same in each epoch."""
     head = linear_head(model) if method.frozen_backbone else None
     augment = method.augment
     if head is None or not has_fixed_images(method, recipe):
@@ -347,19 +347,19 @@ def _what_trains(
 
 
 def has_fixed_images(method: Method, recipe: Recipe) -> bool:
-    """Whether the same images come back each epoch, so that a frozen backbone's features can be kept."""
+    """Whether the images repeat in each epoch, so that a frozen backbone's features can be cached."""
     augment = method.augment
     return augment.policy in ("none", "dihedral") and not augment.stain_jitter and recipe.precision == "fp32"
 
 
 def _metrics(result: Result) -> dict[str, float]:
-    """What the adapter's card says of how good it is."""
+    """The metrics in the adapter's model card."""
     test = {} if result.test_accuracy is None else {"test accuracy": result.test_accuracy}
     return {"validation accuracy": result.val_accuracy, "validation loss": result.val_loss, **test}
 
 
 def _loaders(method: Method, split: HistoDataset, recipe: Recipe) -> Callable[[int], Loader]:
-    """Batches of a split, of so many views of each patch."""
+    """Returns a function that makes loaders of a split with so many views of each patch."""
     transforms = Transforms(method, recipe, open_backbone(recipe)[1])
     return lambda views: make_loader(
         transforms.view(split, turns=range(views)), recipe.batch_size, workers=recipe.workers
@@ -367,9 +367,9 @@ def _loaders(method: Method, split: HistoDataset, recipe: Recipe) -> Callable[[i
 
 
 def identity_of(method: Method, recipe: Recipe, splits: Mapping[str, HistoDataset]) -> dict[str, Any]:
-    """What a training depends on, as plain values; a result or checkpoint of anything else is not of this one.
+    """All settings that a training depends on, as plain values, which identify its results and checkpoints.
 
-    Splits count by their content, and so do weights from a file.
+    Splits, and weights from a file, are identified by their contents.
     """
     asked = {**vars(recipe), "weights": None if recipe.weights is None else digest_of_file(recipe.weights)}
     return {**asked, **method.training_parts(), **{name: digest_of(split) for name, split in splits.items()}}
@@ -380,7 +380,7 @@ def _forget(file: Path) -> None:
 
 
 def write_result(file: Path, identity: Mapping[str, Any], result: Result) -> None:
-    """Write ``results/NAME.json``: a training that is done, whole."""
+    """Write ``results/NAME.json`` of a finished training."""
     logits = {"test_logits": result.test_logits.tolist(), "val_logits": result.val_logits.tolist()}
     kept = {**vars(result), **logits, "proofs": vars(result.proofs)}
     kept |= {"history": [vars(epoch) for epoch in result.history], "adapter": result.adapter.name}
@@ -388,7 +388,7 @@ def write_result(file: Path, identity: Mapping[str, Any], result: Result) -> Non
 
 
 def read_result(file: Path, identity: Mapping[str, Any], adapter: Path) -> Result | None:
-    """What `write_result` left of this very training; None where there is none, or of another one."""
+    """Read the result of this training; None if there is none, or if it is of another training."""
     if not file.is_file():
         return None
     try:
@@ -412,7 +412,7 @@ def save(
     metrics: Mapping[str, float] | None = None,
     point: OperatingPoint | None = None,
 ) -> None:
-    """Write the adapter, its card and its ``run.json``; the folder is replaced only when all are whole."""
+    """Write the adapter, its card and its ``run.json``; the folder is replaced only when all files are complete."""
     card = {"method": method.name, "configuration": as_plain(method), "recipe": dataclasses.asdict(recipe)}
     if point is not None:
         card[POINT] = dataclasses.asdict(point)
@@ -422,13 +422,13 @@ def save(
 
 
 def load(folder: Path, recipe: Recipe, device: torch.device) -> nn.Module:
-    """A fresh backbone with the adapter of ``folder`` on it, on the device."""
+    """A fresh backbone on the device, with the adapter of ``folder``."""
     model, _ = open_backbone(recipe)
     return place(convlora.load_adapter(model, folder), device)
 
 
 def read_card(folder: Path) -> tuple[Recipe, Method]:
-    """The recipe and the method that an adapter was trained by, from its ``run.json``."""
+    """Read the recipe and the method of an adapter from its ``run.json``."""
     path = folder / CARD
     if not path.is_file():
         raise ExampleError(f"no {CARD} in {folder}; give an adapter folder that `train` or the main job wrote.")
@@ -442,19 +442,19 @@ def read_card(folder: Path) -> tuple[Recipe, Method]:
 
 
 def read_point(folder: Path) -> OperatingPoint:
-    """The threshold and the temperature that validation gave an adapter.
+    """Read the threshold and the temperature that were chosen on validation.
 
     Raises:
-        ExampleError: its ``run.json`` has none, since it is of a training that was ended, of an earlier version, or of
-            validation patches of one label.
+        ExampleError: the adapter's ``run.json`` has none: its training was interrupted, or an earlier version wrote it,
+            or the validation patches had one label.
     """
     read_card(folder)
     stored = json.loads((folder / CARD).read_text(encoding="utf-8")).get(POINT) or {}
     threshold, temperature = stored.get("threshold"), stored.get("temperature")
     if not (isinstance(threshold, float) and isinstance(temperature, float) and temperature > 0):
         raise ExampleError(
-            f"--calibrated: {folder / CARD} holds no threshold and temperature; a training that ends writes them, "
-            "where validation has both labels. Leave it out, or train again."
+            f"--calibrated: {folder / CARD} holds no threshold and temperature; a training writes them at its end, if "
+            "validation has both labels. Leave it out, or train again."
         )
     return OperatingPoint(threshold, temperature)
 
@@ -462,15 +462,15 @@ def read_point(folder: Path) -> OperatingPoint:
 def predict_split(
     folder: Path, split: HistoDataset, recipe: Recipe, method: Method, job: Job, parts: Path | None = None
 ) -> Tensor:
-    """Logits ``(N,)`` of a saved adapter on a split by a method, see `shards`.
+    """Logits ``(N,)`` of a saved adapter on a split, see `shards`.
 
     Args:
-        folder: of the adapter.
+        folder: the adapter's folder.
         split: the patches.
-        recipe: as its card says, see `read_card`.
-        method: likewise.
-        job: whose processes share the patches.
-        parts: folder for what is done, deleted by the caller; by default ``parts`` in the job's own.
+        recipe: the adapter's recipe, see `read_card`.
+        method: the method, whose way of predicting is used.
+        job: the job, whose processes share the patches.
+        parts: folder for finished parts, deleted by the caller; by default ``parts`` in the job's folder.
     """
     model = load(folder, recipe, job.accelerator.device)
     identity = shards.identity_of(folder, split, method.predict, recipe.batch_size)
@@ -479,7 +479,7 @@ def predict_split(
 
 
 def largest_common_batch(methods: Sequence[Method], recipe: Recipe, job: Job) -> int:
-    """The recipe's batch or the first of its halves of which a training step of every method fits in memory.
+    """The recipe's batch size or the first of its halves at which a training step of every method fits in memory.
 
     Raises:
         ExampleError: not even one image fits; as `open_backbone`.

@@ -1,6 +1,6 @@
-"""What makes a figure mean less than it seems: splits that share images, slides, patients or hospitals, or one label.
+"""Warnings of leakage: splits that share images, slides, patients or hospitals, and splits with one label.
 
-Nothing is refused: a user may have reasons. But each is said by `inspect` and by every run, and stands in the report.
+Nothing is refused, since a user may have reasons. `inspect` and every run print the warnings; the report shows them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ _SHOWN = 5
 
 
 def warnings(splits: Mapping[str, HistoDataset]) -> dict[str, list[str]]:
-    """By split, what its figures suffer from: what an earlier split shares with it, or labels of one kind only.
+    """Warnings by split: of contents that it shares with an earlier split, or of labels of one kind.
 
-    Every image is read once.
-
-    Slides and patients are compared where the layout names them, as WILDS does.
+    Every image is read once. Slides and patients are compared if the layout names them, as WILDS does.
 
     Raises:
         ExampleError: as `content.look`.
@@ -39,10 +37,10 @@ def _shared(a: str, first: HistoDataset, b: str, second: HistoDataset) -> Iterat
     if twice:
         yield (
             f"{len(twice):,} of {len(second):,} images of {b} are in {a} too, pixel by pixel (ids {_listed(twice)}): "
-            f"a figure on {b} partly shows what {'the model' if a == 'train' else 'the choice by ' + a} has seen. "
-            "Take them out of one."
+            f"figures on {b} are too good, since {'the model' if a == 'train' else 'the choice by ' + a} has seen "
+            "them. Remove them from one split."
         )
-    # who has the same slide has the same patient
+    # patches of the same slide have the same patient
     for what, own, other in (
         ("slide", first.rows.slides, second.rows.slides),
         ("patient", first.rows.patients, second.rows.patients),
@@ -51,15 +49,15 @@ def _shared(a: str, first: HistoDataset, b: str, second: HistoDataset) -> Iterat
         if common:
             yield (
                 f"{len(common):,} {what}{'s have' if len(common) > 1 else ' has'} patches in {a} and in {b} "
-                f"({_listed(sorted(common))}): patches of one {what} resemble each other, so that a figure on {b} is "
-                f"too good. Keep each {what} in one split."
+                f"({_listed(sorted(common))}): patches of one {what} resemble each other, so figures on {b} are too "
+                f"good. Keep each {what} in one split."
             )
             break
     centres = sorted((set(first.centres.tolist()) & set(second.centres.tolist())) - {NO_CENTRE})
     if centres:
         yield (
-            f"{a} and {b} share {'centres' if len(centres) > 1 else 'centre'} {_listed(centres)}: a figure on {b} "
-            f"says less about a hospital that {'the model' if a == 'train' else 'the choice by ' + a} has not seen."
+            f"{a} and {b} share {'centres' if len(centres) > 1 else 'centre'} {_listed(centres)}: figures on {b} say "
+            f"less about hospitals that {'the model' if a == 'train' else 'the choice by ' + a} has not seen."
         )
 
 
@@ -67,8 +65,8 @@ def _one_label(name: str, split: HistoDataset) -> Iterator[str]:
     found = {label for label in split.rows.labels if label is not None}
     if len(found) == 1:
         yield (
-            f"every labelled image of {name} has the label {found.pop()}: a figure on {name} says nothing about the "
-            "other. Check the labels, or raise --limit."
+            f"every labelled image of {name} has the label {found.pop()}: figures on {name} say nothing about the "
+            "other label. Check the labels, or raise --limit."
         )
 
 

@@ -1,4 +1,4 @@
-"""Which learning rates a sweep tries."""
+"""The learning rates of a sweep."""
 
 import math
 from collections.abc import Collection
@@ -6,23 +6,23 @@ from collections.abc import Collection
 from ..errors import ExampleError
 
 FURTHER = 2
-"""Rates that a sweep may try beyond its ends."""
+"""The most rates that a sweep tries beyond its ends."""
 
 
 def beyond(tried: Collection[float], best: float) -> float | None:
-    """The next rate behind the end at which the best one lies, as far off as its neighbour; None: it lies inside."""
+    """The next rate beyond the end at which the best one lies, by the same factor; None if the best lies inside."""
     rates = sorted(tried)
     if len(rates) < 2 or rates[0] < best < rates[-1]:
         return None
     neighbour = rates[1] if best == rates[0] else rates[-2]
-    return float(f"{best * best / neighbour:.12g}")  # without what rounding leaves at the end: 0.009 of 0.003 and 0.001
+    return float(f"{best * best / neighbour:.12g}")  # 12 digits remove rounding: 0.009 from 0.003 and 0.001
 
 
 def parse_rates(text: str) -> list[float]:
-    """Comma-separated learning rates.
+    """Parse comma-separated learning rates.
 
     Raises:
-        ExampleError: not numbers above 0, or one given twice.
+        ExampleError: a rate that is not a number above 0, or is given twice.
     """
     try:
         rates = [float(word) for word in text.split(",")]

@@ -1,11 +1,11 @@
-"""How good predicted probabilities are: ROC, calibration, confusion; plain arithmetic on logits and labels.
+"""Scores of predicted probabilities from logits and labels: ROC, calibration, confusion.
 
-Calibration: the probabilities of label 1 are put into 10 bins of equal width. The **expected calibration error** is
+For calibration, the probabilities of label 1 are put into 10 bins of equal width. The **expected calibration error** is
 
 .. math:: ECE = Σ_b (n_b / N) · | mean probability of b − share of label 1 in b |
 
-(binning: Naeini et al., AAAI 2015), here of the probability of label 1 and not of the predicted class. The Brier score
-is the mean squared difference of probability and label.
+(bins as in Naeini et al., AAAI 2015, but over the probability of label 1 and not of the predicted class). The Brier
+score is the mean squared difference of probability and label.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Bin:
-    """Some of the patches by their probability; the two means are 0 where there is none."""
+    """A bin of patches by their probability; the two means are 0 if it is empty."""
 
     patches: int
     probability: float
@@ -30,7 +30,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Patches by label and prediction, those of one centre or all."""
+    """Counts of patches by label and prediction, of one centre or of all."""
 
     true_negative: int
     false_positive: int
@@ -39,22 +39,22 @@ class Confusion:
 
     @property
     def patches(self) -> int:
-        """All of them."""
+        """The number of patches."""
         return self.true_negative + self.false_positive + self.false_negative + self.true_positive
 
     @property
     def accuracy(self) -> float:
-        """Share of right predictions."""
+        """The share of correct predictions."""
         return (self.true_negative + self.true_positive) / self.patches
 
     @property
     def sensitivity(self) -> float | None:
-        """Share of label 1 that is found; None without any."""
+        """The share of label 1 that is predicted as 1; None without label 1."""
         return _share(self.true_positive, self.false_negative)
 
     @property
     def specificity(self) -> float | None:
-        """Share of label 0 that is left alone; None without any."""
+        """The share of label 0 that is predicted as 0; None without label 0."""
         return _share(self.true_negative, self.false_positive)
 
 
@@ -62,7 +62,7 @@ def roc(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """False and true positive rates ``(K,)`` by falling threshold, from (0, 0) to (1, 1); equal logits are one step.
 
     Raises:
-        ValueError: labels of one kind only.
+        ValueError: the labels are of one kind.
     """
     positives = int(labels.sum())
     if positives in (0, len(labels)):
@@ -76,7 +76,7 @@ def roc(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def auc(logits: Tensor, labels: Tensor) -> float | None:
-    """Area under the ROC curve; None where there are labels of one kind only."""
+    """The area under the ROC curve; None if the labels are of one kind."""
     if int(labels.sum()) in (0, len(labels)):
         return None
     false, true = roc(logits, labels)
@@ -84,7 +84,7 @@ def auc(logits: Tensor, labels: Tensor) -> float | None:
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> list[Bin]:
-    """The patches by probability of label 1, in bins of equal width; the last one holds 1 itself."""
+    """The patches in bins of equal width by their probability of label 1; the last bin includes 1."""
     probability = logits.double().sigmoid()
     number = (probability * bins).long().clamp(max=bins - 1)
     chosen = [number == each for each in range(bins)]
@@ -108,7 +108,7 @@ def brier(logits: Tensor, labels: Tensor) -> float:
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Confusion:
-    """Predictions are by logit > 0, as everywhere."""
+    """Confusion counts at logit > 0, the threshold of all predictions."""
     predicted, positive = logits > 0, labels.bool()
     return Confusion(
         int((~predicted & ~positive).sum()),
@@ -119,13 +119,13 @@ def confusion(logits: Tensor, labels: Tensor) -> Confusion:
 
 
 def confusion_by_centre(logits: Tensor, labels: Tensor, centres: Tensor) -> dict[int, Confusion]:
-    """The same for each centre."""
+    """The confusion counts of each centre."""
     found = sorted(set(centres.tolist()))
     return {each: confusion(logits[centres == each], labels[centres == each]) for each in found}
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each patch, ``(N,)``: what it costs to have said this."""
+    """The cross-entropy of each patch, ``(N,)``."""
     return torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double(), reduction="none")
 
 

@@ -1,8 +1,8 @@
-"""Where the trainings of a comparison run: here, one after the other, or wherever an executor puts them.
+"""Run the trainings of a comparison in this process, one after the other, or on an executor.
 
-An executor is what ``concurrent.futures`` calls one: it is given a function and its arguments, and gives a future.
-Processes of this machine are one; dask's, Ray's or submitit's clients give others. What is sent is a training whole: it
-opens the data itself, writes into the same folder as all others, and goes on from its checkpoint where it was ended.
+An executor has the interface of ``concurrent.futures``: ``submit`` takes a function and its arguments and returns a
+future. A pool of processes is one; dask's, Ray's and submitit's clients return others. A whole training is submitted:
+it opens the data itself, writes to the job's folder, and continues from its checkpoint if it was interrupted.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from .experiment import run_method, try_training
 
 
 class Answer(Protocol):
-    """What is asked of a future."""
+    """The part of a future that is used."""
 
     def result(self) -> Any:
-        """Wait; the value, or the error."""
+        """Wait for the value, or raise the error."""
 
 
 class Trainings(Protocol):
-    """Something that trains."""
+    """A place where trainings run."""
 
     def tried(self, method: Method, recipe: Recipe, name: str) -> Answer:
-        """The validation loss, see `experiment.try_training`."""
+        """Train for a sweep; the answer is the validation loss, see `experiment.try_training`."""
 
     def ran(self, method: Method, recipe: Recipe, suffix: str) -> Answer:
-        """A row, see `experiment.run_method`; what it gave lies in the job's folder."""
+        """Run a method, see `experiment.run_method`; its result is written to the job's folder."""
 
 
 @dataclass(frozen=True)
 class Here:
-    """In this process, at once."""
+    """Run trainings in this process, at once."""
 
     splits: Mapping[str, HistoDataset]
     job: Job
@@ -64,14 +64,14 @@ class Here:
 
 @dataclass(frozen=True)
 class Sent:
-    """By an executor.
+    """Run trainings on an executor.
 
     Attributes:
-        executor: with ``submit``; its workers see the same files under the same names.
-        folder: of the data.
-        limit: as of `data.open_splits`.
-        images: `content.images_of` each split, so that not every worker reads them all.
-        job: whose folder is written to.
+        executor: has ``submit``; its workers see the same files under the same paths.
+        folder: the data's folder.
+        limit: as in `data.open_splits`.
+        images: `content.images_of` each split, so that the workers need not read all images.
+        job: the job, whose folder is written to.
     """
 
     executor: Any
@@ -98,10 +98,10 @@ class Sent:
 
 
 def find_executor(name: str | None, jobs: int) -> Any | None:
-    """What trains: None for this process, ``jobs`` processes of this machine, or what ``module:callable`` returns.
+    """The executor: None for this process, ``jobs`` processes of this machine, or the one ``module:callable`` returns.
 
     Raises:
-        ExampleError: both are given; no such module or callable; what it returns cannot ``submit``.
+        ExampleError: both are given; no such module or callable; the returned object has no ``submit``.
     """
     if name is None:
         return None if jobs == 1 else local_processes(jobs)
@@ -112,8 +112,8 @@ def find_executor(name: str | None, jobs: int) -> Any | None:
         executor = getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError, TypeError, ValueError) as fault:
         raise ExampleError(
-            f"--executor {name}: {fault}. Give module:callable, which takes nothing and returns an executor of "
-            "concurrent.futures' kind, such as dask's client.get_executor()."
+            f"--executor {name}: {fault}. Give module:callable that takes no arguments and returns an executor like "
+            "those of concurrent.futures, such as dask's client.get_executor()."
         ) from fault
     if not callable(getattr(executor, "submit", None)):
         raise ExampleError(f"--executor {name} returns a {type(executor).__name__}, which has no `submit`.")
@@ -121,9 +121,9 @@ def find_executor(name: str | None, jobs: int) -> Any | None:
 
 
 def local_processes(count: int) -> Executor:
-    """Processes of this machine, which share its cores."""
+    """A pool of processes of this machine, which share its cores."""
     threads = max(1, torch.get_num_threads() // count)
-    context = multiprocessing.get_context("spawn")  # a process that has computed with threads must not fork
+    context = multiprocessing.get_context("spawn")  # a process that has used threads must not fork
     return ProcessPoolExecutor(count, context, torch.set_num_threads, (threads,))
 
 
@@ -139,7 +139,7 @@ def _run(method: Method, recipe: Recipe, suffix: str, place: Any) -> None:
         run_method(method, splits, recipe, job, suffix=suffix)
 
 
-_ALONE = threading.Lock()  # a worker may have threads, and a process has one generator that dropout draws from
+_ALONE = threading.Lock()  # a worker may have threads, and dropout draws from the process's only generator
 
 
 def _opened(
@@ -167,12 +167,12 @@ def _at_once(function: Any) -> Answer:
     try:
         future.set_result(function())
     except ExampleError as error:
-        if DIVERGED not in str(error):  # which a sweep survives; anything else ends the run at once
+        if DIVERGED not in str(error):  # a sweep continues after a diverged training; other errors end the run
             raise
         future.set_exception(error)
     return future
 
 
 def everything_there(job: Job) -> Job:
-    """The same job, which reads what was sent away and done."""
+    """The same job in resume mode, which reads the finished trainings of other processes."""
     return dataclasses.replace(job, resume=True)

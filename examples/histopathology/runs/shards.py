@@ -1,8 +1,7 @@
-"""Predictions of a large split in parts: shared among processes, and kept on disk until all of them are there.
+"""Predict a large split in parts, which processes share and which stay on disk until all are done.
 
-A part is some thousand patches in order, so that neither the number of processes nor an interruption changes which
-patches are in a batch together. Each is written whole or not at all; a run that was ended at any moment is gone on with
-by asking for the same again.
+A part is some thousand patches in order, so neither the number of processes nor an interruption changes the batches.
+Each part is written whole or not at all; repeating the same command continues an interrupted run.
 """
 
 import hashlib
@@ -27,20 +26,20 @@ from ..training.recipe import predict_each
 from .content import digest_of
 
 SIZE = 4096
-"""Patches of a part, or the next multiple of a batch."""
+"""Patches of a part, rounded up to a multiple of the batch size."""
 IDENTITY = "identity.json"
 
 
 def predict_in_shards(
     how: Predict, model: nn.Module, loader: Callable[[int], Loader], folder: Path, identity: Mapping[str, Any], job: Job
 ) -> Tensor:
-    """As `prediction.predict_by`; logits ``(N,)`` alone, the same in every process.
+    """Predict as `prediction.predict_by` does, and return the logits ``(N,)`` in every process.
 
     Args:
-        how, model, loader: see there.
-        folder: for the parts; parts of another identity in it are deleted. It stays: delete it when the result is safe.
-        identity: what the predictions depend on, as plain values.
-        job: whose processes share the parts.
+        how, model, loader: see `prediction.predict_by`.
+        folder: folder of the parts; parts of another identity are deleted. Delete it when the result is saved.
+        identity: all that the predictions depend on, as plain values.
+        job: the job, whose processes share the parts.
     """
     job.first_decides(lambda: _begin(folder, identity))
     if how.adabn:
@@ -55,12 +54,12 @@ def predict_in_shards(
             _write(path, {"logits": ensembled(logits) if how.views > 1 else logits})
     job.wait()
     logits = torch.cat([load_file(path)["logits"] for _, path in parts])
-    job.wait()  # the first to have them may delete the parts
+    job.wait()  # the first process to finish may delete the parts
     return balanced(logits) if how.balanced else logits
 
 
 def identity_of(adapter: Path, split: HistoDataset, how: Predict, batch_size: int) -> dict[str, Any]:
-    """What predictions by an adapter folder depend on; a file of patches counts by its size and times."""
+    """All that predictions with an adapter folder depend on; a file of patches is identified by its size and times."""
     digest = hashlib.sha256()
     for path in sorted(adapter.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
@@ -70,7 +69,7 @@ def identity_of(adapter: Path, split: HistoDataset, how: Predict, batch_size: in
 
 
 def _begin(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Keep the parts of this very prediction, delete others."""
+    """Keep the parts of this prediction and delete others."""
     text = json.dumps(dict(identity), sort_keys=True)
     kept = folder / IDENTITY
     if kept.is_file() and kept.read_text(encoding="utf-8") == text:
@@ -80,7 +79,7 @@ def _begin(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _adapted(model: nn.Module, loader: Loader, path: Path, job: Job) -> nn.Module:
-    """The model with AdaBN's statistics, which the first process takes from all patches."""
+    """The model with AdaBN's statistics, which the first process computes from all patches."""
 
     def found() -> None:
         if not path.is_file():

@@ -1,1 +1,1 @@
-"""One training: backbone, batches, the recipe, checkpoints, logs, and predictions of the model in memory."""
+"""One training: backbone, batches, recipe, checkpoints, logs, and predictions of the model in memory."""

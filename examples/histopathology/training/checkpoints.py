@@ -1,9 +1,9 @@
-"""The state of a training on disk, so that it goes on bit for bit after it was ended at any moment.
+"""Checkpoints, from which an interrupted training continues bit for bit.
 
-One file a training, written after each epoch by ``torch.save`` under another name, synced, and renamed: whatever ends
-the process, the file is whole, of this epoch or of the last. It is ``torch.save``'s format and not safetensors because
-an optimizer's state is nested and its keys are integers; it is read with ``weights_only=True``, which builds tensors,
-containers and plain numbers and runs no code. What a training is *for*, the adapter, is safetensors and JSON.
+After each epoch, one file for the training is written by ``torch.save`` under another name, synced and renamed, so that
+it is complete whenever the process ends. It is not safetensors, because an optimizer's state is nested and has integer
+keys. It is read with ``weights_only=True``, which builds tensors, containers and plain numbers and runs no code. The
+adapter itself is safetensors and JSON.
 """
 
 import random
@@ -22,32 +22,32 @@ FORMAT = 1
 
 
 def moving(model: nn.Module) -> dict[str, Tensor]:
-    """All that training may move, by name: parameters that require a gradient, and every buffer. Not copies."""
+    """All tensors that training may change, by name: parameters that require a gradient, and buffers. Not copies."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return trained | dict(model.named_buffers())
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same numbers, on the CPU, in tensors of their own."""
+    """Copies of the tensors on the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
 def put(saved: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Write saved numbers into the model, in place."""
+    """Write saved tensors into the model, in place."""
     with torch.no_grad():
         for name, tensor in moving(model).items():
             tensor.copy_(saved[name])
 
 
 def seed_generators(seed: int) -> None:
-    """Start every generator that a training may draw from."""
+    """Seed every generator that a training may use."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def random_state() -> dict[str, Any]:
-    """Where every generator stands that a training may draw from: torch, its GPU, numpy, Python."""
+    """The state of every generator that a training may use: torch, its GPU, numpy, Python."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
@@ -58,7 +58,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Back to where `random_state` was taken."""
+    """Restore the generators to `random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -68,23 +68,23 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def write_checkpoint(path: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Replace the checkpoint of a training; ended at any moment, the old one or the new one is there, whole."""
+    """Replace the checkpoint of a training; after an interruption the old or the new one is there, complete."""
     with replacing_file(path) as partial:
         torch.save({"format": FORMAT, "identity": dict(identity), "state": dict(state)}, partial)
 
 
 def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state that `write_checkpoint` left; None where there is none.
+    """The state that `write_checkpoint` wrote; None if there is no file.
 
     Raises:
-        ExampleError: a damaged file, or one of a training that was asked for otherwise; what differs is named.
+        ExampleError: a damaged file, or a checkpoint of other options or data; the error names what differs.
     """
     if not path.is_file():
         return None
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         found, state, version = stored["identity"], stored["state"], stored["format"]
-    except Exception as fault:  # torch, zipfile and pickle raise unrelated kinds for a damaged file
+    except Exception as fault:  # torch, zipfile and pickle raise unrelated kinds of errors for a damaged file
         raise ExampleError(f"{path} is damaged ({type(fault).__name__}); delete it to train from the start.") from fault
     differing = [
         f"{key} {found.get(key)!r} there, {identity.get(key)!r} now"
@@ -95,7 +95,7 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] |
         differing.insert(0, f"format {version} there, {FORMAT} now")
     if differing:
         raise ExampleError(
-            f"{path} is of another training: {'; '.join(differing)}. Give the same options and data to go on, or leave "
-            "--resume out to begin anew."
+            f"{path} is of another training: {'; '.join(differing)}. Give the same options and data to continue it, or "
+            "leave --resume out to start again."
         )
     return dict(state)

@@ -1,8 +1,8 @@
-"""Features of a frozen backbone, computed once, so that a probe trains in seconds.
+"""Cached features of a frozen backbone, with which a probe trains in seconds.
 
-Exact, not an approximation: only where the same images come back each epoch (no augmentation, or one of a fixed set of
-views), and what lies between the features and the logit is what the whole network has there, dropout and a linear head.
-They lie in ``features/`` of the job's folder, and serve every seed and learning rate.
+This is exact: it is used only if the images repeat in each epoch (no augmentation, or one of a fixed set of views), and
+the rest of the network is its own dropout and linear head. The features are kept in ``features/`` of the job's folder
+for every seed and learning rate.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from .recipe import Recipe, predict
 
 
 class Features:
-    """Features ``(views, N, D)`` as batches; of each patch one view, drawn as the policy "dihedral" draws it."""
+    """Batches of features ``(views, N, D)``, with one view of each patch, drawn as by the policy "dihedral"."""
 
     def __init__(self, features: Tensor, labels: Tensor | None, seed: int) -> None:
         self.features, self.labels, self.seed = features, labels, seed
@@ -47,35 +47,35 @@ class Features:
         return self.features[views, rows], labels_of(self.labels, rows), rows
 
     def transformed(self, batch: Batch, device: torch.device | None = None) -> Batch:
-        """Features are what they are."""
+        """Features have no transform."""
         features, labels, rows = batch
         return features.to(device), labels, rows
 
 
 def linear_head(model: nn.Module) -> nn.Linear | None:
-    """The model's head where it is one linear layer that trains, and nothing else does."""
+    """The model's head if it is a linear layer and the only part that trains, else None."""
     names = convlora.summary(model).modules_to_save
     head = model.get_submodule(names[0]) if len(names) == 1 else None
     return head if isinstance(head, nn.Linear) else None
 
 
 def head_alone(head: nn.Linear, dropout: float) -> nn.Module:
-    """What comes after the features; shares the head with the whole model."""
+    """The dropout and the head, which is shared with the whole model."""
     return nn.Sequential(nn.Dropout(dropout), head)
 
 
 def features_of(
     model: nn.Module, head: nn.Linear, views: Sequence[Callable[[], View]], key: str, recipe: Recipe, job: Job
 ) -> Tensor:
-    """What the head is given for each patch of each view: ``(len(views), N, D)``, read where they are on disk.
+    """The head's input for each patch and view, ``(len(views), N, D)``; cached on disk.
 
     Args:
-        model: whose head is ``head``.
+        model: the model.
         head: its linear head.
-        views: make the same split under each view.
-        key: what the split and the views are; the backbone's own numbers are added.
-        recipe: images at a time, and the processes that read them.
-        job: whose folder keeps the features; its first process computes them.
+        views: functions that make the split under each view.
+        key: identifies the split and the views; a digest of the backbone's weights is added.
+        recipe: batch size and loader processes.
+        job: the job, whose first process computes the features and whose folder keeps them.
     """
     path = job.out / "features" / f"{_digest(model, head, key)}.safetensors"
     if job.is_first and not path.is_file():
@@ -100,7 +100,7 @@ def _inputs(model: nn.Module, head: nn.Linear, view: View, recipe: Recipe) -> Te
 
 
 def _digest(model: nn.Module, head: nn.Linear, key: str) -> str:
-    """Of the key and of every number of the backbone."""
+    """A digest of the key and of all weights of the backbone."""
     digest = hashlib.sha256(key.encode())
     own = {id(tensor) for tensor in head.parameters()}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -1,8 +1,7 @@
-"""Batches: a split as one method sees it, and which patches each process gets in which order.
+"""Batches: a split under a method's transforms, and the order of patches in each process.
 
-Every draw of augmentation is a function of (seed, epoch, patch): not of the batch that a patch is in, nor of the worker
-or process that reads it. So a training is the same with any number of workers, goes on after an interruption where it
-was, and several processes together see what one would.
+Random numbers of augmentation depend on (seed, epoch, patch), not on the batch, the worker or the process. A training
+is therefore the same with any number of workers, after an interruption, and with several processes together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class Batched(Protocol):
-    """What a `Loader` reads: a dataset that gives whole batches, in two steps."""
+    """A dataset for `Loader`, which returns whole batches in two steps: reading and transforming."""
 
     epoch: int
 
@@ -30,22 +29,22 @@ class Batched(Protocol):
         """Patches."""
 
     def __getitem__(self, index: int) -> Sample:
-        """One, through both steps."""
+        """Read and transform one sample."""
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """What is read."""
+        """Read a batch."""
 
     def transformed(self, batch: Batch, device: torch.device | None = None) -> Batch:
-        """What is made of it, on the device."""
+        """Transform a batch that was read, on the device."""
 
 
 class View:
-    """A split's patches through a transform, a batch at a time.
+    """A split's patches under a transform, a batch at a time.
 
     Args:
         split: a dataset of ``(image, label, index)`` with ``labels`` and ``centres``; its own transform is not used.
-        transform: of a batch ``(n, 3, H, W)`` and the draws of its patches.
-        seed: of the draws.
+        transform: takes a batch ``(n, 3, H, W)`` and the random numbers of its patches.
+        seed: seed of the random numbers.
     """
 
     def __init__(self, split: HistoDataset, transform: Transform, seed: int = 0) -> None:
@@ -61,36 +60,36 @@ class View:
         return images[0], labels[0], index
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """The patches of one batch as they are; DataLoader calls this where it exists."""
+        """Read the patches of one batch without a transform; DataLoader calls this if it exists."""
         images = torch.from_numpy(self.split.read(indices))
         rows = torch.as_tensor(indices)
         return images, labels_of(self.labels, rows), rows
 
     def transformed(self, batch: Batch, device: torch.device | None = None) -> Batch:
-        """A batch of these patches through the transform, on the device."""
+        """Transform a batch of patches on the device."""
         images, labels, rows = batch
         images = images.to(device, non_blocking=True)
         return self.transform(images, Draws(self.seed, self.epoch, rows.numpy())), labels, rows
 
 
 def labels_of(labels: Tensor | None, rows: Tensor) -> Tensor:
-    """Labels of some patches as floats, NaN where there are none."""
+    """Labels of some patches as floats, NaN if there are none."""
     return torch.full(rows.shape, torch.nan) if labels is None else labels[rows].float()
 
 
 class Batches(Sampler[list[int]]):
-    """Indices of each batch, of which a process gets its part: the parts of all make the batch of one process.
+    """The indices of each batch; each process gets its part, and the parts together are the batch of one process.
 
-    Shuffled anew for each epoch where a seed is given (the epoch is the sampler's whole state), with full batches
-    only: a last batch of one patch would stop BatchNorm in train mode. Else in order, all of them, each process taking
-    every n-th index.
+    With a seed the indices are shuffled for each epoch (the epoch is the sampler's only state), and batches are full: a
+    last batch of one patch would stop BatchNorm in train mode. Without a seed all indices come in order, and each
+    process takes every n-th.
     """
 
     def __init__(
         self, size: int, batch_size: int, *, seed: int | None = None, rank: int = 0, world: int = 1, start: int = 0
     ) -> None:
         self.size, self.batch_size, self.seed, self.rank, self.world = size, batch_size, seed, rank, world
-        self.start = start  # in order, the first index of all
+        self.start = start  # the first index, if in order
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -114,8 +113,8 @@ class Batches(Sampler[list[int]]):
 class Loader:
     """Batches of a dataset: ``(images or features, labels, indices)``.
 
-    Iterated, it gives them on the CPU, where workers transform, too. `on` gives them on a device that does so itself:
-    its workers only read, and read on while it works.
+    Iterating gives batches on the CPU, which workers have read and transformed. `on` gives batches on a device, which
+    transforms them itself while the workers read on.
     """
 
     def __init__(self, dataset: Batched, batch_sampler: Batches, workers: int) -> None:
@@ -128,18 +127,18 @@ class Loader:
         return self.on(torch.device("cpu"))
 
     def part(self, rank: int, world: int) -> "Loader":
-        """Of a loader in order, every ``world``-th patch from ``rank`` on."""
+        """A loader of every ``world``-th patch from ``rank`` on; for loaders in order."""
         own = self.batch_sampler
         return Loader(self.dataset, Batches(own.size, own.batch_size, rank=rank, world=world), self.workers)
 
     def between(self, start: int, stop: int) -> "Loader":
-        """Of a loader in order, the patches from ``start`` up to and without ``stop``."""
+        """A loader of the patches in [start, stop); for loaders in order."""
         return Loader(self.dataset, Batches(stop, self.batch_sampler.batch_size, start=start), self.workers)
 
     def on(self, device: torch.device) -> Iterator[Batch]:
         """The batches on a device, labels and indices on the CPU."""
         here = device.type == "cpu"
-        dataset: Any = self.dataset  # DataLoader's annotations ask for a base class, its code does not
+        dataset: Any = self.dataset  # DataLoader's annotations, but not its code, need a base class
         collate: Any = dataset.transformed if here else _as_it_is
         batches: DataLoader[Batch] = DataLoader(
             dataset,
@@ -147,7 +146,7 @@ class Loader:
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # else each pass would take a number from the one that dropout draws from
+            generator=torch.Generator(),  # else each pass would draw a number from the generator of dropout
         )
         return iter(batches) if here else (self.dataset.transformed(batch, device) for batch in batches)
 
@@ -165,10 +164,10 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
 ) -> Loader:
-    """Batches of ``(images, labels, indices)``; shuffled by the seed for training, without one in order.
+    """Make a loader of ``(images, labels, indices)``: shuffled by the seed, or in order without one.
 
     Raises:
-        ExampleError: a batch that the processes cannot share equally.
+        ExampleError: a batch size that the processes cannot share equally.
     """
     size = len(dataset)
     if seed is not None and (batch_size % world or size < world):
@@ -180,6 +179,6 @@ def make_loader(
 
 
 def begin_epoch(loader: Loader, epoch: int) -> None:
-    """Another order, and other draws of augmentation."""
+    """Set the epoch, which changes the order and the augmentation."""
     loader.batch_sampler.epoch = epoch
     loader.dataset.epoch = epoch

@@ -1,6 +1,6 @@
-"""Logs of a training: a CSV file, TensorBoard's where it is installed, and experiment trackers that were asked for.
+"""Logs of a training: a CSV file, TensorBoard's files if it is installed, and experiment trackers.
 
-All are written from the history, which the checkpoint holds, so that they never miss or repeat an epoch.
+All are written from the checkpoint's history, so they never miss or repeat an epoch.
 """
 
 import csv
@@ -19,9 +19,9 @@ class Log:
     """The log of one training under ``folder``: ``NAME.csv``, and the folder ``NAME`` for TensorBoard.
 
     Args:
-        folder: made when first written.
-        name: the training's.
-        history: epochs that an earlier run had done.
+        folder: folder, made at the first write.
+        name: the training's name.
+        history: epochs of an earlier run.
         tracked: the training's run in experiment trackers, see `trackers`.
     """
 
@@ -34,7 +34,7 @@ class Log:
             self._scalars(number, epoch)
 
     def write(self, history: Sequence[Any]) -> None:
-        """Take in the newest epoch of the history, a sequence of dataclasses."""
+        """Write the newest epoch of the history, a sequence of dataclasses."""
         text = io.StringIO()
         names = [f.name for f in dataclasses.fields(history[0])]
         rows = csv.DictWriter(text, ["epoch", *names], lineterminator="\n")
@@ -44,7 +44,7 @@ class Log:
         self._scalars(len(history) - 1, history[-1])
 
     def close(self) -> None:
-        """Let TensorBoard's file go."""
+        """Close TensorBoard's file."""
         if self._board is not None:
             self._board.close()
         if self.tracked is not None:

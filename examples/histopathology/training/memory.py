@@ -1,12 +1,12 @@
-"""How much memory a training step takes, and the largest batch that fits.
+"""The memory of a training step, and the largest batch that fits.
 
-`LiveBytes` counts the tensors that are alive at once, on any device: every storage that an operation makes, until it is
-let go. The step is a real one, with its gradients and Adam's states, on a copy of the model. What libraries allocate
-inside an operation is not seen, so that a margin is kept where this decides.
+`LiveBytes` counts the bytes of the tensors that are alive at once, on any device: each storage from its creation until
+it is freed. The step is real, with gradients and Adam's states, on a copy of the model. Memory that libraries allocate
+inside an operation is not counted, so a margin is kept.
 
-On a GPU the batch is tried (accelerate's ``find_executable_batch_size``): out of memory is an error there, and halving
-goes on. A CPU has no such error, the system ends the process instead: there the bytes of two small batches, which lie
-on a line, tell those of any other.
+On a GPU the batch size is halved until a step runs (accelerate's ``find_executable_batch_size``). A CPU raises no
+out-of-memory error before the system kills the process, so the bytes of two small batches are measured there and
+extrapolated linearly.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ExampleError
 
-# Of what is free: the rest is for what operations allocate inside themselves, for the loader and for fragments.
+# The share of free memory that is used: the rest is for allocations inside operations, the loader and fragmentation.
 SHARE = 0.6
 _PROBES = (2, 4)
 _CACHE = "inactive_file "
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of all tensors made inside the block that are alive at once, at most.
+    """The peak bytes of all tensors that are created inside the block and alive at once.
 
     >>> with LiveBytes() as live:
     ...     a = torch.zeros(1000) + torch.zeros(1000)
@@ -49,9 +49,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count what it made."""
+        """Run the operation, and count the storages that it created."""
         result = func(*args, **(kwargs or {}))
-        # What it was given may be older than the block: its result may share that storage and is not new.
+        # A result may share the storage of an input that is older than the block, and is then not new.
         old = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -76,13 +76,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def step_bytes(
     model: nn.Module, batch_size: int, image_size: int, to_train_mode: Callable[[nn.Module], Any] = nn.Module.train
 ) -> int:
-    """Bytes at the peak of one training step, weights included; the model is not changed.
+    """The peak bytes of one training step, weights included; the model is not changed.
 
     Args:
-        model: with what trains requiring a gradient.
-        batch_size: images of the step.
-        image_size: their side.
-        to_train_mode: as the method trains.
+        model: the model; its trained parameters require a gradient.
+        batch_size: images in the step.
+        image_size: side of the images.
+        to_train_mode: puts the model in the method's train mode.
     """
     model = copy.deepcopy(model)
     weights = sum(t.untyped_storage().nbytes() for t in {*model.parameters(), *model.buffers()})
@@ -98,14 +98,14 @@ def largest_batch(
     to_train_mode: Callable[[nn.Module], Any] = nn.Module.train,
     free: int | None = None,
 ) -> int:
-    """``most``, or the first of its halves, of which a training step fits into memory.
+    """The batch size ``most``, or the first of its halves, at which a training step fits in memory.
 
     Args:
-        model: on its device, as training would have it; not changed.
-        most: where to begin.
+        model: the model on its device; not changed.
+        most: the largest batch size.
         image_size: side of the images.
-        to_train_mode: as the method trains.
-        free: bytes that there are, on a CPU; None for what the system says.
+        to_train_mode: puts the model in the method's train mode.
+        free: free bytes on a CPU; None asks the system.
 
     Raises:
         ExampleError: not even one image fits.
@@ -128,7 +128,7 @@ def largest_batch(
 
 
 def free_bytes() -> int:
-    """What the system can still give, and no more than the container's limit leaves beside what it must keep."""
+    """The bytes that the system, or the container's limit if it is lower, still has free."""
     free = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     limit, used = (_read_number(group / name) for name in ("memory.max", "memory.current"))
@@ -162,7 +162,7 @@ def _largest_tried(model: nn.Module, most: int, image_size: int, to_train_mode: 
 
 
 def _step(model: nn.Module, batch_size: int, image_size: int, to_train_mode: Callable[[nn.Module], Any]) -> None:
-    """One step as `training` takes it, on grey images."""
+    """Run one training step on grey images."""
     device = next(model.parameters()).device
     to_train_mode(model)
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
@@ -175,7 +175,7 @@ def _step(model: nn.Module, batch_size: int, image_size: int, to_train_mode: Cal
 
 
 def _file_cache(path: Path) -> int:
-    """Bytes of files read long ago, which count as used and are let go where memory is wanted."""
+    """Bytes of the inactive file cache, which count as used but are freed when memory is needed."""
     try:
         return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(_CACHE)), 0)
     except (OSError, ValueError):

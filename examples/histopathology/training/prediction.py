@@ -1,4 +1,4 @@
-"""From a trained model to the logits that a method predicts by: views, statistics, threshold."""
+"""The logits of a method's predictions: views, statistics, threshold."""
 
 import copy
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from .recipe import predict_together
 
 
 def predict_by(how: Predict, model: nn.Module, loader: Callable[[int], Loader], job: Job) -> tuple[Tensor, Tensor]:
-    """Logits and labels ``(N,)``; above 0 means label 1.
+    """Predict logits, and return them with the labels, both ``(N,)``; above 0 means label 1.
 
     Args:
-        how: the method's way.
-        model: with its adapter; not changed.
-        loader: of so many views of each patch, see `transforms.EvalTransform`.
-        job: whose processes share the patches.
+        how: how the method predicts.
+        model: the model with its adapter; not changed.
+        loader: makes a loader with so many views of each patch, see `transforms.EvalTransform`.
+        job: the job, whose processes share the patches.
 
     Raises:
-        ExampleError: AdaBN of a network without batch norms, or of one image at a time.
+        ExampleError: AdaBN for a network without batch norms, or for one image at a time.
     """
     if how.adabn:
         model = adapted_to(loader(1), model)
@@ -37,7 +37,7 @@ def predict_by(how: Predict, model: nn.Module, loader: Callable[[int], Loader], 
 
 
 def ensembled(logits: Tensor) -> Tensor:
-    """The logit of the mean probability: ``(views, N)`` to ``(N,)``."""
+    """The logit of the mean probability over views: ``(views, N)`` to ``(N,)``."""
     logits = logits.double()
     positive = torch.logsumexp(nn.functional.logsigmoid(logits), 0)
     negative = torch.logsumexp(nn.functional.logsigmoid(-logits), 0)
@@ -45,10 +45,10 @@ def ensembled(logits: Tensor) -> Tensor:
 
 
 def balanced(logits: Tensor) -> Tensor:
-    """Shifted so that exactly half of them lie above 0, rounded down: ``(N,)`` to the same, in the same order.
+    """Shift the logits ``(N,)`` so that exactly half of them, rounded down, lie above 0; the order stays.
 
-    Which of equal logits are among that half is drawn, always the same for so many patches: by the order of the file a
-    network that says one thing of all would be right wherever the file is sorted by label.
+    Which of equal logits are in that half is drawn with a fixed seed. By their order in the file, a network that gives
+    the same logit to all would be right on a file that is sorted by label.
     """
     drawn = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
     order = drawn[logits[drawn].argsort(descending=True, stable=True)]
@@ -58,17 +58,17 @@ def balanced(logits: Tensor) -> Tensor:
     positive = torch.zeros(len(logits), dtype=torch.bool)
     positive[order[:half]] = True
     shifted = logits - logits[order[half - 1 : half + 1]].mean()
-    # equal ones, and neighbours whose middle is rounded onto one of them, lie at 0
+    # equal logits, and neighbours whose middle is rounded onto one of them, lie at 0
     return torch.where(positive, shifted.clamp(min=torch.finfo(logits.dtype).tiny), shifted.clamp(max=0))
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """The model merged and without its adapter."""
+    """A copy of the model, merged and without its adapter."""
     return convlora.remove(convlora.merge(copy.deepcopy(model)))
 
 
 def adapted_to(loader: Loader, model: nn.Module) -> nn.Module:
-    """A plain copy whose batch norms have the statistics of these images; labels are not looked at.
+    """A plain copy whose batch norms have the statistics of these images; labels are not used.
 
     Li, Wang, Shi, Liu, Hou. Revisiting batch normalization for practical domain adaptation, 2016 (arXiv 1603.04779).
     """
@@ -77,7 +77,7 @@ def adapted_to(loader: Loader, model: nn.Module) -> nn.Module:
     plain.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over all batches
+        norm.momentum = None  # the mean over all batches
         norm.train()
     device = next(plain.parameters()).device
     batches = 0
@@ -91,14 +91,14 @@ def adapted_to(loader: Loader, model: nn.Module) -> nn.Module:
     return plain.eval()
 
 
-ALONE = "adabn: statistics are of images together; give two or more, and --batch-size 2 or more."
+ALONE = "adabn: statistics need several images; give two or more, and --batch-size 2 or more."
 
 
 def tracked_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The batch norms whose statistics AdaBN computes anew.
+    """The batch norms whose statistics AdaBN replaces.
 
     Raises:
-        ExampleError: there is none.
+        ExampleError: the network has none.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:

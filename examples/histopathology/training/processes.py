@@ -1,4 +1,4 @@
-"""One process or several, by accelerate: where a job runs, where it writes, and what only its first process does.
+"""A job in one or several processes by accelerate: its folder, and the work of its first process.
 
 ``accelerate launch`` and ``torchrun`` both set the variables that accelerate reads; without them there is one process.
 """
@@ -23,47 +23,47 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 
 T = TypeVar("T")
 
-# The others wait while the first proves and tests an adapter; torch's own limit of ten minutes would end them.
+# The others wait while the first process checks and tests an adapter; torch's limit of ten minutes would end them.
 _PATIENCE = timedelta(hours=2)
 
 
 def make_accelerator(precision: str = "fp32", tracker: str | None = None) -> Accelerator:
-    """The processes of this run, and the precision of their training steps.
+    """Make accelerate's object for this run's processes and the precision of their training steps.
 
     Raises:
         ExampleError: an unknown precision.
     """
     if precision not in PRECISIONS:
         raise ExampleError(f"precision {precision!r}: give one of {', '.join(PRECISIONS)}.")
-    # accelerate keeps one state for the whole program and refuses a second precision in it.
+    # accelerate keeps one state for the whole program and refuses a second precision.
     AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=PRECISIONS[precision],
         log_with=tracker,
-        # Unless told that it is on CPUs, accelerate would let torchrun's processes train unconnected.
+        # Without this option, accelerate would let torchrun's processes on CPUs train without connecting them.
         cpu=several_processes() and not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
 
 
 def several_processes() -> bool:
-    """Whether a launcher started more than one, told without starting anything."""
+    """Whether a launcher started several processes; this does not initialise them."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that prints and writes, told without starting anything."""
+    """Whether this is the process that prints and writes; this does not initialise the processes."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 @dataclass(frozen=True)
 class Job:
-    """Where trainings run and write.
+    """The folder and the processes of a run's trainings.
 
     Attributes:
-        out: the folder of everything written.
-        console: where progress goes; the first process's alone is shown.
-        resume: whether to go on from what an earlier run left in ``out``.
+        out: folder of all files.
+        console: console for progress; only that of the first process is shown.
+        resume: whether to continue an earlier run in ``out``.
         done: names of the trainings that this job has done.
     """
 
@@ -80,19 +80,19 @@ class Job:
 
     @property
     def processes(self) -> int:
-        """How many train together."""
+        """The number of processes that train together."""
         return int(self.accelerator.num_processes)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process is here."""
         self.accelerator.wait_for_everyone()
 
     def gathered(self, values: Sequence[T]) -> list[T]:
-        """The values of all processes, one after the other, in each of them."""
+        """The concatenated values of all processes, in each of them."""
         return list(gather_object(list(values)))
 
     def first_decides(self, value: Callable[[], T]) -> T:
-        """What the first process computes, in all of them; its error is everyone's."""
+        """The value that the first process computes, in every process; its error is raised in all of them."""
         answer: list[tuple[T | None, str]] = [(None, "")]
         if self.is_first:
             try:
@@ -106,7 +106,7 @@ class Job:
         return result  # type: ignore[return-value]
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's buffers: statistics that moved differ, each saw its own patches."""
+        """Copy the first process's buffers to all: tracked statistics differ, since each process saw other patches."""
         if self.processes > 1:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)

@@ -1,4 +1,4 @@
-"""The bar of one pass through the training set."""
+"""The progress bar of a pass through the training set."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 @contextmanager
 def progress_bar(console: Console, name: str, total: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar that goes away when done; yields a function to call with (images done, loss) after each step."""
+    """A progress bar that disappears at the end; yields a function to call with (images done, loss) after each step."""
     words = TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[note]}")
     columns = (TextColumn(name), BarColumn(), words, TimeRemainingColumn())
     start = time.perf_counter()

@@ -1,16 +1,16 @@
-"""The report's training recipe, the same for every method.
+"""The challenge report's training recipe, the same for every method.
 
-Batch 32, Adam, weight decay 1e-4, binary cross-entropy balanced by class, learning rate lowered on a plateau of
-the validation loss (patience 5), early stopping (patience 10), the best model by validation loss kept.
+Batch 32, Adam, weight decay 1e-4, class-balanced binary cross-entropy, learning rate lowered on a plateau of the
+validation loss (patience 5), early stopping (patience 10), best model by validation loss.
 
-One departure: the report's learning rate of 1e-4 is for its thousands of steps an epoch (``--full``). The small
-default run takes under 200 steps in all and uses 1e-3, for every method alike.
+The report's learning rate of 1e-4 is for thousands of steps an epoch (``--full``). The small default run takes under
+200 steps in all and uses 1e-3, for every method alike.
 
-On a CPU the same seed gives the same bits, also where the training was ended at any moment and resumed from its
-checkpoint, which each epoch leaves. Some CUDA kernels add in no fixed order.
+On a CPU the same seed gives the same bits, also after an interruption and ``--resume`` from the last epoch's
+checkpoint. Some CUDA kernels add in no fixed order.
 
-Several processes share each batch; without dropout, whose draws are each process's own, they train what one would.
-In bf16, the training steps alone are: factors, optimizer and validation stay in fp32.
+Several processes share each batch. Without dropout, which each process draws by itself, they train as one process does.
+With bf16 only the training steps use it: factors, optimizer and validation stay in fp32.
 """
 
 import math
@@ -46,22 +46,22 @@ from .progress import progress_bar
 from .trackers import TrackedRun
 
 CAMELYON_MPP = 0.97
-"""Microns per pixel of Camelyon16's and 17's slides at level 2: of the challenge's, WILDS's and PCam's patches."""
+"""Microns per pixel of the challenge's, WILDS's and PCam's patches: Camelyon16's and 17's slides at level 2."""
 
 
 DIVERGED = "the loss became"
-"""Words of the error that a sweep survives."""
+"""Words in the error of a diverged training, after which a sweep continues."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what is trained and how, apart from the method and the data."""
+    """All settings of a training, apart from the method and the data."""
 
     backbone: str = "lite0"
     weights: Path | None = None
     image_size: int = 96
     rank: int | None = None
-    """For every method, in place of its own."""
+    """The rank of every method, in place of its own."""
     epochs: int = 6
     lr: float = 1e-3
     batch_size: int = 32
@@ -73,12 +73,12 @@ class Recipe:
     stop_patience: int = 10
     precision: str = "fp32"
     mpp: float | None = CAMELYON_MPP
-    """Microns per pixel of the patches, so that slides are cut at the same; None where it is not known."""
+    """Microns per pixel of the patches, at which slides are cut for prediction; None if unknown."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of the history; ``seconds`` is the training pass alone, without validation."""
+    """One epoch of the history; ``seconds`` is the time of the training pass, without validation."""
 
     train_loss: float
     val_loss: float
@@ -89,14 +89,14 @@ class Epoch:
 
 @dataclass
 class EarlyStopping:
-    """Counts the epochs since the validation loss was last lower than ever before."""
+    """Counts the epochs since the lowest validation loss."""
 
     patience: int
     best: float = math.inf
     waited: int = 0
 
     def improved(self, loss: float) -> bool:
-        """Take in one epoch's loss; whether it is the lowest so far."""
+        """Record one epoch's loss; returns whether it is the lowest so far."""
         better = loss < self.best
         self.best = min(self.best, loss)
         self.waited = 0 if better else self.waited + 1
@@ -104,26 +104,26 @@ class EarlyStopping:
 
     @property
     def exhausted(self) -> bool:
-        """Whether ``patience`` epochs in a row brought nothing."""
+        """Whether ``patience`` epochs in a row brought no lower loss."""
         return self.waited >= self.patience
 
 
 @dataclass
 class Fit:
-    """A finished training: its history, and which epoch's numbers the model was left with."""
+    """A finished training: its history, and the epoch whose weights the model has."""
 
     history: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
 
     @property
     def best(self) -> Epoch:
-        """The epoch whose numbers these are."""
+        """The epoch whose weights the model has."""
         return self.history[self.best_epoch]
 
 
 @dataclass
 class Training:
-    """One training between two epochs; all of it is in its checkpoint."""
+    """The state of a training between two epochs, all of which is in its checkpoint."""
 
     model: nn.Module
     optimiser: torch.optim.Optimizer
@@ -134,7 +134,7 @@ class Training:
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def took(self, epoch: Epoch) -> bool:
-        """Take in an epoch; whether it is the best so far."""
+        """Record an epoch; returns whether it is the best so far."""
         self.history.append(epoch)
         self.schedule.step(epoch.val_loss)
         improved = self.stopping.improved(epoch.val_loss)
@@ -143,7 +143,7 @@ class Training:
         return improved
 
     def state(self, random_states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """All that the next epoch depends on; the sampler's state is the number of epochs done."""
+        """All state that the next epoch depends on; the sampler's state is the number of epochs done."""
         return {
             "model": copies(moving(self.model)),
             "optimizer": self.optimiser.state_dict(),
@@ -156,7 +156,7 @@ class Training:
         }
 
     def restore(self, state: Mapping[str, Any], process: int) -> None:
-        """Back to what `state` gave, with the generators of one process."""
+        """Restore what `state` returned, with the generators of one process."""
         put(state["model"], self.model)
         self.optimiser.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["scheduler"])
@@ -179,7 +179,7 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def class_balance(labels: Tensor) -> Tensor:
-    """The positive class's weight, negatives / positives, that makes both classes weigh the same."""
+    """The weight of the positive class, negatives / positives, which balances the classes."""
     positives = int(labels.sum())
     if positives in (0, len(labels)):
         raise ExampleError(
@@ -190,9 +190,10 @@ def class_balance(labels: Tensor) -> Tensor:
 
 
 def optimiser_for(model: nn.Module, recipe: Recipe, lr_ratio: float = 1.0) -> torch.optim.Optimizer:
-    """Adam on all that trains, at the recipe's learning rate and decay.
+    """Adam on all trainable parameters, with the recipe's learning rate and weight decay.
 
-    With a ratio other than 1 the factors B have so many times that rate (LoRA+), and no factor, bias or norm decays.
+    With a ratio other than 1 the factors B train at that multiple of the rate (LoRA+), and no factor, bias or norm has
+    weight decay.
     """
     parameters: Any = [p for p in model.parameters() if p.requires_grad]
     if lr_ratio != 1:
@@ -212,28 +213,28 @@ def fit(
     to_train_mode: Callable[[nn.Module], Any] = nn.Module.train,
     lr_ratio: float = 1.0,
 ) -> Fit:
-    """Train until the epochs or the patience end; the model is left with the numbers of its best epoch.
+    """Train until the last epoch or until early stopping; the model then has the weights of its best epoch.
 
-    After each epoch the job's folder holds ``checkpoints/NAME.pt`` and ``logs/NAME.csv``. A job that resumes goes on
-    from the first, bit for bit on a CPU.
+    After each epoch the job's folder holds ``checkpoints/NAME.pt`` and ``logs/NAME.csv``. A job that resumes continues
+    from the checkpoint, bit for bit on a CPU.
 
     Args:
-        model: on its device; only its trainable parameters are optimised.
+        model: the model on its device; only its trainable parameters are optimised.
         views: "train" and "val", with ``labels``.
         recipe: learning rate, patience, epochs, and so on.
-        job: where and with how many processes.
-        save: called with each new best model in place, by the first process; before the checkpoint that counts it.
-        name: of the files, and shown on each line.
-        identity: what the training is of; a checkpoint of another is refused.
+        job: folder and processes.
+        save: called by the first process when the model is the best so far, before the epoch's checkpoint is written.
+        name: name of the files and of the printed lines.
+        identity: what the training depends on; a checkpoint with another identity is refused.
         to_train_mode: puts the model in train mode.
-        lr_ratio: as `optimiser_for`.
+        lr_ratio: see `optimiser_for`.
 
     Raises:
-        ExampleError: one class only in the training labels, a loss that is not finite, a batch that the processes
-            cannot share, or a checkpoint of another training.
+        ExampleError: training labels of one class; a loss that is not finite; a batch that the processes cannot share;
+            a checkpoint of another training.
     """
     rank, world = int(job.accelerator.process_index), job.processes
-    # Every method sees the same augmentation and dropout draws, whatever building its model consumed.
+    # Seeded again, so that every method has the same augmentation and dropout, however its model was built.
     seed_generators(recipe.seed + 1_000_003 * rank)
     balance = class_balance(_labels(views["train"]))
     size, workers = recipe.batch_size, recipe.workers
@@ -266,23 +267,23 @@ def fit(
         if log is not None:
             log.close()
     if len(training.history) < recipe.epochs:
-        job.console.print(f"{name}: no better validation loss in {recipe.stop_patience} epochs, stopped early")
+        job.console.print(f"{name}: stopped early, no lower validation loss in {recipe.stop_patience} epochs")
     put(training.best, model)
     job.wait()
     return Fit(training.history, training.best_epoch)
 
 
 def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
-    """Logits and labels ``(N,)`` on the CPU in the loader's order, in eval mode; absent labels are NaN.
+    """Predict in eval mode; returns logits and labels ``(N,)`` on the CPU in the loader's order, NaN without labels.
 
-    Where the loader gives several views of each patch, logits are ``(views, N)``.
+    If the loader gives several views of each patch, the logits are ``(views, N)``.
     """
     (logits,), labels = predict_each([model], loader)
     return logits, labels
 
 
 def predict_each(models: Sequence[nn.Module], loader: Loader) -> tuple[list[Tensor], Tensor]:
-    """As `predict`, of several models in one pass over the patches."""
+    """Predict with several models in one pass over the patches, see `predict`."""
     device = next(models[0].parameters()).device
     logits: list[list[Tensor]] = [[] for _ in models]
     labels = []
@@ -290,7 +291,7 @@ def predict_each(models: Sequence[nn.Module], loader: Loader) -> tuple[list[Tens
         model.eval()
     with torch.inference_mode():
         for images, targets, _ in loader.on(device):
-            # All views at once fill a GPU; on a CPU they would only take memory.
+            # All views at once keep a GPU busy; on a CPU they would only take memory.
             step = len(targets) if device.type == "cpu" else len(images)
             parts = [_to(part, device) for part in torch.split(images, step)]
             for own, model in zip(logits, models, strict=True):
@@ -301,12 +302,12 @@ def predict_each(models: Sequence[nn.Module], loader: Loader) -> tuple[list[Tens
 
 
 def predict_together(models: Sequence[nn.Module], loader: Loader, job: Job) -> tuple[list[Tensor], Tensor]:
-    """As `predict_each`, the patches shared among the job's processes; each gets all of the result.
+    """Predict as `predict_each`, with the patches shared among the job's processes; each gets the whole result.
 
     Args:
-        models: the same in every process.
-        loader: of the whole split, in order.
-        job: whose processes.
+        models: the models, the same in every process.
+        loader: a loader of the whole split, in order.
+        job: the job.
     """
     own = loader.part(int(job.accelerator.process_index), job.processes)
     parts = job.gathered([predict_each(models, own) if len(own) else None])
@@ -324,19 +325,19 @@ def predict_together(models: Sequence[nn.Module], loader: Loader, job: Job) -> t
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float | None:
-    """Share of patches on the right side of logit 0; None where labels are absent."""
+    """The share of patches whose logit has the label's sign; None without labels."""
     if labels.isnan().any():
         return None
     return float(((logits > 0) == labels.bool()).float().mean())
 
 
 def balanced_loss(logits: Tensor, labels: Tensor, balance: Tensor) -> float:
-    """Mean cross-entropy, label 1 weighing ``balance`` of `class_balance`: what training lowers, and chooses by."""
+    """Mean cross-entropy, with label 1 weighted by `class_balance`: the loss of training and validation."""
     return float(binary_cross_entropy_with_logits(logits, labels, pos_weight=balance))
 
 
 class _Logits(nn.Module):
-    """The model as its processes share it; accelerate changes ``forward`` of this, and the model stays as it is."""
+    """A wrapper of the model for several processes: accelerate changes the wrapper's ``forward``, not the model's."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -352,12 +353,12 @@ def _log(job: Job, name: str, identity: Mapping[str, Any], history: Sequence[Epo
 
 
 def _resume_or_clear(training: Training, path: Path, identity: Mapping[str, Any], job: Job) -> None:
-    """Go on from the checkpoint where the job resumes and there is one; else see to it that there is none."""
+    """Continue from the checkpoint if the job resumes and there is one; otherwise delete it."""
     state = read_checkpoint(path, identity) if job.resume else None
     if state is not None:
         training.restore(state, int(job.accelerator.process_index))
         job.console.print(f"{path.stem}: resumed after epoch {len(training.history)}", highlight=False)
-    job.wait()  # all have read before one writes
+    job.wait()  # all processes read before one writes
     if state is None and job.is_first:
         path.unlink(missing_ok=True)
 
@@ -370,8 +371,8 @@ def _epoch(
     job: Job,
     name: str,
 ) -> Epoch:
-    """One training pass, then the validation loss and accuracy."""
-    lr = optimiser.param_groups[-1]["lr"]  # the head's; B's may be another
+    """Run one training pass, then compute the validation loss and accuracy."""
+    lr = optimiser.param_groups[-1]["lr"]  # the head's rate; B may have another
     start = time.perf_counter()
     train_loss = _train_pass(wrapped, loaders["train"], optimiser, balance, job, name)
     seconds = time.perf_counter() - start
@@ -395,7 +396,7 @@ def _train_pass(
     job: Job,
     name: str,
 ) -> float:
-    """The mean loss over one pass through the training set, of all processes."""
+    """Run one pass through the training set; returns the mean loss over all processes."""
     device = next(wrapped.parameters()).device
     balance = balance.to(device)
     losses: list[float] = []
@@ -413,7 +414,7 @@ def _train_pass(
 
 
 def _validate(model: nn.Module, loader: Loader, job: Job) -> tuple[Tensor, Tensor]:
-    """Logits and labels of the whole split, in its order, in every process."""
+    """Logits and labels of the whole split in order, in every process."""
     job.share_buffers(model)
     (logits,), labels = predict_together([model], loader, job)
     return logits, labels
@@ -439,5 +440,5 @@ def _labels(dataset: Any) -> Tensor:
 
 
 def default_workers(device: torch.device) -> int:
-    """Loader processes: none on a CPU, where the network itself needs the cores; else up to eight."""
+    """The number of loader processes: none on a CPU, where the network itself needs the cores, else up to eight."""
     return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)

@@ -1,7 +1,7 @@
-"""Experiment trackers by name, through accelerate: MLflow, Weights & Biases and the others that it knows.
+"""Experiment trackers through accelerate: MLflow, Weights & Biases and others.
 
-Each training is a run of its own, with its configuration; its epochs are the steps. Where a tracker keeps its runs is
-its own affair (``MLFLOW_TRACKING_URI``, ``wandb login``).
+Each training is a run with its configuration, and its epochs are the steps. The tracker's own settings say where its
+runs are kept (``MLFLOW_TRACKING_URI``, ``wandb login``).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from ..errors import ExampleError
 
 PROJECT = "convlora-histopathology"
-# TensorBoard's files are written in any case, see `logs`.
+# TensorBoard's files are always written, see `logs`.
 NAMES = tuple(sorted(str(name) for name in LOGGER_TYPE_TO_CLASS if str(name) != "tensorboard"))
 _PACKAGES = {"comet_ml": "comet-ml"}
-# What each calls a run's name; the others find it in the configuration.
+# The trackers' options for a run's name; other trackers find it in the configuration.
 _NAMED = {
     "mlflow": "run_name",
     "wandb": "name",
@@ -32,10 +32,10 @@ _NAMED = {
 
 
 def check_tracker(name: str | None) -> None:
-    """Accept the name of a tracker whose package is here, and None.
+    """Refuse a tracker that is unknown or not installed; None is accepted.
 
     Raises:
-        ExampleError: an unknown name, or a package that is absent.
+        ExampleError: an unknown name, or a package that is not installed.
     """
     if name is None:
         return
@@ -46,15 +46,15 @@ def check_tracker(name: str | None) -> None:
 
 
 class TrackedRun:
-    """One run in the accelerator's trackers; nothing where it has none. For the first process.
+    """One run in the accelerator's trackers, if it has any; for the first process.
 
     Args:
         accelerator: made with ``log_with``.
-        name: of the run.
-        config: plain values, nested ones too.
+        name: name of the run.
+        config: plain values, which may be nested.
 
     Raises:
-        ExampleError: a tracker does not begin a run.
+        ExampleError: a tracker cannot start a run.
     """
 
     def __init__(self, accelerator: Accelerator, name: str, config: Mapping[str, Any]) -> None:
@@ -64,15 +64,15 @@ class TrackedRun:
         if not names:
             return
         named = {each: {_NAMED[each]: name} for each in names if each in _NAMED}
-        accelerator.trackers = []  # else accelerate would begin those of the run before once more
+        accelerator.trackers = []  # else accelerate would start the trackers of the previous run again
         try:
             accelerator.init_trackers(PROJECT, config={"training": name, **flat(config)}, init_kwargs=named)
-        except Exception as error:  # each tracker raises kinds of its own
-            raise ExampleError(f"--tracker {', '.join(names)}: it begins no run ({_brief(error)}).") from error
+        except Exception as error:  # each tracker has its own kinds of errors
+            raise ExampleError(f"--tracker {', '.join(names)}: cannot start a run ({_brief(error)}).") from error
         self.trackers = list(accelerator.trackers)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Take in numbers of one step. A tracker that fails ends no training: it is left out from then on, and said."""
+        """Log the numbers of one step. A tracker that fails does not end the training: it is dropped with a warning."""
         known = {key: value for key, value in values.items() if value is not None}
         for tracker in list(self.trackers):
             self._tried(tracker, partial(tracker.log, known, step=step))
@@ -85,10 +85,10 @@ class TrackedRun:
     def _tried(self, tracker: Any, call: Callable[[], object]) -> None:
         try:
             call()
-        except Exception as error:  # a server that went away, say
+        except Exception as error:  # for example, the server went away
             self.trackers.remove(tracker)
             warnings.warn(
-                f"--tracker {tracker.name}: run {self.name} is not whole, since it took no more ({_brief(error)}).",
+                f"--tracker {tracker.name}: run {self.name} is incomplete, since the tracker failed ({_brief(error)}).",
                 stacklevel=3,
             )
             with suppress(Exception):
@@ -96,7 +96,7 @@ class TrackedRun:
 
 
 def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested keys joined by points; what no tracker takes as text."""
+    """Join nested keys with points, and turn values that trackers do not take into text."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):

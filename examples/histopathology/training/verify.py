@@ -1,7 +1,7 @@
-"""Two proofs after each training: the saved adapter is the trained model, and merging changes nothing.
+"""Two checks after each training: the saved adapter equals the trained model, and merging keeps its predictions.
 
-A reloaded adapter that misses a BatchNorm statistic or a head still predicts something; only a comparison with
-the model that was in memory shows it.
+A reloaded adapter that lacks a BatchNorm statistic or a head still predicts something; only a comparison with the model
+in memory shows the fault.
 """
 
 import copy
@@ -19,7 +19,7 @@ from .recipe import predict_together
 
 @dataclass(frozen=True)
 class Proofs:
-    """Differences are the largest of any test patch, in logits."""
+    """The results of the checks; differences are the largest of any test patch, in logits."""
 
     patches: int
     reload_bit_equal: bool
@@ -29,7 +29,7 @@ class Proofs:
 
     @property
     def held(self) -> bool:
-        """Whether reloading gave the same bits and merging the same labels."""
+        """Whether the reloaded adapter gave the same bits and the merged model the same labels."""
         return self.reload_bit_equal and self.merge_same_labels
 
     def __str__(self) -> str:
@@ -42,13 +42,13 @@ class Proofs:
 
 
 def prove(trained: nn.Module, reloaded: nn.Module, loader: Loader, job: Job) -> tuple[Tensor, Proofs]:
-    """Test logits ``(N,)`` of the reloaded model, and how they compare; the patches are read once.
+    """Test logits ``(N,)`` of the reloaded model, and the checks; the patches are read once.
 
     Args:
-        trained: the best model as training left it in memory.
-        reloaded: a fresh base with the saved adapter loaded; not changed.
+        trained: the best model in memory.
+        reloaded: a fresh base with the saved adapter; not changed.
         loader: the test patches.
-        job: whose processes share them.
+        job: the job, whose processes share the patches.
     """
     merged = convlora.merge(copy.deepcopy(reloaded))
     (in_memory, logits, of_merged), _ = predict_together([trained, reloaded, merged], loader, job)

@@ -1,4 +1,4 @@
-"""The synthetic stand-in: deterministic, labelled as said, in the challenge's layout."""
+"""The synthetic data set: deterministic, labelled as said, in the challenge's layout."""
 
 import json
 import subprocess
@@ -14,10 +14,10 @@ import pytest
 
 from examples.histopathology.data.dataset import HistoDataset, open_splits
 from examples.histopathology.errors import ExampleError
-from examples.histopathology.making import standin
+from examples.histopathology.making import synthetic
 from examples.histopathology.making.hospitals import HOSPITALS, PUBLISHED, _slide
 from examples.histopathology.making.nuclei import FIBROBLAST, LYMPHOCYTE, choose_cells, draw, tumour_kind
-from examples.histopathology.making.standin import make_standin, render_patch
+from examples.histopathology.making.synthetic import make_synthetic, render_patch
 from examples.histopathology.making.tissue import Tissue, without_margin
 from examples.histopathology.making.writing import SplitWriter
 
@@ -27,8 +27,8 @@ SIZES = {"train": 40, "val": 12, "test": 12}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("standin")
-    make_standin(folder, SIZES, processes=1)
+    folder = tmp_path_factory.mktemp("synthetic")
+    make_synthetic(folder, SIZES, processes=1)
     return folder
 
 
@@ -53,13 +53,13 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("processes", [2])
 def test_the_bits_do_not_depend_on_the_number_of_processes(made, tmp_path, processes):
-    make_standin(tmp_path, SIZES, processes=processes)
+    make_synthetic(tmp_path, SIZES, processes=processes)
     assert_same(made, tmp_path)
 
 
 def test_workers_do_not_import_torch():
     # Each of them would spend seconds and hundreds of megabytes on it.
-    code = "import sys, examples.histopathology.making.standin; sys.exit('torch' in sys.modules)"
+    code = "import sys, examples.histopathology.making.synthetic; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -165,18 +165,18 @@ def test_colours_are_the_challenges():
 
 
 def test_the_same_request_is_not_rendered_twice(made, monkeypatch):
-    monkeypatch.setattr(standin, "_render_all", lambda *_: pytest.fail("rendered again"))
-    assert make_standin(made, SIZES) == made / "standin.json"
+    monkeypatch.setattr(synthetic, "_render_all", lambda *_: pytest.fail("rendered again"))
+    assert make_synthetic(made, SIZES) == made / "synthetic.json"
 
 
 def test_another_request_replaces_files_and_note(tmp_path):
     sizes = dict.fromkeys(SIZES, 2)
-    make_standin(tmp_path, sizes, processes=1)
+    make_synthetic(tmp_path, sizes, processes=1)
     done = []
-    make_standin(tmp_path, sizes, seed=5, dtype="uint8", processes=1, progress=done.append)
-    note = json.loads((tmp_path / "standin.json").read_text())
+    make_synthetic(tmp_path, sizes, seed=5, dtype="uint8", processes=1, progress=done.append)
+    note = json.loads((tmp_path / "synthetic.json").read_text())
     assert note["synthetic"] is True and note["seed"] == 5 and note["sizes"] == sizes and note["dtype"] == "uint8"
-    assert note["version"] == standin.VERSION
+    assert note["version"] == synthetic.VERSION
     assert done == [1, 2, 3, 4, 5, 6]
     with h5py.File(tmp_path / "val.h5", "r") as file:
         assert file["0/img"].dtype == "uint8"
@@ -184,17 +184,17 @@ def test_another_request_replaces_files_and_note(tmp_path):
 
 def test_an_interrupted_run_leaves_no_note_and_can_be_repeated(tmp_path):
     sizes = dict.fromkeys(SIZES, 2)
-    make_standin(tmp_path, sizes, processes=1)
+    make_synthetic(tmp_path, sizes, processes=1)
 
     def stop(done):
         if done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_standin(tmp_path, sizes, seed=1, processes=1, progress=stop)
+        make_synthetic(tmp_path, sizes, seed=1, processes=1, progress=stop)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["test.h5", "train.h5", "val.h5"]
-    make_standin(tmp_path, sizes, seed=1, processes=1)
-    assert (tmp_path / "standin.json").exists()
+    make_synthetic(tmp_path, sizes, seed=1, processes=1)
+    assert (tmp_path / "synthetic.json").exists()
 
 
 def test_real_data_is_never_overwritten(tmp_path):
@@ -202,7 +202,7 @@ def test_real_data_is_never_overwritten(tmp_path):
         writer.add(np.zeros((3, 96, 96)), None, [2])
     before = (tmp_path / "test.h5").read_bytes()
     with pytest.raises(ExampleError, match=r"test\.h5 exists"):
-        make_standin(tmp_path, SIZES)
+        make_synthetic(tmp_path, SIZES)
     assert [p.name for p in tmp_path.iterdir()] == ["test.h5"]
     assert (tmp_path / "test.h5").read_bytes() == before
 
@@ -218,5 +218,5 @@ def test_real_data_is_never_overwritten(tmp_path):
 )
 def test_faults_are_named(tmp_path, change, message):
     with pytest.raises(ExampleError, match=message):
-        make_standin(tmp_path, **({"sizes": dict.fromkeys(SIZES, 1), "processes": 1} | change))
+        make_synthetic(tmp_path, **({"sizes": dict.fromkeys(SIZES, 1), "processes": 1} | change))
     assert not list(tmp_path.iterdir())

@@ -1,10 +1,10 @@
-"""A synthetic stand-in for the challenge's data, in its layout, for when the data itself is not at hand.
+"""A synthetic data set in the challenge's layout, for use without the challenge's data.
 
-It shows that the pipeline works; **it is no evidence about Camelyon17**. Each file says so in its root
-attribute ``source``, and ``standin.json`` beside them says how they were made.
+It shows that the pipeline works; **it is no evidence about Camelyon17**. Each file says so in its root attribute
+``source``, and ``synthetic.json`` beside the files says how they were made.
 
-A patch is `tissue` under the light, lens and compression of one of the `hospitals`. Physics: Beer-Lambert with
-two stains (see `stain`). Worker processes import this module, so it must not import torch.
+A patch is `tissue` under the light, lens and compression of one of the `hospitals`, by the Beer-Lambert law with two
+stains (see `stain`). Worker processes import this module, so it must not import torch.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from .tissue import Tissue, without_margin
 from .writing import SplitWriter, refuse_to_overwrite
 
 VERSION = 2
-SOURCE = "synthetic stand-in, no real tissue"
-NOTE = "standin.json"
+SOURCE = "synthetic data set, no real tissue"
+NOTE = "synthetic.json"
 
 Progress = Callable[[int], None]
 Job = tuple[int, str, int]
@@ -54,7 +54,7 @@ class Patch:
 
     Attributes:
         image: ``(3, 96, 96)`` uint8.
-        label: 1 where `tumour` reaches into the central 32×32, else 0.
+        label: 1 if `tumour` reaches into the central 32×32, else 0.
         metadata: ``(4,)`` int64: centre, slide, x, y.
         tumour: ``(96, 96)`` bool, where the tumour is.
     """
@@ -65,7 +65,7 @@ class Patch:
     tumour: npt.NDArray[np.bool_]
 
 
-def make_standin(
+def make_synthetic(
     directory: str | os.PathLike[str],
     sizes: dict[str, int],
     seed: int = 0,
@@ -73,19 +73,18 @@ def make_standin(
     progress: Progress | None = None,
     processes: int | None = None,
 ) -> Path:
-    """Write ``train.h5``, ``val.h5``, ``test.h5`` and, last, ``standin.json``; returns the note's path.
+    """Write ``train.h5``, ``val.h5``, ``test.h5`` and, last, ``synthetic.json``; returns the note's path.
 
-    Nothing is done where the note of an earlier call says the same. Bits depend on the seed alone, not on
-    the number of processes. A script that calls this needs ``if __name__ == "__main__":``, as workers are
-    spawned.
+    Files that an earlier call made with the same arguments are kept. The bits depend on the seed alone, not on the
+    number of processes. A script that calls this needs ``if __name__ == "__main__":``, since workers are spawned.
 
     Args:
         directory: made if absent.
-        sizes: patches of each of the three splits.
-        seed: not negative.
-        dtype: of ``img``: "float32", "float16", "float64" or "uint8".
+        sizes: number of patches of each of the three splits.
+        seed: 0 or more.
+        dtype: stored type of ``img``: "float32", "float16", "float64" or "uint8".
         progress: called with the number of patches done so far, over all splits.
-        processes: None for all cores; 1 renders here.
+        processes: number of processes; None for all cores, 1 to render in this process.
 
     Raises:
         ExampleError: sizes, seed or dtype out of range; files of another origin in the folder; a full disk.
@@ -100,7 +99,7 @@ def make_standin(
     path.unlink(missing_ok=True)
     jobs = [(seed, split, index) for split in SPLITS for index in range(sizes[split])]
     done = 0
-    # Closed whatever happens: an interrupted run must not leave workers rendering.
+    # Closed even after an error: an interrupted run must not leave workers rendering.
     with closing(_render_all(jobs, processes)) as patches:
         for split in SPLITS:
             with SplitWriter(folder, split, dtype, SOURCE) as writer:
@@ -114,8 +113,8 @@ def make_standin(
 
 
 def render_patch(seed: int, split: str, index: int) -> Patch:
-    """Render patch `index` of a split; depends on nothing but the three arguments."""
-    code = SPLITS.index(split)  # seeds the patch: another order of SPLITS would be other patches
+    """Render patch `index` of a split; the patch depends on the three arguments alone."""
+    code = SPLITS.index(split)  # seeds the patch, so another order of SPLITS would give other patches
     rng = np.random.default_rng([seed, code, index, 0])
     slide = choose_slide(rng, seed, split)
     label = _label(seed, code, index)
@@ -128,9 +127,9 @@ def render_patch(seed: int, split: str, index: int) -> Patch:
 
 
 def _photograph(rng: np.random.Generator, tissue: Tissue, slide: Slide) -> npt.NDArray[np.uint8]:
-    """Light through the stains, through a lens that is not always in focus, onto a sensor, into a JPEG."""
+    """Pass light through the stains and a lens that is not always in focus onto a sensor, and store it as JPEG."""
     haematoxylin, eosin = (spread(rng)[:, None] * slide.stains).astype(np.float32)
-    # Not as a matrix product: its threads would fight over the cores with the other workers'.
+    # Not as a matrix product: its threads would compete for the cores with the other workers.
     density = np.multiply.outer(haematoxylin, tissue.haematoxylin) + np.multiply.outer(eosin, tissue.eosin)
     light = intensity(density, slide.white.astype(np.float32)[:, None, None])
     blur = slide.blur * rng.uniform(0.85, 1.2) + (rng.uniform(0.3, 1.0) if rng.random() < 0.08 else 0.0)
@@ -151,7 +150,7 @@ def _jpeg(pixels: npt.NDArray[np.uint8], quality: int) -> npt.NDArray[np.uint8]:
 
 
 def _label(seed: int, split: int, index: int) -> int:
-    # Each pair of neighbours holds one of each, in random order: balanced at any size.
+    # Each pair of neighbours holds one of each label, in random order, so a split is balanced at any size.
     first = int(np.random.default_rng([seed, split, index // 2, 1]).integers(2))
     return first ^ (index % 2)
 
@@ -161,27 +160,27 @@ def _render_chunk(jobs: Sequence[Job]) -> list[Row]:
 
 
 def _render_all(jobs: Sequence[Job], processes: int | None) -> Generator[Row, None, None]:
-    """Rows in the order of the jobs; rendered here when there are too few to pay for starting workers."""
+    """Rows in the order of the jobs; too few for starting workers are rendered in this process."""
     workers = _cores() if processes is None else processes
     if workers <= 1 or (processes is None and len(jobs) < _FEWEST_FOR_A_POOL):
         yield from (row for job in jobs for row in _render_chunk([job]))
         return
     chunks = [jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)]
-    # Spawned, not forked: the caller has torch loaded, whose threads do not survive a fork.
+    # Spawned, not forked: the caller has loaded torch, whose threads do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             yield from _in_order(pool, chunks, ahead=4 * workers)
         except BrokenProcessPool as error:
             raise ExampleError(
-                "the stand-in's worker processes ended early: out of memory, or a script without "
-                "`if __name__ == '__main__':` around its work. processes=1 renders without workers."
+                "the processes that draw synthetic patches ended early: out of memory, or a script without "
+                "`if __name__ == '__main__':` around its work. processes=1 renders without other processes."
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _in_order(pool: ProcessPoolExecutor, chunks: Sequence[Sequence[Job]], ahead: int) -> Iterator[Row]:
-    # Few chunks ahead: all at once would pile up in memory wherever the disk is slower than the workers.
+    # Only a few chunks ahead: finished chunks would fill the memory if the disk is slower than the workers.
     waiting: deque[Future[list[Row]]] = deque()
     for chunk in chunks:
         waiting.append(pool.submit(_render_chunk, chunk))
