@@ -1,12 +1,12 @@
-"""The stand-in's colours beside the challenge's, and the knobs that bring them together.
+"""Compare the synthetic data set's colours with the challenge's, and fit its parameters to them.
 
     python -m benchmarks.colours                    # means and standard deviations of 500 patches a split
     python -m benchmarks.colours --fit              # the amounts and spreads that fit the published figures best
 
-Nothing here reads a label or runs a model: the knobs of `examples.histopathology.making.hospitals` come from published
-colour statistics alone. The fit takes each patch's stains as they are drawn and asks for six numbers: the two
-spreads from patch to patch, and factors on haematoxylin and eosin for the training hospitals and for validation.
-It blurs the stains where the lens blurs the light, and leaves out noise and compression.
+No label is read and no model is run: the parameters in `examples.histopathology.making.hospitals` come from published
+colour statistics alone. The fit finds six numbers from the patches' stains: the two spreads between patches, and
+factors on haematoxylin and eosin for the training hospitals and for validation. It blurs the stains in place of the
+light, and omits noise and compression.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from examples.histopathology.making.synthetic import render_patch
 from examples.histopathology.making.tissue import Tissue, without_margin
 
 PATCHES = 500
-_STEP = 4  # every fourth pixel either way: the statistics of a patch need no more
-# Limits of what looks like tissue: a quarter in thickness, half in eosin, from patch to patch, either way. Both bind:
-# they keep the standard deviation of green a little below the published one.
+_STEP = 4  # every fourth row and column: enough for the statistics of a patch
+# Bounds within which patches look like tissue: they may vary by a quarter in thickness and by half in eosin. The fit
+# reaches both bounds, which keep the standard deviation of green a little below the published one.
 _THICKNESS, _UPTAKE = (0.1, 0.25), (0.1, 0.5)
 
 
 def show(seed: int) -> None:
-    """Print what 500 rendered patches of each split reach."""
+    """Print the colour statistics of 500 rendered patches of each split."""
     for split in SPLITS:
         images = np.stack([render_patch(seed, split, index).image for index in range(PATCHES)]) / 255
         mean, std = images.mean(axis=(0, 2, 3)), images.std(axis=(0, 2, 3))
@@ -42,7 +42,7 @@ def show(seed: int) -> None:
 
 
 def fit(seed: int) -> None:
-    """Print the six knobs of the best fit, and what they reach."""
+    """Print the six parameters of the best fit, and the statistics that they reach."""
     drawn = {split: _draw(seed, split) for split in PUBLISHED}
     start = np.log([hospitals.THICKNESS, hospitals.EOSIN_UPTAKE, 1, 1, 1, 1])
     bounds = np.log([_THICKNESS, _UPTAKE, *[(0.1, 10)] * 4]).T
@@ -55,7 +55,7 @@ def fit(seed: int) -> None:
 
 
 def _draw(seed: int, split: str) -> tuple[Floats, list[Slide], Floats]:
-    """Concentrations ``(n, pixels, 2)``, slides, and two standard normal numbers a patch."""
+    """Concentrations ``(n, pixels, 2)``, slides, and two standard normal numbers for each patch."""
     amounts, slides = [], []
     for index in range(PATCHES):
         rng = np.random.default_rng([seed, SPLITS.index(split), index, 0])
@@ -90,7 +90,7 @@ def _row(values: npt.ArrayLike) -> str:
 
 
 def main() -> None:
-    """Read the options; show or fit."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fit", action="store_true")

@@ -24,11 +24,11 @@ SHOWN = {
     "lora-8": ("convlora", "convlora"),
     "lean-16": ("convlora, lean", ""),
 }
-"""Arms of the accuracy benchmark, each with its label and its arm in `performance.md`; empty where it has none."""
+"""Methods of the accuracy benchmark, each with its label and its name in `performance.md`, or "" if it has none."""
 
 
 def times(page: str, network: str) -> dict[str, float]:
-    """Each arm's time of a training step over full fine-tuning's, from the first table of the network's section."""
+    """Each method's time of a training step over full fine-tuning's, from the first table of the network's section."""
     section = page.split(f"## {network},", 1)[1].split("A forward without gradients", 1)[0]
     return {arm: float(time) for arm, time in re.findall(r"^\| ([\w-]+) \| ([\d.]+) \|", section, re.MULTILINE)}
 

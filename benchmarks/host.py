@@ -1,15 +1,15 @@
-"""What a training step costs besides arithmetic, on images so small that little else is left: torch's calls, Python.
+"""The overhead of a training step: torch's calls and Python, on images so small that arithmetic takes little time.
 
     python -m benchmarks.host                                   # four networks, 2 images of 32 px, one thread
     python -m benchmarks.host --models resnet50 --arms full convlora --rounds 40
-    python -m benchmarks.host --calls                           # counts alone: the same on any machine
-    python -m benchmarks.host --compile inductor                # the same, each arm compiled
+    python -m benchmarks.host --calls                           # counts only: the same on any machine
+    python -m benchmarks.host --compile inductor                # each method compiled
     python -m benchmarks.host --device cuda --compile inductor --mode reduce-overhead   # with CUDA graphs
 
-A stand-in for a GPU that waits for Python. A step is that of `benchmarks.overhead`: zero_grad, forward in train mode,
-cross-entropy, backward, AdamW. Calls are the operators that torch dispatches in one step, below autograd, views among
-them. On a CPU, time is what the process spends (`time.process_time`), not the clock on the wall, so that another
-process counts for less. Arms run in rounds; ratios are of two times of the same round.
+It models a GPU that waits for Python. A step is that of `benchmarks.overhead`: zero_grad, forward in train mode,
+cross-entropy, backward, AdamW. Calls are the operators that torch dispatches in one step below autograd, including
+views. On a CPU the time is that of the process (`time.process_time`), which other processes affect less than wall-clock
+time. Methods run in rounds; a ratio compares two times of the same round.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def calls_of(run: Callable[[], object]) -> Counter[str]:
 
 
 def as_peft(model: nn.Module, rank: int) -> Subject:
-    """This library on the convolutions that peft accepts."""
+    """convlora on the convolutions that peft accepts."""
     trial = peers.peft(copy.deepcopy(model), rank).model
     taken = {name.removeprefix("base_model.model.") for name, m in trial.named_modules() if hasattr(m, "lora_A")}
     count = len(subjects.convolutions(model))
@@ -81,30 +81,30 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Figures:
-    """What was found for one arm of one network."""
+    """The figures of one method on one network."""
 
     arm: str
     adapted: int
-    """Layers with an adapter."""
+    """The number of layers with an adapter."""
     forward: int
     backward: int
     optimizer: int
     """Calls of one step."""
     seconds: list[float]
-    """Of a step, a figure a round; none where calls alone were counted."""
+    """Seconds of a step, one figure for each round; empty if only calls were counted."""
 
     @property
     def calls(self) -> int:
-        """Of the whole step."""
+        """Calls of the whole step."""
         return self.forward + self.backward + self.optimizer
 
     def against(self, other: Figures) -> Quartiles:
-        """Time over another arm's, round by round."""
+        """Time over another method's, round by round."""
         return Quartiles.of([mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)])
 
 
 def count(bench: Bench) -> tuple[int, int, int]:
-    """Calls of forward, backward and optimizer, once nothing of a first step is left to do."""
+    """Calls of forward, backward and optimizer, after the work that only a first step does."""
     bench.two_steps()
     loss: list[torch.Tensor] = []
     bench.optimizer.zero_grad()
@@ -114,7 +114,7 @@ def count(bench: Bench) -> tuple[int, int, int]:
 
 
 def measure(network: str, arms: Sequence[str], settings: Settings, compile: dict[str, Any] | None) -> list[Figures]:
-    """The arms of one network."""
+    """Measure the methods on one network."""
     settings = Settings(**{**vars(settings), "model": network})
     benches = [Bench.of(settings, ARMS[name], train=True) for name in arms]
     counts = [count(bench) for bench in benches]
@@ -134,7 +134,7 @@ def measure(network: str, arms: Sequence[str], settings: Settings, compile: dict
 
 
 def seconds_of(bench: Bench) -> float:
-    """The least that a step took of several in a row: of the process on a CPU, of the clock on an accelerator."""
+    """The fastest of several steps in a row, by process time on a CPU and by the clock on an accelerator."""
     on_cpu = bench.device.type == "cpu"
     least = float("inf")
     for _ in range(bench.settings.repeats):
@@ -148,10 +148,10 @@ def seconds_of(bench: Bench) -> float:
 
 
 def table(network: str, found: Sequence[Figures]) -> str:
-    """One network's arms, as Markdown."""
+    """A Markdown table of one network's methods."""
     by_name = {each.arm: each for each in found}
     full, lines = by_name.get(FULL), [f"### {network}", ""]
-    lines += ["| arm | layers | calls | forward | backward | optimizer | ms | × full | quartiles | µs a layer |"]
+    lines += ["| method | layers | calls | forward | backward | optimizer | ms | × full | quartiles | µs a layer |"]
     lines += ["| --- " + "| ---: " * 9 + "|"]
     for each in found:
         row = [each.arm, each.adapted or "", f"{each.calls:,}", each.forward, each.backward, each.optimizer]
@@ -170,9 +170,9 @@ def table(network: str, found: Sequence[Figures]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Run the command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.host", description=__doc__)
-    parser.add_argument("--models", nargs="+", default=NETWORKS, help="timm's names, or torchvision:NAME")
+    parser.add_argument("--models", nargs="+", default=NETWORKS, help="timm names, or torchvision:NAME")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, default=32, help="side of an image in pixels")
@@ -181,9 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="steps in a row, of which the fastest counts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--calls", action="store_true", help="count calls, and measure no time")
-    parser.add_argument("--compile", metavar="BACKEND", help="each arm through torch.compile")
-    parser.add_argument("--mode", help="of torch.compile: reduce-overhead has CUDA graphs")
+    parser.add_argument("--calls", action="store_true", help="count calls, without times")
+    parser.add_argument("--compile", metavar="BACKEND", help="compile each method with this torch.compile backend")
+    parser.add_argument("--mode", help="mode of torch.compile; reduce-overhead uses CUDA graphs")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     settings = Settings(

@@ -1,11 +1,11 @@
-"""What convlora, peft and LyCORIS do on each kind of convolution: the table of the README.
+"""The README's table of what convlora, peft and LyCORIS can do on each kind of convolution.
 
     python -m benchmarks.libraries
 
-One small layer of each kind gets an adapter of rank 4 with random factors. A library passes a kind where the merged
-layer's output equals the adapted one's, within 1e-4 of its size, and differs from the base's. The last rows ask whether
-taking the merge back returns the base's bits, and whether a network with BatchNorm that took one step in train mode
-predicts the same after it is saved and loaded into a fresh base.
+One small layer of each kind gets an adapter of rank 4 with random factors. A library passes if the merged layer's
+output equals the adapted one's, within 1e-4 of its size, and differs from the base's. The last rows test whether
+unmerging restores the base's bits, and whether a network with BatchNorm, after one step in train mode, predicts the
+same when it is saved and loaded into a fresh base.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .overhead.peers import library, their_warnings_aside
 from .overhead.tables import as_markdown
 
 Outputs = Iterator[torch.Tensor]
-"""Of the adapted layer, then of the merged one."""
+"""Outputs of the adapted layer, then of the merged one."""
 
 
 def _standardised() -> nn.Module:
@@ -56,7 +56,7 @@ def _randomise(module: nn.Module, marks: tuple[str, ...]) -> None:
 
 @torch.no_grad()
 def ours(base: nn.Module, x: torch.Tensor) -> Outputs:
-    """Injected, and merged."""
+    """Outputs with convlora: inject, then merge."""
     model = convlora.inject(nn.Sequential(base), 4, modules_to_save=None).eval()
     for parameter in convlora.adapter_parameters(model):
         nn.init.normal_(parameter, std=0.1)
@@ -66,7 +66,7 @@ def ours(base: nn.Module, x: torch.Tensor) -> Outputs:
 
 @torch.no_grad()
 def pefts(base: nn.Module, x: torch.Tensor) -> Outputs:
-    """LoraConfig on the layer, and merge_and_unload."""
+    """Outputs with peft: LoraConfig, then merge_and_unload."""
     lib = library("peft", "peft")
     model = lib.get_peft_model(nn.Sequential(base), lib.LoraConfig(r=4, target_modules=["0"])).eval()
     _randomise(model, ("lora_",))
@@ -76,7 +76,7 @@ def pefts(base: nn.Module, x: torch.Tensor) -> Outputs:
 
 @torch.no_grad()
 def lycoris(base: nn.Module, x: torch.Tensor) -> Outputs:
-    """LoCon on the layer, and merge_to."""
+    """Outputs with LyCORIS: LoCon, then merge_to."""
     adapter = library("lycoris.modules.locon", "lycoris-lora").LoConModule("layer", base, 1.0, 4, 8)
     _randomise(adapter, ("lora_",))
     adapter.apply_to()
@@ -94,7 +94,7 @@ LIBRARIES: dict[str, tuple[str, Callable[[nn.Module, torch.Tensor], Outputs]]] =
 
 
 def outcome(adapt: Callable[[nn.Module, torch.Tensor], Outputs], make: Callable[[], nn.Module]) -> str:
-    """A cell of the table: what came of one kind of layer in one library."""
+    """A cell of the table: the result of one kind of layer in one library."""
     torch.manual_seed(0)
     base = make().eval()
     dimensions = {"Conv1d": 1, "Conv3d": 3}.get(type(base).__name__, 2)
@@ -104,8 +104,8 @@ def outcome(adapt: Callable[[nn.Module, torch.Tensor], Outputs], make: Callable[
     outputs: list[torch.Tensor] = []
     try:
         with their_warnings_aside():
-            outputs.extend(adapt(base, x))  # keeps what came before an error
-    except Exception:  # whatever stops it is the answer
+            outputs.extend(adapt(base, x))  # keeps the outputs before an error
+    except Exception:  # any error is a result
         return "error in merging" if outputs else "error"
     before, merged = outputs
     if torch.allclose(before, plain):
@@ -135,7 +135,7 @@ def _same(one: Any, other: Any, images: torch.Tensor) -> str:
 
 
 def properties(folder: Path) -> dict[str, tuple[str, str, str]]:
-    """Rows of what is asked of whole networks; LyCORIS has no call that takes a merge back."""
+    """Rows on whole networks; LyCORIS has no call that unmerges."""
     peft_lib = library("peft", "peft")
     config = {"r": 4, "target_modules": ["0", "3"]}
     model = convlora.inject(_network(), 4, norm="track", modules_to_save=None)

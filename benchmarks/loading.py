@@ -1,16 +1,14 @@
-"""Images a second: batched reads against opening the file for each image, and making the stand-in.
+"""Images a second: batched reads against opening the file for each image, and drawing synthetic patches.
 
     python -m benchmarks.loading --images 4000 --workers 0 2
     python -m benchmarks.loading --generate 2000 --processes 1 2
 
-The other way of reading is the one of public notebooks: `h5py.File` opened, indexed and closed in each
-``__getitem__``. Both give the same tensors, through the same DataLoader settings; rounds alternate, so that
-other load on the machine falls on both. The file is in the page cache after the first, uncounted round: this
-measures the reader, not the disk.
+Public notebooks open, index and close `h5py.File` in each ``__getitem__``, which is compared here. Both ways give the
+same tensors with the same DataLoader settings. Rounds alternate, so that other load on the machine affects both. After
+the first, uncounted round the file is in the page cache, so the reader is measured, not the disk.
 
-``--generate`` times `synthetic.make_synthetic` as it is called, files included, with each number of processes, in
-alternating rounds, and prints each as a ratio to the first; CPU time a patch, because that hardly depends on
-what else the machine does.
+``--generate`` times `synthetic.make_synthetic`, files included, with each number of processes in alternating rounds. It
+prints ratios to the first, and the CPU time a patch, which hardly depends on other load.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ BATCH = 32
 
 
 class OpenPerImage(Dataset[tuple[Tensor, Tensor, int]]):
-    """Opens, reads and closes the file for each image."""
+    """A dataset that opens and closes the file for each image."""
 
     def __init__(self, path: Path, keys: list[str]) -> None:
         self.path = path
@@ -55,7 +53,7 @@ class OpenPerImage(Dataset[tuple[Tensor, Tensor, int]]):
 
 
 def make_split(directory: Path, images: int) -> Path:
-    """A train split of random pixels, float32."""
+    """Write a training split of random pixels, float32."""
     rng = np.random.default_rng(0)
     with SplitWriter(directory, "train") as writer:
         for i in range(images):
@@ -64,7 +62,7 @@ def make_split(directory: Path, images: int) -> Path:
 
 
 def images_per_second(dataset: Dataset[tuple[Tensor, Tensor, int]], workers: int, images: int) -> float:
-    """One shuffled epoch, the start of the workers not counted; images a second."""
+    """Images a second over one shuffled epoch, without the start of the workers."""
     loader = DataLoader(
         dataset,
         batch_size=BATCH,
@@ -82,7 +80,7 @@ def images_per_second(dataset: Dataset[tuple[Tensor, Tensor, int]], workers: int
 
 
 def compare(batched: HistoDataset, workers: int, rounds: int) -> None:
-    """Time both ways in alternating rounds and print the ratio, then each way's median and range."""
+    """Time both ways in alternating rounds; print the ratio, then each way's median and range."""
     opening = OpenPerImage(batched.path, [str(key) for key in batched.ids])
     ways = {"batched reads": batched, "open per image": opening}
     speeds: dict[str, list[float]] = {name: [] for name in ways}
@@ -97,7 +95,7 @@ def compare(batched: HistoDataset, workers: int, rounds: int) -> None:
 
 
 def make_patches(patches: int, processes: int) -> tuple[float, float]:
-    """One stand-in of this many train patches, written whole: patches a second, and CPU milliseconds a patch."""
+    """Write a synthetic data set of this many training patches; returns patches a second and CPU ms a patch."""
     sizes = {"train": patches, "val": 1, "test": 1}
     with tempfile.TemporaryDirectory() as folder:
         start, busy = time.perf_counter(), cpu_seconds()
@@ -107,18 +105,18 @@ def make_patches(patches: int, processes: int) -> tuple[float, float]:
 
 
 def cpu_seconds() -> float:
-    """What this process and its ended children have used."""
+    """CPU seconds of this process and its ended children."""
     return sum(os.times()[:4])
 
 
 def compare_generation(patches: int, processes: list[int], rounds: int) -> None:
-    """Make the stand-in with each number of processes in alternating rounds; print speeds, ratios and CPU time."""
+    """Draw patches with each number of processes in alternating rounds; print speeds, ratios and CPU time."""
     runs: dict[int, list[tuple[float, float]]] = {count: [] for count in processes}
     for _ in range(rounds):
         for count in processes:
             runs[count].append(make_patches(patches, count))
     first = statistics.median(speed for speed, _ in runs[processes[0]])
-    print(f"\nmaking the stand-in, {patches:,} patches, ratio to {processes[0]}")
+    print(f"\ndrawing {patches:,} synthetic patches, ratio to {processes[0]}")
     for count, measured in runs.items():
         speeds, busy = zip(*measured, strict=True)
         middle = statistics.median(speeds)
@@ -128,13 +126,13 @@ def compare_generation(patches: int, processes: list[int], rounds: int) -> None:
 
 
 def main() -> None:
-    """Read the options, make data where none is given, and compare."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with train.h5; random pixels if absent")
-    parser.add_argument("--images", type=int, default=4000, help="how many to read, or make (110 kB each)")
+    parser.add_argument("--data", type=Path, help="folder with train.h5 (default: random pixels)")
+    parser.add_argument("--images", type=int, default=4000, help="number of images to read, or to make (110 kB each)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of loader processes")
-    parser.add_argument("--generate", type=int, metavar="N", help="time the making of N stand-in patches instead")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to make them")
+    parser.add_argument("--generate", type=int, metavar="N", help="time the drawing of N synthetic patches instead")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes that draw them")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if options.generate:
@@ -145,7 +143,7 @@ def main() -> None:
 
 
 def compare_reading(options: argparse.Namespace) -> None:
-    """Make data where none is given, and compare at each number of workers."""
+    """Make data if none is given, and compare at each number of workers."""
     with tempfile.TemporaryDirectory() as folder:
         path = find_splits(options.data)["train"] if options.data else make_split(Path(folder), options.images)
         dataset = HistoDataset(path, limit=options.images)

@@ -1,11 +1,10 @@
-"""What does a training step keep, what does it need at its peak, and which batch fits, full against lean?
+"""The memory that a training step keeps, its peak, and the largest batch that fits, full against lean.
 
     python -m benchmarks.memory --model resnet50 tf_efficientnet_lite0 mobilenetv3_large_100 convnext_atto
 
-For each way of training: the bytes that autograd keeps from the forward for the backward, counted as
-``convlora.saved_bytes`` counts them; the peak of a step; and the largest batch that fits a budget of bytes for all that
-training holds: parameters, buffers, the optimizer's state and the step's peak. On a CPU what torch allocates is
-counted, not the process's size: the figures are the same from run to run, whatever else the machine does.
+For each method: the bytes that autograd keeps for the backward, as ``convlora.saved_bytes`` counts them; the peak of a
+step; and the largest batch that fits a budget for parameters, buffers, the optimizer's state and the step's peak. On a
+CPU torch's allocations are counted, not the process's size, so the figures do not depend on other load.
 """
 
 from __future__ import annotations
@@ -26,28 +25,28 @@ from benchmarks.overhead.runs import Settings, environment
 from benchmarks.overhead.tables import Row, as_markdown, machine, megabytes, wrapped
 
 ARMS = (FULL, "convlora", "convlora-masks", "convlora-freeze-A", "convlora-lean", "convlora-lean-bits")
-"""Of ``benchmarks.overhead``, in the order of the table."""
+"""Methods of ``benchmarks.overhead``, in the order of the table."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What one way of training needs, in bytes."""
+    """The memory of one method, in bytes."""
 
     arm: str
     saved: int
-    """Kept from the forward for the backward."""
+    """Bytes kept from the forward for the backward."""
     peak: int
-    """At once in a step, beyond what rests between steps."""
+    """The peak of a step beyond parameters, buffers and the optimizer's state."""
     resting: int
     """Parameters, buffers and the optimizer's state."""
     batch: int
-    """The largest that fits the budget; 0 where none does."""
+    """The largest batch that fits the budget; 0 if none does."""
 
 
 def of_a_step(settings: Settings, arm: str) -> tuple[int, int, int]:
-    """Saved, peak and resting bytes of one arm at the settings' batch."""
+    """Saved, peak and weight bytes of one method at the settings' batch."""
     bench = Bench.of(settings, TRAINING[arm], train=True)
-    bench.two_steps()  # the optimizer's state is there, and B is no longer zero
+    bench.two_steps()  # afterwards the optimizer has its state, and B is no longer zero
     bench.optimizer.zero_grad()
     own = [*bench.subject.model.parameters(), *bench.subject.model.buffers()]
     saved = measuring.saved_bytes(bench.forward, own)
@@ -57,15 +56,15 @@ def of_a_step(settings: Settings, arm: str) -> tuple[int, int, int]:
 
 
 def largest_batch(needed: Callable[[int], int], budget: float, first: int) -> int:
-    """The largest batch for which no more is needed than the budget, 0 where there is none.
+    """The largest batch that fits the budget; 0 if none does.
 
-    What is needed grows about linearly: a line through two batches that were tried gives the next, and never more than
-    twice the largest that was tried, since small batches need little of what grows.
+    Memory grows about linearly, so a line through two tried batches gives the next batch to try. It is at most twice
+    the largest one tried, since in small batches the growing part is small.
 
     Args:
-        needed: bytes, for a batch.
-        budget: in bytes.
-        first: a batch to begin with; twice as many is tried, too.
+        needed: gives the bytes of a batch.
+        budget: bytes.
+        first: the first batch to try; twice that is tried too.
     """
     tried = {batch: needed(batch) for batch in (first, 2 * first)}
     while True:
@@ -80,7 +79,7 @@ def largest_batch(needed: Callable[[int], int], budget: float, first: int) -> in
 
 
 def measured(settings: Settings, arms: Sequence[str], budget: float) -> list[Needs]:
-    """What each arm needs, the first one being what the others are compared with."""
+    """Measure each method; the first is the reference of the ratios."""
     found = []
     for arm in arms:
         print(f"{settings.model}: {arm}", file=sys.stderr)
@@ -95,7 +94,7 @@ def measured(settings: Settings, arms: Sequence[str], budget: float) -> list[Nee
 
 
 def table(found: Sequence[Needs]) -> str:
-    """A row for each arm; ratios to the first one's."""
+    """A table with a row for each method, with ratios to the first."""
     first = found[0]
     rows: list[Row] = [("arm", "saved ×", "saved MB", "peak ×", "peak MB", "rest MB", "largest batch")]
     for each in found:
@@ -110,20 +109,22 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         "python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("--model", nargs="+", default=["resnet50"], help="timm, or torchvision:NAME")
-    found.add_argument("--arms", nargs="+", default=ARMS, choices=list(TRAINING), help="the first is the reference")
+    found.add_argument("--model", nargs="+", default=["resnet50"], help="timm names, or torchvision:NAME")
+    found.add_argument(
+        "--arms", nargs="+", default=ARMS, choices=list(TRAINING), help="methods; the first is the reference"
+    )
     found.add_argument("--batch", type=int, default=4)
     found.add_argument("--size", type=int, default=96, help="side of an image in pixels")
     found.add_argument("--rank", type=int, default=8)
-    found.add_argument("--budget", type=float, default=1e9, help="bytes for the largest batch; 0 leaves it out")
-    found.add_argument("--threads", type=int, help="of torch on a CPU")
+    found.add_argument("--budget", type=float, default=1e9, help="bytes for the largest batch; 0 skips that search")
+    found.add_argument("--threads", type=int, help="torch's threads on a CPU")
     found.add_argument("--device", default="cpu")
-    found.add_argument("--json", type=Path, help="write everything there")
+    found.add_argument("--json", type=Path, help="file for all results")
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Run the command line."""
     options = parser().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)

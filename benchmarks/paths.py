@@ -1,10 +1,10 @@
-"""Does an adapted convolution take the fastest of its paths? Each path timed on the layers of real networks.
+"""Time each path of an adapted convolution on the layers of real networks: is the fastest one chosen?
 
     python -m benchmarks.paths --model resnet50 mobilenetv2_100 --batch 16 --size 224
 
-Forward and backward of every layer shape that the networks have, by each path, in interleaved rounds; beside the times
-stands what ``convlora/_layer/paths.py`` chooses, and what the choice loses. Grouped convolutions have one path and are
-left out. At the end: the constants of that file under which the choices would have lost the least time here.
+Every layer shape of the networks is run forward and backward by each path, in interleaved rounds. Beside the times are
+the choice of ``convlora/_layer/paths.py`` and the time that it loses. Grouped convolutions have one path and are
+skipped. At the end are the constants of that file with which the choices would lose the least time on this machine.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from convlora._layer.swap import original_class
 
 PATHS = ("fused", "weight", "branch")
 WRONG = 0.05
-"""A choice is called wrong where it is slower than the fastest by more than this share."""
+"""A choice is called wrong if it is slower than the fastest path by more than this share."""
 BALANCES = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 13.0, 17.0, 22.0, 30.0, 40.0, 60.0, 100.0)
 THINS = (1, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer shape as networks have it."""
+    """A layer shape of a network."""
 
     weight: tuple[int, ...]
     """``(C_out, C_in, kH, kW)``."""
     geometry: Geometry
     x: tuple[int, ...]
-    """The input as it is convolved: ``(N, C_in, H, W)``."""
+    """Shape of the padded input: ``(N, C_in, H, W)``."""
     sizes: LayerSizes
-    """What the choice is made from."""
+    """The sizes from which the path is chosen."""
 
     def __str__(self) -> str:
         (out, into, height, width), stride, dilation = self.weight, self.geometry.stride, self.geometry.dilation
@@ -69,7 +69,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Timed:
-    """A layer shape, how often it occurs, and seconds of a forward and backward by each path (medians)."""
+    """A layer shape, its count, and the median seconds of forward and backward by each path."""
 
     case: Case
     count: int
@@ -82,22 +82,22 @@ class Timed:
 
     @property
     def chosen(self) -> str:
-        """The path that the present constants choose."""
+        """The path that the current constants choose."""
         return chooser.choose(self.case.sizes)
 
     @property
     def lost(self) -> float:
-        """Seconds that the choice loses in one step, all layers of this shape together."""
+        """Seconds that the choice loses in one step, over all layers of this shape."""
         return self.count * (self.times[self.chosen] - self.times[self.best])
 
     @property
     def share_lost(self) -> float:
-        """What the choice takes longer than the fastest, as a share of that."""
+        """The time lost by the choice, as a share of the fastest path's."""
         return self.times[self.chosen] / self.times[self.best] - 1
 
 
 def find_cases(name: str, rank: int, images: Tensor) -> tuple[Counter[Case], int]:
-    """The shapes of a network's adapted plain convolutions, how often each occurs, and how many calls are grouped."""
+    """The shapes of a network's adapted convolutions without groups, with counts, and the number of grouped calls."""
     model = convlora.inject(make_base(name), rank).to(images.device).train()
     cases: Counter[Case] = Counter()
     grouped = 0
@@ -117,7 +117,7 @@ def find_cases(name: str, rank: int, images: Tensor) -> tuple[Counter[Case], int
 
 
 def _case(layer: Any, x: Tensor) -> Case | None:
-    """The layer's shape with this input, padded as it will be; None where it does not take the paths."""
+    """The layer's shape with this input, padded; None if the layer has no paths to choose from."""
     padding, change = _padding(layer), active_adapter(layer)
     if padding is None or not isinstance(change, Change) or not is_plain(layer, original_class(layer)):
         return None
@@ -133,7 +133,7 @@ def _case(layer: Any, x: Tensor) -> Case | None:
 
 
 def pass_of(case: Case, path: str, device: torch.device, layout: torch.memory_format) -> Callable[[], object]:
-    """A forward and backward of this shape by this path, on random numbers."""
+    """A function that runs this shape forward and backward by this path, on random numbers."""
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*size: int) -> Tensor:
@@ -153,7 +153,7 @@ def pass_of(case: Case, path: str, device: torch.device, layout: torch.memory_fo
 def time_case(
     case: Case, count: int, rounds: int, repeats: int, device: torch.device, layout: torch.memory_format
 ) -> Timed:
-    """Each path of a shape, in interleaved rounds."""
+    """Time each path of a shape in interleaved rounds."""
     ways = {path: partial(seconds, pass_of(case, path, device, layout), device, repeats) for path in PATHS}
     times = interleave(ways, rounds)
     return Timed(case, count, {path: Quartiles.of(values).median for path, values in times.items()})
@@ -161,7 +161,7 @@ def time_case(
 
 @contextmanager
 def constants(balance: float, thin: int) -> Iterator[None]:
-    """Other constants in ``convlora/_layer/paths.py`` for a while."""
+    """Use other constants in ``convlora/_layer/paths.py`` inside the block."""
     before = chooser.BALANCE, chooser.THIN
     chooser.BALANCE, chooser.THIN = balance, thin
     try:
@@ -172,7 +172,7 @@ def constants(balance: float, thin: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A pair of constants, and the seconds lost a step under it."""
+    """A pair of constants, and the seconds that it loses in a step."""
 
     balance: float
     thin: int
@@ -180,7 +180,7 @@ class Suggestion:
 
 
 def suggest(timed: Sequence[Timed]) -> Suggestion:
-    """The pair of the grid under which the choices lose the least; of equals, the one nearest to the present pair."""
+    """The pair of the grid that loses the least; of equal pairs, the nearest to the current one."""
     present = chooser.BALANCE, chooser.THIN
 
     def lost(balance: float, thin: int) -> float:
@@ -196,7 +196,7 @@ def suggest(timed: Sequence[Timed]) -> Suggestion:
 
 
 def table(timed: Sequence[Timed]) -> str:
-    """A line for each shape, those that lose most first."""
+    """A table with a line for each shape, by time lost."""
     rows: list[Row] = [("shape", "n", *PATHS, "chosen", "best", "lost%", "")]
     for item in sorted(timed, key=lambda item: -item.lost):
         cells = (figure(1e3 * item.times[path]) for path in PATHS)
@@ -207,7 +207,7 @@ def table(timed: Sequence[Timed]) -> str:
 
 
 def estimates(timed: Sequence[Timed]) -> str:
-    """A line for each shape: what ``chooser.estimate`` says of it, and by how much each path is not the fastest."""
+    """A table with a line for each shape: ``chooser.estimate``'s estimates, and each path's time beyond the fastest."""
     rows: list[Row] = [("shape", *(f"{path}{unit}" for path in PATHS for unit in ("", " ms")))]
     for item in timed:
         costs = {str(path): cost for path, cost in chooser.estimate(item.case.sizes).items()}
@@ -218,7 +218,7 @@ def estimates(timed: Sequence[Timed]) -> str:
 
 
 def conclusion(timed: Sequence[Timed]) -> str:
-    """What the choices lose in all, beside always taking one path, and the constants that would lose less."""
+    """The time lost by the choices and by always taking one path, and the constants that would lose less."""
     best = sum(item.count * item.times[item.best] for item in timed)
     lost = sum(item.lost for item in timed)
     wrong = sum(item.share_lost > WRONG for item in timed)
@@ -254,22 +254,24 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         "python -m benchmarks.paths", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("--model", nargs="+", default=["resnet50", "mobilenetv2_100"], help="timm, or torchvision:NAME")
+    found.add_argument(
+        "--model", nargs="+", default=["resnet50", "mobilenetv2_100"], help="timm names, torchvision:NAME"
+    )
     found.add_argument("--batch", type=int, default=16)
     found.add_argument("--size", type=int, default=224, help="side of an image in pixels")
     found.add_argument("--rank", type=int, default=8)
     found.add_argument("--rounds", type=int, default=7, help="counted ones")
-    found.add_argument("--repeats", type=int, default=3, help="passes in a row behind one figure")
-    found.add_argument("--threads", type=int, help="of torch on a CPU")
+    found.add_argument("--repeats", type=int, default=3, help="passes in a row for one figure")
+    found.add_argument("--threads", type=int, help="torch's threads on a CPU")
     found.add_argument("--device", default="cpu")
     found.add_argument("--channels-last", action="store_true")
-    found.add_argument("--estimates", action="store_true", help="print them too")
-    found.add_argument("--json", type=Path, help="write everything there")
+    found.add_argument("--estimates", action="store_true", help="print the estimates too")
+    found.add_argument("--json", type=Path, help="file for all results")
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Find the shapes, time them, print."""
+    """Run the command line."""
     options = parser().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -1,10 +1,10 @@
-"""One batch that goes to several adapters: one routed forward against the other ways to get the same.
+"""One batch for several adapters: one routed forward against other ways to compute the same.
 
     python -m benchmarks.routing --model resnet50 --size 128 --adapters 2 8 32
 
-Each adapter has its own factors in every convolution and its own head; samples come in turn, as requests do. The other
-ways: the adapters one after another, each on its own samples with ``set_adapter``; peft's ``adapter_names=`` in one
-forward on the same network; and, for scale, the base's plain forward. Rounds are interleaved.
+Each adapter has its own factors in every convolution and its own head; samples alternate between adapters, as requests
+do. The other ways are ``set_adapter`` and a forward for each adapter's samples, peft's ``adapter_names=`` in one
+forward of the same network, and, for scale, the base's forward. Rounds are interleaved.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from benchmarks.overhead.subjects import NotAvailable, convolutions, head_names,
 
 ROUTED, TURNS, PEFT, BASE = "use_adapters", "one after another", "peft adapter_names", "base alone"
 Way = Callable[[list[str], Tensor], Tensor]
-"""From a name for each sample, and the batch, to the outputs."""
+"""Takes an adapter's name for each sample, and the batch; returns the outputs."""
 
 
 def named(count: int) -> list[str]:
-    """Names of adapters."""
+    """Names for this many adapters."""
     return [f"a{index}" for index in range(count)]
 
 
 def ours(base: nn.Module, adapters: int, rank: int) -> nn.Module:
-    """The network with this many adapters, their factors and heads random."""
+    """The network with this many convlora adapters, with random factors and heads."""
     model = copy.deepcopy(base)
     for index, name in enumerate(named(adapters)):
         if index:
@@ -49,7 +49,7 @@ def ours(base: nn.Module, adapters: int, rank: int) -> nn.Module:
 
 
 def theirs(base: nn.Module, adapters: int, rank: int) -> Any:
-    """The same in peft; NotAvailable where it is not installed or refuses the network."""
+    """The network with this many peft adapters; raises NotAvailable if peft is missing or refuses the network."""
     lib = library("peft", "peft")
     config = lib.LoraConfig(
         r=rank,
@@ -72,7 +72,7 @@ def theirs(base: nn.Module, adapters: int, rank: int) -> Any:
 
 
 def routed(model: nn.Module) -> Way:
-    """One forward inside a ``use_adapters`` block; the block's own cost is in the time."""
+    """One forward in a ``use_adapters`` block; the time includes entering the block."""
 
     def run(names: list[str], images: Tensor) -> Tensor:
         with convlora.use_adapters(model, names):
@@ -83,7 +83,7 @@ def routed(model: nn.Module) -> Way:
 
 
 def in_turn(model: nn.Module) -> Way:
-    """``set_adapter`` and a forward for each adapter on its samples; then all outputs in the batch's order."""
+    """``set_adapter`` and a forward for each adapter's samples, with the outputs put in the batch's order."""
 
     def run(names: list[str], images: Tensor) -> Tensor:
         outputs: dict[int, Tensor] = {}
@@ -97,7 +97,7 @@ def in_turn(model: nn.Module) -> Way:
 
 
 def ways(base: nn.Module, adapters: int, rank: int) -> dict[str, Way]:
-    """Every way that can run here, by name."""
+    """The ways that can run here, by name."""
     model = ours(base, adapters, rank)
     found: dict[str, Way] = {ROUTED: routed(model), TURNS: in_turn(model), BASE: lambda _, images: base(images)}
     try:
@@ -109,11 +109,11 @@ def ways(base: nn.Module, adapters: int, rank: int) -> dict[str, Way]:
 
 
 def compare(found: dict[str, Way], names: list[str], images: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in interleaved rounds, after a check that routing predicts what the turns do."""
+    """Seconds of each way in interleaved rounds, after a check that routing and taking turns predict the same."""
     with torch.inference_mode():
         torch.testing.assert_close(
             found[ROUTED](names, images), found[TURNS](names, images), rtol=1e-3, atol=1e-5
-        )  # rounding only: networks with random weights spread it
+        )  # a tolerance for rounding, which networks with random weights amplify
         timed = {
             name: lambda way=way: seconds(lambda: way(names, images), images.device) for name, way in found.items()
         }
@@ -121,7 +121,7 @@ def compare(found: dict[str, Way], names: list[str], images: Tensor, rounds: int
 
 
 def report(adapters: int, times: dict[str, list[float]]) -> None:
-    """Print the medians and quartiles in ms, and each way's time in units of the routed forward's."""
+    """Print medians and quartiles in ms, and each way's time over the routed forward's."""
     print(f"\n{adapters} adapters")
     for name, values in times.items():
         spread, ratio = Quartiles.of([1e3 * value for value in values]), Quartiles.of(ratios(values, times[ROUTED]))
@@ -132,10 +132,10 @@ def report(adapters: int, times: dict[str, list[float]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the options and compare with each number of adapters."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet50", help="of timm, or torchvision:NAME")
-    parser.add_argument("--size", type=int, default=128, help="pixels of an image's side")
+    parser.add_argument("--model", default="resnet50", help="a timm name, or torchvision:NAME")
+    parser.add_argument("--size", type=int, default=128, help="side of an image in pixels")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--adapters", type=int, nargs="+", default=[2, 8, 32], help="numbers of adapters in the batch")
     parser.add_argument("--rank", type=int, default=8)

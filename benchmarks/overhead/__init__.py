@@ -1,5 +1,5 @@
-"""What training and running an adapted network costs beside full fine-tuning: time, memory, files."""
+"""Time, memory and files of training and running an adapted network, beside full fine-tuning."""
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler counts memory here, and need not speak of itself
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences torch's profiler, which counts memory here

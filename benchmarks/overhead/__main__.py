@@ -1,11 +1,11 @@
-"""What a training step and a forward cost with an adapter, beside full fine-tuning and other libraries.
+"""Time and memory of a training step and a forward with an adapter, beside full fine-tuning and other libraries.
 
     python -m benchmarks.overhead --model resnet50 --batch 16 --size 224 --json resnet50.json --plot resnet50.svg
     python -m benchmarks.overhead --model resnet50 --sweep rank 1 4 8 16 32 64 --json ranks.json
     python -m benchmarks.overhead --methods --model resnet18 --batch 8 --size 64 --threads 1 --json methods.json
     python -m benchmarks.overhead --report resnet50.json ranks.json --plot docs/performance.svg > docs/performance.md
 
-Ratios come first, each of two times of the same round. Peers that are not installed are named, not measured.
+A ratio compares two times of the same round. Libraries that are not installed are named, not measured.
 """
 
 from __future__ import annotations
@@ -38,26 +38,28 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch", type=int, default=16)
     found.add_argument("--size", type=int, default=224, help="side of an image in pixels")
     found.add_argument("--rank", type=int, default=8)
-    found.add_argument("--rounds", type=int, default=7, help="counted ones")
-    found.add_argument("--repeats", type=int, help="steps in a row behind one figure (1; 10 on a GPU)")
-    found.add_argument("--threads", type=int, help="of torch on a CPU")
+    found.add_argument("--rounds", type=int, default=7, help="counted rounds; one more warms up")
+    found.add_argument("--repeats", type=int, help="steps in a row for one figure (1; 10 on a GPU)")
+    found.add_argument("--threads", type=int, help="torch's threads on a CPU")
     found.add_argument("--device", default="auto")
     found.add_argument("--channels-last", action="store_true")
     found.add_argument("--amp", action="store_true", help="autocast to bfloat16")
-    found.add_argument("--apart", action="store_true", help="each arm in a process of its own, as one trains")
-    found.add_argument("--arms", nargs="+", choices=[*ALL_TRAINING, *INFERENCE], metavar="ARM", help="default: all")
-    found.add_argument("--methods", action="store_true", help="instead: each method beside the peers' layers of it")
-    found.add_argument("--sweep", nargs="+", metavar=("WHAT", "VALUE"), help="rank, batch or size, and its values")
-    found.add_argument("--json", type=Path, help="write everything there")
+    found.add_argument("--apart", action="store_true", help="run each method in its own process, as in real training")
     found.add_argument(
-        "--plot", type=Path, help="write a picture there (not of a sweep); with --report, of all networks"
+        "--arms", nargs="+", choices=[*ALL_TRAINING, *INFERENCE], metavar="METHOD", help="methods to run (default: all)"
     )
-    found.add_argument("--report", nargs="+", type=Path, metavar="JSON", help="write the docs' page, measure nothing")
+    found.add_argument(
+        "--methods", action="store_true", help="run convlora's methods beside peft's and LyCORIS' instead"
+    )
+    found.add_argument("--sweep", nargs="+", metavar=("WHAT", "VALUE"), help="rank, batch or size, and its values")
+    found.add_argument("--json", type=Path, help="file for all results")
+    found.add_argument("--plot", type=Path, help="file for a picture (not of a sweep); with --report, of all networks")
+    found.add_argument("--report", nargs="+", type=Path, metavar="JSON", help="print the docs page, measure nothing")
     return found
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The settings that the options mean on this machine."""
+    """The settings that the options give on this machine."""
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,29 +78,29 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def sweep(settings: Settings, what: str, values: Sequence[int], arms: Sequence[str]) -> list[Run]:
-    """A run for each value."""
+    """Measure a run for each value."""
     points = [Settings(**{**asdict(settings), what: value}) for value in values]
     return [run(point, arms, (), note, sweep=what) for point in points]
 
 
 def note(line: str) -> None:
-    """Progress, beside the output."""
+    """Print progress on stderr."""
     print(line, file=sys.stderr)
 
 
 def read(path: Path) -> list[Run]:
-    """The runs of one file."""
+    """Read the runs of a file."""
     return [Run.from_json(item) for item in json.loads(path.read_text(encoding="utf-8"))["runs"]]
 
 
 def write(path: Path, runs: Sequence[Run]) -> None:
-    """The runs into one file."""
+    """Write runs to a file."""
     data = {"runs": [item.to_json() for item in runs]}
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print, or write the page from what was measured."""
+    """Measure and print, or print the page from earlier results."""
     found = parser()
     options = found.parse_args(arguments)
     if options.report:
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arms = [FULL_CONSTANT, *METHODS]
     training, inference = ([name for name in arms if name in kind] for kind in (ALL_TRAINING, INFERENCE))
     if options.plot and (options.sweep or not training):
-        found.error("--plot draws training arms, and no sweep")
+        found.error("--plot draws training methods, not a sweep")
     if options.sweep:
         what, *values = options.sweep
         if what not in SWEEPS or not values or not all(value.isdecimal() and int(value) for value in values):

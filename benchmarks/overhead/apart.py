@@ -1,7 +1,7 @@
-"""An arm in a process of its own, which does one thing at a time when it is asked to.
+"""A method in its own process.
 
-In one process all arms share the C allocator's memory: what one of them gives back the next takes up. A training run is
-alone in its process, and may have to ask the operating system anew at every step for what it gave back.
+Methods in one process share the C allocator's memory: one reuses what another has freed. A training run is alone in its
+process, and may have to request memory from the operating system at every step.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ T = TypeVar("T")
 
 
 class Apart:
-    """A :class:`Bench` in another process; a block at whose end the process ends."""
+    """A :class:`Bench` in another process, which ends with the block."""
 
     def __init__(self, settings: Settings, name: str) -> None:
-        """Start the process and build the arm of this name there.
+        """Start the process and build the method of this name in it.
 
         Raises:
             NotAvailable: as :meth:`Bench.of`.
         """
         self._pool = ProcessPoolExecutor(
             max_workers=1,
-            mp_context=multiprocessing.get_context("spawn"),  # a fork would begin with this process's memory
+            mp_context=multiprocessing.get_context("spawn"),  # a forked process would start with this one's memory
             initializer=torch.set_num_threads,
             initargs=(torch.get_num_threads(),),
         )
@@ -64,7 +64,7 @@ class Apart:
 
 
 _benches: list[Bench] = []
-"""In the other process: the one arm."""
+"""The method, in the other process."""
 
 
 def _build(settings: Settings, name: str) -> None:

@@ -1,4 +1,4 @@
-"""One arm on its device: built, checked to train what it should, sized and timed."""
+"""Build one method on its device, check what it trains, and measure its sizes and times."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .subjects import Arm, Subject, make_base
 
 @dataclass
 class Bench:
-    """A subject on its device with a batch and, to train, an optimizer; and what can be asked of them."""
+    """A subject on its device with a batch and, for training, an optimizer."""
 
     settings: Settings
     arm: Arm
@@ -29,11 +29,11 @@ class Bench:
     """``(batch, 3, size, size)``."""
     labels: Tensor
     train: bool
-    """Whether a run is a training step; else a forward without gradients."""
+    """Whether a run is a training step; otherwise it is a forward without gradients."""
 
     @classmethod
     def of(cls, settings: Settings, arm: Arm, *, train: bool) -> Bench:
-        """Build the arm on a fresh base, in train or in eval mode."""
+        """Build the method on a fresh base, in train or in eval mode."""
         device = torch.device(settings.device)
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         with their_warnings_aside():
@@ -57,11 +57,11 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        """Where it all is."""
+        """The device."""
         return self.images.device
 
     def predict(self) -> Tensor:
-        """What the network says of the batch: ``(batch, 2)``."""
+        """The network's logits for the batch: ``(batch, 2)``."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
             found = self.subject.model(self.images)
         logits: Tensor = getattr(found, "logits", found)
@@ -72,27 +72,27 @@ class Bench:
         return F.cross_entropy(self.predict().float(), self.labels)
 
     def step(self) -> None:
-        """A training step."""
+        """Run a training step."""
         self.optimizer.zero_grad()
         torch.autograd.backward(self.forward())
         self.optimizer.step()
 
     def two_steps(self) -> None:
-        """After the first, B is no longer zero, so that A has a gradient too."""
+        """Run two training steps: after the first, B is no longer zero, so that A has a gradient too."""
         self.step()
         self.step()
 
     def look(self) -> None:
-        """A forward without gradients."""
+        """Run a forward without gradients."""
         with torch.no_grad():
             self.predict()
 
     def sizes(self) -> Result:
-        """All figures but times."""
+        """All figures except times."""
         return self.sizes_in_training() if self.train else self.sizes_in_inference()
 
     def sizes_in_training(self) -> Result:
-        """Those of a training step; refuses an arm that does not train what it should, or trains what it should not."""
+        """The sizes of a training step; raises if the method trains too few or other tensors."""
         model = self.subject.model
         found = measuring.movement(model, self.two_steps)
         if found.strayed or not found.moved:
@@ -115,14 +115,14 @@ class Bench:
         )
 
     def sizes_in_inference(self) -> Result:
-        """The peak of a forward, and what rests."""
+        """The peak of a forward, and the bytes of the weights."""
         self.look()
         if self.subject.before is not None:
             self.subject.before()
         return replace(self._described(), peak=measuring.peak_bytes(self.look, self.device))
 
     def time(self) -> float:
-        """Seconds of one run, what comes before it not counted."""
+        """Seconds of one run, without its preparation."""
         run, before = self.step if self.train else self.look, self.subject.before
         if before is None:
             return measuring.seconds(run, self.device, self.settings.repeats)
@@ -145,7 +145,7 @@ class Bench:
         )
 
     def _file_bytes(self, found: measuring.Movement) -> int:
-        """Bytes on disk of what the library writes; else of what moves, as safetensors."""
+        """Bytes of the files that the library writes, else of the tensors that moved, as safetensors."""
         if self.subject.write is None:
             tensors = dict(self.subject.model.named_parameters()) | dict(self.subject.model.named_buffers())
             names = (*found.moved, *found.stuck, *found.buffers)

@@ -1,4 +1,4 @@
-"""The instruments: seconds in interleaved rounds, bytes that autograd saves, the peak of a step, what has moved.
+"""The instruments: seconds in interleaved rounds, bytes that autograd saves, the peak of a step, moved tensors.
 
 The first few are those of ``convlora bench``.
 """
@@ -21,11 +21,11 @@ from convlora.command.measuring import seconds as seconds
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that a step holds at once, beyond what was there before it.
+    """The peak bytes of tensors in a step, beyond those before it.
 
-    On CUDA the caching allocator's own peak. On a CPU the running sum of what torch's profiler reports of each
-    allocation and release: the same from run to run, whatever else the machine does, where a process's resident set
-    depends on the C allocator's habits. What libraries allocate past torch (oneDNN's scratch) is in neither.
+    On CUDA it is the caching allocator's peak. On a CPU it is the running sum of the allocations and releases that
+    torch's profiler reports, which is the same in every run, unlike a process's resident set. Memory that libraries
+    allocate outside torch (oneDNN's scratch) is in neither.
     """
     gc.collect()
     if device.type == "cuda":
@@ -44,7 +44,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the numbers in these tensors."""
+    """Bytes of the elements of these tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -56,12 +56,12 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 @dataclass(frozen=True)
 class Movement:
-    """Which tensors of a model a few steps have changed."""
+    """The tensors of a model that a few steps changed."""
 
     moved: tuple[str, ...]
     """Trainable parameters that moved."""
     stuck: tuple[str, ...]
-    """Trainable parameters that did not."""
+    """Trainable parameters that did not move."""
     strayed: tuple[str, ...]
     """Frozen parameters that moved."""
     buffers: tuple[str, ...]
@@ -69,7 +69,7 @@ class Movement:
 
 
 def movement(model: nn.Module, steps: Callable[[], object]) -> Movement:
-    """Run the steps and compare every tensor of the model with what it was."""
+    """Run the steps and compare every tensor of the model with its earlier value."""
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     before = {name: tensor.detach().clone() for name, tensor in (parameters | buffers).items()}
     steps()

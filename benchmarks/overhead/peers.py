@@ -1,4 +1,4 @@
-"""What is measured, the other libraries' side; each is imported only when it is asked for.
+"""The measured networks of other libraries; each library is imported only when it is measured.
 
 All of them get the rank, an alpha of twice the rank, and the same head trained in full.
 """
@@ -20,23 +20,23 @@ from torch import nn
 from .subjects import NotAvailable, Subject, convolutions, head_names, heads, train_only
 
 PACKAGES = ("timm", "torchvision", "peft", "loralib", "lycoris-lora")
-"""Where the networks come from, and the peers."""
+"""The libraries of the networks, and the compared libraries."""
 
 
 def library(name: str, package: str) -> Any:
-    """An optional library; NotAvailable where it cannot be imported."""
+    """Import an optional library; raises NotAvailable if that fails."""
     try:
         with their_warnings_aside():
             return importlib.import_module(name)
     except ImportError as cause:
         missing = isinstance(cause, ModuleNotFoundError) and cause.name == name.partition(".")[0]
-        why = "not installed" if missing else f"not whole ({cause})"
+        why = "not installed" if missing else f"cannot be imported ({cause})"
         raise NotAvailable(f"{why}; pip install {package}") from cause
 
 
 @contextmanager
 def their_warnings_aside() -> Iterator[None]:
-    """What other libraries warn of is theirs."""
+    """Silence other libraries' warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -63,7 +63,7 @@ PEFT_CONFIGS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "boft": ("BOFTConfig", lambda rank: {"boft_block_size": rank, "boft_n_butterfly_factor": 2}),
     "hra": ("HRAConfig", lambda rank: {"r": rank}),
 }
-"""peft's configuration of each method: its name, and what is asked of it at a rank."""
+"""peft's configuration of each method: its class, and its options at a rank."""
 
 
 def peft(model: nn.Module, rank: int, method: str = "lora") -> Subject:
@@ -85,8 +85,10 @@ def _peft_config(lib: Any, rank: int, method: str, targets: str | list[str], **m
 
 
 def _peft_takes(lib: Any, conv: nn.Conv2d, rank: int, method: str) -> bool:
-    """By trying: peft refuses a rank that the groups do not divide, say."""
-    if method == "oft" and max(conv.kernel_size) > 1:  # there it sums overlapping patches: another network when fresh
+    """Whether peft accepts the convolution, by trying: it refuses a rank that the groups do not divide, for example."""
+    if (
+        method == "oft" and max(conv.kernel_size) > 1
+    ):  # peft then sums overlapping patches, so a fresh adapter changes W
         return False
     config = _peft_config(lib, rank, method, ["0"])
     try:
@@ -101,7 +103,7 @@ def _refuse_none(adapted: list[Any], found: dict[str, nn.Conv2d]) -> None:
 
 
 def peft_unmerged(model: nn.Module, rank: int) -> Subject:
-    """peft's layers, with factors that change something."""
+    """peft's layers, with factors that are not zero."""
     subject = peft(model, rank)
     for name, parameter in subject.model.named_parameters():
         if ".lora_" in name:
@@ -122,7 +124,7 @@ def peft_merged(model: nn.Module, rank: int) -> Subject:
 
 
 def loralib(model: nn.Module, rank: int) -> Subject:
-    """Microsoft's loralib: W + (B @ A) · scaling each time, a rank of r · k for a kernel of k × k, dense gradients."""
+    """loralib's layers: W + (B @ A) · scaling in each forward, rank r · k for a kernel of k × k, dense gradients."""
     lib, found, head = library("loralib", "loralib"), convolutions(model), list(heads(model))
     layers = {name: _loralib_layer(lib, conv, rank) for name, conv in found.items()}
     accepted = {name: layer for name, layer in layers.items() if layer is not None and works(layer, found[name])}
@@ -136,7 +138,7 @@ def loralib(model: nn.Module, rank: int) -> Subject:
 
 
 def _loralib_layer(lib: Any, conv: nn.Conv2d, rank: int) -> nn.Module | None:
-    """The convolution as loralib's; None where it has no such layer (subclasses, kernels that are not square)."""
+    """The convolution as a loralib layer; None if loralib has none (subclasses, kernels that are not square)."""
     if type(conv) is not nn.Conv2d or len(set(conv.kernel_size)) > 1:
         return None
     layer = lib.Conv2d(
@@ -167,11 +169,11 @@ LYCORIS_MODULES = {
     "oft": "diag_oft.DiagOFTModule",
     "boft": "boft.ButterflyOFTModule",
 }
-"""LyCORIS' class of each method, below ``lycoris.modules``."""
+"""LyCORIS' class of each method, in ``lycoris.modules``."""
 
 
 def lycoris(model: nn.Module, rank: int, method: str = "lora") -> Subject:
-    """LyCORIS's modules of a method on every convolution that they accept, in their default form."""
+    """LyCORIS' modules of a method on every convolution that they accept, with default options."""
     file, name = LYCORIS_MODULES[method].split(".")
     make, found = getattr(library(f"lycoris.modules.{file}", "lycoris-lora"), name), convolutions(model)
     train_only(model, *heads(model))
@@ -185,7 +187,7 @@ def lycoris(model: nn.Module, rank: int, method: str = "lora") -> Subject:
 
 
 def _alpha(method: str, rank: int) -> tuple[int, ...]:
-    """What follows the rank: of rotations it is a bound on them, and there is none by default."""
+    """The alpha, if it follows the rank; for rotations it is a bound instead, with no default."""
     return () if method in ("oft", "boft") else (2 * rank,)
 
 

@@ -1,4 +1,4 @@
-"""A picture of runs: the time of a training step and the memory that it keeps, both over full fine-tuning's."""
+"""Draw the time of a training step and the memory that it keeps, both over full fine-tuning's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .arms import FULL
 from .runs import Run
 
 COMPARED = {"convlora": "{}, {}", "peft": "… with peft"}
-"""Arms that are drawn of several runs, with what stands beside their bars; of one run all arms are drawn."""
+"""Methods that are drawn of several runs, with their labels; of one run all methods are drawn."""
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """The training arms' ratios into an SVG file; full fine-tuning is 1."""
+    """Draw the training methods' ratios as an SVG file; full fine-tuning is 1."""
     labels, pairs = [], []
     for run in runs:
         by_name = {r.arm: r for r in run.training if not r.unavailable}

@@ -1,4 +1,4 @@
-"""Measuring the arms: each is built and sized, and timed in rounds with the others."""
+"""Measure the methods: the sizes of each, then the times in rounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .subjects import Arm, NotAvailable
 
 
 def _measure(settings: Settings, arms: Sequence[Arm], say: Say, reference: str, others: Sequence[str]) -> list[Result]:
-    """Every arm that can be built is sized, and then timed in rounds with the others; none where there are none."""
+    """Measure the sizes of every method that can be built, then the times in rounds."""
     if not arms:
         return []
     benches: dict[str, Bench | Apart] = {}
@@ -32,7 +32,7 @@ def _measure(settings: Settings, arms: Sequence[Arm], say: Say, reference: str, 
                 benches[arm.name], results[arm.name] = bench, bench.sizes()
             except NotAvailable as reason:
                 results[arm.name] = Result(arm.name, arm.what, unavailable=str(reason))
-        say(f"{settings.rounds + 1} rounds of {len(benches)} arms")
+        say(f"{settings.rounds + 1} rounds of {len(benches)} methods")
         times = measuring.interleave({name: bench.time for name, bench in benches.items()}, settings.rounds)
     return _with_times(results, times, reference, others)
 
@@ -63,7 +63,7 @@ def _silent(line: str) -> None:
 def run(
     settings: Settings, training: Sequence[str], inference: Sequence[str], say: Say = _silent, sweep: str = ""
 ) -> Run:
-    """Measure these arms; the reference arm of either kind is measured where any of its kind is."""
+    """Measure these methods, and the reference of training or inference with them."""
     training, inference = with_reference(training, FULL), with_reference(inference, BASE)
     return Run(
         settings=settings,

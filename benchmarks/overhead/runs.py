@@ -1,4 +1,4 @@
-"""A measurement: its settings, what was found for each arm, and both as JSON."""
+"""A measurement: its settings, the results of each method, and both as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .peers import versions
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the figures, besides the machine."""
+    """All settings of a measurement, apart from the machine."""
 
     model: str = "resnet50"
     batch: int = 16
@@ -26,48 +26,48 @@ class Settings:
     """Side of an image in pixels."""
     rank: int = 8
     rounds: int = 7
-    """Counted; one more is run first."""
+    """Counted rounds; one more is run first."""
     repeats: int = 1
-    """Steps in a row behind one figure."""
+    """Steps in a row for one figure."""
     device: str = "cpu"
     channels_last: bool = False
     amp: bool = False
     """Autocast to bfloat16."""
     apart: bool = False
-    """Each arm in a process of its own; else all in one."""
+    """Whether each method has its own process."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was found for one arm; times in seconds, sizes in bytes."""
+    """The results of one method; times in seconds, sizes in bytes."""
 
     arm: str
     what: str
     unavailable: str = ""
-    """Why there are no figures; empty where there are."""
+    """Why there are no figures; empty if there are."""
     adapted: int = 0
     convolutions: int = 0
     trainable: int = 0
-    """Numbers in trainable parameters."""
+    """The number of trainable elements."""
     share: float = 0.0
-    """Of the base's parameters."""
+    """The trainable share of the base's parameters."""
     stuck: int = 0
     """Trainable tensors that two steps did not move."""
     saved: int = 0
-    """Kept by autograd between forward and backward."""
+    """Bytes kept by autograd between forward and backward."""
     peak: int = 0
-    """At once in a step, beyond what rests between steps."""
+    """The peak of a step beyond parameters, buffers and the optimizer's state."""
     resting: int = 0
     """Parameters and buffers."""
     optimizer: int = 0
     file: int = 0
-    """What has to be stored to have the trained model again, the base given."""
+    """Bytes to store the trained model, given the base."""
     seconds: list[float] = field(default_factory=list)
-    """Of a step or a forward, a figure a round."""
+    """Seconds of a step or a forward, one figure for each round."""
     ratios: list[float] = field(default_factory=list)
-    """Round by round to the reference arm."""
+    """Times over the reference's, round by round."""
     other_ratios: dict[str, list[float]] = field(default_factory=dict)
-    """Likewise to other arms."""
+    """Times over other methods', round by round."""
 
     @property
     def time(self) -> Quartiles:
@@ -76,23 +76,23 @@ class Result:
 
     @property
     def ratio(self) -> Quartiles:
-        """Time over the reference arm's, within the same round."""
+        """Time over the reference's in the same round."""
         return Quartiles.of(self.ratios)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One measurement of every arm."""
+    """One measurement of all methods."""
 
     settings: Settings
     training: list[Result]
     inference: list[Result]
     environment: dict[str, Any]
     sweep: str = ""
-    """The setting that a sweep moves, which this run is a point of."""
+    """The setting that a sweep varies, if this run is a point of one."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
+        """The run as plain JSON data."""
         return asdict(self)
 
     @classmethod
@@ -103,11 +103,11 @@ class Run:
 
 
 Say = Callable[[str], object]
-"""Told of progress."""
+"""Called with lines of progress."""
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The kind of machine and the versions; nothing that names the machine."""
+    """The kind of machine and the versions; nothing identifies the machine."""
     machine = platform.machine().replace("x86_64", "x86-64")
     on_gpu = device.type == "cuda"
     return {
@@ -124,5 +124,5 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def with_reference(names: Sequence[str], reference: str) -> list[str]:
-    """The arms with the one that the ratios refer to in front; none where there are none."""
+    """The methods with the reference first; empty if there are none."""
     return [reference, *(name for name in names if name != reference)] if names else []

@@ -441,7 +441,7 @@ def test_numbers_to_publish_are_by_centre_at_validations_threshold_and_temperatu
 def test_patients_are_drawn_where_they_are_named_and_the_page_says_so():
     apart, together = judged_report(), judged_report(torch.arange(400) // 40, "patient")
     assert [each.units for each in together.published[:3]] == [10, 10, 10]
-    assert "10 patients" in markdown(together) and "Whole patients were drawn" in html(together)
+    assert "10 patients" in markdown(together) and "Whole patients were resampled" in html(together)
     assert "Single patches were resampled" in html(apart)
     assert apart.published[0].estimates["auroc"] != together.published[0].estimates["auroc"]
 
