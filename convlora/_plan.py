@@ -122,7 +122,7 @@ class Plan:
         skipped: the layers that are not, each with the reason in ``note``.
         modules_to_save: names of the modules trained in full, such as the head, and ``head_found_by`` how.
         norms: names of the norm layers that the policy ``norm`` concerns.
-        path: how the convolutions compute in training.
+        training_path: how the convolutions compute in training.
         mask_activations: whether activations keep a mask, and pooling no input, in training.
         init: how the factors were initialised.
         freeze_A: whether every lora_A keeps its initial values, and lora_B alone is trained.
@@ -152,7 +152,7 @@ class Plan:
     base_parameters: int
     saved_parameters: int
     others: tuple[FrozenModule, ...] = ()
-    path: TrainingPath = "auto"
+    training_path: TrainingPath = "auto"
     mask_activations: Masks = False
     init: Init = "kaiming"
     freeze_A: bool = False
@@ -203,6 +203,7 @@ class Plan:
         names = {key: tuple(data[key]) for key in ("modules_to_save", "norms")}
         names |= {key: tuple(data.get(key, ())) for key in ("biases", "written", "notes")}
         others = tuple(FrozenModule(**item) for item in data["others"])
+        data = {"training_path" if key == "path" else key: value for key, value in data.items()}  # an older name
         return cls(**{**data, **layers, **names, "others": others})
 
     def __str__(self) -> str:

@@ -358,7 +358,7 @@ def test_the_program_times_every_plain_layer_by_each_path(tmp_path, capsys):
     paths.main(["--model", NETWORK, *options, "--json", str(file)])
     text, data = capsys.readouterr().out, json.loads(file.read_text(encoding="utf-8"))
     assert sum(item["count"] for item in data["layers"]) == 15
-    assert [item["case"]["shapes"]["input_grad"] for item in data["layers"]].count(False) == 1
+    assert [item["case"]["sizes"]["input_grad"] for item in data["layers"]].count(False) == 1
     for item in data["layers"]:
         assert item["times"].keys() == item["estimate"].keys() == set(paths.PATHS)
         assert item["best"] == min(item["times"], key=item["times"].get)

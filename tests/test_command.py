@@ -106,7 +106,7 @@ def test_plan_as_json_is_the_librarys_plan_and_its_totals():
 def test_every_option_of_plan_reaches_the_library():
     options = ["--alpha", 3, "--target", "layer*", "--target", "type:Linear", "--exclude", r"re:.*\.0\.conv2"]
     options += ["--rank-pattern", "*.conv1=2", "--alpha-pattern", "re:.*conv3=5.5", "--save", "fc", "--norm", "track"]
-    options += ["--rslora", "--dora", "--init", "orthogonal", "--path", "branch", "--rank", 6]
+    options += ["--rslora", "--dora", "--init", "orthogonal", "--training-path", "branch", "--rank", 6]
     found = as_json("plan", NETWORK, *CLASSES, *options)
     expected = convlora.plan(
         network(),
@@ -121,7 +121,7 @@ def test_every_option_of_plan_reaches_the_library():
         use_rslora=True,
         use_dora=True,
         init="orthogonal",
-        path="branch",
+        training_path="branch",
     )
     assert {key: found[key] for key in expected.to_json()} == json.loads(json.dumps(expected.to_json()))
 

@@ -25,7 +25,7 @@ paths = pytest.mark.parametrize("path", PATHS)
 
 def adapt(layer, path="auto", rank=2):
     convlora.inject(
-        layer, rank, modules_to_save=None, path=path, target_modules=type(layer), method_pattern={"*": "lora"}
+        layer, rank, modules_to_save=None, training_path=path, target_modules=type(layer), method_pattern={"*": "lora"}
     )
     randomise(layer)
     return layer
@@ -154,7 +154,7 @@ def test_fresh_adapter_is_exact_also_where_gradients_are_asked_for(path, images)
     torch.manual_seed(0)
     net = SmallNet()
     base = copy.deepcopy(net).eval()
-    convlora.inject(net, path=path)
+    convlora.inject(net, training_path=path)
     net.eval()
     assert torch.equal(net(images), base(images))
 
@@ -243,7 +243,9 @@ LEAN = {
 @pytest.mark.parametrize("by_hand", [False, True], ids=["asked for", "by hand"])
 def test_with_a_constant_A_a_layer_keeps_r_channels_and_not_its_input(path, name, by_hand):
     layer, shape, positions = copy.deepcopy(LEAN[name][0]), *LEAN[name][1:]
-    convlora.inject(layer, 4, modules_to_save=None, target_modules=type(layer), path=path, freeze_A=not by_hand)
+    convlora.inject(
+        layer, 4, modules_to_save=None, target_modules=type(layer), training_path=path, freeze_A=not by_hand
+    )
     lora = layer.convlora["default"]
     torch.nn.init.normal_(lora.lora_B, std=0.1)
     x = torch.randn(shape).requires_grad_(True)
@@ -267,7 +269,7 @@ def test_the_gradient_to_an_input_that_is_not_kept_is_torchs_to_the_bit(dtype, c
     """torch's function asks for the input, of which the form alone counts."""
     torch.manual_seed(0)
     layer = nn.Conv2d(16, 24, kernel, stride, padding=kernel // 2, dtype=dtype)
-    convlora.inject(layer, 4, modules_to_save=None, path="fused", freeze_A=True)
+    convlora.inject(layer, 4, modules_to_save=None, training_path="fused", freeze_A=True)
     torch.nn.init.normal_(layer.convlora["default"].lora_B)
     x = torch.randn(2, 16, 5, 7, dtype=dtype)
     if channels_last:
@@ -286,7 +288,7 @@ def test_the_gradient_to_an_input_that_is_not_kept_is_torchs_to_the_bit(dtype, c
 
 def test_where_h_would_be_the_larger_of_the_two_the_input_is_kept():
     layer, x = nn.Conv2d(3, 64, 7), torch.randn(2, 3, 12, 12, requires_grad=True)
-    convlora.inject(layer, 8, modules_to_save=None, freeze_A=True, path="fused")
+    convlora.inject(layer, 8, modules_to_save=None, freeze_A=True, training_path="fused")
     assert saved_bytes(layer, x) == x.numel() * 4
 
 
@@ -420,8 +422,8 @@ def test_the_input_may_be_given_by_its_name():
 
 
 def test_unknown_path_is_refused(net):
-    with pytest.raises(convlora.TargetError, match="path='fast'; it must be one of 'auto', 'fused'"):
-        convlora.inject(net, path="fast")
+    with pytest.raises(convlora.TargetError, match="training_path='fast'; it must be one of 'auto', 'fused'"):
+        convlora.inject(net, training_path="fast")
 
 
 def test_the_choice_follows_the_shapes():

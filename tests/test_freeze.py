@@ -101,7 +101,9 @@ def test_adapters_that_differ_in_it_keep_their_own_factors_trainable(images, tra
     assert equal(before, factors(other, "lora_A"))
 
 
-@pytest.mark.parametrize("options", [{}, {"path": "fused"}, {"path": "branch"}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"training_path": "fused"}, {"training_path": "branch"}, {"use_dora": True}], ids=str
+)
 def test_gradients_are_those_that_B_has_beside_a_trained_A(options, images):
     constant, both = injected(**options), convlora.inject(SmallNet(), 4, **options)
     both.load_state_dict(constant.state_dict())

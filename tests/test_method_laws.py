@@ -549,9 +549,9 @@ LAWS = (
 WAYS = (
     {},
     {"use_dora": True},
-    {"path": "fused"},
-    {"use_dora": True, "path": "weight"},
-    {"path": "branch"},
+    {"training_path": "fused"},
+    {"use_dora": True, "training_path": "weight"},
+    {"training_path": "branch"},
 )
 """Besides, what training may be asked for."""
 

@@ -83,7 +83,7 @@ def test_inputs_of_odd_sizes_do_in_the_adapted_model_what_they_do_in_the_dense_o
     build, shape = ODD[case]
     torch.manual_seed(0)
     base = build().eval()
-    model = convlora.inject(copy.deepcopy(base), 1, path=path, modules_to_save=None)
+    model = convlora.inject(copy.deepcopy(base), 1, training_path=path, modules_to_save=None)
     randomise(model)
     oracle = copy.deepcopy(base)
     with torch.no_grad():

@@ -55,7 +55,7 @@ def test_command_line_has_every_option_with_its_default():
     names = [each.name for each in fields(Adapting)]
     assert sorted([*names, *IN_PYTHON_ALONE]) == sorted(DEFAULTS)
     assert Adapting().arguments() == {name: DEFAULTS[name] for name in names}
-    for name in ("norm", "init", "path"):
+    for name in ("norm", "init", "training_path"):
         assert get_type_hints(Adapting)[name] == get_type_hints(Request)[name]
 
 
@@ -88,7 +88,7 @@ VALUES = {
     "budget": 100,
     "importance": {"0": 2.0, "1": 1.0},
     "example": torch.zeros(1, 3, 8, 8),
-    "path": "branch",
+    "training_path": "branch",
     "mask_activations": "bits",
     "adapter_name": "other",
 }

@@ -1488,7 +1488,7 @@ def gradients_of(net: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, t
 @situation("save_on_cpu, checkpoint, anomaly mode, deterministic algorithms, retain_graph", "the same gradients")
 def _() -> None:
     for path in ("fused", "weight", "branch"):
-        net = injected(path=path).train()
+        net = injected(training_path=path).train()
 
         def run(net: Any = net) -> torch.Tensor:
             return net(IMAGES)
@@ -1583,7 +1583,7 @@ def _() -> None:
 def _() -> None:
     for path in ("fused", "weight", "branch"):
         layer: Any = nn.Conv2d(3, 4, 3, 2, dtype=torch.float64)
-        convlora.inject(layer, 1, path=path, modules_to_save=None)
+        convlora.inject(layer, 1, training_path=path, modules_to_save=None)
         randomise(layer)
         lora, x = layer.convlora["default"], torch.randn(1, 3, 5, 5, dtype=torch.float64, requires_grad=True)
 

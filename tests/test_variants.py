@@ -202,7 +202,7 @@ def test_gradients_are_those_of_plain_autograd(path, init, use_dora, geometry):
     layer, x = geometry.build(torch.float64)
     plain = copy.deepcopy(layer)
     try:
-        adapt(layer, init=init, use_dora=use_dora, path=path)
+        adapt(layer, init=init, use_dora=use_dora, training_path=path)
     except convlora.TargetError:
         return  # so small that even rank 1 would outweigh it
     nudge(layer)

@@ -168,7 +168,7 @@ def _planned(root: nn.Module, adapters: Mapping[str, Adapter], adapter_name: str
             target_modules=exactly(dict.fromkeys(p.name for each in adapters.values() for p in each.plan.layers)) or (),
             modules_to_save=exactly(saved),
             norm="track" if tracked else "freeze",
-            path=first.path,
+            training_path=first.training_path,
             dropout=first.dropout if len(dropouts) == 1 else 0.0,
             adapter_name=adapter_name,
         ),

@@ -336,7 +336,7 @@ def _forward_in_training(layer: nn.Module, cls: type[nn.Module], change: Change 
     if factors is None:
         bias = cast("Tensor | None", layer.bias)
         return change.output(x, bias, partial(_plain_output, layer, base, bias))
-    y = forward(layer, x, base, *factors, change.scaling, change.path)
+    y = forward(layer, x, base, *factors, change.scaling, change.training_path)
     is_scaled = isinstance(change, Change) and change.use_dora
     return cast(Change, change).scaled_output(layer, y, base) if is_scaled and y is not None else y
 

@@ -40,7 +40,7 @@ class Change(nn.Module):
         scaling: the factor of the change; alpha / rank, or alpha / √rank with rsLoRA, in methods that have an alpha.
         strength: the share of the change that is applied, W + strength · (W' − W); see :func:`convlora.set_scale`.
         dropout: probability with which the inputs of the change are zeroed in training.
-        path: how a convolution with factors computes in training; see ``paths.py``.
+        training_path: how a convolution with factors computes in training; see ``paths.py``.
         groups: of a transposed convolution, which keeps ``(C_in, C_out / groups, kH, kW)``; 0 for every other layer.
         lora_magnitude: only with DoRA: ``(C_out,)``, the magnitude of each output channel's weight.
     """
@@ -75,7 +75,7 @@ class Change(nn.Module):
         rank: int,
         scaling: float,
         dropout: float = 0.0,
-        path: TrainingPath = "auto",
+        training_path: TrainingPath = "auto",
         *,
         groups: int = 1,
         transposed: bool = False,
@@ -90,7 +90,7 @@ class Change(nn.Module):
         self.scaling = scaling
         self.strength = 1.0
         self.dropout = dropout
-        self.path: TrainingPath = path
+        self.training_path: TrainingPath = training_path
         self.groups = groups if transposed else 0
         asked: dict[str, Any] = {**options}
         if self.by_channel:
@@ -145,7 +145,7 @@ class Change(nn.Module):
         raise NotImplementedError
 
     def factors(self) -> Factors | None:
-        """A ``(r, *weight_shape[1:])`` and B ``(C_out, r)`` where the change is scaling · B @ A; else None.
+        """A ``(rank, *weight_shape[1:])`` and B ``(C_out, rank)`` where the change is scaling · B @ A; else None.
 
         r is ``rank``, or 2 · ``rank`` for the anchored LoRA of PiSSA and OLoRA.
         """

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 Ints = tuple[int, ...]
 Factors = tuple[Tensor, Tensor]
-"""A ``(r, *weight.shape[1:])`` and B ``(weight.shape[0], r)`` of a change that is a multiple of B @ A."""
+"""A ``(rank, *weight.shape[1:])`` and B ``(weight.shape[0], rank)`` of a change that is a multiple of B @ A."""
 
 
 class Geometry(NamedTuple):

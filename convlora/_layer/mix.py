@@ -35,9 +35,9 @@ class Mix:
         return max(change.dropout for change in self.changes)
 
     @property
-    def path(self) -> TrainingPath:
+    def training_path(self) -> TrainingPath:
         """The training path that all changes share, or ``"auto"``."""
-        paths = {change.path for change in self.changes}
+        paths = {change.training_path for change in self.changes}
         return paths.pop() if len(paths) == 1 else "auto"
 
     @property

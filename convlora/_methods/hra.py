@@ -22,7 +22,7 @@ from ..errors import TargetError
 class HRA(Change):
     """W · H, H = H₁ H₂ … of ``rank`` reflections H_j = I − 2 u_j u_jᵀ / ‖u_j‖²: each output channel's kernel is turned.
 
-    W is read as the matrix ``(C_out, C_in / groups · kH · kW)``, in general ``(weight.shape[0], the rest)``.
+    W is read as the matrix ``(C_out, fan_in)``, in general ``(weight.shape[0], the rest)``.
     Reflections come in pairs that begin equal and undo each other. A pair of unit vectors u, v with d = v − u is
 
     .. math:: H_u H_v = I + 2 (u dᵀ − d vᵀ − ‖d‖² u vᵀ)
@@ -33,7 +33,7 @@ class HRA(Change):
     An odd rank is lowered by one.
 
     Attributes:
-        hra_u: u_j, ``(C_in / groups · kH · kW, rank)``, in general with as many rows as the matrix has columns. Only
+        hra_u: u_j, ``(fan_in, rank)``, in general with as many rows as the matrix has columns. Only
             their directions count. Equal in pairs at the start.
     """
 

@@ -25,7 +25,7 @@ class LoHa(Change):
 
     Attributes:
         hada_w1_a, hada_w2_a: A, ``(C_out, rank)``; with a core ``(rank, C_out)``.
-        hada_w1_b, hada_w2_b: B, ``(rank, C_in / groups · kH · kW)``; with a core ``(rank, C_in / groups)``. B₂ is zero
+        hada_w1_b, hada_w2_b: B, ``(rank, fan_in)``; with a core ``(rank, C_in / groups)``. B₂ is zero
             at the start.
         hada_t1, hada_t2: the cores, ``(rank, rank, kH, kW)``; for an ``nn.Conv1d`` ``(rank, rank, k, 1)``.
     """

@@ -24,7 +24,7 @@ MOST_TERMS = 100
 class OFT(Change):
     """W · Rᵀ, R block-diagonal of rotations: each output channel's kernel is turned.
 
-    W is read as the matrix ``(C_out, C_in / groups · kH · kW)``, in general ``(weight.shape[0], the rest)``. Each block
+    W is read as the matrix ``(C_out, fan_in)``, in general ``(weight.shape[0], the rest)``. Each block
     of R, ``rank`` numbers wide, is the Cayley transform of a skew-symmetric Q, (I − Q)(I + Q)⁻¹. What is added to W is
     W (R − I)ᵀ with R − I = −2 Q (I + Q)⁻¹, which is exactly zero at the start.
 

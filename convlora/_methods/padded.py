@@ -49,7 +49,7 @@ class PaddedLoRA(LoRA):
         own: dict[str, Any] = {}
         if change is not None:
             like = like.new_empty(0, dtype=torch.promote_types(like.dtype, change.own_dtype()))
-            own = {"dropout": change.dropout, "path": change.path}
+            own = {"dropout": change.dropout, "training_path": change.training_path}
         padded = cls(weight, like, width, 1.0, **own, **channels)
         padded.register_buffer("gain", torch.ones((), dtype=padded.own_dtype(), device=like.device))
         padded.rank = 0

@@ -58,7 +58,7 @@ def inject(
     budget: Budget | None = None,
     importance: Mapping[str, float] | None = None,
     example: Any = None,
-    path: TrainingPath = "auto",
+    training_path: TrainingPath = "auto",
     mask_activations: Masks = False,
     adapter_name: str = "default",
 ) -> M:
@@ -70,8 +70,8 @@ def inject(
     >>> optimizer = torch.optim.AdamW(convlora.trainable_parameters(model), lr=1e-3)
 
     A layer's weight becomes W + scaling · B A (Hu et al. 2021, arXiv:2106.09685), with A of shape
-    ``(r, C_in / groups, kH, kW)`` and B of ``(C_out, r)`` for a 2-D convolution, ``(r, in_features)`` and
-    ``(out_features, r)`` for a linear layer. A fresh adapter changes no output. Where the factors
+    ``(rank, C_in / groups, kH, kW)`` and B of ``(C_out, rank)`` for a 2-D convolution, ``(r, in_features)`` and
+    ``(out_features, rank)`` for a linear layer. A fresh adapter changes no output. Where the factors
     would have more parameters than their layer, its difference is trained in full instead, which has as many parameters
     as the layer; the summary says where. Create the optimizer after this call, and wrap in DDP or torch.compile after
     it.
@@ -115,7 +115,7 @@ def inject(
         example: what the model takes: one argument, a tuple of arguments or a dict of keyword arguments. One
             forward without gradients, in eval mode, finds the layers whose outputs are the model's; the model is as
             it was afterwards.
-        path: how a plain convolution computes in training: ``"auto"`` chooses from each layer's shapes among
+        training_path: how a plain convolution computes in training: ``"auto"`` chooses from each layer's shapes among
             ``"fused"``, ``"weight"`` and ``"branch"``. They differ in time, memory and rounding only.
         mask_activations: let ReLU, ReLU6, LeakyReLU and Hardtanh keep a mask for the backward in place of their output,
             a byte a number or, with ``"bits"``, a bit; max pooling the places of its maxima, average pooling nothing.
@@ -234,7 +234,7 @@ def _new_change(layer: nn.Module, planned: LayerPlan, plan: Plan, given: Mapping
         planned.rank,
         planned.scaling,
         plan.dropout,
-        plan.path,
+        plan.training_path,
         **(planned.channels | planned.options),
     )
     change.strength = planned.strength

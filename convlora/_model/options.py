@@ -56,7 +56,7 @@ class Options(TypedDict, total=False):
     budget: Budget | None
     importance: Mapping[str, float] | None
     example: Any
-    path: TrainingPath
+    training_path: TrainingPath
     mask_activations: Masks
 
 
@@ -88,7 +88,7 @@ class Request:
     budget: Budget | None = None
     importance: Mapping[str, float] | None = None
     example: Any = None
-    path: TrainingPath = "auto"
+    training_path: TrainingPath = "auto"
     mask_activations: Masks = False
     adapter_name: str = "default"
 
@@ -115,7 +115,7 @@ class Request:
         if self.alpha is not None:
             check_alpha(self.alpha, "alpha")
         check_among(NORM_POLICIES, self.norm, "norm")
-        check_among(PATHS, self.path, "path")
+        check_among(PATHS, self.training_path, "training_path")
         if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise TargetError(f"dropout={self.dropout!r}; it must be at least 0 and below 1.")
         check_name(self.adapter_name)

@@ -47,7 +47,7 @@ def plan(
     budget: Budget | None = None,
     importance: Mapping[str, float] | None = None,
     example: Any = None,
-    path: TrainingPath = "auto",
+    training_path: TrainingPath = "auto",
     mask_activations: Masks = False,
     adapter_name: str = "default",
 ) -> Plan:
@@ -122,7 +122,7 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         base_parameters=base_parameters,
         saved_parameters=_size(p for module in inside_saved for p in module._parameters.values()) + shifts,
         others=tuple(_others(named, inside_saved, choice.listed)),
-        path=request.path,
+        training_path=request.training_path,
         mask_activations=request.mask_activations,
         init=request.beginning,
         freeze_A=request.freeze_A,

@@ -131,7 +131,7 @@ class Adapting(Targeting):
         Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"] | None,
         typer.Option(help="How the factors begin. Default: kaiming."),
     ] = None
-    path: Annotated[TrainingPath, typer.Option(help="How a convolution computes in training.")] = "auto"
+    training_path: Annotated[TrainingPath, typer.Option(help="How a convolution computes in training.")] = "auto"
     mask_activations: Annotated[
         Literal["bytes", "bits"] | None, typer.Option(help="What activations keep for the backward.")
     ] = None
