@@ -137,7 +137,7 @@ def test_images_in_two_splits_are_told_with_ids(tmp_path):
     found = warnings(open_splits(data))
     (told,) = found["test"]
     assert told.startswith("2 of 8 images of test are in train too, pixel by pixel (ids 2, 5): ")
-    assert "what the model has seen" in told
+    assert "since the model has seen them" in told
     assert not found["train"] and not found["val"]
 
 
@@ -147,7 +147,7 @@ def test_a_centre_of_two_splits_and_a_split_of_one_label_are_told(tmp_path):
     splits["val"].rows.labels = [1] * 8
     one, shared = warnings(splits)["val"]
     assert one.startswith("every labelled image of val has the label 1: ")
-    assert shared.startswith("train and val share centre 0: ") and "hospital that the model has not seen" in shared
+    assert shared.startswith("train and val share centre 0: ") and "hospitals that the model has not seen" in shared
 
 
 def test_a_split_without_centres_shares_none(tmp_path):
