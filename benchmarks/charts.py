@@ -1,6 +1,6 @@
-"""Charts as SVG files that read at 390 px, light and dark: a row for each subject, and in each panel a bar or a point.
+"""Charts as SVG files that are legible at 390 px: a row for each subject, with a bar or a point in each panel.
 
-One file serves both colour schemes: it asks the browser which one is wanted, and draws its own background.
+One file serves the light and the dark colour scheme: it asks the browser for the scheme and draws its own background.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 WIDTH, ROW, TOP, GAP = 440, 24, 64, 12
-"""Of the drawing, a row, what stands above the rows, and what is left between panels; in px."""
+"""Width of the drawing, height of a row, height above the rows, and gap between panels, in px."""
 LABELS, FIGURE = 142, 40
-"""Room for a row's label, and for the figure behind a bar; in px."""
+"""Width of a row's label, and of the figure behind a bar, in px."""
 
 STYLE = """\
 .card { fill: #ffffff } .bar { fill: #b0bec5 } .spread { stroke: #90a4ae; stroke-width: 3 }
@@ -27,13 +27,13 @@ text { fill: #cfd8dc } .strong { fill: #ffffff } .axis { stroke: #455a64 }
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure of every row; a value of None is not drawn, and its text alone is shown."""
+    """A panel with one figure for each row; for a value of None only the text is shown."""
 
     heading: str
     values: Sequence[float | None]
     texts: Sequence[str]
     spreads: Sequence[float] = ()
-    """Half the length of the line through each point; none: bars from zero are drawn and not points."""
+    """Half the length of the line through each point; without it bars from zero are drawn, not points."""
     start: float = 0.0
     """The value at the left edge."""
 
@@ -41,7 +41,7 @@ class Panel:
 def chart(
     title: str, labels: Sequence[str], panels: Sequence[Panel], ours: Collection[int] = (), unit: str = ""
 ) -> str:
-    """The SVG text; rows in `ours` are drawn in the library's colour, and `unit` is a line under the title."""
+    """The SVG text; rows in `ours` have convlora's colour, and `unit` is a line under the title."""
     height = TOP + ROW * len(labels) + 10
     width = (WIDTH - LABELS - GAP * len(panels)) / len(panels)
     lines = [

@@ -1,12 +1,12 @@
-"""What every public call costs as adapters and layers grow in number: none may grow faster than they do.
+"""The time of every public call as the numbers of adapters and layers grow: no call may grow faster than they do.
 
     python -m benchmarks.growth
     python -m benchmarks.growth --only merge use_adapters --adapters 20 80
 
 Each call is timed beside 10, 40 and 160 adapters on 8 layers, and on networks of 50, 200 and 800 layers with 2
-adapters: processor time of this process, medians, since the machine may be shared. Layers are so small that arithmetic
-costs nothing. The growth is the exponent between the two larger sizes: 1 where twice as many cost twice as much, 0
-where they cost the same. ``tests/test_growth.py`` counts the function calls of the same, which nothing disturbs.
+adapters: medians of this process's processor time, since the machine may be shared. Layers are so small that arithmetic
+takes no time. The growth is the exponent between the two larger sizes: 1 if twice as many take twice the time, 0 if
+they take the same. ``tests/test_growth.py`` counts function calls instead, which other load does not change.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ import convlora
 ADAPTERS, LAYERS = (10, 40, 160), (50, 200, 800)
 FEW_LAYERS, FEW_ADAPTERS = 8, 2
 LINEAR = 1.2
-"""Above this exponent a call is said to grow faster than what it is about; 1 and what the machine's noise adds."""
+"""The exponent above which a call is reported: 1, plus the machine's noise."""
 ELSEWHERE = {
     "adopt": "a new head in the place of an only adapter's",
     "push_to_hub": "save_adapter, and an upload",
     "register": "touches no model",
     "register_method": "touches no model",
 }
-"""Public functions that are not timed, and why."""
+"""Public functions that are not timed, with reasons."""
 
 
 class Shift(nn.Module):
-    """Adds a buffer, which each adapter has for itself."""
+    """A module with a buffer, of which each adapter has its own."""
 
     shift: Tensor
 

@@ -1,4 +1,4 @@
-"""The networks that are adapted: with real ImageNet weights, or trained here on other classes than those to come."""
+"""The networks that are adapted: with ImageNet weights, or trained here on other classes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .training import Recipe, accuracy, fit
 LITE0, SCRATCH = "lite0", "scratch"
 SCRATCH_NETWORK = "resnet10t"
 KNOWN, NEW = range(0, 5), range(5, 10)
-"""Classes that the network from scratch learns first, and those that it is adapted to."""
+"""The classes that the network from scratch learns first, and those that it is adapted to."""
 
 
 def network(name: str, classes: int, seed: int, pretrained: nn.Module | None = None) -> tuple[nn.Module, float, float]:
-    """A pretrained network with a fresh head drawn by the seed, and the mean and deviation that its input wants."""
+    """A pretrained network with a fresh head drawn by the seed, and the mean and deviation of its input."""
     torch.manual_seed(seed)
     if pretrained is not None:
         model = copy.deepcopy(pretrained)
@@ -35,7 +35,7 @@ def network(name: str, classes: int, seed: int, pretrained: nn.Module | None = N
 def from_scratch(splits: Splits, recipe: Recipe, keep: Path) -> tuple[nn.Module, float]:
     """A small ResNet trained on the classes :data:`KNOWN` of these splits alone, and its accuracy on their test images.
 
-    It is kept in a file, so that each run that follows begins from the same numbers.
+    It is saved to a file, so that all later runs start from the same weights.
     """
     known = splits.only(KNOWN)
     torch.manual_seed(0)

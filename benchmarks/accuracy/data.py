@@ -1,7 +1,7 @@
-"""Images and labels: scikit-learn's digits, real and on every machine, or a folder of images; and shifts at test time.
+"""Images and labels: scikit-learn's digits, or a folder of images; and shifts of the test images.
 
-The digits are 1,797 scans of 8 × 8 grey values (Alpaydin and Kaynak, 1998). Three splits are drawn once, from a seed of
-their own, so that every arm, learning rate and seed sees the same validation and test images.
+The digits are 1,797 scans of 8 × 8 grey values (Alpaydin and Kaynak, 1998). The three splits are drawn once with a
+fixed seed, so that every method, learning rate and seed has the same validation and test images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 SPLIT_SEED = 1998
 VALIDATION, TEST = 200, 997
-"""Of the digits; the rest is there to train on."""
+"""Sizes of the digits' validation and test sets; the rest is for training."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,18 @@ class Images:
         return len(self.y)
 
     def take(self, index: Tensor) -> Images:
-        """Those at these positions."""
+        """The images at these positions."""
         return Images(self.x[index], self.y[index])
 
     def only(self, classes: range) -> Images:
-        """Those of these classes, which are counted from 0 again."""
+        """The images of these classes, whose labels are counted from 0 again."""
         index = ((self.y >= classes.start) & (self.y < classes.stop)).nonzero().flatten()
         return replace(self.take(index), y=self.y[index] - classes.start)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What is trained on, what the learning rate is chosen by, and what is reported."""
+    """The splits for training, for choosing the learning rate, and for the reported accuracy."""
 
     train: Images
     validation: Images
@@ -50,7 +50,7 @@ class Splits:
     classes: int
 
     def only(self, classes: range) -> Splits:
-        """Every split with these classes alone."""
+        """Every split with these classes only."""
         train, validation, test = (split.only(classes) for split in (self.train, self.validation, self.test))
         return Splits(train, validation, test, len(classes))
 
@@ -68,7 +68,7 @@ def digits(size: int) -> Splits:
 
 
 def folder(path: Path, size: int) -> Splits:
-    """An ImageFolder: one directory a class; three fifths to train, one to validate, one to test."""
+    """The splits of an ImageFolder, one directory per class: three fifths train, one validation, one test."""
     datasets, v2 = (importlib.import_module(f"torchvision.{name}") for name in ("datasets", "transforms.v2"))
 
     steps = [v2.ToImage(), v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.ToDtype(torch.float32, scale=True)]
@@ -89,7 +89,7 @@ def _split(images: Images, validation: int, test: int) -> Splits:
 
 
 def few(images: Images, per_class: int, seed: int) -> Images:
-    """So many images of each class, drawn by the seed."""
+    """A subset of this many images of each class, drawn by the seed."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     labels = sorted(set(images.y.tolist()))
     chosen = [order[images.y[order] == label][:per_class] for label in labels]
@@ -97,7 +97,7 @@ def few(images: Images, per_class: int, seed: int) -> Images:
 
 
 def varied(x: Tensor, generator: torch.Generator) -> Tensor:
-    """The augmentation of every arm: each image turned by up to 10°, moved by up to 8 %, scaled by up to 10 %."""
+    """The augmentation of every method: images are rotated by up to 10°, moved by up to 8 %, scaled by up to 10 %."""
     count = len(x)
 
     def within(limit: float) -> Tensor:
@@ -111,22 +111,22 @@ def varied(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def inverted(x: Tensor) -> Tensor:
-    """Dark on light."""
+    """Invert the grey values: dark on light."""
     return 1 - x
 
 
 def coloured(x: Tensor) -> Tensor:
-    """Each image in a colour of its own."""
+    """Give each image its own colour."""
     colours = 0.25 + 0.75 * torch.rand(len(x), 3, 1, 1, generator=torch.Generator().manual_seed(1))
     return x * colours
 
 
 def noisy(x: Tensor) -> Tensor:
-    """Noise of soft blots behind the digit."""
+    """Add soft blots of noise behind the digit."""
     coarse = torch.rand(len(x), 3, 8, 8, generator=torch.Generator().manual_seed(2))
     blots = F.interpolate(coarse, size=x.shape[2:], mode="bilinear")
     return torch.maximum(x, 0.6 * blots)
 
 
 SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {"inverted": inverted, "coloured": coloured, "noisy": noisy}
-"""What the test images are changed to, with no training on it."""
+"""Shifts of the test images, which no training image has."""

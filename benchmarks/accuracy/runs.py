@@ -1,4 +1,4 @@
-"""One training each: an arm on a task with a learning rate and a seed. Kept as JSON lines: nothing is run twice."""
+"""Runs, each one training of a method on a task with a learning rate and a seed, and their results as JSON lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .training import Recipe, accuracy, batches, constant_statistics, fit, predi
 
 @dataclass(frozen=True)
 class Key:
-    """What a run is; two runs of one key give one result."""
+    """The identity of a run."""
 
     backbone: str
     task: str
@@ -40,7 +40,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run; accuracies are shares, times seconds, sizes bytes."""
+    """The result of a run; accuracies are shares, times are seconds, sizes are bytes."""
 
     key: Key
     validation: float = 0.0
@@ -48,26 +48,26 @@ class Outcome:
     shifted: dict[str, float] = field(default_factory=dict)
     trainable: int = 0
     share: float = 0.0
-    """Of the base's parameters, the head included."""
+    """The trainable share of the base's parameters, the head included."""
     seconds: float = 0.0
-    """Of processor time in all training steps, data's not counted."""
+    """Processor seconds of all training steps, without data loading."""
     saved: int = 0
-    """Kept by autograd for one batch of 32."""
+    """Bytes kept by autograd for one batch of 32."""
     file: int = 0
     checked: str = ""
-    """What was found when the arm was saved, loaded and merged."""
+    """The result of saving, loading and merging."""
     unavailable: str = ""
     threads: int = 0
-    """That the training had."""
+    """Threads of the training."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Outcome:
-        """What ``asdict`` made of it."""
+        """The outcome from ``asdict``'s values."""
         return cls(**{**data, "key": Key(**data["key"])})
 
 
 def read(path: Path) -> list[Outcome]:
-    """Outcomes so far; a last line that was cut short is left out."""
+    """Read the outcomes so far; an unfinished last line is ignored."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -75,7 +75,7 @@ def read(path: Path) -> list[Outcome]:
 
 
 def mend(path: Path) -> None:
-    """Cut off a last line that a killed run left unfinished; call it while no run writes."""
+    """Cut off an unfinished last line of a killed run; call it while no run writes."""
     if path.is_file():
         text = path.read_text(encoding="utf-8")
         if not text.endswith("\n"):
@@ -83,36 +83,36 @@ def mend(path: Path) -> None:
 
 
 def append(path: Path, outcome: Outcome) -> None:
-    """Add one line, in one write: several processes may do so."""
+    """Append one line in one write, since several processes may write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(outcome)) + "\n")
 
 
 FIRST = 8
-"""Batches that an arm may look at while it is built."""
+"""The number of batches that a method may use while it is built."""
 
 Make = Callable[[int], tuple[nn.Module, float, float]]
-"""A fresh pretrained network with a head drawn by a seed, and the mean and deviation of its input."""
+"""Makes a pretrained network with a head drawn by a seed, and returns the mean and deviation of its input too."""
 
 
 @dataclass
 class Work:
-    """What the runs of one backbone share."""
+    """The data and settings that the runs of one backbone share."""
 
     backbone: str
     make: Make
     splits: Splits
     epochs: int
     features: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """What the frozen network makes of each batch, by task and seed: the same at every learning rate."""
+    """The frozen network's features of each batch, by task and seed; they are the same at every learning rate."""
 
     def images(self, task: str, seed: int) -> Images:
-        """What is trained on."""
+        """The training images."""
         return self.splits.train if task == "all" else few(self.splits.train, int(task.removeprefix("few-")), seed)
 
     def run(self, arm: Arm, task: str, lr: float, seed: int) -> Outcome:
-        """Train, evaluate and check one arm."""
+        """Train, evaluate and check one method."""
         key = Key(self.backbone, task, arm.name, lr, seed)
         base, mean, std = self.make(seed)
         parameters = sum(p.numel() for p in base.parameters())
@@ -147,7 +147,7 @@ class Work:
     def _fit_head(
         self, model: nn.Module, task: str, images: Images, recipe: Recipe, seed: int, mean: float, std: float
     ) -> float:
-        """As ``fit``, with the frozen network run once for all learning rates: its numbers are the same for each."""
+        """Train as ``fit`` does, but run the frozen network once for all learning rates."""
         (name,) = convlora.summary(model).modules_to_save
         head = model.get_submodule(name)
         if (task, seed) not in self.features:
@@ -163,7 +163,7 @@ class Work:
         return fit(head, images, recipe, seed, 0.0, 1.0, self.features[task, seed])
 
     def _checked(self, model: nn.Module, arm: Arm, seed: int, mean: float, std: float) -> dict[str, Any]:
-        """Save, load into a fresh network, merge: the predictions must be the same; and the file's size."""
+        """Save, load into a fresh network and merge, and compare the predictions; also gives the file's size."""
         x = self.splits.validation.x[:100]
         before = predict(model, x, mean, std)
         if not arm.is_adapter:
@@ -200,7 +200,7 @@ def _answer(found: Any) -> Tensor:
 
 
 def best_lr(outcomes: Iterable[Outcome], backbone: str, task: str, arm: str, seed: int) -> float | None:
-    """The learning rate with the best validation accuracy in the sweep, of equals the smaller; None before a sweep."""
+    """The learning rate with the best validation accuracy in the sweep, the smaller of equals; None before a sweep."""
     there = [o for o in outcomes if (o.key.backbone, o.key.task, o.key.arm, o.key.seed) == (backbone, task, arm, seed)]
     there = [outcome for outcome in there if not outcome.unavailable]
     return min(there, key=lambda o: (-o.validation, o.key.lr)).key.lr if there else None
@@ -208,24 +208,24 @@ def best_lr(outcomes: Iterable[Outcome], backbone: str, task: str, arm: str, see
 
 @dataclass(frozen=True)
 class Sweep:
-    """The learning rates that every arm is given, and the seeds."""
+    """The learning rates and seeds that every method gets."""
 
     lrs: tuple[float, ...]
-    """Ascending, each the same factor above the one before."""
+    """Learning rates in ascending order, each the same factor above the one before."""
     seeds: int
     further: int = rates.FURTHER
-    """While the best rate is at an end of the sweep, it goes on there: at most so many rates."""
+    """The most rates tried beyond an end of the sweep, while the best rate is there."""
 
     def beyond(self, tried: Collection[float], best: float) -> float | None:
-        """The rate to try next, or None: the best has a neighbour on either side, or enough were tried."""
+        """The rate to try next; None if the best has neighbours on both sides, or enough rates were tried."""
         return None if len(tried) >= len(self.lrs) + self.further else rates.beyond(tried, best)
 
 
 def missing(work: Work, task: str, arm: Arm, sweep: Sweep, known: Iterable[Outcome]) -> Iterator[Outcome]:
-    """An arm's runs that are not known yet: the sweep at the first seed, then the best rate at the other seeds."""
+    """A method's runs without results: the sweep at the first seed, then the best rate at the other seeds."""
     found = {outcome.key: outcome for outcome in known}
     here = [k.lr for k in found if (k.backbone, k.task, k.arm, k.seed) == (work.backbone, task, arm.name, 0)]
-    lrs = list(dict.fromkeys([*sweep.lrs, *here]))  # those beyond an end too, of a run that was ended
+    lrs = list(dict.fromkeys([*sweep.lrs, *here]))  # an interrupted run may have tried rates beyond an end
 
     def ask(lr: float, seed: int) -> Iterator[Outcome]:
         key = Key(work.backbone, task, arm.name, lr, seed)
@@ -241,13 +241,13 @@ def missing(work: Work, task: str, arm: Arm, sweep: Sweep, known: Iterable[Outco
     while (chosen := best()) is not None and (further := sweep.beyond(lrs, chosen)) is not None:
         lrs.append(further)
         yield from ask(further, 0)
-    if chosen is not None:  # None: the arm is not available here
+    if chosen is not None:  # None: the method is not available here
         for seed in range(1, sweep.seeds):
             yield from ask(chosen, seed)
 
 
 def reported(outcomes: list[Outcome], sweep_seed: int = 0) -> Iterator[Outcome]:
-    """Each seed's outcome at the learning rate that the sweep chose."""
+    """The outcomes of each seed at the learning rate that the sweep chose."""
     chosen: dict[tuple[str, str, str], float | None] = {}
     for outcome in outcomes:
         key = outcome.key

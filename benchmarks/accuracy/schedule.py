@@ -1,6 +1,6 @@
-"""Everything that is asked for, arm by arm, over processes that each have one thread.
+"""Run all requested methods over processes of one thread each.
 
-A module beside ``__main__``: a spawned process finds its work by import.
+This is a module of its own because a spawned process finds its work by import, which ``__main__`` does not allow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .training import Recipe
 
 
 def works(options: argparse.Namespace) -> dict[str, Work]:
-    """One for each backbone, by its name."""
+    """The shared work of each backbone, by its name."""
     splits = data.digits(options.size) if options.data is None else data.folder(options.data, options.size)
     found = {}
     for name in options.backbone:
@@ -45,11 +45,11 @@ def _make(name: str, classes: int, pretrained: nn.Module | None) -> Make:
 
 
 Unit = tuple[str, str, str]
-"""A backbone, a task and an arm: what one process does."""
+"""A unit of work for one process: a backbone, a task and a method."""
 
 
 def units(options: argparse.Namespace) -> list[Unit]:
-    """Everything that is asked for; arms that are named are run on the tasks that they belong to, or on named tasks."""
+    """Run all requested methods, each on its own tasks, or on the tasks that are named."""
     found = []
     for backbone in options.backbone:
         for task in options.tasks or (["all"] if options.quick else ["all", "few-1", "few-5", "few-20"]):
@@ -59,7 +59,7 @@ def units(options: argparse.Namespace) -> list[Unit]:
 
 
 def measure(unit: Unit, work: Work, options: argparse.Namespace) -> None:
-    """The runs of one arm that are not in the results yet."""
+    """Run one method as far as it is not in the results yet."""
     _, task, arm = unit
     path = options.out / "results.jsonl"
     sweep = Sweep(tuple(sorted(options.lrs)), options.seeds, further=0 if options.quick else FURTHER)
@@ -69,14 +69,14 @@ def measure(unit: Unit, work: Work, options: argparse.Namespace) -> None:
 
 
 def measure_all(options: argparse.Namespace) -> None:
-    """Every unit, over processes that each have one thread."""
+    """Run every unit over processes of one thread each."""
     mend(options.out / "results.jsonl")
     made, todo = works(options), units(options)
     if options.jobs == 1:
         for unit in todo:
             measure(unit, made[unit[0]], options)
         return
-    # Spawned, not forked: torch has computed here.
+    # Spawned, not forked: torch has used threads here.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, _begin) as pool:
         for future in as_completed([pool.submit(_measure, unit, options) for unit in todo]):
@@ -89,7 +89,7 @@ def _begin() -> None:
 
 
 def _end_with_parent() -> None:
-    """A program that was killed leaves no process that goes on beside the next one."""
+    """End this process when its parent is killed, so that it does not continue beside the next run."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -103,7 +103,7 @@ def _measure(unit: Unit, options: argparse.Namespace) -> None:
 
 
 _made: dict[str, Work] = {}
-"""Of this process."""
+"""The work of this process."""
 
 
 def _arms(backbone: str, task: str, is_quick: bool) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""The one recipe of every arm: AdamW, a warm-up and a cosine, the same augmentation, order and number of steps."""
+"""The recipe of every method: AdamW, warm-up and cosine, the same augmentation, order and number of steps."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from .data import Images, varied
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast; the learning rate is what is swept."""
+    """Learning rate, epochs, batch size and least number of steps."""
 
     lr: float
     epochs: int
     batch: int = 32
     least_steps: int = 60
-    """Few images are seen again until so many steps are done."""
+    """The least number of steps; few images are seen several times."""
     weight_decay: float = 1e-4
 
 
 def batches(images: Images, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented batches in an order that the seed draws: the same ones for every arm and learning rate."""
+    """Augmented batches in an order drawn by the seed, the same for every method and learning rate."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs_of(images, recipe)):
         order = torch.randperm(len(images), generator=generator)
         for index in torch.split(order, recipe.batch):
-            if len(index) > 1 or len(images) == 1:  # batch norm in train mode needs two
+            if len(index) > 1 or len(images) == 1:  # batch norm in train mode needs two images
                 yield varied(images.x[index], generator), images.y[index]
 
 
 def epochs_of(images: Images, recipe: Recipe) -> int:
-    """As asked for, or more where the images are few."""
+    """The number of epochs, or more if the images are few."""
     return max(recipe.epochs, math.ceil(recipe.least_steps / math.ceil(len(images) / recipe.batch)))
 
 
@@ -55,11 +55,11 @@ def fit(
     ready: Iterable[tuple[Tensor, Tensor]] | None = None,
     ratio: float = 1.0,
 ) -> float:
-    """Train what requires a gradient, in place; the modes are the caller's.
+    """Train all parameters that require a gradient, in place; the caller sets the modes.
 
-    Returns seconds of processor time, without data's.
+    Returns seconds of processor time, without data loading.
 
-    ``ready`` takes the place of the batches that the seed would draw; ``ratio`` is B's learning rate by all others'.
+    ``ready`` replaces the batches that the seed would draw; ``ratio`` is B's learning rate over all others'.
     """
     parameters: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if ratio != 1:
@@ -85,7 +85,7 @@ def _warm_cosine(total: int) -> Callable[[int], float]:
 
 
 def constant_statistics(model: nn.Module) -> None:
-    """Norms in eval behaviour, the rest in train mode."""
+    """Put norms in eval mode and all else in train mode."""
     model.train()
     for module in model.modules():
         if isinstance(module, _NormBase):
@@ -93,7 +93,7 @@ def constant_statistics(model: nn.Module) -> None:
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
-    """What the network says: ``(N, classes)``."""
+    """The network's logits, ``(N, classes)``."""
     found = model(x)
     answer: Tensor = getattr(found, "logits", found)
     return answer
@@ -101,11 +101,11 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, mean: float, std: float) -> Tensor:
-    """Logits in eval mode, ``(N, classes)``."""
+    """The network's logits in eval mode, ``(N, classes)``."""
     model.eval()
     return torch.cat([logits(model, (part - mean) / std) for part in torch.split(x, 100)])
 
 
 def accuracy(model: nn.Module, images: Images, mean: float, std: float) -> float:
-    """Share of images whose label is the largest logit."""
+    """The share of images whose label has the largest logit."""
     return float((predict(model, images.x, mean, std).argmax(1) == images.y).float().mean())

@@ -1,1 +1,1 @@
-"""How wide convlora works: every architecture name planned, one network of each kind the whole way, beside peft."""
+"""Networks that convlora works on, beside peft: plans of every architecture, all steps on one network of each kind."""

@@ -1,4 +1,4 @@
-"""How wide convlora works, beside Hugging Face peft.
+"""Test convlora, and Hugging Face peft beside it, on many networks.
 
     python -m benchmarks.coverage all --jobs 2
 
@@ -23,13 +23,13 @@ RESULTS = Path("runs") / "coverage.jsonl"
 
 
 def main() -> None:
-    """Read the options and do what was asked for."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["plan", "numeric", "report", "all"])
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, one thread each")
     parser.add_argument("--only", default="*", metavar="GLOB", help="names such as 'timm/resnet*'")
-    parser.add_argument("--again", action="store_true", help="also what the results hold already")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines, appended to")
+    parser.add_argument("--again", action="store_true", help="repeat networks that have results already")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON-lines file to which results are appended")
     parser.add_argument("--page", type=Path, default=PAGE, help="where the report goes; its table: assets/ beside it")
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one network")
     parser.add_argument("--memory", type=float, default=12, help="memory limit of one network in GiB")
@@ -78,7 +78,7 @@ def _tasks(kind: str, rows: list[Row], only: str) -> list[Task]:
 
 
 def _import_once() -> None:
-    """What every process needs besides, imported before the first is forked."""
+    """Import the libraries that every process needs, before the first is forked."""
     import peft  # noqa: F401
     import segmentation_models_pytorch  # noqa: F401
     import transformers  # noqa: F401

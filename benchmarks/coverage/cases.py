@@ -1,4 +1,4 @@
-"""A network, inputs for it, and how to get it ready: the smallest input that it accepts, no branch silent."""
+"""Test cases: a network, its smallest accepted input, and its preparation, so that every branch affects the output."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from torch.utils._pytree import keystr, tree_map_only, tree_map_with_path
 
 BATCH = 2
 QUIET = 1e-3
-"""A parameter no larger than this anywhere (a zeroed last norm, a layer scale of 1e-6) would hide its branch."""
+"""A parameter with no larger element than this (a zeroed last norm, a layer scale of 1e-6) would hide its branch."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a forward takes; ``train`` holds what it takes besides in train mode, a detector's targets say."""
+    """A forward's inputs; ``train`` holds further inputs in train mode, such as a detector's targets."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
 
     def double(self) -> Sample:
-        """The same numbers in float64; keypoints stay as they are, torchvision takes them in float32 alone."""
+        """The sample in float64, except keypoints, which torchvision accepts only in float32."""
         whole = (self.args, self.kwargs, self.train)
         args, kwargs, train = tree_map_with_path(lambda path, leaf: _widened(leaf, keystr(path)), whole)
         return Sample(args, kwargs, train)
 
     def shapes(self) -> str:
-        """Such as ``2×3×64×64``; several inputs with commas."""
+        """The inputs' shapes, such as ``2×3×64×64``, separated by commas."""
         return ", ".join("×".join(map(str, tensor.shape)) for tensor in tensors_in((self.args, self.kwargs)))
 
 
@@ -44,9 +44,9 @@ class Case:
 
     Attributes:
         name: ``family/network``.
-        build: makes it for an input size in pixels (frames, samples), which most ignore.
-        sample: an input of a size.
-        sizes: those to try, the smallest first.
+        build: makes the network for an input size in pixels (frames, samples), which most networks ignore.
+        sample: makes an input of a size.
+        sizes: sizes to try, the smallest first.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Subject:
-    """A case at the size that it accepts: weights, an input, and as many equal copies as wanted."""
+    """A case at an accepted size: its weights, an input, and any number of equal networks."""
 
     case: Case
     size: int
@@ -65,7 +65,7 @@ class Subject:
     state: dict[str, Tensor]
 
     def fresh(self) -> nn.Module:
-        """A new network with the subject's weights; built anew, since not every network can be copied."""
+        """A new network with the subject's weights; it is built again, since not every network can be copied."""
         with SkipInitialisation():
             model = _seeded_build(self.case, self.size)
         model.load_state_dict(self.state)
@@ -73,10 +73,10 @@ class Subject:
 
 
 class SkipInitialisation(TorchFunctionMode):
-    """Zeros in place of random numbers in weights, which are loaded at once: truncated draws repeat until they fit."""
+    """Fills weights with zeros in place of random numbers, which take long, since the weights are loaded afterwards."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The in-place draws fill with zeros, in a fraction of the time."""
+        """Replace in-place draws of random numbers by zeros."""
         if func in (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_):
             return args[0].zero_()
         return func(*args, **(kwargs or {}))
@@ -93,7 +93,7 @@ def images(*channels: int) -> Callable[[int], Sample]:
 
 
 def noise(*shape: int) -> Tensor:
-    """The same normal numbers each time."""
+    """Normal random numbers with a fixed seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
 
 
@@ -134,7 +134,7 @@ def _enliven(model: nn.Module) -> None:
 
 
 def _calibrate(model: nn.Module, sample: Sample) -> None:
-    # Untrained networks explode in eval mode without statistics of their own; one batch gives them.
+    # The outputs of untrained networks explode in eval mode without running statistics, which one batch gives them.
     norms = [m for m in model.modules() if isinstance(m, _NormBase)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -146,7 +146,7 @@ def _calibrate(model: nn.Module, sample: Sample) -> None:
 
 
 def run(model: nn.Module, sample: Sample, *, training: bool) -> list[Tensor]:
-    """One forward with a fixed seed in the mode that the model is in; every tensor of the output."""
+    """Run one forward with a fixed seed in the model's current mode; returns every tensor of the output."""
     torch.manual_seed(11)
     np.random.seed(11)  # SpecAugment of transformers draws there
     given = (sample.args, sample.kwargs | (sample.train if training else {}))
@@ -155,7 +155,7 @@ def run(model: nn.Module, sample: Sample, *, training: bool) -> list[Tensor]:
 
 
 def evaluate(model: nn.Module, sample: Sample) -> list[Tensor]:
-    """The outputs in eval mode, without gradients; the model's modes come back."""
+    """The outputs in eval mode without gradients; the model's modes are restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     with torch.no_grad():
@@ -178,7 +178,7 @@ def tensors_in(output: object) -> Iterator[Tensor]:
 
 
 def relative_error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """max |a − b| / max |b| of the worst tensor; infinite where number or shapes differ."""
+    """max |a − b| / max |b| of the worst tensor; infinite if number or shapes differ."""
     left, right = list(found), list(expected)
     if [t.shape for t in left] != [t.shape for t in right]:
         return float("inf")
@@ -189,12 +189,12 @@ def _error(found: Tensor, expected: Tensor) -> float:
     if not expected.is_floating_point():
         found, expected = found.double(), expected.double()
     difference = (found - expected).abs()
-    difference[found == expected] = 0.0  # infinities that agree
+    difference[found == expected] = 0.0  # equal infinities
     worst = difference.max().item()
     scale = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0
     return worst / scale if scale and worst == worst else (0.0 if worst == 0 else float("inf"))
 
 
 def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
-    """Bit for bit, but that zeros of both signs are equal."""
+    """Whether the tensors are bit-equal, where zeros of both signs count as equal."""
     return len(found) == len(expected) and all(map(torch.equal, found, expected))

@@ -1,8 +1,8 @@
-"""The whole way of one network with one library: every step tried, each with its outcome.
+"""Check all steps of one library on one network, and record each outcome.
 
-inject, forward, identity, gradient, reload, copy, merge, unmerge, remove; copy and remove for convlora alone. A step
-that needs one that failed is left out; any other is tried. The oracle is the plain network holding W + ΔW, with ΔW by
-einsum from the definition.
+The steps are inject, forward, identity, gradient, reload, copy, merge, unmerge and remove; copy and remove are for
+convlora only. A step that depends on a failed one is skipped; all others are tried. The oracle is the plain network
+that holds W + ΔW, with ΔW by einsum from the definition.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from .cases import Sample, Subject, equal, evaluate, relative_error, run
 from .libraries import Convlora, LayerFactors, Library
 
 MERGE_TOLERANCE = 1e-5
-"""Of the largest output: float32 rounding through a whole network, with room."""
+"""Tolerance relative to the largest output: float32 rounding through a whole network, with a margin."""
 ORACLE_TOLERANCE = 1e-4
-"""Against the plain network with W + ΔW, in float32; a difference above it is measured again in float64."""
+"""Tolerance against the plain network with W + ΔW in float32; a larger difference is measured again in float64."""
 DOUBLE_TOLERANCE = 1e-6
-"""In float64: rounding of 1e-16, enlarged by a deep untrained network."""
+"""Tolerance in float64: rounding of 1e-16, amplified by a deep untrained network."""
 NO_GRADIENT = 1e-20
-"""Below this a weight's gradient counts as zero: its product with a factor would underflow."""
+"""A weight's gradient below this counts as zero: its product with a factor would underflow."""
 FACTOR_SIZE = 0.02
-"""Standard deviation of the factors: ΔW is then some per cent of W in a usual layer."""
+"""Standard deviation of the factors, with which ΔW is a few per cent of W in a typical layer."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step came to: ``value`` is its error where it has one, ``reason`` why it failed."""
+    """The outcome of a step: ``value`` is its error, if it has one, ``reason`` why it failed."""
 
     ok: bool
     value: float | None = None
@@ -45,7 +45,7 @@ class Step:
 
 
 class Failed(Exception):
-    """A step ran and came out wrong; with the error's size where there is one."""
+    """A step gave a wrong result; ``value`` is the error, if there is one."""
 
     def __init__(self, reason: str, value: float | None = None) -> None:
         super().__init__(reason)
@@ -53,7 +53,7 @@ class Failed(Exception):
 
 
 def check(subject: Subject, library: Library) -> dict[str, Step]:
-    """Each step's outcome, in order."""
+    """The outcome of each step, in order."""
     way = _Way(subject, library)
     if way.take("inject", way.inject) and way.take("forward", way.forward):
         way.take("identity", way.identity)
@@ -69,7 +69,7 @@ def check(subject: Subject, library: Library) -> dict[str, Step]:
 
 
 class _Way:
-    """One network on its way; ``base`` turns from the plain network into the oracle at the gradient step."""
+    """The steps on one network; ``base`` is the plain network, and from the gradient step on the oracle."""
 
     adapted: nn.Module
     base: nn.Module
@@ -79,7 +79,7 @@ class _Way:
         self.steps: dict[str, Step] = {}
 
     def take(self, name: str, step: Callable[[], float | None]) -> bool:
-        """Take one step and record it."""
+        """Run one step and record its outcome."""
         try:
             self.steps[name] = Step(True, step())
         except Exception as cause:
@@ -89,7 +89,7 @@ class _Way:
         return self.steps[name].ok
 
     def inject(self) -> None:
-        """The adapter in, what was there before noted."""
+        """Inject the adapter, after recording the model's state."""
         self.model = self.subject.fresh().train()
         evaluate(self.model, self.sample)  # some networks (transformers) put hooks on themselves at the first call
         self.before = snapshot(self.model)
@@ -97,11 +97,11 @@ class _Way:
         self.held = self.library.held(self.adapted)
 
     def forward(self) -> None:
-        """The adapted network runs in both modes."""
+        """Run the adapted network in both modes."""
         self.outputs = [evaluate(self.adapted, self.sample), self._train(self.adapted, self.sample)]
 
     def identity(self) -> float:
-        """A fresh adapter changes no bit, in eval mode and, dropout and all, in train mode."""
+        """Check that a fresh adapter changes no bit, in eval mode and in train mode with the same dropout."""
         self.base = self.subject.fresh()
         _freeze_alike(self.base, self.adapted)
         plain = [evaluate(self.base, self.sample), self._train(self.base, self.sample)]
@@ -111,13 +111,13 @@ class _Way:
         return 0.0
 
     def gradient(self) -> float | None:
-        """A step of training: each factor's gradient, and for convlora the oracle's output and the chain rule."""
+        """Check each factor's gradient in one training step; for convlora, against the oracle and the chain rule."""
         factors = self.library.factors(self.adapted)
         randomise(factors)
         exact = _add_all(self.base, factors)
         error = self._against(self.base, self.adapted, factors, self.sample)
         if isinstance(self.library, Convlora) and exact and error > ORACLE_TOLERANCE:
-            error = self._in_double(factors)  # rounding that a deep untrained network enlarges, or wrong?
+            error = self._in_double(factors)  # tells rounding, which deep untrained networks amplify, from a mistake
             if error > DOUBLE_TOLERANCE:
                 raise Failed("output or gradients differ from those of the plain network with W + ΔW", error)
         torch.optim.Adam([t for f in factors.values() for t in (f.a, f.b)], lr=1e-4).step()
@@ -126,7 +126,7 @@ class _Way:
     def _against(
         self, oracle: nn.Module, adapted: nn.Module, factors: dict[str, LayerFactors], sample: Sample
     ) -> float:
-        """The larger of the outputs' difference in eval mode and the worst factor gradient's after one backward."""
+        """The larger error of the output in eval mode and of the worst factor gradient after one backward."""
         difference = relative_error(evaluate(adapted, sample), evaluate(oracle, sample))
         for name in factors:
             oracle.get_submodule(name).get_parameter("weight").requires_grad_(True)
@@ -135,7 +135,7 @@ class _Way:
         return max(difference, *(_compare(name, f, oracle.get_submodule(name)) for name, f in factors.items()))
 
     def _in_double(self, factors: dict[str, LayerFactors]) -> float:
-        """The same in float64, where rounding is far below any mistake."""
+        """The same error in float64, where rounding is far below any mistake."""
         oracle, adapted = self.subject.fresh().double(), self.subject.fresh().double()
         adapted = self.library.inject(adapted, self.subject.case)
         wide = self.library.factors(adapted)
@@ -152,7 +152,7 @@ class _Way:
                 return self._against(oracle, adapted, wide, self.sample.double())
 
     def reload(self) -> None:
-        """Saved, and loaded into a fresh base: the same bits."""
+        """Check that the adapter gives the same bits when saved and loaded into a fresh base."""
         with tempfile.TemporaryDirectory() as folder:
             self.library.save(self.adapted, Path(folder) / "adapter")
             loaded = self.library.load(self.subject.fresh(), Path(folder) / "adapter")
@@ -161,7 +161,7 @@ class _Way:
             raise Failed("the reloaded adapter's output differs", relative_error(found, expected))
 
     def copy(self) -> None:
-        """A deep copy gives the same bits and shares no tensor."""
+        """Check that a deep copy gives the same bits and shares no tensor."""
         copied = copy.deepcopy(self.adapted)
         found, expected = evaluate(copied, self.sample), evaluate(self.adapted, self.sample)
         if not equal(found, expected):
@@ -170,7 +170,7 @@ class _Way:
             raise Failed("the copy shares parameters")
 
     def merge(self) -> float:
-        """The whole network's output, merged against unmerged."""
+        """Compare the merged network's output with the unmerged one's."""
         self.__dict__.pop("base", None)  # large networks need the room
         unmerged = evaluate(self.adapted, self.sample)
         self.state = {key: tensor.detach().clone() for key, tensor in self.adapted.state_dict().items()}
@@ -195,7 +195,7 @@ class _Way:
         return relative_error(evaluate(adapted, sample), unmerged)
 
     def unmerge(self) -> float:
-        """Every tensor as before the merge."""
+        """Check that every tensor is as before the merge."""
         self.library.unmerge(self.adapted)
         state = self.adapted.state_dict()
         changed = [key for key, tensor in self.state.items() if not torch.equal(tensor, state[key])]
@@ -205,7 +205,7 @@ class _Way:
         return 0.0
 
     def remove(self) -> None:
-        """Keys, classes, objects, attributes, hooks, modes, flags and bits as before injection."""
+        """Check that keys, classes, objects, attributes, hooks, modes, flags and bits are as before injection."""
         assert isinstance(self.library, Convlora)
         self.library.remove(self.adapted.train())
         after = snapshot(self.model)
@@ -214,7 +214,7 @@ class _Way:
             raise Failed(f"not as before injection: {', '.join(changed)}")
 
     def _train(self, model: nn.Module, sample: Sample, *, gradients: bool = False) -> list[Tensor]:
-        """Outputs in train mode with the same norms held in eval behaviour as in the adapted network."""
+        """Outputs in train mode, with the same norms in eval mode as in the adapted network."""
         model.train()
         plain = getattr(model, "get_base_model", lambda: model)()
         for name in self.held:
@@ -224,7 +224,7 @@ class _Way:
 
 
 def _is_copied(subject: Subject) -> bool:
-    """Whether the plain network can be copied after a forward; not every one can."""
+    """Whether the plain network can be copied after a forward, which some networks do not allow."""
     model = subject.fresh().train()
     evaluate(model, subject.sample)
     try:
@@ -234,7 +234,7 @@ def _is_copied(subject: Subject) -> bool:
 
 
 def randomise(factors: dict[str, LayerFactors]) -> None:
-    """Give the factors small values, as training would."""
+    """Give the factors small random values, as training would."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for factor in (t for f in factors.values() for t in (f.a, f.b)):
@@ -242,7 +242,7 @@ def randomise(factors: dict[str, LayerFactors]) -> None:
 
 
 def loss(outputs: list[Tensor]) -> Tensor:
-    """A random projection of every output: no normalisation makes its gradient vanish, as it would a mean's."""
+    """A random projection of every output; a mean's gradient would vanish behind a normalisation."""
     generator = torch.Generator().manual_seed(5)
     drawn = [(t, torch.randn(t.shape, generator=generator)) for t in outputs]
     terms = [(t * weights.to(t.dtype))[t.isfinite()].mean() for t, weights in drawn if t.requires_grad]
@@ -250,20 +250,20 @@ def loss(outputs: list[Tensor]) -> Tensor:
 
 
 def _freeze_alike(base: nn.Module, adapted: nn.Module) -> None:
-    """The plain network frozen as the adapted one: torch's linear rounds otherwise for a weight that is trained."""
+    """Freeze the plain network as the adapted one, since torch's linear rounds differently for a trained weight."""
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in trained)
 
 
 def _add_all(model: nn.Module, factors: dict[str, LayerFactors]) -> bool:
-    """Make a plain network the oracle; False where it is so only in part."""
+    """Turn a plain network into the oracle; False if some layer could not be changed."""
     added = [_add(model.get_submodule(name), factor) for name, factor in factors.items()]
     return all(added)
 
 
 def _add(layer: nn.Module, factor: LayerFactors) -> bool:
-    """Put W + ΔW into a plain layer; False where its weight is no Parameter or ΔW has another form."""
+    """Put W + ΔW into a plain layer; False if its weight is not a Parameter or ΔW has another shape."""
     plain = isinstance(layer._parameters.get("weight"), nn.Parameter)
     if not plain:
         _materialise(layer)
@@ -289,7 +289,7 @@ def _materialise(layer: nn.Module) -> None:
 
 
 def _compare(name: str, factor: LayerFactors, layer: nn.Module) -> float:
-    """A layer's factor gradients against dB = s·dW·Aᵀ and dA = s·Bᵀ·dW; the relative error, 0 where none can be."""
+    """The relative error of a layer's factor gradients against dB = s·dW·Aᵀ and dA = s·Bᵀ·dW; 0 if none applies."""
     weight: Any = layer.weight
     grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     alive = grad.abs().max().item() > NO_GRADIENT
@@ -309,7 +309,7 @@ def _compare(name: str, factor: LayerFactors, layer: nn.Module) -> float:
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:
-    """Everything that injection could change and ``remove`` must give back, comparable by ==."""
+    """All state that injection could change and ``remove`` must restore, comparable by ==."""
     named = list(model.named_modules())
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     return {

@@ -1,9 +1,9 @@
-"""The head that a person would name for each network of the further libraries.
+"""The head of each network of the further libraries, named by hand.
 
-Written by hand from the networks' source, before any of them was given to convlora. An entry holds the names of the
-layers, or patterns that match them; an empty one says that the network gives features or embeddings, of which none is
-new. Two kinds of layers are left out that an example shows as outputs: those of intermediate results that the loss of
-pre-training alone reads (a VAE's mean and variance), and constants (a YOLO's ``dfl.conv``).
+The table was written from the networks' source before any of them was given to convlora. An entry holds the names of
+the layers, or patterns of them; an empty entry says that the network returns features or embeddings, so that no layer
+is new. Two kinds of output layers are left out: those of intermediate results that only the loss of pretraining uses
+(a VAE's mean and variance), and constants (a YOLO's ``dfl.conv``).
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ HEADS = {
 
 
 def named_by_hand(name: str, model: nn.Module) -> list[str] | None:
-    """The layers that the table names for a network, in the network's order; None where the table has no entry."""
+    """The layers that the table names for a network, in the network's order; None without an entry."""
     if name not in HEADS:
         return None
     patterns = HEADS[name].split()

@@ -1,4 +1,4 @@
-"""The two libraries under one interface: put in, merge, take back, save, load."""
+"""convlora and peft under one interface: inject, merge, unmerge, save, load."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ RANK, ALPHA = 8, 16.0
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """One layer's B and A, as stored, and what multiplies their product."""
+    """One layer's B and A, as stored, and the scaling of their product."""
 
     a: Tensor
     b: Tensor
     scaling: float
 
     def delta(self, weight: Tensor) -> Tensor | None:
-        """ΔW from its definition; None where the factors are of another form than ``(r, …)`` and ``(C_out, r)``."""
+        """ΔW from its definition; None if the factors have other shapes than ``(r, …)`` and ``(C_out, r)``."""
         a, b = self.a.detach().flatten(1), self.b.detach().flatten(1)
         if b.shape[1] != a.shape[0] or b.shape[0] * a.shape[1] != weight.numel():
             return None
@@ -35,18 +35,18 @@ class LayerFactors:
 
 
 class Library(Protocol):
-    """What the check asks of a library."""
+    """The calls that the check makes on a library."""
 
     name: str
 
     def inject(self, model: nn.Module, case: Case) -> nn.Module:
-        """Put a rank 8 adapter into the case's layers; the module to call."""
+        """Inject an adapter of rank 8 into the case's layers; returns the module to call."""
 
     def factors(self, adapted: nn.Module) -> dict[str, LayerFactors]:
-        """Each adapted layer's factors by the name that the layer has in the base."""
+        """The factors of each adapted layer, by the layer's name in the base."""
 
     def held(self, adapted: nn.Module) -> list[str]:
-        """Names of the norms that stay in eval behaviour while training."""
+        """Names of the norms that stay in eval mode in training."""
 
     def merge(self, adapted: nn.Module) -> None:
         """Fold in."""
@@ -58,26 +58,26 @@ class Library(Protocol):
         """Write the adapter."""
 
     def load(self, model: nn.Module, folder: Path) -> nn.Module:
-        """Read it into a fresh base."""
+        """Load the adapter into a fresh base."""
 
 
 class Convlora:
-    """This library, as its README has it."""
+    """convlora, used as in the README."""
 
     name = "convlora"
 
     def inject(self, model: nn.Module, case: Case) -> nn.Module:
-        """In place; factors in every layer that has room for some, as the others have, and none taken whole."""
+        """Inject in place, with factors in every layer, as the other libraries do, and no layer trained in full."""
         return convlora.inject(model, RANK, alpha=ALPHA, method_pattern={"*": "lora"})
 
     def factors(self, adapted: nn.Module) -> dict[str, LayerFactors]:
-        """From the children of the adapted layers."""
+        """The factors in the children of the adapted layers."""
         layers = {layer.name: adapted.get_submodule(layer.name) for layer in convlora.summary(adapted).layers}
         loras: dict[str, Any] = {name: layer.get_submodule("convlora.default") for name, layer in layers.items()}
         return {name: LayerFactors(lora.lora_A, lora.lora_B, lora.scaling) for name, lora in loras.items()}
 
     def held(self, adapted: nn.Module) -> list[str]:
-        """Those that the plan lists."""
+        """The norms that the plan lists."""
         return list(convlora.summary(adapted).norms)
 
     def merge(self, adapted: nn.Module) -> None:
@@ -89,7 +89,7 @@ class Convlora:
         convlora.unmerge(adapted)
 
     def save(self, adapted: nn.Module, folder: Path) -> None:
-        """One file of tensors."""
+        """Write one file of tensors."""
         convlora.save_adapter(adapted, folder)
 
     def load(self, model: nn.Module, folder: Path) -> nn.Module:
@@ -97,29 +97,29 @@ class Convlora:
         return convlora.load_adapter(model, folder)
 
     def remove(self, adapted: nn.Module) -> None:
-        """Back to the base."""
+        """Remove the adapter."""
         convlora.remove(adapted)
 
 
 def convolutions(model: nn.Module) -> dict[str, _ConvNd]:
-    """Every convolution of torch's kinds by its name."""
+    """Every convolution of torch's classes by its name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
 
 
 def is_plain(layer: _ConvNd) -> bool:
-    """Whether a convolution is neither grouped nor transposed; peft takes few of the others."""
+    """Whether a convolution is neither grouped nor transposed; peft accepts few of the others."""
     return layer.groups == 1 and not layer.transposed
 
 
 class Peft:
-    """Hugging Face peft's LoRA in the same layers; ``every=False`` leaves out grouped and transposed ones."""
+    """Hugging Face peft's LoRA in the same layers; ``every=False`` skips grouped and transposed ones."""
 
     def __init__(self, every: bool = True) -> None:
         self.every = every
         self.name = "peft" if every else "peft_plain"
 
     def inject(self, model: nn.Module, case: Case) -> nn.Module:
-        """Every convolution, named in full; a list of names would match their suffixes as well."""
+        """Inject into every convolution, by full names; a list of names would also match as suffixes."""
         import peft
 
         names = [re.escape(name) for name, layer in convolutions(model).items() if self.every or is_plain(layer)]
@@ -128,7 +128,7 @@ class Peft:
         return adapted
 
     def factors(self, adapted: nn.Module) -> dict[str, LayerFactors]:
-        """From peft's own layers."""
+        """The factors in peft's layers."""
         from peft.tuners.lora import LoraLayer
 
         base: Any = adapted.get_base_model()  # type: ignore[operator]
@@ -139,7 +139,7 @@ class Peft:
         }
 
     def held(self, adapted: nn.Module) -> list[str]:
-        """The same norms that convlora holds: peft saves no statistics, so a careful user would hold them."""
+        """The norms that convlora freezes: peft saves no statistics, so a careful user would freeze them."""
         base: Any = adapted.get_base_model()  # type: ignore[operator]
         named = base.named_modules()
         return [name for name, m in named if any(key.startswith("running_") for key in m._buffers)]
@@ -153,11 +153,11 @@ class Peft:
         adapted.unmerge_adapter()  # type: ignore[operator]
 
     def save(self, adapted: nn.Module, folder: Path) -> None:
-        """Factors and configuration."""
+        """Write factors and configuration."""
         adapted.save_pretrained(str(folder))  # type: ignore[operator]
 
     def load(self, model: nn.Module, folder: Path) -> nn.Module:
-        """Around a fresh base."""
+        """Load around a fresh base."""
         import peft
 
         loaded: nn.Module = peft.PeftModel.from_pretrained(model, str(folder))

@@ -1,4 +1,4 @@
-"""What a row of results comes to, in a word."""
+"""The outcome of a row of results, in a word."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from .checks import MERGE_TOLERANCE
 
 WRONG = 1e-3
-"""A merged network further off than this is wrong; between this and the tolerance it is inexact."""
+"""The error above which a merge is called wrong; between the tolerance and this it is inexact."""
 FAILURES = {
     "inject": "inject fails",
     "forward": "forward fails",
@@ -20,18 +20,18 @@ FAILURES = {
     "copy": "copy wrong",
     "remove": "remove not exact",
 }
-"""The steps in the order in which a failure counts, and what it is called."""
+"""The steps in the order in which failures count, and the names of the failures."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The first failure of a library on a network; ``strict`` and ``works`` are the two ways to pass.
+    """The first failure of a library on a network; ``strict`` and ``works`` are two criteria of passing.
 
     Attributes:
         label: "passes", or the failure.
-        reason: its error message, or its size.
-        strict: every step by the same criteria, merge within 1e-5 and unmerge bit for bit.
-        works: every step, but a merge may be off by up to 1e-3 and unmerge by rounding.
+        reason: the failure's error message, or its size.
+        strict: whether every step passes, with merges within 1e-5 and unmerging bit for bit.
+        works: whether every step passes, with merges within 1e-3 and unmerging up to rounding.
     """
 
     label: str
@@ -41,7 +41,7 @@ class Outcome:
 
 
 def outcome(steps: dict[str, dict[str, Any]]) -> Outcome:
-    """Of one library's steps."""
+    """The outcome of one library's steps."""
     failed = [name for name in FAILURES if name in steps and not steps[name]["ok"]]
     serious = [name for name in failed if not _is_rounding(name, steps[name]["value"])]
     if not failed:
@@ -66,13 +66,13 @@ def _label(step: str, value: float | None) -> str:
 
 
 def merge_error(steps: dict[str, dict[str, Any]]) -> float | None:
-    """Of the whole network's output; None where it did not come to a merge."""
+    """The merge error of the whole network's output; None if the merge was not reached."""
     value: float | None = steps.get("merge", {}).get("value")
     return value
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row for the terminal."""
+    """A row for the terminal."""
     if "error" in row:
         return f"ERROR {row['error']}"
     if row["kind"] == "plan":

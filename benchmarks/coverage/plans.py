@@ -1,4 +1,4 @@
-"""Plan width: a network without numbers, its plan, and whether the plan accounts for every parameter."""
+"""Plan a network on the meta device, and check that the plan accounts for every parameter."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from . import timm_cases, torchvision_cases
 
 
 class MetaParameters(TorchFunctionMode):
-    """``torch.empty`` on the meta device, all else where it is: for constructors that read small tensors."""
+    """Puts only ``torch.empty`` on the meta device, for constructors that read small tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every layer makes its weights with ``torch.empty``."""
+        """Redirect ``torch.empty``, with which every layer makes its weights."""
         kwargs = kwargs or {}
         if func is torch.empty:
             kwargs["device"] = "meta"
@@ -34,7 +34,7 @@ def names() -> list[str]:
 
 
 def build(name: str) -> tuple[nn.Module, str]:
-    """The network without numbers, and by which means."""
+    """The network on the meta device, and how it was built."""
     library, architecture = name.split("/")
     make = _timm if library == "timm" else torchvision_cases.build
     try:
@@ -50,7 +50,7 @@ def _timm(name: str) -> nn.Module:
 
 
 def check_plan(name: str) -> dict[str, Any]:
-    """One row: what the plan holds, and ``problems``, empty where all is accounted for."""
+    """One row: the plan's counts, and ``problems``, which is empty if all is accounted for."""
     model, means = build(name)
     convolutions = {n: m for n, m in model.named_modules() if looks_like_convolution(m)}
     row: dict[str, Any] = {
@@ -72,7 +72,7 @@ def check_plan(name: str) -> dict[str, Any]:
 
 
 def looks_like_convolution(module: nn.Module) -> bool:
-    """torch's own kinds, and whatever has a kernel size and a weight."""
+    """Whether a module is a convolution of torch, or has a kernel size and a weight."""
     return isinstance(module, _ConvNd) or (
         hasattr(module, "kernel_size") and isinstance(getattr(module, "weight", None), torch.Tensor)
     )
@@ -87,7 +87,7 @@ def _refusal_of_default(model: nn.Module) -> list[str]:
 
 
 def problems_of(plan: convlora.Plan, model: nn.Module, convolutions: dict[str, nn.Module]) -> Iterator[str]:
-    """Whatever the plan misses: convolutions, parameters' owners, wrong counts, adapters larger than their layer."""
+    """The plan's problems: missing convolutions and parameters, wrong counts, adapters larger than their layer."""
     listed = {layer.name for layer in (*plan.layers, *plan.skipped)}
     saved = {m for name in plan.modules_to_save for m in model.get_submodule(name).modules()}
     for name in convolutions:

@@ -1,4 +1,4 @@
-"""Each task in a process of its own, with limits of memory and time; results in a JSON-lines file as they come."""
+"""Run each task in its own process, with limits of memory and time, and write results to a JSON-lines file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A row to be made: ``kind`` is plan or numeric."""
+    """A row to measure; ``kind`` is plan or numeric."""
 
     kind: str
     name: str
@@ -31,7 +31,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of each process: seconds, and GiB of private memory."""
+    """The limits of each process: seconds, and GiB of private memory."""
 
     seconds: float
     memory: float
@@ -46,7 +46,7 @@ class _Running:
 
 
 def read(path: Path) -> list[Row]:
-    """Every row, the last where a name was done again; a last line that was cut short is left out."""
+    """Read every row, the last one of each name; an unfinished last line is ignored."""
     rows: dict[tuple[str, str], Row] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -65,7 +65,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def run(tasks: list[Task], jobs: int, limits: Limits, done: Callable[[Row], None]) -> None:
-    """All tasks, ``jobs`` at a time; ``done`` takes each row."""
+    """Run all tasks, ``jobs`` at a time; ``done`` is called with each row."""
     waiting, running = list(reversed(tasks)), dict[int, _Running]()
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -80,7 +80,7 @@ def run(tasks: list[Task], jobs: int, limits: Limits, done: Callable[[Row], None
 
 
 def _start(task: Task, limits: Limits) -> _Running:
-    # A fork of a process that has imported and computed nothing: the libraries' import is paid for once.
+    # Forked from a process that has imported the libraries and computed nothing, so that they are imported once.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(task, limits, sender), daemon=True)
@@ -90,7 +90,7 @@ def _start(task: Task, limits: Limits) -> _Running:
 
 
 def _row_of(one: _Running, limits: Limits) -> Row | None:
-    """The row of a task that has ended, or None while it runs; a task past its time is ended."""
+    """The row of a task that has ended, or None while it runs; a task beyond its time is ended."""
     seconds = round(time.monotonic() - one.start, 2)
     if one.results.poll():
         try:

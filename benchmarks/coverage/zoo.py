@@ -1,4 +1,4 @@
-"""Every case of the numeric width by name, and one row of results for a case."""
+"""All cases of the numeric sweep by name, and the row of results of a case."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ PACKAGES = {
     "spandrel": "spandrel",
     "pytorchcv": "pytorchcv",
 }
-"""What is imported for each of them."""
+"""The module to import for each of them."""
 
 
 def cases(planned: Iterable[dict[str, Any]]) -> dict[str, Case]:
-    """All cases by name; timm's are chosen among the rows of the plan width."""
+    """All cases by name; timm's are chosen from the rows of the plan sweep."""
     timm_rows = [row for row in planned if row["name"].startswith("timm/") and "error" not in row]
     found = [timm_cases.case(name) for name in (*timm_cases.smallest(timm_rows), *timm_cases.BESIDES)]
     found += [case for family in FAMILIES for case in family.cases()]
@@ -58,13 +58,13 @@ def cases(planned: Iterable[dict[str, Any]]) -> dict[str, Case]:
 
 
 def further_cases() -> dict[str, Case]:
-    """Those of the further libraries that are installed."""
+    """The cases of the further libraries that are installed."""
     found = [case for family in FURTHER for case in family.cases()]
     return {case.name: case for case in found if find_spec(PACKAGES[case.name.split("/")[0]])}
 
 
 def check_case(case: Case, libraries: Iterable[Library] | None = None) -> dict[str, Any]:
-    """One row: the network, what was adapted and skipped, and each library's steps."""
+    """One row: the network, the numbers of adapted and skipped layers, and each library's steps."""
     subject = prepare(case)
     model = subject.fresh()
     row: dict[str, Any] = {
@@ -84,7 +84,7 @@ def _planned(subject: Subject, model: nn.Module) -> dict[str, Any]:
         try:
             plan = convlora.plan(model)
         except convlora.ConvLoraError:
-            return {"adapted": 0, "skipped": None}  # the check's first step says why
+            return {"adapted": 0, "skipped": None}  # the check's first step gives the reason
     found: dict[str, Any] = {"adapted": len(plan.layers), "skipped": len(plan.skipped)}
     found["heads"] = list(plan.modules_to_save)
     found["named"] = named_by_hand(subject.case.name, model)

@@ -4,9 +4,9 @@
     python -m benchmarks.serving load --model resnet18 --adapters 8 --clients 16 --requests 400
     python -m benchmarks.serving attack
 
-``load`` starts a server of its own on 127.0.0.1, once gathering requests into batches and once answering one after
-another, in turn, and prints requests a second and latency. Its adapters are random. ``attack`` sends hostile requests
-to a small network's server on 127.0.0.1, and prints what each costs (Linux).
+``load`` starts a server on 127.0.0.1 with random adapters. It alternates between gathering requests into batches and
+answering them one after another, and prints requests a second and latency. ``attack`` sends hostile requests to a small
+network's server on 127.0.0.1, and prints the memory and time of each (Linux).
 """
 
 from __future__ import annotations

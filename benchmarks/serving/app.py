@@ -2,8 +2,8 @@
 
 ``adapter=NAME:WEIGHT``, once for each of several, asks for them together; without one the base alone answers.
 
-Whoever can reach it may send anything. So there is a bound on the requests that are taken in at once, on the bytes and
-seconds of a body, on an image's pixels before it is decoded, and on the images that are decoded at once.
+Clients may send anything. The number of requests accepted at once, the bytes and seconds of a body, an image's pixels
+before decoding, and the number of images decoded at once are therefore bounded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What hostile requests cost the server: bytes sent, its memory at its peak, time, and the answer.
+"""The cost of hostile requests to the server: bytes sent, the server's peak memory, time, and the answer.
 
-Each attack goes to a server in a process of its own on the loopback, so that a peak is that attack's alone.
-``tests/test_serving.py`` holds the answers.
+Each attack has its own server process on the loopback, so that the peak is that of this attack.
+``tests/test_serving.py`` tests the answers.
 """
 
 from __future__ import annotations

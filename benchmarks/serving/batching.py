@@ -1,7 +1,7 @@
-"""Requests that come within a few milliseconds of each other, answered by one forward.
+"""Answer requests that arrive within a few milliseconds of each other by one forward.
 
-Each may name an adapter of its own, or several with weights: ``convlora.use_adapters`` sends every sample of the batch
-to its own.
+Each request may name its own adapter, or several with weights; ``convlora.use_adapters`` routes every sample of the
+batch to its adapters.
 """
 
 from __future__ import annotations
