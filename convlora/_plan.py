@@ -7,7 +7,7 @@ three cannot disagree. Making a plan changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any, Literal
@@ -244,10 +244,7 @@ class Plan:
         return rows
 
     def _table(self) -> list[str]:
-        rows = self._rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        left = (True, True, True, False, False, False, True)
-        return ["  ".join(_pad(*cell) for cell in zip(row, widths, left, strict=True)).rstrip() for row in rows]
+        return aligned(self._rows(), "lllrrrl")
 
     def _rank(self, layer: LayerPlan) -> str:
         """Return the rank, preceded by the method where that is not the plan's."""
@@ -287,5 +284,9 @@ def _layer_from_json(item: Mapping[str, Any], use_rslora: bool) -> LayerPlan:
     return LayerPlan(**fields)
 
 
-def _pad(text: str, width: int, left: bool) -> str:
-    return text.ljust(width) if left else text.rjust(width)
+def aligned(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    """Return the lines of a text table; ``align`` holds l (left) or r (right) for each column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [{"l": "<", "r": ">"}[side] for side in align]
+    cells = ((f"{text:{side}{width}}" for text, side, width in zip(row, sides, widths, strict=True)) for row in rows)
+    return ["  ".join(row).rstrip() for row in cells]

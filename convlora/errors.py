@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
 
 
 class ConvLoraError(ValueError):
@@ -23,6 +25,19 @@ class StateError(ConvLoraError):
 
 class CheckpointError(ConvLoraError):
     """An adapter's file is missing, damaged, or made for another base model. Nothing was changed."""
+
+
+def listing(title: str, faults: Iterable[str], remedy: str) -> str:
+    """Return an error's text for several faults: the title, the first faults, each on a line, and the remedy."""
+    return "\n".join([title, *few([f"  {fault}" for fault in dict.fromkeys(faults)]), remedy])
+
+
+def warn(text: str) -> None:
+    """Warn with the file and line of the code that called convlora."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "convlora":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 def few(parts: Sequence[str], rest: str = "  and {} more", shown: int = 8) -> list[str]:

@@ -7,12 +7,12 @@ the base's dtype, so that a fresh head gives the base's output bit for bit.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import warn
 from .swap import Swapped, is_swapped, restore, swap
 
 DTYPES = "_convlora_dtypes"
@@ -50,11 +50,10 @@ def keep_in_fp32(module: nn.Module, name: str, base: Tensor, is_norm: bool) -> b
     if not is_half(base):
         return False
     if isinstance(module, Swapped) and not (is_norm or isinstance(module, Mastered)):
-        warnings.warn(
+        warn(
             f"A {type(module).__name__} that another adapter adapts is to be trained in full: its {name} stays "
             f"{str(base.dtype).removeprefix('torch.')}, and small steps are lost. Inject the adapter that trains it in "
             "full first.",
-            stacklevel=2,
         )
         return False
     vars(module).setdefault(DTYPES, {})[name] = base.dtype

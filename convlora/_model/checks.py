@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from numbers import Integral
 
 import torch
@@ -16,7 +15,7 @@ from .._layer.computed import has_parameter
 from .._layer.swap import original_class
 from .._methods.registry import METHODS, check_options
 from .._plan import LayerPlan, Plan
-from ..errors import TargetError, UnsupportedLayerError
+from ..errors import TargetError, UnsupportedLayerError, warn
 from .options import MORE_THAN_ANY, Request, check_alpha, check_among, check_number, checked_rank
 from .targets import Named, is_convolution
 
@@ -102,15 +101,14 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def warn_of_rebuilding(model: nn.Module, stacklevel: int) -> None:
+def warn_of_rebuilding(model: nn.Module) -> None:
     """Warn where ``train()`` of a library would make a new network of this one, and train all of it."""
     held = (module for module in model.modules() if hasattr(module, "task") and hasattr(module, "yaml"))
     if any(cls.__module__ == "ultralytics.nn.tasks" for module in held for cls in type(module).__mro__):
-        warnings.warn(
+        warn(
             "Ultralytics' train() makes a new network of this one and trains all of it, without the adapter. Give it a "
             "trainer that injects: train(trainer=…), as docs/tutorials/ultralytics.md says. In a loop of your own, and "
             "for inference, there is nothing to do.",
-            stacklevel=stacklevel + 1,
         )
 
 
@@ -124,17 +122,16 @@ def check_not_ddp(model: nn.Module) -> None:
         )
 
 
-def warn_of_ddp(root: nn.Module, stacklevel: int) -> None:
+def warn_of_ddp(root: nn.Module) -> None:
     """Warn if a DDP that holds the model would not average the gradients of the adapter that is active now."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     ddp = nn.parallel.DistributedDataParallel
     wrappers = [each for each in gc.get_objects() if issubclass(type(each), ddp)]  # isinstance could run a proxy's code
     if any(module is root for wrapper in wrappers for module in wrapper.modules()):
-        warnings.warn(
+        warn(
             f"A DistributedDataParallel holds this {type(root).__name__}, and would not average the gradients of the "
             "adapter that is active now: each process would train its own. Wrap the model again before you train.",
-            stacklevel=stacklevel + 1,
         )
 
 

@@ -134,7 +134,7 @@ def inject(
     """
     request = Request.of(locals())
     inject_requested(request, model)
-    warn_of_rebuilding(model, stacklevel=3)  # past the wrapper of in_our_words
+    warn_of_rebuilding(model)
     return model
 
 

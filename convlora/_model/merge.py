@@ -27,7 +27,7 @@ from .state import (
     injected,
     to_the_end,
 )
-from .targets import dotted
+from .targets import dotted, names_of
 from .written import show_watch
 
 M = TypeVar("M", bound=nn.Module)
@@ -79,7 +79,7 @@ def merge(model: M, check: bool = True) -> M:
 
 def _check_finite(root: nn.Module, injection: Injection, weights: list[nn.Parameter]) -> None:
     """Raise StateError if a merged tensor has NaN or Inf and the base's tensor does not."""
-    names = {module: name for name, module in root.named_modules()}
+    names = names_of(root)
     merged = zip(injection.layers, weights, strict=True)
     spoilt = [dotted(names[layer], "weight") for layer, weight in merged if _is_spoilt(weight, *_own(layer))]
     there = (place for place in injection.places if place.module in names)

@@ -69,7 +69,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     Warns:
         UserWarning: :func:`check` finds parameters of the base that would train, or factors that would not.
     """
-    check_trainable(model, stacklevel=2)
+    check_trainable(model)
     return (p for p in model.parameters() if p.requires_grad)
 
 
@@ -119,7 +119,7 @@ def parameter_groups(
             raise TargetError(f"{argument}={value!r}; it must be a finite number of at least 0.")
     if lr_B is None and not PLUS * lr < math.inf:
         raise TargetError(f"lr={lr!r}; {PLUS:g} times it, for B, is no finite number. Give lr_B.")
-    check_trainable(model, stacklevel=2)
+    check_trainable(model)
     constant = {"weight_decay": 0.0}
     groups: dict[str, dict[str, Any]] = {
         "A": {"lr": lr, **constant},
