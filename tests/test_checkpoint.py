@@ -191,7 +191,7 @@ def test_a_file_of_format_1_which_has_no_digest_of_its_header_is_read():
 def test_a_second_adapter_of_one_name_is_refused(saved):
     base, directory, _ = saved
     convlora.inject(base)
-    with pytest.raises(StateError, match=r"There is an adapter 'default' already\. Give the new one a name of its own"):
+    with pytest.raises(StateError, match=r"There is an adapter 'default' already\. Give the new one another name"):
         convlora.load_adapter(base, directory)
 
 
@@ -221,7 +221,7 @@ def rewrite(directory, change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m, t: m.update(format=99), r"is of format 99, this convlora reads up to 3; update it"),
+        (lambda m, t: m.update(format=99), r"is of format 99, and this convlora reads formats up to 3: update"),
         (lambda m, t: m.pop("plan"), r"its manifest cannot be read \(KeyError\('plan'\)\)"),
         (lambda m, t: m["plan"].update(surprise=1), r"its manifest cannot be read"),
         (lambda m, t: "{", r"its manifest cannot be read"),
@@ -237,7 +237,10 @@ def rewrite(directory, change):
         (lambda m, t: t[FACTOR].view(-1)[3].neg_() is None, r"damaged: stem\.lora_A\.weight is not what was saved"),
         (lambda m, t: m.update(buffers=["hidden.weight"]), r"hidden\.weight: no such buffer in the model"),
         (lambda m, t: m["plan"].update(alpha=-1.0), r"alpha=-1\.0; it must be a finite number above 0"),
-        (lambda m, t: m["plan"].update(alpha=float("nan")), r"its manifest cannot be read \(.*NaN is no JSON number"),
+        (
+            lambda m, t: m["plan"].update(alpha=float("nan")),
+            r"its manifest cannot be read \(.*NaN is not a JSON number",
+        ),
         (lambda m, t: m["plan"].update(dropout=5.0), r"dropout=5\.0"),
         (lambda m, t: m["plan"].update(use_rslora="no"), r"use_rslora='no'"),
         (lambda m, t: m["plan"].update(adapter_name="a.b"), r"adapter_name='a\.b'"),
@@ -358,3 +361,39 @@ def test_loading_reads_each_tensor_of_the_base_once(saved, monkeypatch):
     monkeypatch.setattr(fitting, "digest", lambda tensor: hashed.append(tensor.data_ptr()) or digest(tensor))
     convlora.load_adapter(base, directory)
     assert hashed and len(hashed) == len(set(hashed))
+
+
+@pytest.mark.parametrize("export", [False, True])
+def test_every_file_is_written_with_the_same_checks_and_warnings(net, tmp_path, export):
+    def write():
+        if export:
+            convlora.export_adapter(net, tmp_path / "adapter.safetensors", "lycoris")
+        else:
+            convlora.save_adapter(net, tmp_path)
+
+    convlora.inject(net, 3, modules_to_save=None)
+    with pytest.warns(UserWarning, match="nothing was trained") as caught:
+        write()
+    assert caught[0].filename == __file__
+    randomise(net)
+    with torch.no_grad():
+        next(iter(convlora.adapter_parameters(net))).flatten()[0] = torch.nan
+    with pytest.warns(UserWarning, match="holds NaN or Inf: the training has diverged"):
+        write()
+    randomise(net)
+    net.hidden.bias.requires_grad_(True)
+    with pytest.raises(StateError, match=r"hidden\.bias requires a gradient but belongs to the base"):
+        write()
+
+
+def test_a_parameter_that_changed_without_a_gradient_is_named_when_another_librarys_file_is_written(net, tmp_path):
+    convlora.inject(net, 3, modules_to_save=None)
+    randomise(net)
+    net.hidden.bias.data.add_(1)
+    file = tmp_path / "adapter.safetensors"
+    with (
+        pytest.warns(UserWarning, match=r"hidden\.bias: changed since convlora\.inject"),
+        pytest.raises(CheckpointError, match=r"hidden\.bias: it changes without a gradient"),
+    ):
+        convlora.export_adapter(net, file, "diffusers")
+    assert not file.exists()

@@ -79,8 +79,8 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
         (b"[]", b"", None, r"no JSON object"),
         (b"{" * 50, b"", None, r"damaged"),
         (b"[" * 100_000, b"", None, r"damaged"),
-        (b'{"a": 1, "a": 2}', b"", None, r"the key 'a' is there twice"),
-        (b'{"a": NaN}', b"", None, r"NaN is no JSON number"),
+        (b'{"a": 1, "a": 2}', b"", None, r"the key 'a' occurs twice"),
+        (b'{"a": NaN}', b"", None, r"NaN is not a JSON number"),
         (b'{"\xff": 1}', b"", None, r"damaged"),
         ({"__metadata__": {"convlora": 3}}, b"", None, r"metadata are no texts"),
         ({"a": 3}, b"", None, r"'a' has no dtype, shape and data_offsets"),
@@ -92,8 +92,8 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
         ({"a": entry(shape=(2**62, 2**62, 0), offsets=(0, 0))}, b"", None, r"which do not go together"),
         ({"a": entry(), "b": entry()}, bytes(4), None, r"'b' does not begin where the tensor before it ends"),
         ({"a": entry(offsets=(4, 8))}, bytes(8), None, r"'a' does not begin where"),
-        ({"a": entry()}, bytes(9), None, r"its tensors take 4 bytes, and there are 9"),
-        ({"a": entry()}, b"", None, r"its tensors take 4 bytes, and there are 0"),
+        ({"a": entry()}, bytes(9), None, r"its tensors take 4 bytes, and it holds 9"),
+        ({"a": entry()}, b"", None, r"its tensors take 4 bytes, and it holds 0"),
         ({"a\x1b[2J": entry()}, bytes(4), None, r"is no name of a tensor"),
         ({"a\ud800": entry()}, bytes(4), None, r"is no name of a tensor"),
         ({"a." * 10**6: entry()}, bytes(4), None, r"is no name of a tensor"),
@@ -107,7 +107,7 @@ def test_a_header_that_claims_what_is_not_so(net, tmp_path, header, body, length
 
 def test_a_header_beyond_the_limit_is_not_parsed(net, tmp_path):
     raw(tmp_path / TENSORS, b"{" + b" " * LIMIT + b"}")
-    refused(net, tmp_path, rf"its header has {LIMIT + 2} bytes; {LIMIT} are read at most")
+    refused(net, tmp_path, rf"its header has {LIMIT + 2} bytes; the limit is {LIMIT}")
 
 
 def full_of(unit, count):
@@ -165,7 +165,7 @@ def test_a_header_that_would_not_be_read_is_not_written(monkeypatch, saved):
     for name in ("LIMIT", "VALUES"):
         with monkeypatch.context() as patch:
             patch.setattr(f"convlora._checkpoint.files.{name}", 100)
-            with pytest.raises(CheckpointError, match=r"too many tensors for one adapter\. Adapt fewer layers"):
+            with pytest.raises(CheckpointError, match=r"The adapter has too many tensors: adapt fewer layers"):
                 convlora.save_adapter(model, directory)
         assert (directory / TENSORS).read_bytes() == before
 
@@ -403,7 +403,7 @@ def test_nothing_waits_for_a_pipe(saved, name):
     if name == "README.md":
         model = convlora.inject(base, 2)
         randomise(model)
-        with pytest.warns(UserWarning, match="left as it is"):
+        with pytest.warns(UserWarning, match="is kept"):
             convlora.save_adapter(model, directory)
     else:
         refused(base, directory, "does not exist|holds no convlora manifest")
@@ -530,7 +530,7 @@ def peft_like(saved):
     "change, message",
     [
         *(
-            ({"alpha_pattern": {pattern: 1}}, r"is neither a name nor an escaped one; name the layers")
+            ({"alpha_pattern": {pattern: 1}}, r"is a regular expression; list the layers' names")
             for pattern in (
                 *(
                     "([a-z0-9.]+)+!",
@@ -545,9 +545,9 @@ def peft_like(saved):
         ),
         (
             {"alpha_pattern": {"a" * length + "." * dots + "b": 1 for length in range(40) for dots in range(40)}},
-            r"names of 1600 lengths and forms; no network has 1000",
+            r"patterns of 1600 forms; the limit is 1000",
         ),
-        ({"alpha_pattern": [1]}, r"no table of names"),
+        ({"alpha_pattern": [1]}, r"it must be a table of names"),
         ({"alpha_pattern": {"stem": "x"}}, r"each must be a finite number above 0"),
         ({"alpha_pattern": {"stem": [1]}}, r"each must be a finite number above 0"),
         ({"lora_alpha": "x"}, r"lora_alpha='x'"),
@@ -608,7 +608,7 @@ def wide(**change):
         (wide() | {"lycoris_stem.alpha": torch.tensor(-1.0)}, r"stem: alpha=-1\.0"),
         (  # 4 MB that multiply to 4 TB
             wide(**{"down.weight": torch.ones(1, 10**6, 1, 1), "mid.weight": torch.ones(10**6, 1, 1, 1)}),
-            r"its Tucker core \(1000000, 1, 1, 1\) fits no factor beside it",
+            r"its Tucker core \(1000000, 1, 1, 1\) does not fit its factors",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -201,24 +201,24 @@ def test_a_private_repository_opens_to_its_token_alone(hub, tuned, images):
     base, model = tuned
     convlora.push_to_hub(model, REPO, token=WRITE, private=True)
     assert hub.repositories[REPO].private
-    refused(base, r"no path here, and .* no such repository, or it is private: .*token=.*hf auth login")
+    refused(base, r"not a local path, and .* no such repository, or it is private: .*token=.*hf auth login")
     refused(base, r"cannot be read .*token=", token="hf_made_up")
     assert torch.equal(convlora.load_adapter(base, REPO, token=READ).eval()(images), model(images))
 
 
 def test_neither_a_path_nor_a_repository(hub, net):
-    refused(net, rf"{REPO} is no path here, and on the Hugging Face Hub \({hub.url}\) there is no such repository")
+    refused(net, rf"{REPO} is not a local path, and on the Hugging Face Hub \({hub.url}\) there is no such repository")
     refused(net, r"there is no such repository", token=READ)
 
 
 def test_gated(hub, net):
     hub.create(REPO, gated=True)
-    refused(net, r"is gated: ask for access on its page, then give a token=")
+    refused(net, r"is gated: ask for access on its page, then give token=")
 
 
 def test_a_token_for_other_repositories(hub, net):
     hub.create(REPO, closed=True)
-    refused(net, r"cannot be read \(.*Your token is not for this repository.*give a token=", token=READ)
+    refused(net, r"cannot be read \(.*Your token is not for this repository.*give token=", token=READ)
 
 
 def test_no_such_revision(hub, net):
@@ -240,7 +240,7 @@ def test_a_damaged_download_is_refused_as_a_damaged_file_is(hub, net):
 
 
 def test_a_name_that_the_hub_forbids(hub, net):
-    refused(net, r"a--b/c is no path here, and .*cannot be read \(.*a--b/c", "a--b/c")
+    refused(net, r"a--b/c is not a local path, and .*cannot be read \(.*a--b/c", "a--b/c")
 
 
 def test_another_base_is_refused_as_from_a_path(hub, tuned):
@@ -250,7 +250,7 @@ def test_another_base_is_refused_as_from_a_path(hub, tuned):
 
 
 def test_revision_of_a_path(net, tmp_path):
-    refused(net, r"revision='v2' is for a repository on the hub, and .* is a path here", tmp_path, revision="v2")
+    refused(net, r"revision='v2' is for a repository on the hub, and .* is a local path", tmp_path, revision="v2")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://hub.invalid"])  # nobody listens; no such name
@@ -269,7 +269,7 @@ def test_offline_mode_serves_what_is_in_the_cache_and_says_what_to_do_about_the_
     hub.log.clear()
     set_constant(monkeypatch, "HF_HUB_OFFLINE", True)
     how = rf"offline mode is enabled.*HF_HUB_OFFLINE.*run `hf download clinic/b {TENSORS} {CONFIG} --local-dir adapter`"
-    refused(base, rf"clinic/b is no path here and not in the cache, .* cannot be reached \(.*{how}", "clinic/b")
+    refused(base, rf"clinic/b is not a local path and not in the cache, .* cannot be reached \(.*{how}", "clinic/b")
     with pytest.raises(CheckpointError, match=r"cannot be reached \(.*HF_HUB_OFFLINE.*Nothing was uploaded"):
         convlora.push_to_hub(model, REPO, token=WRITE)
     assert torch.equal(convlora.load_adapter(base, REPO).eval()(images), model(images))
@@ -279,7 +279,7 @@ def test_offline_mode_serves_what_is_in_the_cache_and_says_what_to_do_about_the_
 def test_without_huggingface_hub(tuned, monkeypatch):
     base, model = tuned
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused(base, r"no path here; to look for it .*huggingface_hub is needed: pip install 'convlora\[hub\]'")
+    refused(base, r"not a local path; to look for it .*huggingface_hub is needed: pip install 'convlora\[hub\]'")
     with pytest.raises(CheckpointError, match=r"to push, huggingface_hub is needed: pip install 'convlora\[hub\]'"):
         convlora.push_to_hub(model, REPO)
 
@@ -300,7 +300,7 @@ def test_who_may_not_write_is_told(hub, tuned, token, message):
 
 def test_private_is_never_published(hub, tuned):
     hub.create(REPO)
-    with pytest.raises(CheckpointError, match=r"is there already and public, which private=True does not change"):
+    with pytest.raises(CheckpointError, match=r"exists already and is public, which private=True does not change"):
         convlora.push_to_hub(tuned[1], REPO, token=WRITE, private=True)
     assert len(hub.repositories[REPO].commits) == 1
 
@@ -315,7 +315,7 @@ def test_own_card_is_replaced_and_an_edited_one_is_left(hub, tuned):
     edited = card.replace(b"## Use", b"## How we use it")
     repository.commit({CARD: edited}, "edited")
     randomise(model, seed=2)
-    with pytest.warns(UserWarning, match=rf"README\.md of {REPO} was edited.*left as it is") as caught:
+    with pytest.warns(UserWarning, match=rf"README\.md of {REPO} was edited.*is kept") as caught:
         convlora.push_to_hub(model, REPO, token=WRITE)
     assert caught[0].filename == __file__
     now = repository.commits[repository.main]

@@ -117,7 +117,7 @@ def tucker_of_wrong_shape(base):
         (lambda b: kohya("down_conv_in", b.wide), r"down\.conv_in\.lora_A\.weight: \(2, 5, 3, 3\) in the file"),
         (
             lambda b: kohya("down_proj", b.down.proj) | {"lora_unet_down_proj.hada_w1_a": torch.ones(4, 1)},
-            r"lora_unet_down_proj: alpha, hada_w1_a, lora_down\.weight, lora_up\.weight: together of no method",
+            r"lora_unet_down_proj: alpha, hada_w1_a, lora_down\.weight, lora_up\.weight: no method has these",
         ),
         (
             lambda b: dict(list(kohya("down_proj", b.down.proj).items())[:1]),
@@ -127,8 +127,8 @@ def tucker_of_wrong_shape(base):
             lambda b: kohya("down_proj", b.down.proj) | kohya("down_proj", b.down.proj, prefix="lora_te_"),
             r"its layers are of several models; prefix='lora_te' or 'lora_unet' chooses",
         ),
-        (tucker_of_wrong_shape, r"down\.conv_in: its Tucker core \(2, 7, 3, 3\) fits no"),
-        (lambda b: {"x": torch.ones(1)}, r"holds no convlora manifest, no adapter_config\.json of peft lies beside it"),
+        (tucker_of_wrong_shape, r"down\.conv_in: its Tucker core \(2, 7, 3, 3\) does not fit"),
+        (lambda b: {"x": torch.ones(1)}, r"holds no convlora manifest, peft's adapter_config\.json is not beside it"),
     ],
 )
 def test_what_is_not_exact_or_does_not_fit_is_refused(tmp_path, tensors, reason):
@@ -261,31 +261,31 @@ ALL_REASONS = {
     "LoHa, padding mode": (lambda b: loha("pad", b.pad), r"pad: padding_mode 'reflect', which the branch beside"),
     "LoKr, padding mode": (lambda b: lokr("pad"), r"pad: padding_mode 'reflect'"),
     "full, padding mode": (lambda b: named("pad", diff=torch.ones(4, 4, 3, 3)), r"pad: padding_mode 'reflect'"),
-    "subclass": (lambda b: loha("std", b.std), r"std: a StdConv2d with a forward of its own, in which a branch"),
-    "same": (lambda b: loha("same", b.same), r"same: a Conv2dSame with a forward of its own"),
+    "subclass": (lambda b: loha("std", b.std), r"std: a StdConv2d with its own forward, from which a branch"),
+    "same": (lambda b: loha("same", b.same), r"same: a Conv2dSame with its own forward"),
     "norm": (
         lambda b: named("norm", w_norm=torch.ones(4), b_norm=torch.ones(4)),
         r"lycoris_norm: norm: differences of a norm layer are not read",
     ),
     "GLoRA": (
         lambda b: named("conv", a1__weight=torch.ones(4, 2), a2__weight=torch.ones(2, 4), b1__weight=torch.ones(4, 2)),
-        r"lycoris_conv: GLoRA: there is no such method here",
+        r"lycoris_conv: GLoRA: convlora has no such method",
     ),
     "T-LoRA": (
         lambda b: named("conv", q_layer__weight=torch.ones(2, 4), lambda_layer=torch.ones(1, 2)),
-        r"lycoris_conv: T-LoRA: its change is relative to what it began as",
+        r"lycoris_conv: T-LoRA: its change is relative to its initial factors",
     ),
     "DyLoRA": (
         lambda b: named("conv", lora_up__weight=torch.ones(4, 2), lora_down__weight=torch.ones(2, 4, 3, 3)),
-        r"conv: DyLoRA, which computes with another part of its rank each time",
+        r"conv: DyLoRA, which computes with a random part of its rank in each step",
     ),
     "two methods in one layer": (
         lambda b: loha("conv", b.conv) | lokr("conv"),
-        r"lycoris_conv: hada_w1_a, .*lokr_w2: together of no method that is read",
+        r"lycoris_conv: hada_w1_a, .*lokr_w2: no method has these tensors together",
     ),
     "magnitudes of inputs": (
         lambda b: loha("conv", b.conv) | named("conv", dora_scale=torch.ones(1, 4, 1, 1)),
-        r"conv: DoRA's magnitudes \(1, 4, 1, 1\); one for each output channel is read",
+        r"conv: DoRA's magnitudes \(1, 4, 1, 1\); there must be one for each output channel",
     ),
     "LoHa, one missing": (
         lambda b: without(loha("conv", b.conv), "w2_b"),
@@ -306,13 +306,13 @@ ALL_REASONS = {
     "LoKr, a number": (lambda b: lokr("conv", w1=()), r"conv: lokr_w1 makes 0 by 0 blocks"),
     "LoKr, two forms": (
         lambda b: lokr("conv") | named("conv", lokr_w2_a=torch.ones(2, 1)),
-        r"conv: lokr_w2_a has no place|conv: lokr_w2_b is missing",
+        r"conv: lokr_w2_a does not belong|conv: lokr_w2_b is missing",
     ),
     "LoKr, factors that multiply to more than the layer": (
         lambda b: named(
             "conv", lokr_w1=torch.ones(2, 2), lokr_w2_a=torch.ones(10**5, 1), lokr_w2_b=torch.ones(1, 10**5)
         ),
-        r"conv: lokr_w2's factors have the shapes \[\(100000, 1\), \(1, 100000\)\]; for its weight they would",
+        r"conv: lokr_w2's factors have the shapes \[\(100000, 1\), \(1, 100000\)\]; this layer's would",
     ),
     "full, of another layer": (
         lambda b: named("conv", diff=torch.ones(4, 4)),
@@ -320,14 +320,14 @@ ALL_REASONS = {
     ),
     "full, a bias that is not there": (
         lambda b: named("conv", diff=torch.ones(4, 4, 3, 3), diff_b=torch.ones(3)),
-        r"conv: \(3,\) is for a bias that the layer does not have",
+        r"conv: the file changes a bias \(3,\), which the layer does not have",
     ),
     "core in float8": (
         lambda b: (
             named("conv", lora_up__weight=torch.ones(4, 2, 1, 1), lora_down__weight=torch.ones(2, 4, 1, 1))
             | named("conv", lora_mid__weight=torch.ones(2, 2, 3, 3).to(torch.float8_e4m3fn))
         ),
-        r"conv: lora_mid\.weight is of torch\.float8_e4m3fn, in which torch computes nothing",
+        r"conv: lora_mid\.weight is of torch\.float8_e4m3fn, with which torch does not compute",
     ),
     "alpha": (
         lambda b: loha("conv", b.conv) | named("conv", alpha=torch.tensor(float("inf"))),

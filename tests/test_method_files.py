@@ -163,9 +163,9 @@ MULTIPLYING = {
 }
 """peft's configurations, and the layers on which the two compute the same."""
 REASONS = {
-    "OFTConfig": r"0: kernel \(3, 3\), of which peft's OFT adds up the patches that overlap",
-    "BOFTConfig": r"0: dilation \(1, 1\), groups 1, padding_mode 'reflect', which peft drops",
-    "HRAConfig": r"0: dilation \(1, 1\), groups 1, padding_mode 'reflect', which peft drops",
+    "OFTConfig": r"0: kernel \(3, 3\): peft's OFT sums the overlapping patches",
+    "BOFTConfig": r"0: dilation \(1, 1\), groups 1, padding_mode 'reflect', which peft ignores",
+    "HRAConfig": r"0: dilation \(1, 1\), groups 1, padding_mode 'reflect', which peft ignores",
 }
 
 
@@ -219,7 +219,12 @@ def test_a_file_of_peft_that_multiplies_predicts_the_same_here_and_goes_back(tmp
         ("OFTConfig", {"oft_block_size": 4}, {"num_cayley_neumann_terms": "5"}, "must be a whole number above 0"),
         ("OFTConfig", {"oft_block_size": 4}, {"num_cayley_neumann_terms": 10**9}, "from 0, which is exact, to 100"),
         ("OFTConfig", {"oft_block_size": 4}, {"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ("IA3Config", {"feedforward_modules": []}, {"feedforward_modules": "(.*a)*"}, "an expression that is not read"),
+        (
+            "IA3Config",
+            {"feedforward_modules": []},
+            {"feedforward_modules": "(.*a)*"},
+            "is a regular expression",
+        ),
     ],
 )
 def test_what_peft_computes_otherwise_is_refused_with_the_reason(tmp_path, kind, options, lie, message):
@@ -251,16 +256,16 @@ def test_scales_of_inputs_and_of_outputs_side_by_side(tmp_path):
     assert same(theirs, peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval(), images)
     with torch.no_grad():
         ours[0].bias[0] += 1
-    with pytest.raises(convlora.UnsupportedLayerError, match="0: its bias is not scaled as its weight is"):
+    with pytest.raises(convlora.UnsupportedLayerError, match="0: its bias is not scaled like its weight"):
         importlib.import_module("convlora.peft").to_peft(ours)
 
 
 @pytest.mark.parametrize(
     "method, options, message",
     [
-        ("ia3", {}, "its bias is not scaled as its weight is, and peft scales both"),
+        ("ia3", {}, "its bias is not scaled like its weight, and peft scales both"),
         ("ssf", {}, "changed by ssf: peft has no such method"),
-        ("oft", {"on_output": True}, "turned on its outputs, and peft turns inputs"),
+        ("oft", {"on_output": True}, "its outputs are rotated, and peft rotates inputs"),
         ("boft", {"factors": 2}, "several butterfly factors, for which peft needs its CUDA extension"),
     ],
 )
@@ -282,7 +287,7 @@ def test_ranks_that_differ_have_no_place_in_a_configuration_of_one_rank(method):
     need("peft")
     net = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1))
     convlora.inject(net, 4, method=method, rank_pattern={"1": 2}, modules_to_save=None)
-    with pytest.raises(convlora.UnsupportedLayerError, match="1: rank 2 where most layers have 4, and peft has one"):
+    with pytest.raises(convlora.UnsupportedLayerError, match="1: rank 2, most layers have 4, and peft has one"):
         importlib.import_module("convlora.peft").to_peft(net)
 
 
@@ -352,9 +357,9 @@ def test_a_scale_of_inputs_of_lycoris(tmp_path):
     [
         ({"oft_blocks": (3, 4, 2)}, "oft_blocks of shape .3, 4, 2.; they must be square"),
         ({"oft_blocks": (3, 5, 5)}, "rank=5 divides 12, the numbers to turn, into no blocks"),
-        ({"oft_blocks": (1, 4, 3, 3)}, "blocks of 3, of which a butterfly has no halves"),
-        ({"oft_blocks": (3, 4, 4), "rescale": (5, 1)}, "rescale of 5 numbers for 12 output channels"),
-        ({"on_input": (), "weight": (1, 5, 1, 1)}, "weight of 5 numbers for 8 input and 12 output channels"),
+        ({"oft_blocks": (1, 4, 3, 3)}, "blocks of size 3; a butterfly halves its blocks"),
+        ({"oft_blocks": (3, 4, 4), "rescale": (5, 1)}, "rescale of 5 values for 12 output channels"),
+        ({"on_input": (), "weight": (1, 5, 1, 1)}, "weight of 5 values for 8 input and 12 output channels"),
         ({"on_input": ()}, "weight is missing"),
     ],
 )
@@ -371,8 +376,8 @@ def test_tensors_of_lycoris_that_fit_no_method_are_refused(tmp_path, parts, mess
 
 ODD = {
     "reflect": (lambda: nn.Conv2d(8, 12, 3, padding=1, padding_mode="reflect"), r"0: padding_mode 'reflect'"),
-    "standardised": (lambda: need("timm.layers").StdConv2d(8, 12, 3), r"0: a StdConv2d with a forward of its own"),
-    "same by itself": (lambda: need("timm.layers").Conv2dSame(8, 12, 3), r"0: a Conv2dSame with a forward of its own"),
+    "standardised": (lambda: need("timm.layers").StdConv2d(8, 12, 3), r"0: a StdConv2d with its own forward"),
+    "same by itself": (lambda: need("timm.layers").Conv2dSame(8, 12, 3), r"0: a Conv2dSame with its own forward"),
 }
 
 
@@ -409,7 +414,7 @@ TENSORS = {
     "of another method": (
         "loha",
         lambda t: t.update({"0.hira_A": torch.ones(3, 8, 3, 3)}),
-        r"0\.hira_A: neither a layer's change nor",
+        r"0\.hira_A: it belongs neither to a layer's change nor",
     ),
 }
 
@@ -430,8 +435,8 @@ def test_tensors_that_are_no_change_of_the_layer_are_named(tmp_path, what):
 CONFIGURATIONS = {
     "no alpha": ("loha", {"alpha": 0}, r"alpha=0: it must be a finite number above 0"),
     "no rank": ("lokr", {"r": "8"}, r"r='8': it must be a finite number above 0"),
-    "a search": ("lokr full", {"rank_pattern": {"(a+)+$": 2}}, r"rank_pattern: '\(a\+\)\+\$' is neither a name nor"),
-    "a later field": ("hira", {"alpha": 3}, r"alpha=3: it changes what peft computes, or is not known here"),
+    "a search": ("lokr full", {"rank_pattern": {"(a+)+$": 2}}, r"rank_pattern: '\(a\+\)\+\$' is a regular expression"),
+    "a later field": ("hira", {"alpha": 3}, r"alpha=3: it changes what peft computes, or is unknown here"),
 }
 
 
@@ -449,8 +454,8 @@ def test_configurations_of_a_method_that_mean_more_are_refused(tmp_path, what):
 @pytest.mark.parametrize(
     "methods, options, message",
     [
-        (("loha", "hira"), None, r"changed by hira, loha: peft has no such method, or not these in one adapter"),
-        (("lokr", "lokr"), {"rows": 3, "columns": 2}, r"1: its blocks and factors are not those that peft gives it"),
+        (("loha", "hira"), None, r"changed by hira, loha: peft has no such method, or does not combine these"),
+        (("lokr", "lokr"), {"rows": 3, "columns": 2}, r"1: peft would give it other blocks and factors"),
         (("lokr", "lokr"), {"tucker": True, "decompose_both": True, "full": True}, None),
         (("lokr", "lokr"), {"factor": 2}, None),
         (("loha", "loha"), {"tucker": True}, None),

@@ -1049,6 +1049,6 @@ def test_a_file_of_a_method_that_is_not_registered_says_so(registry, tmp_path):
     del registry["sign"]
     before = snapshot(base)
     for file in (kind, "named alone"):
-        with pytest.raises(CheckpointError, match=r"needs method 'sign', which is not known here\. Import the code"):
+        with pytest.raises(CheckpointError, match=r"needs method 'sign', which is not registered\. Import the code"):
             convlora.load_adapter(base, tmp_path / file)
     assert snapshot(base) == before

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when the block ends without an error."""
+    """Yield a temporary file, which replaces ``path`` when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         yield temporary
@@ -20,13 +20,13 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        with suppress(OSError):  # the file is in its place, or the error is under way
+        with suppress(OSError):  # the temporary file was renamed, or the block's error is being raised
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def put_back(files: Iterable[Path]) -> Iterator[None]:
-    """Where the block fails, small files hold again what they held."""
+    """If the block fails, write the old content back to these small files."""
     before = {file: file.read_bytes() if file.is_file() else None for file in files}
     try:
         yield
@@ -42,7 +42,7 @@ def put_back(files: Iterable[Path]) -> Iterator[None]:
 
 
 def tidy(path: Path, names: Collection[str]) -> None:
-    """Remove what killed saves have left of the files of these names; a save that is under way is younger."""
+    """Remove temporary files that killed saves left for files of these names; those of running saves are younger."""
     with suppress(OSError):
         for file in path.glob(f".*.{'[0-9a-f]' * 32}"):
             name = file.name[1:-33]
@@ -51,4 +51,4 @@ def tidy(path: Path, names: Collection[str]) -> None:
 
 
 _ABANDONED = 3600.0
-"""Seconds after which a temporary file belongs to nobody."""
+"""Age in seconds from which a temporary file belongs to no running save."""

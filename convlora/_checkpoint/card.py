@@ -1,8 +1,8 @@
-"""The model card that lies beside a saved adapter: README.md, in the form that the Hugging Face Hub reads.
+"""The model card of a saved adapter: README.md, in the format of the Hugging Face Hub.
 
-YAML between two lines of ``---`` is for the hub (https://huggingface.co/docs/hub/model-cards), the rest for people.
-The same adapter gives the same text. The last line is a comment with a digest of all before it: while that holds, the
-card is as it was written and may be written anew; an edited one, or one that is not ours, is its owner's.
+The YAML between two lines of ``---`` is for the hub (https://huggingface.co/docs/hub/model-cards), the rest for people.
+The same adapter gives the same text. The last line is a comment with a digest of the text above it. If the digest
+matches, the card is unedited and a save may replace it; an edited or foreign card is never overwritten.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True)
 class About:
-    """What a card says that the model does not know."""
+    """The parts of a model card that the user gives."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     base_model: str | None = None
-    """The base's name on the hub."""
+    """The base's name on the Hugging Face Hub."""
     source: str = "path/to/this/directory"
-    """What ``load_adapter`` is given."""
+    """The argument of ``load_adapter`` in the card's example."""
 
 
 def checked_about(metrics: Mapping[str, object] | None, base_model: str | None) -> About:
-    """What the user says of an adapter, once it is known to fit into a card.
+    """Return metrics and base model for the card, after checking them.
 
     Raises:
-        TargetError: a metric without a name or without a finite number, or a base model that is no name on the hub.
+        TargetError: a metric's name or value is invalid, or ``base_model`` is not a name on the hub.
     """
     numbers = {name: _number(name, value) for name, value in (metrics or {}).items()}
     if base_model is not None and not (isinstance(base_model, str) and _HUB_NAME.fullmatch(base_model)):
@@ -60,7 +60,7 @@ def checked_about(metrics: Mapping[str, object] | None, base_model: str | None) 
 
 def _number(name: object, value: object) -> float:
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
-        raise TargetError(f"metrics: {name!r} is no name; use one such as 'accuracy'. Nothing was written.")
+        raise TargetError(f"metrics: {name!r} is not a name; use one such as 'accuracy'. Nothing was written.")
     try:
         number = math.nan if isinstance(value, (str, bool)) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
@@ -71,9 +71,9 @@ def _number(name: object, value: object) -> float:
 
 
 def is_replaceable(file: Path) -> bool:
-    """Whether a card may be written here: there is none, or it is as convlora wrote it."""
+    """Return whether a card may be written to this path: no file exists, or it is an unedited card of convlora."""
     try:
-        if file.exists() and not file.is_file():  # a pipe would be waited for
+        if file.exists() and not file.is_file():  # reading a pipe would block
             return False
         sealed = _SEALED.fullmatch(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -88,13 +88,13 @@ def _digest(text: str) -> str:
 
 
 def card(plan: Plan, base: Mapping[str, str], tensors: Mapping[str, Tensor], about: About) -> str:
-    """The text of README.md.
+    """Return the text of README.md.
 
     Args:
-        plan: the adapter's.
-        base: digest of every tensor of the base, by state-dict key.
+        plan: the adapter's plan.
+        base: the digest of every tensor of the base, by state-dict key.
         tensors: every tensor of the adapter, by its key in the file without peft's prefix.
-        about: what the user adds.
+        about: metrics, base model and source.
     """
     body = "\n".join(
         [
@@ -115,7 +115,7 @@ def _front_matter(plan: Plan, about: About) -> list[str]:
     if about.base_model is not None:
         lines += [f"base_model: {quoted(about.base_model)}", "base_model_relation: adapter"]
     if about.metrics:
-        # The hub wants a task and a data set with each result; "other" and "unknown" are its words for neither known.
+        # The hub requires a task and a data set for each result; "other" and "unknown" say that they are not given.
         lines += ["model-index:", f"- name: {quoted(_name(plan))}", "  results:"]
         lines += ["  - task:", "      type: other", "    dataset:", "      type: unknown", "      name: unknown"]
         lines += ["    metrics:"]
@@ -165,7 +165,7 @@ def _metrics(about: About) -> list[str]:
 
 
 def _layers(plan: Plan) -> list[str]:
-    """What the layers compute with, and the plan as ``print(convlora.summary(model))`` shows it, as plain text."""
+    """Return the layers' formula, and the plan as ``print(convlora.summary(model))`` shows it."""
     scaling = "alpha / √rank (rsLoRA)" if plan.use_rslora else "alpha / rank"
     lines = ["## Layers", "", f"Each computes with {_formula(plan, scaling)}; the sizes are in parameters.", ""]
     listed = [f"    {line}" for line in str(replace(plan, state="saved")).splitlines()]
@@ -173,7 +173,7 @@ def _layers(plan: Plan) -> list[str]:
 
 
 def _formula(plan: Plan, scaling: str) -> str:
-    """What the layers compute with."""
+    """Return the formula of the layers' new weight W'."""
     formulas = dict.fromkeys(layer.change.formula for layer in plan.layers)
     began = f"as they began ({plan.init})"
     changed = " or ".join(formulas).replace("scaling", scaling).replace("as they began", began)
@@ -200,7 +200,7 @@ def _besides(plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _within(name: str) -> str:
-    """What the keys of a module's tensors begin with."""
+    """Return the prefix of the state-dict keys of a module's tensors."""
     return f"{name}." if name else ""
 
 

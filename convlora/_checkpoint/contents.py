@@ -1,4 +1,4 @@
-"""Which tensors are an adapter's, by their keys in the file."""
+"""The tensors of an adapter, by their keys in the file."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from .._model.keys import own_keys, tensors_as
 from .._model.state import Adapter, Injection
-from .._model.targets import dotted
+from .._model.targets import dotted, names_of
 from .peft_format import factor_shapes
 
 State = dict[str, Tensor]
 
 
 def adapter_tensors(root: nn.Module, injection: Injection, adapter: Adapter) -> tuple[State, frozenset[str]]:
-    """Copies of an adapter's tensors by their keys in the file, and the keys of the buffers among them that moved."""
+    """Return copies of an adapter's tensors by file key, and the keys of the buffers that differ from the base's."""
     buffers = moved_buffers(root, injection, adapter)
     own = own_keys(root, adapter.plan, buffers)
     tensors = {key: tensor.detach().clone() for key, tensor in adapter_state(root, adapter, own).items()}
@@ -23,8 +23,8 @@ def adapter_tensors(root: nn.Module, injection: Injection, adapter: Adapter) -> 
 
 
 def moved_buffers(root: nn.Module, injection: Injection, adapter: Adapter) -> set[str]:
-    """Keys of the base's persistent buffers whose numbers are no longer the base's in this adapter."""
-    names = {module: name for name, module in root.named_modules()}
+    """Return the state-dict keys of the persistent buffers whose values in this adapter differ from the base's."""
+    names = names_of(root)
     moved = set()
     for place in injection.places:
         is_there = place.name in place.home and place.module in names
@@ -36,7 +36,7 @@ def moved_buffers(root: nn.Module, injection: Injection, adapter: Adapter) -> se
 
 
 def adapter_state(root: nn.Module, adapter: Adapter, own: set[str]) -> State:
-    """Every tensor of the adapter by its key in the file: the model's own tensors, not copies."""
+    """Return every tensor of the adapter by its key in the file: the model's own tensors, not copies."""
     state = tensors_as(root, adapter.plan.adapter_name)
     return dict(_factors(adapter)) | {key: state[key] for key in state if key in own}
 

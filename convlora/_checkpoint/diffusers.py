@@ -1,7 +1,8 @@
-"""Files of diffusers, both ways: one ``.safetensors`` file with peft's names, and peft's configuration in its header.
+"""Reads and writes diffusers' files: one ``.safetensors`` file with peft's keys and, in its header, configuration.
 
-``unet.save_lora_adapter`` writes the names of one model. ``save_lora_weights`` of a pipeline writes those of several,
-every key and every field of the configuration behind the name of its model: ``unet.``, ``text_encoder.``.
+``unet.save_lora_adapter`` writes one model's adapter. A pipeline's ``save_lora_weights`` writes several models'
+adapters; each key and each field of the configuration then begins with the model's name, ``unet.`` or
+``text_encoder.``.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from .peft_reader import from_peft_tensors
 from .rebuilt import Found, of_model
 
 METADATA = "lora_adapter_metadata"
-"""The header's text that holds the configuration."""
+"""The metadata entry that holds peft's configuration."""
 MODELS = tuple(
     f"{each}." for each in ("unet", "transformer", "controlnet", *("text_encoder" + n for n in ("", "_2", "_3")))
 )
-"""What a pipeline calls its models."""
+"""The names that pipelines give their models."""
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _OTHERS = {
     ".lora.down.weight": _DOWN,
@@ -36,11 +37,11 @@ _OTHERS = {
     ".lora_linear_layer.down.weight": _DOWN,
     ".lora_linear_layer.up.weight": _UP,
 }
-"""Endings that older releases, and scripts that are written for them, use."""
+"""Key endings of older releases of diffusers, and what newer releases write."""
 
 
 def is_diffusers(file: TensorFile) -> bool:
-    """Whether it is such a file: by its header, or by its names, which are not those of peft's own files."""
+    """Return whether a file is diffusers', from its metadata or from its keys, which lack peft's prefix."""
     if METADATA in file.metadata:
         return True
     return any(key.endswith((_DOWN, *_OTHERS)) and not key.startswith(PREFIX) for key in file.entries)
@@ -49,10 +50,11 @@ def is_diffusers(file: TensorFile) -> bool:
 def from_diffusers_tensors(
     metadata: Mapping[str, str], tensors: Mapping[str, Tensor], root: nn.Module, origin: str, prefix: str | None
 ) -> Found:
-    """The adapter in such a file, for this model, of several the one with this prefix.
+    """Return the adapter in such a file, or the one with this prefix if the file holds several.
 
     Raises:
-        CheckpointError: it is not for this model, or none that predicts the same here; every reason is named.
+        CheckpointError: the adapter does not fit this model or would predict something else here; every reason is
+            named.
     """
     known = [each for each in MODELS if each[:-1] not in root._modules] or MODELS
     names, chosen = of_model(tensors, known, prefix, origin)
@@ -63,22 +65,23 @@ def from_diffusers_tensors(
 def to_diffusers_tensors(
     model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor], prefix: str
 ) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """The tensors of such a file for an adapter's factors, the header's texts, and why some have no place there.
+    """Return the tensors of a diffusers file by key, its metadata, and why the file cannot hold the adapter.
 
-    lora_B has the scaling in it, and alpha is the rank: ``load_lora_adapter`` reads the configuration of a file only
-    where it is told that it is safetensors, and takes alpha for the rank where it has none.
+    lora_B is written with the scaling multiplied in, and alpha equals the rank. Then the file is right both with its
+    configuration and without: ``load_lora_adapter`` reads the configuration only with ``use_safetensors=True``, and
+    else takes alpha = rank.
 
     Args:
         model: the injected model.
         adapter: one of its adapters.
-        tensors: its tensors, by their keys in convlora's file.
-        prefix: what a pipeline calls the model; empty for a file of the model alone.
+        tensors: the adapter's tensors, by their keys in convlora's file.
+        prefix: the pipeline's name for the model; empty for a file of one model.
     """
     faults = [*faults_for_any_peft(model, adapter), *faults_for_stock_peft(adapter)]
     if type_of(adapter.plan) != STOCK:
-        faults.append(f"changed by {adapter.plan.method}; diffusers reads LoRA")
+        faults.append(f"changed by {adapter.plan.method}; diffusers reads only LoRA")
     elif adapter.plan.use_dora:
-        faults.append("DoRA, whose magnitudes load_lora_adapter of diffusers leaves out")
+        faults.append("DoRA, whose magnitudes diffusers' load_lora_adapter ignores")
     if faults:
         return {}, {}, faults
     plan, found = adapter.plan, dict(tensors)
@@ -96,11 +99,11 @@ def _renamed(key: str) -> str:
 
 
 def _config(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], prefix: str, origin: str) -> dict[str, Any]:
-    """peft's fields for a model; where the file has none for it, alpha is the rank, as diffusers takes it."""
+    """Return peft's configuration for the model; if the file has none, alpha is the rank, as in diffusers."""
     try:
         fields = strict_json(metadata.get(METADATA, "{}"))
         if not isinstance(fields, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (ValueError, RecursionError) as cause:
         raise CheckpointError(f"{origin}: {METADATA} cannot be read ({brief(cause)}). Nothing was changed.") from cause
     own = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}

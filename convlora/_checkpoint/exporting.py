@@ -1,4 +1,4 @@
-"""Writing an adapter's factors for other libraries, into one ``.safetensors`` file."""
+"""``export_adapter``: writes an adapter's factors into one ``.safetensors`` file that another library reads."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
-from .._model.integrity import check_nothing_outside, refuse_changed
+from .._layer.places import BASE
+from .._model.keys import tensors_as
 from .._model.merge import unmerged
-from .._model.state import ready_alone, the_adapter
 from .._plan import Plan
-from ..errors import CheckpointError, TargetError, few
-from .atomic import replacing
+from ..errors import TargetError
 from .contents import adapter_tensors
 from .diffusers import to_diffusers_tensors
-from .files import plain
+from .files import refusal, write_tensors
 from .lycoris import to_lycoris_tensors
+from .saving import adapter_to_write, warn_of_training
 
 Format = Literal["diffusers", "lycoris"]
-"""Whose files are written."""
+"""The library whose file is written."""
 
 
 def export_adapter(
@@ -34,73 +32,70 @@ def export_adapter(
     *,
     prefix: str | None = None,
 ) -> Path:
-    """Write an adapter's factors as a LoRA file that another library loads, to the same predictions.
+    """Write an adapter's factors as a LoRA file; the library that loads it predicts the same.
 
     >>> convlora.export_adapter(unet, "style.safetensors", "diffusers", prefix="unet")
     >>> pipeline.load_lora_weights("style.safetensors")             # in diffusers
 
-    ``"diffusers"`` is what ``save_lora_adapter`` and a pipeline's ``save_lora_weights`` write, ``"lycoris"`` a LoCon
-    file, as kohya's scripts write it, too. They hold LoRA and the whole differences of small layers; LoCon has DoRA,
-    too. :func:`convlora.load_adapter` reads both. Stock peft reads what :func:`convlora.save_adapter` writes.
+    ``"diffusers"`` is the format of diffusers' ``save_lora_adapter`` and ``save_lora_weights``. ``"lycoris"`` is a
+    LoCon file, the format of LyCORIS and of kohya's scripts. Both formats hold LoRA and the dense differences of small
+    layers; LoCon also holds DoRA. :func:`convlora.load_adapter` reads both. Stock peft reads what
+    :func:`convlora.save_adapter` writes.
 
     Args:
         model: an injected model, merged or not.
-        file: the ``.safetensors`` file to write; its directory is made where missing.
-        to: whose file it is to be.
+        file: the ``.safetensors`` file to write; its directory is made if it is missing.
+        to: the format.
         adapter_name: one of the model's adapters; default the active one.
-        prefix: how the layers' names begin: for diffusers what a pipeline calls the model, ``"unet"``, default nothing;
-            else ``"lora_unet"`` or ``"lora_te1"`` as in kohya's files, default ``"lycoris"``.
+        prefix: the beginning of every layer's name in the file. In ``"diffusers"`` it is what a pipeline calls the
+            model, such as ``"unet"``; default none. In ``"lycoris"`` it is ``"lora_unet"`` or ``"lora_te1"`` for
+            kohya's scripts; default ``"lycoris"``.
 
     Returns:
-        The file.
+        The file's path.
 
     Raises:
-        CheckpointError: the file has no place for something that the adapter has, such as a head, or the other library
-            would predict another thing; each is named. Or it cannot be written.
+        CheckpointError: the format cannot hold a part of the adapter, such as a head; or the other library would
+            predict something else; or the file cannot be written. Every such part is named.
         StateError: as from :func:`convlora.save_adapter`.
-        TargetError: there is no such format, or the file's name does not end in ``.safetensors``.
+        TargetError: the format is unknown, or the file's name does not end in ``.safetensors``.
+
+    Warns:
+        UserWarning: as from :func:`convlora.save_adapter`: nothing was trained, a tensor holds NaN or Inf, or a
+            parameter of the base changed without a gradient.
     """
     path = Path(file)
     if to not in ("diffusers", "lycoris"):
-        raise TargetError(f"to={to!r}; 'diffusers' and 'lycoris' are written. Nothing was written.")
+        raise TargetError(f"to={to!r}; it must be 'diffusers' or 'lycoris'. Nothing was written.")
     if path.suffix != ".safetensors":
         raise TargetError(f"{path}: give the name of a .safetensors file. Nothing was written.")
-    root, injection = ready_alone(model)
-    adapter = the_adapter(injection, adapter_name)
-    adapter.follow()
-    refuse_changed(root, injection, adapter)
-    check_nothing_outside(model, root)
+    root, injection, adapter = adapter_to_write(model, adapter_name)
     with unmerged(root, injection):
-        tensors, buffers = adapter_tensors(root, injection, adapter)
-        faults = [*_beside(adapter.plan), *(f"{key}: a buffer that moved" for key in sorted(buffers))]
-        texts: dict[str, str] = {}
+        factors, buffers = adapter_tensors(root, injection, adapter)
+        base = tensors_as(root, BASE)
+        faults = [*_other_parts(adapter.plan), *(f"{key}: a buffer that changed" for key in sorted(buffers))]
+        tensors, texts = factors, dict[str, str]()
         if not faults and to == "diffusers":
-            tensors, texts, faults = to_diffusers_tensors(root, adapter, tensors, prefix or "")
+            tensors, texts, faults = to_diffusers_tensors(root, adapter, factors, prefix or "")
         elif not faults:
-            tensors, faults = to_lycoris_tensors(adapter.plan, tensors, root, (prefix or "lycoris").rstrip("_"))
+            tensors, faults = to_lycoris_tensors(adapter.plan, factors, root, (prefix or "lycoris").rstrip("_"))
     if faults:
-        lines = few([f"  {plain(fault)}" for fault in dict.fromkeys(faults)])
         remedy = "convlora.save_adapter writes all of it; convlora.merge gives the plain network. Nothing was written."
-        raise CheckpointError("\n".join([f"{path}: a file of {to} has no place for this adapter:", *lines, remedy]))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            state = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(state, temporary, metadata={"format": "pt", **texts})
-    except (OSError, SafetensorError) as cause:
-        raise CheckpointError(f"{path} cannot be written ({cause}). What was there before is still there.") from cause
+        raise refusal(f"{path}: a {to} file cannot hold this adapter:", faults, remedy)
+    warn_of_training(injection, adapter, factors, base)
+    write_tensors(path, tensors, texts)
     return path
 
 
-def _beside(plan: Plan) -> Iterator[str]:
-    """What an adapter has besides factors."""
+def _other_parts(plan: Plan) -> Iterator[str]:
+    """Yield what an adapter has besides factors."""
     for name in plan.modules_to_save:
-        yield f"{name}: trained in full; inject with modules_to_save=None to have it adapted as the others"
+        yield f"{name}: trained in full; inject with modules_to_save=None to adapt it like the other layers"
     if plan.norm == "track" and plan.norms:
         yield f"{plan.norms[0]}: its statistics are tracked; inject with norm='freeze'"
     for name in plan.biases:
-        yield f"{name}: its bias is trained by itself"
+        yield f"{name}: its bias is trained"
     for name in plan.written:
-        yield f"{name}: the model's own forward writes to it, so the adapter has it, too"
+        yield f"{name}: it changes without a gradient, as where the model's own forward writes to it"
     if not plan.layers:
         yield "no layer is adapted"

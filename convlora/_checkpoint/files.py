@@ -1,8 +1,8 @@
-"""What is read of a file that may come from a stranger: bounded, checked before it is believed, opened once.
+"""Reading files that may come from a stranger, and writing safetensors files.
 
-A safetensors file is 8 bytes of length, a JSON header, and the tensors' numbers. The header is checked here before any
-of the numbers is read, so that what it merely claims takes no memory; the numbers are decoded by safetensors. One
-handle serves all reads: a save that replaces the file meanwhile changes nothing of what is read here.
+A safetensors file is 8 bytes of length, a JSON header, and the tensors' values. The header is checked against the
+file's size before any value is read, so a false header allocates no memory; safetensors decodes the values. One file
+handle serves all reads, so a save that replaces the file meanwhile changes nothing that is read here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,18 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .._layer.functional import is_finite
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listing
+from .atomic import replacing
 
 LIMIT = 8 * 2**20
-"""Bytes of JSON that are read at most; a convolution with its norm takes 1 to 2 KiB."""
+"""The largest JSON text that is read, in bytes; a convolution with its norm takes 1 to 2 KiB."""
 VALUES = 2**18
-"""Objects, lists and commas in it; a convolution with its norm has 60. Python takes up to 200 bytes for each."""
+"""The most objects, lists and commas in a JSON text that is read. A convolution with its norm has 60; Python takes up
+to 200 bytes for each."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,28 +47,28 @@ DTYPES = {
 }
 """Dtypes by their names in the header."""
 LONGEST_NAME = 1024
-"""Letters in a tensor's name."""
+"""The most characters in a tensor's name."""
 DIGEST = "convlora_digest"
-"""Name of the header's text that holds a digest of the header itself."""
+"""The metadata entry that holds a digest of the header itself."""
 _NO_DIGEST = "0" * 16
 _LONGEST = 300
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the header says of one tensor."""
+    """One tensor's dtype and shape, as the header states them."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 class TensorFile:
-    """A safetensors file, open, its header read and checked.
+    """An open safetensors file whose header is read and checked.
 
     Attributes:
-        path: of the file.
-        metadata: the header's texts.
-        entries: what the header says of each tensor, by key.
+        path: the file's path.
+        metadata: the header's ``__metadata__``, a text by name.
+        entries: each tensor's dtype and shape, by key.
     """
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
@@ -84,7 +86,7 @@ class TensorFile:
         if len(first) < 8 or length > self._size - 8:
             raise ValueError(f"it has {self._size} bytes, its header would have {length}")
         if length > LIMIT:
-            raise ValueError(f"its header has {length} bytes; {LIMIT} are read at most")
+            raise ValueError(f"its header has {length} bytes; the limit is {LIMIT}")
         text = self._stream.read(length)
         header = strict_json(text)
         if not isinstance(header, dict):
@@ -101,15 +103,15 @@ class TensorFile:
                 raise ValueError(f"{key!r} does not begin where the tensor before it ends")
             end = stop
         if end != self._size - 8 - length:
-            raise ValueError(f"its tensors take {end} bytes, and there are {self._size - 8 - length}")
+            raise ValueError(f"its tensors take {end} bytes, and it holds {self._size - 8 - length}")
         return texts, {key: entry for key, entry, _, _ in found}
 
     def outline(self) -> dict[str, Tensor]:
-        """Every tensor without its numbers, on the meta device."""
+        """Return every tensor by key, without values, on the meta device."""
         return {key: torch.empty(e.shape, dtype=e.dtype, device="meta") for key, e in self.entries.items()}
 
     def read(self) -> dict[str, Tensor]:
-        """Every tensor with its numbers.
+        """Return every tensor by key, with its values.
 
         Raises:
             CheckpointError: the file cannot be read to the end.
@@ -126,12 +128,12 @@ class TensorFile:
 
 @contextmanager
 def opened(path: Path) -> Iterator[TensorFile]:
-    """The file, for the time of the block.
+    """Open a safetensors file for the block.
 
     Raises:
-        CheckpointError: it is missing, damaged, or claims what it does not hold.
+        CheckpointError: the file is missing or damaged, or its header does not match its size.
     """
-    if not path.is_file():  # a pipe or a device would be waited for
+    if not path.is_file():  # reading a pipe or a device would block
         raise CheckpointError(f"{path} does not exist; give the directory that convlora.save_adapter wrote.")
     try:
         stream = path.open("rb")
@@ -142,7 +144,7 @@ def opened(path: Path) -> Iterator[TensorFile]:
 
 
 def _checked(key: str, claim: Any) -> tuple[str, Entry, int, int]:
-    """Name, form and place of a tensor of which the header claims this."""
+    """Return a tensor's key, entry, and first and last offset, after checking what the header states of it."""
     if not key.isprintable() or len(key) > LONGEST_NAME:
         raise ValueError(f"{key[:60]!r} is no name of a tensor")
     if not isinstance(claim, dict) or claim.keys() != {"dtype", "shape", "data_offsets"}:
@@ -163,13 +165,13 @@ def _are_sizes(value: Any) -> bool:
 
 
 def header_digest(text: bytes, value: str) -> str:
-    """A 64-bit hash of a header, of its length too, with zeros where the digest itself stands.
+    """Return a 64-bit hash of a header's length and bytes, computed with zeros in place of the digest itself.
 
-    It is of the bytes, not of what they mean: a flipped bit that changes no meaning is a flipped bit all the same.
+    The hash is of the bytes and not of the parsed JSON, so that it also detects flipped bits that JSON ignores.
 
     Args:
         text: the header's JSON.
-        value: what stands as its digest now.
+        value: the digest that the header holds now.
     """
     found = hashlib.blake2b(len(text).to_bytes(8, "little"), digest_size=8)
     found.update(text.replace(_field(value), _field(_NO_DIGEST), 1))
@@ -181,39 +183,62 @@ def _field(value: str) -> bytes:
 
 
 def sealed(data: bytes) -> list[bytes | memoryview]:
-    """A safetensors file with a digest of its header among the header's texts.
+    """Add a digest of the header to the metadata of a safetensors file.
 
-    The texts are in their order: safetensors writes them in another one each time.
+    The metadata are sorted by name, because safetensors writes them in another order each time.
+
+    Args:
+        data: the file's bytes.
 
     Returns:
-        What to write, one after the other.
+        The parts of the new file, to be written one after the other.
 
     Raises:
-        CheckpointError: its header is longer than what is read.
+        CheckpointError: the header is larger than what is read.
     """
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted({**header["__metadata__"], DIGEST: _NO_DIGEST}.items()))
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8
     if len(text) > LIMIT or _values(text) > VALUES:
         raise CheckpointError(
-            f"the file's header would have {len(text)} bytes and {_values(text)} values, and {LIMIT} and {VALUES} are "
-            "read at most: too many tensors for one adapter. Adapt fewer layers (target_modules). Nothing was changed."
+            f"the file's header would have {len(text)} bytes and {_values(text)} values; the limits are {LIMIT} and "
+            f"{VALUES}. The adapter has too many tensors: adapt fewer layers (target_modules). Nothing was changed."
         )
     text = text.replace(_field(_NO_DIGEST), _field(header_digest(text, _NO_DIGEST)), 1)
     return [len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]]
 
 
-def read_json(file: Path) -> Any:
-    """A JSON file, strictly read.
+def for_disk(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor in the form in which safetensors writes it."""
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all; its directory is made if it is missing.
 
     Raises:
-        CheckpointError: it is missing, too large, or no JSON.
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            state = {key: for_disk(tensor) for key, tensor in tensors.items()}
+            save_file(state, temporary, metadata={"format": "pt", **(texts or {})})
+    except (OSError, SafetensorError) as cause:
+        raise CheckpointError(f"{file} cannot be written ({cause}). What was there before is still there.") from cause
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file as :func:`strict_json` does.
+
+    Raises:
+        CheckpointError: the file is missing, too large, or not JSON.
     """
     try:
         if not file.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         with file.open("rb") as stream:
             text = stream.read(LIMIT + 1)
         if len(text) > LIMIT:
@@ -224,18 +249,20 @@ def read_json(file: Path) -> Any:
 
 
 def strict_json(text: str | bytes) -> Any:
-    """JSON in which each key of an object stands once, and each number is one; raises ValueError or RecursionError.
+    """Parse JSON; refuse duplicate keys, NaN and Infinity, on which readers disagree.
 
-    Readers disagree on what else there is: which of two values of a key counts, what NaN is. Its values are counted
-    before it is parsed, since ``{},`` takes twenty times the memory of its text.
+    The values are counted before parsing, because ``{},`` takes twenty times the memory of its text.
+
+    Raises:
+        ValueError, RecursionError: the text is not such JSON.
     """
     if _values(text) > VALUES:
-        raise ValueError(f"it has {_values(text)} values; {VALUES} are read at most")
+        raise ValueError(f"it has {_values(text)} values; the limit is {VALUES}")
     return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
 
 
 def _values(text: str | bytes) -> int:
-    """At least as many as there are objects, lists and what stands in them; of a JSON text that is not parsed."""
+    """Return an upper bound on the number of values in a JSON text, without parsing it."""
     marks: Any = "{[," if isinstance(text, str) else (b"{", b"[", b",")
     return sum(map(text.count, marks))
 
@@ -244,17 +271,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
+            raise ValueError(f"the key {key!r} occurs twice")
         found[key] = value
     return found
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def plain(text: str) -> str:
-    """Text from a file as an error may show it: what looks like another letter, or like nothing, as its code.
+    """Return text from a file as an error may show it: ASCII, with escapes for all other characters.
 
     >>> plain("ѕtem")
     '\\\\u0455tem'
@@ -265,16 +292,21 @@ def plain(text: str) -> str:
 
 
 def brief(cause: BaseException) -> str:
-    """An error's own words, as :func:`plain` shows them."""
+    """Return an error's message, as :func:`plain` shows it."""
     return plain(str(cause) if isinstance(cause, (OSError, ValueError)) else repr(cause))
 
 
+def refusal(title: str, faults: Iterable[str], remedy: str) -> CheckpointError:
+    """Return one error that lists faults, which may hold text from a file; see :func:`plain`."""
+    return CheckpointError(listing(title, map(plain, faults), remedy))
+
+
 def finite_faults(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[str]:
-    """What holds NaN or Inf, where the base's own tensor of that key does not.
+    """Yield a line for each tensor that holds NaN or Inf where the base's tensor of that key does not.
 
     Args:
-        tensors: an adapter's, by key.
-        own: the base's.
+        tensors: the adapter's tensors, by key.
+        own: the base's tensors, by key.
     """
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor) and (key not in own or is_finite(own[key])):

@@ -1,4 +1,4 @@
-"""Adapters that convlora did not write: which file it is, and who reads it."""
+"""Adapters that other libraries wrote: finds the format of a file and calls its reader."""
 
 from __future__ import annotations
 
@@ -12,38 +12,36 @@ from .contents import State
 from .diffusers import from_diffusers_tensors, is_diffusers
 from .files import TensorFile
 from .lycoris import from_lycoris_tensors, is_lycoris
-from .manifest import TENSORS, Manifest
+from .manifest import CONFIG, PICKLES, TENSORS, Manifest
 from .peft_reader import from_peft_tensors, read_config
 from .rebuilt import Found, rebuild
-
-CONFIG = "adapter_config.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_foreign(
     file: TensorFile, root: nn.Module, adapter_name: str, prefix: str | None = None
 ) -> tuple[Manifest, State]:
-    """The adapter that Hugging Face peft, diffusers, kohya's scripts or LyCORIS wrote there, made to fit this model.
+    """Read an adapter that Hugging Face peft, diffusers, kohya's scripts or LyCORIS wrote.
 
     Args:
-        file: what is open.
+        file: the open file.
         root: the base, plain or with adapters.
-        adapter_name: what it will be called.
-        prefix: which of several models' it is; None where there is one.
+        adapter_name: the adapter's name in the model.
+        prefix: chooses one model's adapter from a file that holds several; None for the only one.
 
     Returns:
-        Its manifest and tensors, which are read once all but their numbers has been checked.
+        The adapter's manifest and tensors. The tensors' values are read after names and shapes have been checked.
 
     Raises:
-        CheckpointError: it cannot be read, or not exactly, or does not fit the model.
+        CheckpointError: the file cannot be read, the adapter would predict something else here, or it does not fit the
+            model.
     """
     origin, beside = str(file.path), file.path.parent / CONFIG
     config = read_config(beside) if file.path.name == TENSORS and beside.is_file() else None
     of_lycoris = is_lycoris(file.entries, prefix)
     if config is None and not of_lycoris and not is_diffusers(file):
         raise CheckpointError(
-            f"{origin} holds no convlora manifest, no {CONFIG} of peft lies beside it, and its tensors are not named "
-            "as in diffusers', kohya's and LyCORIS' files. Nothing was changed."
+            f"{origin} holds no convlora manifest, peft's {CONFIG} is not beside it, and its tensors are not named as "
+            "in files of diffusers, kohya's scripts and LyCORIS. Nothing was changed."
         )
     if config is not None and prefix is not None:
         raise no_prefix(origin)
@@ -60,7 +58,7 @@ def read_foreign(
 
 
 def no_prefix(origin: object) -> CheckpointError:
-    """The error where a prefix is chosen and the file is of a kind that holds one model's adapter."""
+    """Return the error for a prefix that was given for a format that holds one model's adapter."""
     return CheckpointError(
         f"{origin} holds the adapter of one model; prefix is for files of diffusers, kohya's scripts and LyCORIS, "
         "which may hold several. Leave it out. Nothing was changed."
@@ -68,10 +66,10 @@ def no_prefix(origin: object) -> CheckpointError:
 
 
 def file_in(path: Path) -> Path:
-    """The file to read; it may be missing.
+    """Return the path of the adapter's file, which may not exist.
 
     Raises:
-        CheckpointError: there are several, or none but pickles.
+        CheckpointError: the directory holds several files, or only pickles.
     """
     try:
         return _file_in(path)
@@ -96,6 +94,6 @@ def _file_in(path: Path) -> Path:
 
 def _pickled(file: Path) -> CheckpointError:
     return CheckpointError(
-        f"{file} is a pickle, which could run any code when it is read. Where you trust it, write it anew: "
+        f"{file} is a pickle, which can run any code when it is read. If you trust it, convert it: "
         f"safetensors.torch.save_file(torch.load({file.name!r}, weights_only=True), {TENSORS!r}). Nothing was changed."
     )

@@ -1,4 +1,4 @@
-"""Reading an adapter, ours or another library's, onto its base; everything is checked before anything is changed."""
+"""``load_adapter``: reads an adapter, of convlora or another library, onto its base; all checks come first."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .._model.options import check_name, in_our_words
 from .._model.state import activate, check_addable, root_of, the_adapter, the_injection
 from .._model.targets import dotted
 from .._plan import Plan
-from ..errors import CheckpointError, few
+from ..errors import CheckpointError
 from .contents import State, adapter_state
 from .digests import digest
-from .files import TensorFile, finite_faults, opened, plain
+from .files import TensorFile, finite_faults, opened, plain, refusal
 from .fitting import check_fits
 from .foreign import file_in, no_prefix, read_foreign
 from .hub import local_directory
@@ -47,30 +47,30 @@ def load_adapter(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> M:
-    """Inject a saved adapter into a base model, in place; it then predicts bit for bit as when saved.
+    """Inject a saved adapter into a base model, in place; the model then predicts bit for bit as when it was saved.
 
     >>> model = timm.create_model("resnet50", pretrained=True, num_classes=1)
     >>> convlora.load_adapter(model, "tumour/")                   # or "user/repo" on the Hugging Face Hub
 
-    Where the base carries adapters already, the loaded one comes beside them and waits for ``set_adapter``.
-    LoRA checkpoints of Hugging Face peft and of diffusers, and files of kohya's scripts and LyCORIS, are read too,
-    where they predict the same here; ``docs/peft.md`` says which.
+    If the base carries adapters already, the loaded one is added and becomes active with ``set_adapter``. Files of
+    Hugging Face peft, diffusers, LyCORIS and kohya's scripts are read too if the adapter predicts the same here;
+    ``docs/peft.md`` lists them.
 
     Args:
         model: the base as it was built for training.
-        directory: what :func:`save_adapter` wrote; or peft's directory; or a ``.safetensors`` file; or, where nothing
-            is at that path, a repository on the hub, ``"user/repo"``, of which the adapter's two files are downloaded
-            once and kept in the hub's cache.
+        directory: a directory that :func:`save_adapter` wrote; or peft's directory; or a ``.safetensors`` file; or, if
+            no such path exists, a repository on the hub, ``"user/repo"``. The adapter's two files are downloaded once
+            and kept in the hub's cache.
         adapter_name: another name for the adapter; default the saved one, or ``"default"``.
-        head: False leaves the modules that the adapter trained in full in the file, and trains the model's own in their
-            place: for another number of classes. In files of convlora's alone.
-        prefix: which model's adapter is loaded, from a file that holds those of several: ``"unet"`` or
-            ``"text_encoder"`` in diffusers' files, ``"lora_unet"`` or ``"lora_te1"`` in kohya's. Default: the only one.
-        check_base: refuse a base whose tensors differ from those that the adapter was trained on. Tensors in
-            another dtype than then are not compared. False loads onto any base of the same architecture. The files
-            of other libraries do not say what base they are for.
-        check_finite: refuse NaN and Inf in the adapter's factors, and in its head and statistics where the base's own
-            are finite. False loads them.
+        head: False does not load the modules that the adapter trained in full, and trains the model's own instead, as
+            for another number of classes. Only for files of convlora.
+        prefix: chooses one model's adapter from a file that holds several: ``"unet"`` or ``"text_encoder"`` in
+            diffusers' files, ``"lora_unet"`` or ``"lora_te1"`` in kohya's. Default: the only one.
+        check_base: whether to refuse a base whose tensors differ from those that the adapter was trained on. Tensors
+            that have another dtype than at training are not compared. False loads onto any base of the same
+            architecture. Files of other libraries do not describe their base.
+        check_finite: whether to refuse NaN and Inf in the adapter's factors, and in its head and statistics where the
+            base's are finite.
         revision: a branch, tag or commit of the repository; default its main branch.
         token: for a private or gated repository, as huggingface_hub takes it; default the one you logged in with.
 
@@ -78,8 +78,8 @@ def load_adapter(
         The same object; factors and head are trainable as after :func:`convlora.inject`.
 
     Raises:
-        CheckpointError: no adapter there, a damaged file, another base, or NaN; what differs is named. Whatever a file
-            claims is checked against its size and the model before its tensors are read.
+        CheckpointError: no adapter is found, the file is damaged, the base is another, or a tensor is not finite; every
+            difference is named. The header is checked against the file's size and the model before tensors are read.
         StateError: the model carries an adapter of this name already, or is merged.
 
     Warns:
@@ -114,22 +114,22 @@ def read_adapter(
     head: bool = True,
     prefix: str | None = None,
 ) -> tuple[Plan, State, Manifest]:
-    """The plan, tensors and manifest of an adapter that fits a base; a warning names the caller's caller's line.
+    """Return the plan, tensors and manifest of an adapter that fits a base.
 
     Args:
-        path: of the file, or of the directory that it is in.
+        path: the file, or its directory.
         root: the base, plain or with adapters.
-        adapter_name: what it is called where the file does not say it.
-        named: gives the plan the name that it is to have, or raises; before the base is read, which takes long.
-        check_base: as for :func:`load_adapter`; ``check_finite``, ``head`` and ``prefix`` likewise.
-        remembered: gives digests of the base's tensors; default computing them.
+        adapter_name: the adapter's name if the file states none.
+        named: returns the plan with its new name, or raises; called before the base is read, which takes long.
+        check_base: as for :func:`load_adapter`; so are ``check_finite``, ``head`` and ``prefix``.
+        remembered: returns the digest of a tensor of the base; default: computes it.
     """
     with opened(file_in(path)) as file:
         foreign = None if is_own(file) else read_foreign(file, root, adapter_name, prefix)
         if foreign and not head:
             raise CheckpointError(
-                f"{file.path} was not written by convlora, and head=False is for files that were. Load it into a model "
-                "with the same head. Nothing was changed."
+                f"{file.path} was not written by convlora, and head=False is only for convlora's files. Load it into "
+                "a model with the same head. Nothing was changed."
             )
         if prefix is not None and not foreign:
             raise no_prefix(file.path)
@@ -148,7 +148,7 @@ def read_adapter(
 
 
 def _counted_anew(plan: Plan, root: nn.Module) -> Plan:
-    """The plan with the numbers of this model's head, and the head's layers as they are here."""
+    """Return the plan with the parameter counts and the skipped layers of this model's own head."""
     modules = dict(root.named_modules(remove_duplicate=False))
     saved = {id(p): p.numel() for name in plan.modules_to_save for p in modules[name].parameters()}
     saved |= {id(bias): bias.numel() for name in plan.biases for bias in (cast(Tensor, modules[name].bias),)}
@@ -159,18 +159,18 @@ def _counted_anew(plan: Plan, root: nn.Module) -> Plan:
 
 
 def install(plan: Plan, tensors: State, manifest: Manifest, root: nn.Module) -> None:
-    """Carry out a plan that fits the model, and give the adapter its numbers; all or nothing."""
+    """Carry out a plan that fits the model and load the adapter's tensors; all or nothing."""
     with applied(plan, root):
         _copy_tensors(tensors, manifest, root, plan.adapter_name)
         injection = the_injection(root)[1]
-        activate(root, injection, injection.now, injection.disabled)  # a bias at a strength is mixed of these numbers
+        activate(root, injection, injection.now, injection.disabled)  # mixtures are computed from the loaded tensors
 
 
 def read_tensors(file: TensorFile, manifest: Manifest) -> State:
-    """Every tensor of a saved adapter, without peft's prefix.
+    """Return every tensor of a saved adapter, by key without peft's prefix.
 
     Raises:
-        CheckpointError: one is not what was saved.
+        CheckpointError: a tensor differs from its digest.
     """
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in file.read().items()}
     damaged = [key for key, tensor in tensors.items() if digest(tensor) != manifest.adapter.get(key)]
@@ -182,9 +182,8 @@ def read_tensors(file: TensorFile, manifest: Manifest) -> State:
 def _check_finite(manifest: Manifest, tensors: State, root: nn.Module) -> None:
     faults = list(finite_faults(tensors, tensors_as(root, BASE)))
     if faults:
-        lines = [f"{manifest.file}: what it holds are not all numbers:", *few([f"  {plain(f)}" for f in faults])]
         remedy = "Take an adapter from before the training diverged, or pass check_finite=False. Nothing was changed."
-        raise CheckpointError("\n".join([*lines, remedy]))
+        raise refusal(f"{manifest.file}: its tensors are not finite:", faults, remedy)
 
 
 def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_name: str) -> None:
@@ -193,7 +192,7 @@ def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_n
     with torch.inference_mode(False), torch.no_grad():
         for plan, change in zip(manifest.plan.layers, adapter.changes, strict=True):
             stored = {name: tensors[dotted(plan.name, name)] for name in plan.stored_shapes}
-            change.to(next(iter(stored.values())).dtype)  # as trained: another dtype would predict other bits
+            change.to(next(iter(stored.values())).dtype)  # in another dtype the factors would predict other bits
             change.restore(stored)
             if plan.use_dora:
                 change.lora_magnitude.copy_(tensors[dotted(plan.name, MAGNITUDE)].flatten())
@@ -202,5 +201,5 @@ def _copy_tensors(tensors: State, manifest: Manifest, root: nn.Module, adapter_n
         for key, tensor in own_tensors.items():
             tensor.copy_(tensors[key])
         for key, place in places_of(root).items():
-            if key in tensors and key not in own_tensors:  # None in the base
+            if key in tensors and key not in own_tensors:  # a buffer that is None in the base
                 place.set_tensor(adapter_name, tensors[key].to(next(root.parameters()).device))

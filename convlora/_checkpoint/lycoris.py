@@ -1,8 +1,8 @@
-"""Files of LyCORIS and kohya's sd-scripts, both ways: one ``.safetensors`` file, each layer changed by its own method.
+"""Reads and writes files of LyCORIS and kohya's sd-scripts: one ``.safetensors`` file, a method for each layer.
 
-A layer ``down.block.0.conv1`` has the tensors ``lora_unet_down_block_0_conv1.lora_down.weight`` (our lora_A),
-``.lora_up.weight`` (our lora_B) and ``.alpha``. The names are flattened, so they are looked up among the model's. Which
-method it is follows from which tensors there are.
+A layer ``down.block.0.conv1`` has the tensors ``lora_unet_down_block_0_conv1.lora_down.weight`` (convlora's lora_A),
+``.lora_up.weight`` (lora_B) and ``.alpha``. The file writes underscores for dots, so the layer is found by comparing
+its name with the model's. The names of its tensors tell the method.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ PREFIXES = ("lycoris_", "lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lor
 _MAGNITUDES = "dora_scale"
 
 
-# ---- what a layer's tensors say
+# ---- one layer's tensors, in both directions
 
 
 def read_locon(found: Stored) -> Taken:
-    """LoRA in our shapes; a Tucker decomposition's core is multiplied into lora_A, which loses nothing."""
+    """Read LoRA; the core of a Tucker decomposition is multiplied into lora_A, which is exact."""
     parts, shape = found.parts, found.shape
     down, up, core = parts["lora_down.weight"], parts["lora_up.weight"], parts.get("lora_mid.weight")
     if min(down.ndim, up.ndim) < 2:
         raise TargetError("lora_down and lora_up must be matrices or kernels")
     if up.ndim == 2 < down.ndim and core is None:
-        raise TargetError("DyLoRA, which computes with another part of its rank each time")
+        raise TargetError("DyLoRA, which computes with a random part of its rank in each step")
     if core is not None:
         if not _core_fits(core, down, shape):
-            raise TargetError(f"its Tucker core {tuple(core.shape)} fits no factor beside it")
+            raise TargetError(f"its Tucker core {tuple(core.shape)} does not fit its factors")
         wide = torch.promote_types(core.dtype, torch.float32)
         down = torch.einsum("rs...,si->ri...", core.to(wide), down.to(wide).flatten(1))
     rank = down.shape[0]
@@ -52,7 +52,7 @@ def read_locon(found: Stored) -> Taken:
 
 
 def write_locon(parts: LayerTensors, scaling: float) -> LayerTensors:
-    """The same the other way round."""
+    """Return LoCon's tensors for a layer's lora_A and lora_B."""
     down, up = parts["lora_A.weight"], parts["lora_B.weight"]
     found = LayerTensors({"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(scaling * len(down))})
     if MAGNITUDE in parts:  # one for each output channel
@@ -61,13 +61,13 @@ def write_locon(parts: LayerTensors, scaling: float) -> LayerTensors:
 
 
 def _read_lokr(found: Stored) -> Taken:
-    """LoKr, which has no scaling where both matrices are kept in full."""
+    """Read LoKr; if both of its matrices are full, LyCORIS ignores alpha."""
     is_full = {"lokr_w1", "lokr_w2"} <= found.parts.keys()
     return read_lokr(replace(found, alpha=None) if is_full else found)
 
 
 def _read_full(found: Stored) -> Taken:
-    """The whole difference, and that of the bias."""
+    """Read the whole difference of the weight, and of the bias."""
     difference = found.parts["diff"]
     if difference.shape != found.shape:
         raise TargetError(f"diff {tuple(difference.shape)} in the file, the weight is {tuple(found.shape)}")
@@ -77,7 +77,7 @@ def _read_full(found: Stored) -> Taken:
 
 
 def _plus(difference: Tensor, bias: Tensor) -> Tensor:
-    """Their sum; of another shape than the bias where they do not go together."""
+    """Return bias + difference; if the shapes differ, the difference, which the caller then refuses for its shape."""
     return bias.to(difference.device) + difference if bias.shape == difference.shape else difference
 
 
@@ -86,13 +86,14 @@ def _plus(difference: Tensor, bias: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LycorisMethod:
-    """A method as LyCORIS has it.
+    """One of LyCORIS' methods.
 
     Attributes:
-        name: what people call it.
-        known_by: the tensors of which a layer has some; ``beside`` those that it may have, too.
-        read: who reads them; None where it is refused, for the ``reason``.
-        methods: ours that are written so, by ``write``, which is given a layer's tensors and scaling.
+        name: its usual name.
+        known_by: tensor names; a layer of this method has at least one of them.
+        beside: further tensor names that such a layer may have.
+        read: converts a layer's tensors; None if the method is refused, for the ``reason``.
+        methods: convlora's methods that ``write`` converts, from a layer's tensors and scaling.
     """
 
     name: str
@@ -122,27 +123,27 @@ LYCORIS_METHODS = (
     LycorisMethod(
         "GLoRA",
         ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
-        reason="there is no such method here",
+        reason="convlora has no such method",
     ),
     LycorisMethod(
         "T-LoRA",
         ("q_layer.weight", "p_layer.weight", "lambda_layer"),
-        reason="its change is relative to what it began as, and that is not in the file",
+        reason="its change is relative to its initial factors, which the file does not hold",
     ),
 )
 
 
 def method_of(parts: Iterable[str]) -> LycorisMethod | None:
-    """Whose tensors these are, by what follows a layer's name; None where that is not known."""
-    there = {*parts} - {"alpha"}
+    """Return the method of a layer with these tensor names; None if it is unknown."""
+    names = {*parts} - {"alpha"}
     for method in LYCORIS_METHODS:
-        if there & {*method.known_by} and there <= {*method.known_by, *method.beside}:
+        if names & {*method.known_by} and names <= {*method.known_by, *method.beside}:
             return method
     return None
 
 
 def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, LayerTensors]:
-    """The tensors by how the file writes their layer's name."""
+    """Return each layer's tensors, by the layer's name as the file writes it."""
     layers: dict[str, LayerTensors] = {}
     for key, tensor in tensors.items():
         name, _, part = key.partition(".")
@@ -151,7 +152,7 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, LayerTensors]:
 
 
 def is_lycoris(keys: Iterable[str], prefix: str | None) -> bool:
-    """Whether these are the keys of such a file, where a prefix was chosen of one that has it."""
+    """Return whether these are keys of a LyCORIS or kohya file; a prefix that the user chose counts as known."""
     known = {part for method in LYCORIS_METHODS for part in method.known_by}
     prefixes = PREFIXES if prefix is None else (*PREFIXES, prefix)
     return any(key.startswith(prefixes) and key.partition(".")[2] in known for key in keys)
@@ -160,10 +161,11 @@ def is_lycoris(keys: Iterable[str], prefix: str | None) -> bool:
 def from_lycoris_tensors(
     tensors: Mapping[str, Tensor], root: nn.Module, origin: str, prefix: str | None = None
 ) -> Found:
-    """The adapter in such a file, for this model, of several the one with this prefix.
+    """Return the adapter in such a file, or the one with this prefix if the file holds several.
 
     Raises:
-        CheckpointError: a layer is not in the model, could be several, or is none that predicts the same here.
+        CheckpointError: a layer is not in the model, its name fits several layers, or it would predict something else
+            here.
     """
     flat, named = _flattened(root), by_any_name(root)
     taken: dict[str, Taken] = {}
@@ -182,23 +184,23 @@ def _fault(
     named: Mapping[str, Named],
     taken: dict[str, Taken],
 ) -> str:
-    """Put what a layer has among what is taken; else why it cannot be had."""
+    """Add a layer's change to ``taken``, or return why it cannot be read."""
     method = method_of(parts)
     if method is None:
-        return f"{written}: {', '.join(sorted(parts))}: together of no method that is read"
+        return f"{written}: {', '.join(sorted(parts))}: no method has these tensors together"
     if method.read is None:
         return f"{written}: {method.name}: {method.reason}"
     layer, fault = _resolve(written, candidates)
     if fault or layer in taken:
         return fault or f"{written}: {layer} is in the file twice"
-    if fault := layer_fault(layer, named, _differs(method, written), "what wrote the file"):
+    if fault := layer_fault(layer, named, _differs(method, written), "the library that wrote the file"):
         return fault
     module = named[layer].module
     return take(named[layer], partial(_read, method.read), Stored(parts, weight_shape(module), module), taken)
 
 
 def _read(read: Callable[[Stored], Taken], found: Stored) -> Taken:
-    """What a layer has, with its alpha, and with DoRA's magnitudes."""
+    """Read a layer's tensors together with its alpha and DoRA's magnitudes."""
     parts, shape = LayerTensors(found.parts), found.shape
     alpha, magnitudes = parts.pop("alpha", None), parts.pop(_MAGNITUDES, None)
     if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
@@ -208,25 +210,25 @@ def _read(read: Callable[[Stored], Taken], found: Stored) -> Taken:
         return its
     ones = [1] * len(shape[1:])
     if magnitudes.shape != (shape[0], *ones):
-        raise TargetError(f"DoRA's magnitudes {tuple(magnitudes.shape)}; one for each output channel is read")
+        raise TargetError(f"DoRA's magnitudes {tuple(magnitudes.shape)}; there must be one for each output channel")
     return replace(its, magnitudes=magnitudes.reshape(1, -1, *ones[1:]) if ones[1:] else magnitudes.flatten())
 
 
 def _differs(method: LycorisMethod, written: str) -> Callable[[nn.Module], str]:
-    """What of a layer is not computed as here: kohya's own LoRA is a branch of two layers."""
+    """Return the function that says why a layer's prediction would differ; kohya's LoRA is a branch of two layers."""
     return unlike_branch if method.read is not read_locon or written.startswith("lycoris_") else _unlike_kohya
 
 
 def to_lycoris_tensors(
     plan: Plan, tensors: Mapping[str, Tensor], root: nn.Module, prefix: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of such a file for an adapter's factors, by their keys, and why some layers have none.
+    """Return the tensors of a LyCORIS file by key, and why some layers cannot be written.
 
     Args:
-        plan: the adapter's.
-        tensors: its tensors, by their keys in convlora's file.
+        plan: the adapter's plan.
+        tensors: the adapter's tensors, by their keys in convlora's file.
         root: the model.
-        prefix: how the layers' names begin, such as ``lycoris``.
+        prefix: the beginning of every layer's name, such as ``lycoris``.
     """
     flat, named = _flattened(root), by_any_name(root)
     written: dict[str, Tensor] = {}
@@ -236,12 +238,12 @@ def to_lycoris_tensors(
         flattened = layer.name.replace(".", "_")
         name = f"{prefix}_{flattened}"
         if method is None or method.write is None:
-            faults.append(f"{layer.name}: changed by {layer.method}, which is not written in LyCORIS' form")
+            faults.append(f"{layer.name}: changed by {layer.method}, which export_adapter does not write for LyCORIS")
             continue
-        fault = layer_fault(layer.name, named, _differs(method, name), "what reads the file")
+        fault = layer_fault(layer.name, named, _differs(method, name), "the library that reads the file")
         fault = fault or _resolve(name, flat[flattened])[1]
         if layer.use_dora and layer.strength != 1:
-            fault = f"{layer.name}: DoRA at strength {layer.strength:g}, which no alpha gives"
+            fault = f"{layer.name}: DoRA at strength {layer.strength:g}, which no alpha expresses"
         faults += [fault] if fault else []
         names = (*layer.stored_shapes, *([MAGNITUDE] if layer.use_dora else ()))
         parts = LayerTensors({part: tensors[dotted(layer.name, part)] for part in names})
@@ -251,7 +253,7 @@ def to_lycoris_tensors(
 
 
 def _flattened(root: nn.Module) -> dict[str, list[str]]:
-    """The names of the model's layers by how such files write them; some names may fall together."""
+    """Return the names of the model's layers, by the name with underscores for dots; some may coincide."""
     flat: dict[str, list[str]] = {}
     for n in modules_of(root):
         if is_adaptable(n.module):
@@ -261,7 +263,7 @@ def _flattened(root: nn.Module) -> dict[str, list[str]]:
 
 
 def _resolve(written: str, candidates: list[str]) -> tuple[str, str]:
-    """A layer's name, or else what is wrong with the written one."""
+    """Return the layer's name, or an empty name and why the written one names no single layer."""
     if len(candidates) == 1:
         return candidates[0], ""
     fault = f"could be {' or '.join(candidates)}" if candidates else "no such layer in the model"
@@ -273,13 +275,13 @@ def _unlike_kohya(layer: nn.Module) -> str:
 
 
 def _core_fits(core: Tensor, down: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether core and lora_down are of the layer's shape, so that their product is no larger than a factor."""
+    """Return whether core and lora_down fit the layer's shape, so that their product is no larger than lora_A."""
     if core.ndim != len(shape) or down.flatten(1).shape != (core.shape[1], shape[1]):
         return False
     return core.shape[2:] == shape[2:] and max(core.shape[:2]) <= highest_rank(shape)
 
 
 def _as(factor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A 1×1 convolution's factors are also written as matrices, and the other way round."""
+    """Reshape a factor if only dimensions of size 1 differ: some versions write 1×1 kernels as matrices, or back."""
     same = [n for n in factor.shape if n != 1] == [n for n in shape if n != 1]
     return factor.reshape(shape) if same else factor

@@ -1,4 +1,4 @@
-"""How peft and LyCORIS have the methods that multiply a weight: (IA)³, OFT, BOFT and HRA."""
+"""The methods that multiply a weight, in files of peft and LyCORIS: (IA)³, OFT, BOFT and HRA."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .._layer.fast import is_plain
 from .._layer.swap import original_class
 from .._plan import LayerPlan, Plan
 from ..errors import TargetError
-from .likeness import is_faithful, is_torchs_own, unlike_class
+from .likeness import is_faithful, is_torchs_own, unlike_class, unlike_kind
 from .stored import PeftMethod, Stored, Taken
 
 NEUMANN_SINCE = (0, 18)
-"""The version of peft in which its series became what it is."""
+"""The version of peft from which its Cayley-Neumann series is the one computed here."""
 _NAME = re.compile(r"(?:[\w.-]|\\\W)+")
 
 
@@ -26,7 +26,7 @@ _NAME = re.compile(r"(?:[\w.-]|\\\W)+")
 
 
 def read_ia3(found: Stored) -> Taken:
-    """peft's, which scales the bias of a layer whose outputs it scales: a bias of its own then, b · l."""
+    """Read peft's (IA)³. Where it scales a layer's outputs it scales the bias too, so the adapter's bias is b · l."""
     scale, on_input = found.parts["ia3_l"], _is_on_input(found)
     return Taken(
         "ia3",
@@ -39,13 +39,13 @@ def read_ia3(found: Stored) -> Taken:
 
 
 def scaled_bias(bias: Tensor, scale: Tensor) -> Tensor:
-    """b · l, rounded once; of another shape than b where the two do not go together."""
+    """Return b · l, rounded once; if the lengths differ, l, which the caller then refuses for its shape."""
     scale = scale.flatten()
     return (bias.to(scale.device) * scale).to(bias.dtype) if len(scale) == len(bias) else scale
 
 
 def _is_on_input(found: Stored) -> bool:
-    """Whether it scales inputs, which the shape says, or else the configuration."""
+    """Return whether the vector scales inputs: by its shape, or by the configuration if both shapes fit."""
     scale, inputs = found.parts["ia3_l"], found.shape[1] * getattr(found.layer, "groups", 1)
     ones = [1] * len(found.shape[2:])
     is_input = scale.shape == (1, inputs, *ones)
@@ -56,13 +56,13 @@ def _is_on_input(found: Stored) -> bool:
     if isinstance(named, str):
         names = _plain_names(named)
         if names is None:
-            raise TargetError("feedforward_modules is an expression that is not read; list the names in it")
+            raise TargetError("feedforward_modules is a regular expression; list the layers' names instead")
         return found.name in names
     return any(isinstance(end, str) and found.name.endswith(end) for end in named)
 
 
 def _plain_names(expression: str) -> list[str] | None:
-    """The names that an expression stands for, where it is one or several of them; others may search for hours."""
+    """Return the names in an expression ``^(?:a|b)$``; None for others, whose search could take hours."""
     inner = expression.removeprefix("^").removesuffix("$")
     if inner.startswith("(?:") and inner.endswith(")"):
         inner = inner[3:-1]
@@ -80,24 +80,24 @@ def _ia3_fields(plan: Plan) -> dict[str, Any]:
 
 
 def _unlike_ia3(layer: nn.Module) -> str:
-    """What of a layer is not exact where peft scales its inputs or outputs: nearly nothing."""
+    """Return why peft, which scales the layer's inputs or outputs, would predict something else."""
     kind = original_class(layer)
     is_known = is_faithful(kind) or is_plain(layer, kind)
-    return _unlike_kind(layer, (nn.Conv2d, nn.Conv3d, nn.Linear)) or unlike_class(layer, is_known)
+    return unlike_kind(layer, (nn.Conv2d, nn.Conv3d, nn.Linear)) or unlike_class(layer, is_known)
 
 
 # ---- OFT
 
 
 def read_oft(found: Stored) -> Taken:
-    """peft's: rotations of the inputs, by its series or exact ones, constrained or shared between blocks."""
+    """Read peft's OFT: rotations of the inputs, exact or by a series, constrained or shared between blocks."""
     triangles, fields = found.parts["oft_R.weight"], found.fields
     size, columns = _side(triangles), math.prod(found.shape[1:])
     if columns % size:
-        raise TargetError(f"blocks of {size}, which do not divide {columns} columns")
+        raise TargetError(f"blocks of size {size}, which does not divide the weight's {columns} columns")
     if fields.get("coft"):
         most = float(fields.get("eps", 6e-5)) / math.sqrt(len(triangles))
-        norms = triangles.float().norm(dim=1, keepdim=True) * math.sqrt(2)  # of Q, which has each number twice
+        norms = triangles.float().norm(dim=1, keepdim=True) * math.sqrt(2)  # ‖Q‖: Q holds each value twice
         triangles = torch.where(norms <= most, triangles, most * triangles / norms)
     if fields.get("block_share") and len(triangles) == 1:
         triangles = triangles.expand(columns // size, -1)
@@ -106,11 +106,11 @@ def read_oft(found: Stored) -> Taken:
 
 
 def _side(triangles: Tensor) -> int:
-    """Of the matrices whose upper triangles these are."""
+    """Return the side of the square matrices whose upper triangles are these rows."""
     count = triangles.shape[1] if triangles.ndim == 2 else 0
     size = (1 + math.isqrt(1 + 8 * count)) // 2
     if size < 2 or size * (size - 1) // 2 != count:
-        raise TargetError(f"oft_R of shape {tuple(triangles.shape)}; its rows are no upper triangles")
+        raise TargetError(f"oft_R of shape {tuple(triangles.shape)}; its rows are not upper triangles")
     return size
 
 
@@ -119,7 +119,7 @@ def _terms(fields: Mapping[str, Any]) -> int:
         return 0
     written = re.match(r"(\d+)\.(\d+)", str(fields.get("peft_version") or "0.0"))
     if written is None or (int(written[1]), int(written[2])) < NEUMANN_SINCE:
-        raise TargetError("use_cayley_neumann of a peft before 0.18, which computed it otherwise")
+        raise TargetError("use_cayley_neumann of a peft before 0.18, which computed another series")
     terms = fields.get("num_cayley_neumann_terms", 5)
     if type(terms) is not int or terms < 1:
         raise TargetError(f"num_cayley_neumann_terms={terms!r}; it must be a whole number above 0")
@@ -135,23 +135,23 @@ def _oft_fields(plan: Plan) -> dict[str, Any]:
 
 def _oft_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any]) -> str:
     if planned.options.get("neumann", 0) != (fields.get("num_cayley_neumann_terms") or 0):
-        return "another neumann than other layers', and peft has one for all"
+        return "another option neumann than other layers', and peft has one for all layers"
     return _turn_fault(planned, fields["oft_block_size"])
 
 
 def _unlike_oft(layer: nn.Module) -> str:
-    """peft turns the inputs of each position; of larger kernels it adds up what overlaps."""
+    """Return why peft, which rotates the inputs at each position, would predict something else."""
     is_known = is_faithful(original_class(layer))
-    if fault := _unlike_kind(layer, (nn.Conv2d, nn.Linear)) or unlike_class(layer, is_known):
+    if fault := unlike_kind(layer, (nn.Conv2d, nn.Linear)) or unlike_class(layer, is_known):
         return fault
     if isinstance(layer, nn.Conv2d):
         if layer.kernel_size != (1, 1):
             return (
-                f"kernel {layer.kernel_size}, of which peft's OFT adds up the patches that overlap, so that even a "
-                "fresh one is another network than the base"
+                f"kernel {layer.kernel_size}: peft's OFT sums the overlapping patches of larger kernels, so that even "
+                "a fresh adapter changes the predictions"
             )
         if layer.groups > 1 or layer.dilation != (1, 1):
-            return f"groups {layer.groups} and dilation {layer.dilation}, for which peft does not have it"
+            return f"groups {layer.groups} and dilation {layer.dilation}, for which peft lacks the method"
     return ""
 
 
@@ -159,7 +159,7 @@ def _unlike_oft(layer: nn.Module) -> str:
 
 
 def read_boft(found: Stored) -> Taken:
-    """peft's: as many factors as the tensor has, whatever the configuration says."""
+    """Read peft's BOFT; the tensor's shape, not the configuration, gives the number of butterfly factors."""
     R, scale = found.parts["boft_R"], found.parts["boft_s"]
     if R.ndim != 4:
         raise TargetError(f"boft_R of shape {tuple(R.shape)}; it must be (factors, blocks, size, size)")
@@ -187,7 +187,7 @@ def _boft_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any])
 
 
 def read_hra(found: Stored) -> Taken:
-    """peft's; reflections of vectors made orthogonal are those of the orthogonal ones."""
+    """Read peft's HRA; with ``apply_GS`` the vectors are made orthogonal here, which gives the same reflections."""
     vectors = found.parts["hra_u"]
     rank = vectors.shape[1] if vectors.ndim == 2 else 0
     if not rank:
@@ -198,7 +198,7 @@ def read_hra(found: Stored) -> Taken:
 
 
 def _orthogonal(vectors: Tensor) -> Tensor:
-    """By Gram and Schmidt, one column after another."""
+    """Make the columns orthogonal by the Gram-Schmidt process."""
     found: list[Tensor] = []
     for vector in vectors.unbind(1):
         for other in found:
@@ -211,49 +211,41 @@ def _hra_fields(plan: Plan) -> dict[str, Any]:
     return {"r": _usual(plan), "apply_GS": False, "bias": "none"}
 
 
-def _hra_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any]) -> str:
-    return _turn_fault(planned, fields["r"])
-
-
-# ---- what these have in common
+# ---- helpers of several methods
 
 
 def _usual(plan: Plan) -> int:
-    """The rank of most layers, since peft has one for all."""
+    """Return the rank of most layers, since peft has one rank for all."""
     ranks = [p.rank for p in plan.layers]
     return max(dict.fromkeys(ranks), key=ranks.count, default=plan.rank)
 
 
 def _turn_fault(planned: LayerPlan, rank: int) -> str:
-    if planned.whole_scaling != 1:
-        return _unscaled(planned, None, {})
     if planned.options.get("on_output"):
-        return "turned on its outputs, and peft turns inputs"
-    return f"rank {planned.rank} where most layers have {rank}, and peft has one for all" * (planned.rank != rank)
+        return "its outputs are rotated, and peft rotates inputs"
+    other_rank = f"rank {planned.rank}, most layers have {rank}, and peft has one for all layers"
+    return scaling_fault(planned) or other_rank * (planned.rank != rank)
 
 
-def _unscaled(planned: LayerPlan, layer: nn.Module | None, fields: Mapping[str, Any]) -> str:
-    return f"scaling {planned.whole_scaling:g}, and peft has none for it" * (planned.whole_scaling != 1)
-
-
-def _unlike_kind(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str:
-    return "" if isinstance(layer, kinds) else f"a {original_class(layer).__name__}, for which peft does not have it"
+def scaling_fault(planned: LayerPlan, *_: object) -> str:
+    """Return the layer's scaling if it is not 1, for methods that have none in peft."""
+    return f"scaling {planned.whole_scaling:g}, which peft does not have for this method" * (planned.whole_scaling != 1)
 
 
 def _unlike_square(layer: nn.Module) -> str:
-    """What peft's BOFT and HRA leave out of a convolution, in whose place they compute one of their own."""
+    """Return what peft's BOFT and HRA leave out of a convolution, which they compute by themselves."""
     is_known = is_torchs_own(original_class(layer))
-    if fault := _unlike_kind(layer, (nn.Conv2d, nn.Linear)) or unlike_class(layer, is_known):
+    if fault := unlike_kind(layer, (nn.Conv2d, nn.Linear)) or unlike_class(layer, is_known):
         return fault
     if isinstance(layer, nn.Linear):
         return ""
     layer = cast(nn.Conv2d, layer)
     sides = (layer.kernel_size, layer.stride, layer.padding)
     if any(isinstance(side, str) or side[0] != side[1] for side in sides):
-        return f"kernel {sides[0]}, stride {sides[1]}, padding {sides[2]!r}, of which peft reads one number each"
+        return f"kernel {sides[0]}, stride {sides[1]}, padding {sides[2]!r}; peft reads only the first number of each"
     if layer.dilation != (1, 1) or layer.groups > 1 or layer.padding_mode != "zeros":
         dropped = f"dilation {layer.dilation}, groups {layer.groups}, padding_mode {layer.padding_mode!r}"
-        return f"{dropped}, which peft drops"
+        return f"{dropped}, which peft ignores"
     return ""
 
 
@@ -264,7 +256,7 @@ MULTIPLYING = {
         read=read_ia3,
         differs=_unlike_ia3,
         fields=_ia3_fields,
-        fault=_unscaled,
+        fault=scaling_fault,
         known=("feedforward_modules",),
         beside=("init_ia3_weights",),
     ),
@@ -297,24 +289,24 @@ MULTIPLYING = {
         read=read_hra,
         differs=_unlike_square,
         fields=_hra_fields,
-        fault=_hra_fault,
+        fault=lambda planned, layer, fields: _turn_fault(planned, fields["r"]),
         known=("r", "apply_GS", "bias"),
         beside=("init_weights",),
     ),
 }
-"""Types of peft's, by ``peft_type``."""
+"""peft's types of these methods, by ``peft_type``."""
 
 
 # ---- LyCORIS
 
 
 def read_lycoris_ia3(found: Stored) -> Taken:
-    """LyCORIS' counts from zero, and leaves the bias."""
+    """Read LyCORIS' (IA)³, which stores l − 1 and does not scale the bias."""
     scale, told = found.parts["weight"], found.parts["on_input"]
     outputs, inputs = found.shape[0], found.shape[1] * getattr(found.layer, "groups", 1)
     on_input = scale.numel() == inputs if told.is_meta else bool(told.any())
     if scale.numel() != (inputs if on_input else outputs):
-        raise TargetError(f"weight of {scale.numel()} numbers for {inputs} input and {outputs} output channels")
+        raise TargetError(f"weight of {scale.numel()} values for {inputs} input and {outputs} output channels")
     ones = [1] * len(found.shape[2:])
     shape = (1, scale.numel(), *ones) if ones or on_input else (scale.numel(), 1)
     scale = 1 + scale.to(torch.promote_types(scale.dtype, torch.float32))
@@ -322,7 +314,7 @@ def read_lycoris_ia3(found: Stored) -> Taken:
 
 
 def read_lycoris_oft(found: Stored) -> Taken:
-    """Diag-OFT and BOFT of LyCORIS, which turn outputs; its alpha is a bound on how far."""
+    """Read LyCORIS' Diag-OFT and BOFT, which rotate outputs; alpha bounds the norm of Q."""
     blocks = found.parts["oft_blocks"]
     if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2] or (size := blocks.shape[-1]) < 2:
         raise TargetError(f"oft_blocks of shape {tuple(blocks.shape)}; they must be square")
@@ -333,13 +325,13 @@ def read_lycoris_oft(found: Stored) -> Taken:
         Q = torch.where(norm > most, Q * (most / norm), Q)
     rescale = found.parts.get("rescale")
     if rescale is not None and rescale.numel() != found.shape[0]:
-        raise TargetError(f"rescale of {rescale.numel()} numbers for {found.shape[0]} output channels")
+        raise TargetError(f"rescale of {rescale.numel()} values for {found.shape[0]} output channels")
     if blocks.ndim == 3 and rescale is None:
         row, column = torch.triu_indices(size, size, 1)
         return Taken("oft", size, 1.0, {"oft_R.weight": Q[:, row, column]}, {"on_output": True})
-    if blocks.ndim == 4:  # each pair side by side there, in halves here; and the transpose of what is turned by here
+    if blocks.ndim == 4:  # LyCORIS interleaves the two halves of a block, and stores the transposed rotation
         if size % 2:
-            raise TargetError(f"blocks of {size}, of which a butterfly has no halves")
+            raise TargetError(f"blocks of size {size}; a butterfly halves its blocks, so the size must be even")
         order = torch.arange(size).view(-1, 2).T.flatten()
         Q = -Q[..., order, :][..., order]
     R = Q if Q.ndim == 4 else Q.unsqueeze(0)

@@ -1,8 +1,8 @@
-"""How Hugging Face peft has each method: a table of its types, in which a method is one entry.
+"""The methods in Hugging Face peft's files: a table with one entry for each of peft's types.
 
-Tensors have peft's names here already, so that an entry says what else is to be known: the fields of its
-configuration, on which layers peft predicts the same, and what rank, scaling and options follow from a file's tensors
-and the other way round. What LyCORIS has in the same form is read by the same functions.
+convlora names its tensors as peft does. An entry therefore holds the rest: how a file's tensors give rank, scaling and
+options; the fields of peft's configuration; and the layers for which peft predicts the same. LyCORIS' LoHa and LoKr
+have the same tensors and are read by the same functions.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from .._methods.lokr import LoKr
 from .._methods.lokr import split as split_of
 from .._plan import LayerPlan, Plan
 from ..errors import TargetError
-from .likeness import is_faithful, is_torchs_own, unlike_branch, unlike_layer
-from .multiplied import MULTIPLYING
+from .likeness import is_faithful, is_torchs_own, unlike_branch, unlike_kind, unlike_layer
+from .multiplied import MULTIPLYING, scaling_fault
 from .stored import LayerTensors, PeftMethod, Stored, Taken
 
 STOCK, REGISTERED, ALONE = "LORA", "CONVLORA", "CONVLORA_ALONE"
-"""Types of file: LoRA that stock peft reads, one that it reads with convlora's layers registered, and one that convlora
-alone reads. Other methods that stock peft reads have peft's type for them."""
+"""Values of ``peft_type``: LoRA that stock peft reads; LoRA that peft reads after ``convlora.peft.register``; an
+adapter that only convlora reads. Other methods that stock peft reads have peft's own types."""
 
 MAGNITUDE = "lora_magnitude_vector"
-"""What DoRA's magnitudes are called after the layer's name."""
+"""The part of the key of DoRA's magnitudes that follows the layer's name."""
 
 
-# ---- what a file's tensors say
+# ---- from a file's tensors
 
 
 def read_lora(found: Stored) -> Taken:
-    """LoRA, with DoRA's magnitudes where there are some."""
+    """Read LoRA and DoRA."""
     parts, use_dora = dict(found.parts), bool(found.fields.get("use_dora"))
     magnitudes = parts.pop(MAGNITUDE, None)
     if use_dora is not (magnitudes is not None):
-        raise TargetError(f"use_dora={use_dora}, and {'no ' if use_dora else ''}magnitudes")
+        raise TargetError(f"use_dora={use_dora}, and the file has {'no ' if use_dora else ''}magnitudes")
     kind = original_class(found.layer)
     is_ours = found.fields.get("peft_type") == REGISTERED and issubclass(kind, _ConvNd)
     if use_dora and not is_torchs_own(kind) and not is_ours:
-        raise TargetError(f"DoRA in a {kind.__name__}, whose own forward peft's leaves out")
+        raise TargetError(f"DoRA in a {kind.__name__}, whose own forward peft's DoRA does not call")
     rank = found.parts.size("lora_A.weight", 0)
     return Taken("lora", rank, found.scaling(rank), parts, magnitudes=magnitudes)
 
 
 def read_loha(found: Stored) -> Taken:
-    """LoHa; LyCORIS has the core of a one-dimensional kernel without peft's last dimension."""
+    """Read LoHa; LyCORIS stores the core of a one-dimensional kernel without peft's last dimension."""
     parts, rank = dict(found.parts), found.parts.size("hada_w1_b", 0)
     cores = [name for name in ("hada_t1", "hada_t2") if name in parts]
     for name in cores:
@@ -62,7 +62,7 @@ def read_loha(found: Stored) -> Taken:
 
 
 def read_lokr(found: Stored) -> Taken:
-    """LoKr, its blocks as W₁ has them; a product that would hold more numbers here than in full is multiplied out."""
+    """Read LoKr with the blocks of W₁; factors of W₁ or W₂ that convlora stores as their product are multiplied."""
     parts, shape = found.parts, found.shape
     rows, columns = (parts.size("lokr_w1" if "lokr_w1" in parts else f"lokr_w1_{s}", i) for i, s in enumerate("ab"))
     if not rows or not columns or shape[0] % rows or shape[1] % columns:
@@ -87,13 +87,13 @@ def read_lokr(found: Stored) -> Taken:
 
 
 def _multiplied(parts: LayerTensors, name: str, sides: tuple[int, int], kernel: tuple[int, ...], rank: int) -> Tensor:
-    """W₁ or W₂ of its factors, whose shapes are compared before."""
+    """Return W₁ or W₂ as the product of its factors, after checking their shapes."""
     A, B, core = parts[f"{name}_a"], parts[f"{name}_b"], parts.get("lokr_t2") if name == "lokr_w2" else None
     (c, d), size = sides, math.prod(kernel)
     wanted = [(c, rank), (rank, d * size)] if core is None else [(rank, c), (rank, d), (rank, rank, *kernel)]
     given = [tuple(t.shape) for t in (A, B, core) if t is not None]
     if given != wanted:
-        raise TargetError(f"{name}'s factors have the shapes {given}; for its weight they would have {wanted}")
+        raise TargetError(f"{name}'s factors have the shapes {given}; this layer's would have {wanted}")
     wide = torch.promote_types(A.dtype, torch.float32)
     A, B = A.to(wide), B.to(wide)
     product = A @ B if core is None else torch.einsum("pq...,pc,qd->cd...", core.to(wide), A, B)
@@ -101,18 +101,21 @@ def _multiplied(parts: LayerTensors, name: str, sides: tuple[int, int], kernel: 
 
 
 def read_peft_lokr(found: Stored) -> Taken:
-    """As peft computes it, which is no Kronecker product where a one-dimensional kernel's W₂ is kept in full."""
+    """Read peft's LoKr, which is no Kronecker product for a one-dimensional kernel with a full W₂."""
     if isinstance(found.layer, nn.Conv1d) and "lokr_w2" in found.parts:
-        raise TargetError("peft multiplies a Conv1d's lokr_w2 along other dimensions than its lokr_w1")
+        raise TargetError(CONV1D)
     return read_lokr(found)
 
 
+CONV1D = "peft multiplies a Conv1d's lokr_w2 along other dimensions than its lokr_w1"
+
+
 def read_hira(found: Stored) -> Taken:
-    """HiRA."""
+    """Read HiRA."""
     return Taken("hira", found.parts.size("hira_A", 0), 1.0, found.parts)
 
 
-# ---- what its configuration says of ours
+# ---- peft's configuration for a plan
 
 
 def _lora_fields(plan: Plan) -> dict[str, Any]:
@@ -163,36 +166,34 @@ def _hira_fields(plan: Plan) -> dict[str, Any]:
 
 
 def _scaled(plan: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Ranks, and alphas that give each layer its scaling at its rank."""
+    """Return the ranks, and the alphas that give each layer its scaling at its rank."""
     alphas = {p.name: alpha_of(p.whole_scaling, ranks[p.name], False) for p in plan.layers}
     rank, alpha = next(iter(ranks.values()), plan.rank), next(iter(alphas.values()), plan.alpha)
-    return {
-        **{"r": rank, "alpha": alpha},
-        **{"rank_pattern": _unlike(ranks, rank), "alpha_pattern": _unlike(alphas, alpha)},
-    }
+    patterns = {"rank_pattern": _unlike(ranks, rank), "alpha_pattern": _unlike(alphas, alpha)}
+    return {"r": rank, "alpha": alpha, **patterns}
 
 
 def _unlike(values: Mapping[str, float], usual: float) -> dict[str, float]:
-    """Those of layers that differ, as patterns: with both ends, for peft matches the ends of names."""
+    """Return the values of layers that differ from the usual one, by patterns with anchors: peft matches name ends."""
     return {f"^{re.escape(name)}$": value for name, value in values.items() if value != usual}
 
 
-# ---- what peft would build otherwise
+# ---- layers that peft would build differently
 
 
 def _lora_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any]) -> str:
     kind = original_class(layer)
     if not is_faithful(kind):
-        return f"a {planned.kind}; peft's branch would be another one"
-    return f"DoRA in a {planned.kind}, whose own forward peft's leaves out" * (
-        planned.use_dora and not is_torchs_own(kind)
-    )
+        return f"a {planned.kind}, from which peft's branch would differ"
+    if planned.use_dora and not is_torchs_own(kind):
+        return f"DoRA in a {planned.kind}, whose own forward peft's DoRA does not call"
+    return ""
 
 
 def _loha_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any]) -> str:
     shape, has_core = planned.weight_shape, "hada_t1" in planned.stored_shapes
     is_other = math.prod(shape[2:]) > 1 and has_core is not fields["use_effective_conv2d"]
-    return "without a core, where peft would give it one as others have" * is_other
+    return "it has no Tucker core like other layers', and peft decides this for all layers" * is_other
 
 
 def _lokr_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any]) -> str:
@@ -203,27 +204,21 @@ def _lokr_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any])
     first_is_factored = fields["decompose_both"] and 2 * rank < max(blocks[:2])
     in_peft = LoKr.shapes(shape, rank, **asked, tucker=fields["use_effective_conv2d"])
     if in_peft != stored or first_is_factored is not ("lokr_w1_a" in stored):
-        return "its blocks and factors are not those that peft gives it with the others' options"
+        return "peft would give it other blocks and factors, since its options are the same for all layers"
     if len(shape) == 3 and "lokr_w2" in stored:
-        return "peft multiplies a Conv1d's lokr_w2 along other dimensions than its lokr_w1"
+        return CONV1D
     if "lokr_t2" in stored and (len(shape) == 3 or shape[-1] == 1):
-        return "with a core for a kernel of which peft's forward ends in an error"
+        return "it has a Tucker core for a kernel with which peft's forward fails"
     return ""
 
 
-def _hira_fault(planned: LayerPlan, layer: nn.Module, fields: Mapping[str, Any]) -> str:
-    return f"scaling {planned.whole_scaling:g}, and peft's HiRA has none" * (planned.whole_scaling != 1)
-
-
 def _differs(layers: tuple[type[nn.Module], ...], *, grouped: bool = True) -> Callable[[nn.Module], str]:
-    """What of a layer is not computed as here by a method that peft has for these classes, as a branch."""
+    """Return the function that says why a branch of peft's, for these classes, would differ from a layer."""
 
     def unlike(layer: nn.Module) -> str:
-        if not isinstance(layer, layers):
-            return f"a {original_class(layer).__name__}, for which peft does not have it"
         if not grouped and getattr(layer, "groups", 1) > 1:
-            return f"groups {layer.groups}, for which peft does not have it"
-        return unlike_branch(layer)
+            return f"groups {layer.groups}, for which peft lacks the method"
+        return unlike_kind(layer, layers) or unlike_branch(layer)
 
     return unlike
 
@@ -280,17 +275,17 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         read=read_hira,
         differs=_differs((*_LAYERS, nn.Conv3d), grouped=False),
         fields=_hira_fields,
-        fault=_hira_fault,
+        fault=scaling_fault,
         known=("r", "hira_dropout", "rank_pattern"),
         beside=("init_weights",),
         dropout="hira_dropout",
     ),
     **MULTIPLYING,
 }
-"""By ``peft_type``."""
+"""peft's types, by ``peft_type``."""
 
 
 def type_of(plan: Plan) -> str:
-    """The type under which peft could have all changes of a plan; empty where there is none."""
+    """Return the peft type that has the methods of all layers of a plan; empty if there is none."""
     methods = {layer.method for layer in plan.layers}
     return next((name for name, each in PEFT_METHODS.items() if methods <= {*each.methods}), "")

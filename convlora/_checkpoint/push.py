@@ -1,4 +1,4 @@
-"""An adapter from a model to the Hugging Face Hub."""
+"""``push_to_hub``: saves an adapter and uploads it to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ def push_to_hub(
     metrics: Mapping[str, float] | None = None,
     base_model: str | None = None,
 ) -> str:
-    """Save an adapter on the Hugging Face Hub, with a model card, in one commit; ``load_adapter`` takes it from there.
+    """Upload an adapter and its model card to the Hugging Face Hub in one commit; ``load_adapter`` loads it from there.
 
     >>> convlora.push_to_hub(model, "user/tumour", metrics={"accuracy": 0.95}, base_model="timm/resnet50.a1_in1k")
     >>> convlora.load_adapter(fresh, "user/tumour")
 
-    The repository is made where missing. A card there that you have edited, or that is another's, is left as it is.
-    Needs ``pip install 'convlora[hub]'``.
+    The repository is made if it is missing. If its card was edited, or not written by convlora, it is kept.
+    This needs ``pip install 'convlora[hub]'``.
 
     Args:
         model: an injected model.
         repo_id: ``"user/repo"``.
         adapter_name: one of the model's adapters; default the active one.
-        private: whether a new repository is; default public, or as your organisation has set it.
-        token: as huggingface_hub takes it; default the one you logged in with.
-        commit_message: what the history says.
-        metrics: what the card says of how good it is.
+        private: whether a new repository is private; default public, or your organisation's setting.
+        token: the hub's token, as huggingface_hub takes it; default the one you logged in with.
+        commit_message: the message of the commit.
+        metrics: metrics for the card: ``{"accuracy": 0.95}``.
         base_model: the base's name on the hub, for the card.
 
     Returns:
         The commit's URL.
 
     Raises:
-        StateError: as :func:`convlora.save_adapter`.
-        TargetError: ``repo_id`` or ``base_model`` is no name on the hub, a metric is no finite number, or the message
-            is empty.
-        CheckpointError: huggingface_hub is missing, the hub cannot be reached or refuses the token; or the repository
-            is public where ``private`` is True.
+        StateError: as from :func:`convlora.save_adapter`.
+        TargetError: ``repo_id`` or ``base_model`` is not a name on the hub, a metric is not a finite number, or the
+            message is empty.
+        CheckpointError: huggingface_hub is not installed, the hub cannot be reached, or it refuses the token; or
+            ``private`` is True and the repository is public.
     """
     if not isinstance(repo_id, str) or not is_repository(repo_id):
         raise TargetError(f"repo_id={repo_id!r}; it must be 'user/repo'. Nothing was uploaded.")
     if not commit_message:
-        raise TargetError("commit_message is empty; say what this adapter is. Nothing was uploaded.")
+        raise TargetError("commit_message is empty; describe the adapter. Nothing was uploaded.")
     about = replace(checked_about(metrics, base_model), source=repo_id)
     with TemporaryDirectory() as folder:
         write_adapter(model, folder, adapter_name, about)

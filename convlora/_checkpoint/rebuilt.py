@@ -1,7 +1,7 @@
-"""Plan and manifest of an adapter that comes without them: made from its tensors and from the model that it is for.
+"""Makes the plan and the manifest of an adapter that another library wrote, from its tensors and the model.
 
-What other libraries write says nothing of the base. The layers' kinds and geometry are therefore the model's own, and
-ranks and shapes are the tensors'; whether the two go together is checked as for convlora's files, by ``check_fits``.
+Files of other libraries do not describe the base. The plan therefore takes the layers' classes and geometry from the
+model, and ranks and shapes from the tensors; ``check_fits`` then compares the two, as it does for convlora's files.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .._model.options import Request
 from .._model.planner import make_plan
 from .._model.targets import Named, dotted, is_adaptable, modules_of
 from .._plan import LayerPlan, Plan
-from ..errors import CheckpointError, TargetError, UnsupportedLayerError, few
+from ..errors import CheckpointError, TargetError, UnsupportedLayerError
 from .contents import State
-from .files import plain
+from .files import refusal
 from .fitting import check_fits
 from .manifest import Manifest, form_of
 from .peft_methods import MAGNITUDE
@@ -35,14 +35,14 @@ from .stored import Stored, Taken
 
 @dataclass(frozen=True)
 class Found:
-    """An adapter as another library wrote it, in convlora's words.
+    """An adapter that another library wrote, converted to convlora's methods.
 
     Attributes:
-        origin: what an error calls it, such as its file.
-        layers: what each has, by the layer's name.
+        origin: the adapter's name in errors, such as its file.
+        layers: each layer's change, by the layer's name.
         own: the adapter's other tensors, by state-dict key of the base.
-        modules_to_save, biases: names of modules trained in full, and of those whose bias alone is.
-        rank, alpha: as asked for; each layer has its own.
+        modules_to_save, biases: names of modules trained in full, and of modules of which only the bias is trained.
+        rank, alpha: the adapter's settings; each layer has its own rank and scaling.
     """
 
     origin: str
@@ -57,16 +57,16 @@ class Found:
 
     @property
     def method(self) -> str:
-        """That of most layers."""
+        """The method of most layers."""
         methods = [taken.method for taken in self.layers.values()]
         return max(dict.fromkeys(methods), key=methods.count, default="lora")
 
 
 def rebuild(found: Found, root: nn.Module, adapter_name: str) -> tuple[Manifest, State]:
-    """The manifest and the tensors that :func:`convlora.save_adapter` would have written for it.
+    """Return the manifest and the tensors that :func:`convlora.save_adapter` would have written for this adapter.
 
     Raises:
-        CheckpointError: it does not fit the model; what differs is named.
+        CheckpointError: the adapter does not fit the model; every difference is named.
     """
     state = tensors_as(root, BASE)
     found = _with_biases(found, state)
@@ -79,7 +79,7 @@ def rebuild(found: Found, root: nn.Module, adapter_name: str) -> tuple[Manifest,
     for name, taken in found.layers.items():
         magnitudes = {} if taken.magnitudes is None else {MAGNITUDE: taken.magnitudes}
         for part, tensor in {**taken.tensors, **magnitudes}.items():
-            # Half-precision factors are a way of storing them; steps of 1e-4 would vanish in bf16.
+            # Factors stored in half precision are trained in fp32: steps of 1e-4 would be rounded away in bf16.
             is_half = tensor.dtype in (torch.float16, torch.bfloat16)
             tensors[dotted(name, part)] = tensor.float() if is_half else tensor
     keys = base_keys(root, state, own_keys(root, plan, ()))
@@ -90,14 +90,14 @@ def rebuild(found: Found, root: nn.Module, adapter_name: str) -> tuple[Manifest,
 
 
 def _with_biases(found: Found, state: State) -> Found:
-    """With the layers' own biases, made of the base's, as tensors of the adapter's own."""
+    """Return the adapter with the biases that its layers compute from the base's, as tensors of the adapter."""
     makers = {name: its.bias for name, its in found.layers.items() if its.bias is not None}
     own, faults = dict(found.own), []
     for name, make in makers.items():
         base = state.get(dotted(name, "bias"))
         made = make(torch.empty(0) if base is None else base.detach())
         if base is None or form_of(made) != form_of(base):
-            faults.append(f"{name}: {form_of(made)} is for a bias that the layer does not have")
+            faults.append(f"{name}: the file changes a bias {form_of(made)}, which the layer does not have")
         else:
             own[dotted(name, "bias")] = made
     refuse(found.origin, faults)
@@ -105,7 +105,7 @@ def _with_biases(found: Found, state: State) -> Found:
 
 
 def _plan(found: Found, root: nn.Module, adapter_name: str) -> Plan:
-    """The plan that names these layers, with the ranks that the tensors have, however large."""
+    """Return the plan of these layers, with the ranks of the tensors, however large."""
     named = {n.name: n for n in modules_of(root)}
     for name in found.layers:
         check_adaptable(named[name], found.dropout)
@@ -119,7 +119,7 @@ def _plan(found: Found, root: nn.Module, adapter_name: str) -> Plan:
             modules_to_save=(lambda name, _: name in saved) if saved else None,
             dropout=found.dropout,
             use_rslora=found.use_rslora,
-            method=Dense.method,  # which every layer can have, whatever ranks another allows it
+            method=Dense.method,  # every layer can have it; the layers' own methods and ranks follow below
             adapter_name=adapter_name,
         ),
     )
@@ -157,12 +157,12 @@ def _layer(n: Named, taken: Taken) -> LayerPlan:
 
 
 def layer_fault(name: str, named: Mapping[str, Named], differs: Callable[[nn.Module], str], whose: str) -> str:
-    """Why a layer of this name cannot take what is found for it; empty where it can.
+    """Return why the model's layer of this name cannot take the file's change; empty if it can.
 
     Args:
-        name: as the file has it.
+        name: the layer's name in the file.
         named: the model's modules by each of their names.
-        differs: says what of a layer the other library does not compute as here.
+        differs: returns why the other library would predict something else for a layer.
         whose: the other library's name.
     """
     n = named.get(name)
@@ -171,16 +171,16 @@ def layer_fault(name: str, named: Mapping[str, Named], differs: Callable[[nn.Mod
     if not is_adaptable(n.module) or not weight_shape(n.module):
         return f"{name}: a {original_class(n.module).__name__}; only convolutions and linear layers are adapted"
     if len(n.names) > 1:
-        return f"{name}: the same layer as {', '.join(set(n.names) - {name})}; {whose} adapts one of the two alone"
+        return f"{name}: the same layer as {', '.join(set(n.names) - {name})}; {whose} adapts only one of the two"
     differences = differs(n.module)
     return f"{name}: {differences}" if differences else ""
 
 
 def take(n: Named, read: Callable[[Stored], Taken], stored: Stored, taken: dict[str, Taken]) -> str:
-    """Put what a layer has among what is taken; else why it cannot be had."""
+    """Convert a layer's change and add it to ``taken``; return why it cannot be read, or an empty string."""
     for part, tensor in stored.parts.items():
         if form_of(tensor).kind == "float8":
-            return f"{n.name}: {part} is of {tensor.dtype}, in which torch computes nothing"
+            return f"{n.name}: {part} is of {tensor.dtype}, with which torch does not compute"
     try:
         its = read(stored)
         planned = _layer(n, its)
@@ -190,46 +190,44 @@ def take(n: Named, read: Callable[[Stored], Taken], stored: Stored, taken: dict[
     if missing := wanted.keys() - its.tensors.keys():
         return f"{n.name}: {min(missing)} is missing"
     if beside := its.tensors.keys() - wanted.keys():
-        return f"{n.name}: {min(beside)} has no place beside the others"
+        return f"{n.name}: {min(beside)} does not belong to the layer's other tensors"
     taken[n.name] = its
     return ""
 
 
 def refuse(origin: object, faults: Iterable[str]) -> None:
-    """Raise one error that lists the faults, where there are any."""
-    listed = list(dict.fromkeys(faults))
-    if listed:
-        lines = few([f"  {plain(fault)}" for fault in listed])
-        title = f"{origin}: this adapter cannot be had exactly here:"
-        raise CheckpointError("\n".join([title, *lines, "Nothing was changed."]))
+    """Raise one CheckpointError that lists the faults, if there are any."""
+    if listed := list(faults):
+        raise refusal(f"{origin}: convlora cannot reproduce this adapter exactly:", listed, "Nothing was changed.")
 
 
 def of_model(names: Iterable[str], known: Sequence[str], prefix: str | None, origin: str) -> tuple[dict[str, str], str]:
-    """The names in a file that are of this model, each with what it is without the prefix; and that prefix.
+    """Return the file's names that belong to one model, each with the name without prefix; and the prefix.
 
     Args:
-        names: as the file has them.
-        known: prefixes that say which of several models a name is of, with the dot or underscore that ends them.
-        prefix: the one that the user chose, without its end; None where the file is to have no more than one.
-        origin: what an error calls the file.
+        names: the names in the file.
+        known: the prefixes that name a model, each with the dot or underscore that ends it.
+        prefix: the prefix that the user chose, without that last character; None if the file should hold one model.
+        origin: the file's name in errors.
 
     Raises:
-        CheckpointError: there are several and none was chosen, or the chosen one is not there.
+        CheckpointError: the file holds several models and none was chosen, or the chosen one is not in the file.
     """
     names, end = list(names), known[0][-1]
     there = {name: next((each for each in known if name.startswith(each)), "") for name in names}
     listed = " or ".join(repr(each[:-1]) for each in sorted({*there.values()} - {""}))
     if prefix is None:
         if " or " in listed:
-            refuse(origin, [f"its layers are of several models; prefix={listed} chooses the one that is loaded"])
+            refuse(origin, [f"its layers are of several models; prefix={listed} chooses the one to load"])
         return {name: name.removeprefix(each) for name, each in there.items()}, max(there.values(), default="")
     chosen = prefix.rstrip("._") + end
     inside = {name: name.removeprefix(chosen) for name in names if name.startswith(chosen)}
     if not inside:
-        refuse(origin, [f"prefix={prefix!r}: no layer's name begins so" + f"; they begin with {listed}" * bool(listed)])
+        begins = f"; they begin with {listed}" * bool(listed)
+        refuse(origin, [f"prefix={prefix!r}: no layer's name begins with it{begins}"])
     return inside, chosen
 
 
 def by_any_name(root: nn.Module) -> dict[str, Named]:
-    """The model's modules by each of their names."""
+    """Return the model's modules by each of their names."""
     return {name: n for n in modules_of(root) for name in n.names}

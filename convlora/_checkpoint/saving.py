@@ -1,17 +1,16 @@
-"""Writing an adapter: safetensors and JSON, never pickle.
+"""``save_adapter``: writes an adapter as safetensors and JSON, never pickle.
 
-``adapter_model.safetensors`` is whole in itself: factors, modules trained in full, buffers that moved, and in its
-header the manifest (the plan, and a digest of every tensor of the base and of the adapter) and a digest of the header
-itself. One file means one atomic rename: a save that is cut short leaves the old adapter readable.
-``adapter_config.json`` beside it is for people and for Hugging Face peft, whose key and field names both files use, and
-``README.md`` a model card.
+``adapter_model.safetensors`` alone is enough to load the adapter. It holds factors, modules trained in full and changed
+buffers. Its header holds the manifest (the plan, and a digest of every tensor of the base and of the adapter) and a
+digest of the header itself. One file means one atomic rename, so an interrupted save leaves the old adapter readable.
+``adapter_config.json`` is for people and for Hugging Face peft; both files use peft's names. ``README.md`` is a model
+card.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from .._layer.places import BASE
 from .._model.integrity import check_nothing_outside, refuse_changed
@@ -28,17 +27,14 @@ from .._model.merge import unmerged
 from .._model.options import check_alpha
 from .._model.state import Adapter, Injection, ready_alone, the_adapter
 from .._model.written import follow, own_changed
-from ..errors import CheckpointError, StateError, few
+from ..errors import CheckpointError, StateError, few, warn
 from .atomic import put_back, replacing, tidy
 from .card import CARD, About, card, checked_about, is_replaceable
 from .contents import State, adapter_state, moved_buffers
 from .digests import digest, sketch
-from .files import finite_faults, sealed
-from .manifest import CONFIG, FORMAT, TENSORS
+from .files import finite_faults, for_disk, sealed
+from .manifest import CONFIG, FORMAT, PICKLES, TENSORS
 from .peft_format import PREFIX, peft_config
-
-FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
-"""Endings by which a name is told to be a file's."""
 
 
 def save_adapter(
@@ -49,18 +45,18 @@ def save_adapter(
     metrics: Mapping[str, float] | None = None,
     base_model: str | None = None,
 ) -> Path:
-    """Write everything that training changed: factors, head, and norm statistics that moved; a few MB.
+    """Write everything that training changed: factors, head, and running statistics that changed; a few MB.
 
     >>> convlora.save_adapter(model, "tumour/")
 
-    The directory is made where missing; an adapter already in it is replaced atomically. Works merged, too. Beside it
-    goes a model card, README.md; one that you have edited, or that is another's, is left as it is.
+    The directory is made if it is missing; an adapter in it is replaced atomically. The model may be merged. A model
+    card, README.md, is written too, unless the directory has a card that was edited or not written by convlora.
 
     Args:
-        model: an injected model.
-        directory: where to write.
+        model: an injected model, merged or not.
+        directory: the directory to write to.
         adapter_name: one of the model's adapters; default the active one.
-        metrics: what card and file say of how good it is: ``{"accuracy": 0.95}``.
+        metrics: metrics for the card and the file: ``{"accuracy": 0.95}``.
         base_model: the base's name on the Hugging Face Hub, for the card: ``"timm/resnet50.a1_in1k"``.
 
     Returns:
@@ -68,38 +64,30 @@ def save_adapter(
 
     Raises:
         StateError: the model holds no adapter, or several injected parts; :func:`convlora.check` finds it changed since
-            injection; a factor is pruned or parametrized; or a parameter of the base, or outside of the injected part,
-            requires a gradient, so that training it would be lost.
-        CheckpointError: the directory cannot be written; what was there before is still there.
-        TargetError: a metric is no finite number, or ``base_model`` no name on the hub.
+            injection; a factor is pruned or parametrized; or a parameter outside the adapter requires a gradient, so
+            that its training would be lost.
+        CheckpointError: the directory cannot be written; the files in it are unchanged.
+        TargetError: a metric is not a finite number, or ``base_model`` is not a name on the hub.
 
     Warns:
         UserWarning: every lora_B is zero, as when the optimizer was made before the injection; a tensor holds NaN or
-            Inf; or README.md was left as it is.
+            Inf; a parameter of the base changed without a gradient; or README.md was kept.
     """
     return write_adapter(model, directory, adapter_name, checked_about(metrics, base_model))
 
 
 def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None, about: About) -> Path:
-    """What :func:`save_adapter` does, with a card that says this; a warning names the caller's caller's line."""
-    if Path(directory).suffix in FILES and not Path(directory).is_dir():
+    """Do what :func:`save_adapter` does, with this in the model card."""
+    if Path(directory).suffix in (".safetensors", *PICKLES) and not Path(directory).is_dir():
         raise CheckpointError(
-            f"{directory} is a file's name, and an adapter is saved as a directory of three files. Give "
-            f"{str(Path(directory).with_suffix(''))!r}, say. Nothing was written."
+            f"{directory} is a file's name, and an adapter is saved as a directory of three files. Give a directory, "
+            f"such as {str(Path(directory).with_suffix(''))!r}. Nothing was written."
         )
-    root, injection = ready_alone(model)
-    adapter = the_adapter(injection, adapter_name)
-    adapter.follow()
-    for layer in adapter.plan.layers:
-        check_alpha(layer.scaling, f"scaling of {layer.name} was changed and")
-    refuse_changed(root, injection, adapter)
-    check_nothing_outside(model, root)
-    _take_in_changed(root, injection, adapter)
+    root, injection, adapter = adapter_to_write(model, adapter_name)
     with unmerged(root, injection):
         buffers = moved_buffers(root, injection, adapter)
         own = own_keys(root, adapter.plan, buffers)
-        _check_nothing_lost(root, injection)
-        tensors = {key: _for_disk(tensor) for key, tensor in adapter_state(root, adapter, own).items()}
+        tensors = {key: for_disk(tensor) for key, tensor in adapter_state(root, adapter, own).items()}
         base = tensors_as(root, BASE)
         of_base = base_keys(root, base, own)
         config = peft_config(root, adapter) | {"base_model_name_or_path": about.base_model}
@@ -113,8 +101,7 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         "buffers": sorted(buffers),
         "metrics": dict(about.metrics),
     }
-    _warn_if_untrained(injection, adapter)
-    _warn_if_not_finite(tensors, base)
+    warn_of_training(injection, adapter, tensors, base)
     path = Path(directory)
     texts = {CONFIG: json.dumps(config, indent=2) + "\n"}
     has_new_card = is_replaceable(path / CARD)
@@ -122,7 +109,7 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         texts[CARD] = card(adapter.plan, digests, tensors, about)
     try:
         _write(path, tensors, manifest, texts)
-    except (OSError, SafetensorError) as cause:  # safetensors wraps a full disk in its own
+    except (OSError, SafetensorError) as cause:  # safetensors raises its own error for a full disk
         raise CheckpointError(f"{path} cannot be written ({cause}). What was there before is still there.") from cause
     if not has_new_card:
         warn_of_old_card(path / CARD)
@@ -136,7 +123,7 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[
     with ExitStack() as files:
         files.enter_context(put_back([path / name for name in texts]))
         first = files.enter_context(replacing(path / TENSORS))
-        # Not save_file, which makes a temporary file of its own, under a name that nobody could clear away later.
+        # Not save_file, whose own temporary file would stay behind when the process is killed.
         data = sealed(save({PREFIX + key: tensor for key, tensor in tensors.items()}, metadata=header))
         with first.open("wb") as stream:
             stream.writelines(data)
@@ -144,16 +131,43 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[
             files.enter_context(replacing(path / name)).write_bytes(text.encode())
 
 
-def _warn_if_untrained(injection: Injection, adapter: Adapter) -> None:
-    biases = {adapter.modules[name] for name in adapter.plan.biases}  # which may be all that was trained
+def adapter_to_write(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module, Injection, Adapter]:
+    """Return the injected module, its record and the adapter to write, after the checks that every file needs.
+
+    The adapter's plan then has the scalings and strengths that the user set by hand, and the parameters that changed
+    without a gradient.
+
+    Raises:
+        StateError: as from :func:`save_adapter`.
+    """
+    root, injection = ready_alone(model)
+    adapter = the_adapter(injection, adapter_name)
+    adapter.follow()
+    for layer in adapter.plan.layers:
+        check_alpha(layer.scaling, f"scaling of {layer.name} was changed and")
+    refuse_changed(root, injection, adapter)
+    check_nothing_outside(model, root)
+    _take_in_changed(root, injection, adapter)
+    with unmerged(root, injection):
+        _check_nothing_lost(root, injection)
+    return root, injection, adapter
+
+
+def warn_of_training(injection: Injection, adapter: Adapter, tensors: State, base: State) -> None:
+    """Warn if an adapter that is about to be written was not trained, or its training has diverged."""
+    biases = {adapter.modules[name] for name in adapter.plan.biases}  # a training may change only biases
     places = (place for place in injection.places if place.module in biases and place.name == "bias")
     moved = any(place.has_moved(adapter.plan.adapter_name) for place in places)
     if adapter.changes and not moved and all(change.is_fresh() for change in adapter.changes):
         what = {planned.change.fresh for planned in adapter.plan.layers}
-        warnings.warn(
+        warn(
             f"every {' and every '.join(sorted(what))}: nothing was trained. Was the optimizer made before "
-            "convlora.inject? Make it after, from convlora.trainable_parameters(model).",
-            stacklevel=4,
+            "convlora.inject? Make it after, from convlora.trainable_parameters(model)."
+        )
+    if faults := list(finite_faults(tensors, base)):
+        warn(
+            f"{' '.join(few(faults, 'and {} more', shown=1))}: the training has diverged. The adapter is written "
+            "nevertheless; convlora.load_adapter reads it only with check_finite=False."
         )
 
 
@@ -161,31 +175,18 @@ def _take_in_changed(root: nn.Module, injection: Injection, adapter: Adapter) ->
     changed = own_changed(root, injection)
     follow(root, injection, adapter)
     if changed:
-        warnings.warn(
-            f"{', '.join(few(changed, 'and {} more'))}: changed since convlora.inject, and no gradient did it. It is "
-            "saved with the adapter, which so predicts the same when it is loaded; convlora.remove gives the base "
-            "these numbers, since those of before are lost.",
-            stacklevel=4,
-        )
-
-
-def _warn_if_not_finite(tensors: State, base: State) -> None:
-    faults = list(finite_faults(tensors, base))
-    if faults:
-        first = " ".join(few(faults, "and {} more", shown=1))
-        warnings.warn(
-            f"{first}: the training has diverged. It is saved as it is, and convlora.load_adapter reads it "
-            "with check_finite=False alone.",
-            stacklevel=4,
+        warn(
+            f"{', '.join(few(changed, 'and {} more'))}: changed since convlora.inject without a gradient. The new "
+            "values are saved with the adapter, so that it predicts the same when it is loaded. The old values are "
+            "lost: convlora.remove leaves the new ones in the base.",
         )
 
 
 def warn_of_old_card(file: Path) -> None:
-    """Say that a card was not written; of the caller's caller's caller's line."""
-    warnings.warn(
-        f"{file} was edited, or not written by convlora, and is left as it is: it may not describe this adapter. "
-        "Delete it to have a new one.",
-        stacklevel=4,
+    """Warn that a model card was not written."""
+    warn(
+        f"{file} was edited, or not written by convlora, and is kept: it may not describe this adapter. Delete it to "
+        "get a new one.",
     )
 
 
@@ -198,7 +199,3 @@ def _check_nothing_lost(root: nn.Module, injection: Injection) -> None:
                 f"{name} requires a gradient but belongs to the base, which is not saved. Name its module in "
                 "modules_to_save when you inject, or freeze it with requires_grad_(False). Nothing was written."
             )
-
-
-def _for_disk(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().clone()

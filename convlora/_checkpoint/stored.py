@@ -1,4 +1,4 @@
-"""What another library's file has of a layer, what that is in convlora's words, and how peft has a method."""
+"""One layer's change as another library's file holds it, the same change as convlora holds it, and peft's methods."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from ..errors import TargetError
 
 
 class LayerTensors(dict[str, Tensor]):
-    """A layer's tensors in a file, by what follows its name."""
+    """A layer's tensors in a file, by the part of the key that follows the layer's name."""
 
     def __missing__(self, name: str) -> Tensor:
         raise TargetError(f"{name} is missing")
 
     def size(self, name: str, dimension: int) -> int:
-        """That of one of them, 0 where it has no such dimension."""
+        """Return one dimension of a tensor's shape; 0 if the tensor has no such dimension."""
         shape = self[name].shape
         return shape[dimension] if dimension < len(shape) else 0
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file has of one layer.
+    """One layer's change as a file holds it.
 
     Attributes:
-        parts: its tensors.
-        shape: of the weight that they change.
-        layer: the layer of the model.
-        alpha, rank: what file or configuration says; None and 0 where neither does.
+        parts: the layer's tensors in the file.
+        shape: the shape of the layer's weight.
+        layer: the model's layer.
+        alpha, rank: from the file or the configuration; None and 0 if neither states them.
         fields: peft's configuration.
-        name: the layer's.
+        name: the layer's name.
     """
 
     parts: LayerTensors
@@ -49,7 +49,7 @@ class Stored:
     name: str = ""
 
     def scaling(self, rank: int) -> float:
-        """alpha / rank, with rsLoRA alpha / √rank; 1 without an alpha."""
+        """Return alpha / rank, or alpha / √rank with rsLoRA; without an alpha, 1 or √rank."""
         alpha = max(rank, 1) if self.alpha is None else self.alpha
         check_alpha(alpha, "alpha")
         return scaling_of(alpha, max(rank, 1), bool(self.fields.get("use_rslora")))
@@ -57,12 +57,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Taken:
-    """One layer's change in convlora's words.
+    """One layer's change as convlora holds it.
 
     Attributes:
-        tensors: by the names that :meth:`convlora.Change.stored_shapes` has for the method, rank and options.
-        magnitudes: DoRA's.
-        bias: makes the layer's own bias of the base's.
+        tensors: by the names of :meth:`convlora.Change.stored_shapes` for the method, rank and options.
+        magnitudes: DoRA's magnitudes.
+        bias: computes the adapter's bias from the base's.
     """
 
     method: str
@@ -76,18 +76,19 @@ class Taken:
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """A method as peft has it.
+    """One of peft's adapter types.
 
     Attributes:
-        methods: ours that a file of this type holds.
-        tensors: what follows a layer's name in a file.
-        read: what a layer's tensors say; raises TargetError where that is nothing that is computed here.
-        differs: what of a layer makes peft predict another thing; empty where nothing does.
-        fields: what its configuration says of a plan.
-        fault: what of a planned layer peft would not build so from these fields; empty where it would.
-        known: the configuration's fields that are read; ``beside`` those that predict nothing.
-        alpha, dropout: which of the fields these are.
-        needs_rank: whether the rank is nowhere but in the configuration, for some layers.
+        methods: convlora's methods that a file of this type can hold.
+        tensors: the parts of a tensor's key that follow the layer's name.
+        read: converts a layer's tensors; raises TargetError if convlora does not compute that change.
+        differs: returns why peft would predict something else for a layer; empty if it would not.
+        fields: returns the configuration's fields for a plan.
+        fault: returns why peft would build a planned layer differently from these fields; empty if it would not.
+        known: the configuration's fields that are read.
+        beside: further fields, which change no prediction.
+        alpha, dropout: the names of the fields for alpha and dropout; empty if there is none.
+        needs_rank: whether some layers' ranks are only in the configuration.
     """
 
     methods: tuple[str, ...]
@@ -101,3 +102,8 @@ class PeftMethod:
     alpha: str = ""
     dropout: str = ""
     needs_rank: bool = False
+
+    def split(self, key: str) -> tuple[str, str]:
+        """Return the layer's name and the rest of a tensor's key; two empty texts for other keys."""
+        part = next((part for part in self.tensors if key.endswith(f".{part}")), "")
+        return (key.removesuffix(f".{part}"), part) if part else ("", "")

@@ -174,7 +174,7 @@ def test_a_pipeline_s_file_of_several_models_is_read_by_prefix(tmp_path, has_met
     with pytest.raises(CheckpointError, match="several models; prefix='text_encoder' or 'unet' chooses"):
         convlora.load_adapter(unet(), tmp_path)
     with pytest.raises(
-        CheckpointError, match="prefix='prior': no layer's name begins so; they begin with 'text_encoder'"
+        CheckpointError, match="prefix='prior': no layer's name begins with it; they begin with 'text_encoder'"
     ):
         convlora.load_adapter(unet(), tmp_path, prefix="prior")
     if not has_metadata:  # as diffusers does, which takes alpha for the rank
