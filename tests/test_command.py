@@ -224,7 +224,7 @@ def test_a_detector_is_built_without_fetching_its_backbone():
         ("no_such_module:make", "No module named 'no_such_module'"),
         ("math:nothing", "has no attribute 'nothing'"),
         ("math:sqrt", "takes exactly one argument"),
-        ("time:time", "no torch.nn.Module"),
+        ("time:time", "not a torch.nn.Module"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_one_error(name, message):
@@ -234,7 +234,7 @@ def test_a_model_that_cannot_be_had_is_one_error(name, message):
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    assert "timm cannot be imported here" in run("plan", "convnext_atto", code=1).stderr
+    assert "timm cannot be imported: pip install it" in run("plan", "convnext_atto", code=1).stderr
     assert "pip install timm" in run("plan", "timm:resnet18", code=1).stderr
     assert as_json("plan", "resnet18")["model"] == "ResNet"  # torchvision's
 
@@ -262,7 +262,7 @@ def test_weights_of_torch_save_are_read_also_from_within_a_checkpoint_and_of_ddp
 
 def test_a_head_of_other_classes_is_left_as_built_and_said(folder):
     answer = run("plan", NETWORK, "--num-classes", 7, "--weights", folder / "base.safetensors")
-    assert "fc.bias is of another head, (3,)" in answer.stderr
+    assert "fc.bias has the shape (3,) of another head" in answer.stderr
 
 
 def test_weights_that_do_not_fit_are_one_error_that_names_them(folder, tmp_path):
@@ -643,9 +643,9 @@ def test_errors_name_options_that_there_are(folder, tmp_path, with_weights):
     out = tmp_path / "out.safetensors"
     save_file(network().state_dict(), tmp_path / "other.safetensors")
     others = [*CLASSES, "--weights", tmp_path / "other.safetensors"]
-    assert "or pass --any-base to use it" in run("merge", NETWORK, folder / "a", out, *others, code=1).stderr
+    assert "or pass --any-base to load it" in run("merge", NETWORK, folder / "a", out, *others, code=1).stderr
     answer = run("shrink", NETWORK, folder / "a", out, *others, "--rank", 2, code=1)  # has no such option
-    assert "or pass check_base=False in Python to use it" in answer.stderr
+    assert "or pass check_base=False in Python to load it" in answer.stderr
     model = convlora.load_adapter(network(folder), folder / "a")
     with torch.no_grad():
         model.fc.bias[0] = torch.nan
@@ -658,19 +658,22 @@ def test_errors_name_options_that_there_are(folder, tmp_path, with_weights):
 
 IN_OPTIONS = [
     ("Adapt both with target_modules=[nn.Conv2d, nn.Linear], or", "--target type:Conv2d --target type:Linear, or"),
-    ("target_modules=nn.Conv2d where this is meant.", "--target type:Conv2d where this is meant."),
+    ("target_modules=nn.Conv2d if this is intended.", "--target type:Conv2d if this is intended."),
     ("target_modules='layer9.*' matches no layer", "--target 'layer9.*' matches no layer"),
     ("target_modules='.*\\\\d' matches no layer", "--target '.*\\d' matches no layer"),
-    ("to train the head only, target_modules=().", "to train the head only, target_modules=() in Python."),
+    ("to train only the head, target_modules=().", "to train only the head, target_modules=() in Python."),
     ("for a regular expression give re.compile(...).", "for a regular expression write re:EXPRESSION."),
-    ("modules_to_save=['fc'], or give example=x, what", "--save fc, or give example=x in Python, what"),
-    ("; modules_to_save=None says that nothing is.", "; --save none says that nothing is."),
+    (
+        "modules_to_save=['fc'], or give an input of the model, example=x.",
+        "--save fc, or give an input of the model, example=x in Python.",
+    ),
+    ("If no layer is new, write modules_to_save=None.", "If no layer is new, write --save none."),
     ("Use dropout=0 or exclude_modules.", "Use --dropout 0 or --exclude."),
     ("Use use_dora=False or exclude_modules.", "Use no --dora or --exclude."),
     ("freeze_A=True; method='loha' has no lora_A.", "--freeze-a; --method loha has no lora_A."),
     ("add init_data=loader, or choose init='gaussian'", "add init_data=loader in Python, or choose --init gaussian"),
-    ('norm="track" lets data move them', "--norm track lets data move them"),
-    ("give budget='1%', say", "give --budget 1%, say"),
+    ('norm="track" also updates them', "--norm track also updates them"),
+    ("give budget='1%' too", "give --budget 1% too"),
     ("was built as it was trained (num_classes=1?)", "(--num-classes 1?)"),
     ("`print(convlora.plan(model))` lists every layer.", "`convlora plan MODEL` lists every layer."),
     ("a rank of the method, the path and the model", "a rank of the method, the path and the model"),
@@ -686,7 +689,7 @@ def test_what_the_library_says_of_arguments_is_said_of_options(says, shown):
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["timm:test_vit"], "warning: VisionTransformer: by default convolutions alone are adapted"),
+        (["timm:test_vit"], "warning: VisionTransformer: by default only convolutions are adapted"),
         (["timm:test_vit"], "Adapt both with --target type:Conv2d --target type:Linear, or write --target type:Conv2d"),
         ([NETWORK, "--budget", "0"], "--budget 0; it must be a share of"),
         ([NETWORK, "--rank", 0], "--rank 0; a rank is a whole number of at least 1"),
@@ -750,7 +753,7 @@ def test_an_error_of_our_own_is_told_from_a_refusal(monkeypatch):
 
 def test_errors_are_json_where_json_was_asked_for():
     found = as_json("plan", "nosuch", code=1)
-    assert found["error"] == "CommandError" and found["message"].startswith("nosuch is no model")
+    assert found["error"] == "CommandError" and found["message"].startswith("nosuch is not a model")
 
 
 def test_stdout_is_the_answers_alone_whatever_a_model_prints_and_a_terminal_may_lack_our_characters(tmp_path):

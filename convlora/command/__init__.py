@@ -1,8 +1,8 @@
 """The command line: ``convlora plan``, ``inspect``, ``diff``, ``merge``, ``convert``, ``extract``, ``shrink``, and
 ``bench``.
 
-Each command builds a model or reads a file, makes the library's own call, and shows what that says. Typer and rich come
-with ``pip install 'convlora[cli]'``; the library itself needs neither, and nothing here imports them before ``main``.
+Each command builds a model or reads a file, calls the library, and prints the result. Typer and rich come with
+``pip install 'convlora[cli]'``; the library needs neither, and they are imported only when a command runs.
 """
 
 from __future__ import annotations
@@ -20,5 +20,5 @@ def main() -> None:
         sys.exit(f"The convlora command needs {cause.name}: pip install 'convlora[cli]'. `import convlora` does not.")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without × shows ?, and does not end in an error
+            stream.reconfigure(errors="replace")  # a terminal that has no × prints ? instead of failing
     app(prog_name="convlora")

@@ -1,4 +1,4 @@
-"""``python -m convlora.command``: the same where the script is on no path."""
+"""``python -m convlora.command``: the ``convlora`` program if its script is not on the path."""
 
 from . import main
 

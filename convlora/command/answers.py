@@ -1,4 +1,4 @@
-"""What every command has in common: an answer as text or as JSON, errors on stderr, an exit code that says which."""
+"""What all commands share: the answer as text or JSON on stdout, errors on stderr, and the exit codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.text import Text
 from ..errors import ConvLoraError
 
 REFUSED, DIFFERS, OWN_ERROR = 1, 3, 70
-"""Exit codes besides 0 and 2, which is the parser's."""
+"""Exit codes besides 0 and the parser's 2."""
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -43,12 +43,12 @@ _ITEM = re.compile(r"""'[^']*'|"[^"]*"|[\w.]+""")
 
 
 class CommandError(ConvLoraError):
-    """What was asked for on the command line cannot be done. Nothing was changed."""
+    """The command cannot do what its arguments ask for. Nothing was changed."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found: as JSON data, as text and tables for people, and the exit code."""
+    """A command's result: JSON data, the same as lines and tables for people, and the exit code."""
 
     data: dict[str, Any]
     shown: Sequence[str | Table]
@@ -56,9 +56,9 @@ class Answer:
 
 
 def answering(declared: Callable[..., None], run: Callable[..., Answer]) -> Callable[..., None]:
-    """The command that typer takes: the options and docstring of ``declared``, answered by ``run``.
+    """Return the typer command with the options and docstring of ``declared``, which ``run`` answers.
 
-    A parameter whose type is a dataclass of options becomes an option for each of its fields; ``--json`` is added.
+    A parameter whose type is a dataclass becomes one option for each of its fields; ``--json`` is added.
     """
     grouped: dict[str, tuple[type, list[str]]] = {}
     parameters: list[inspect.Parameter] = []
@@ -102,7 +102,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _answer(run: Callable[[], Answer], as_json: bool, flags: Mapping[str, str]) -> None:
-    """Run, show, and leave with the answer's code. stdout is for the answer: what else is printed goes to stderr."""
+    """Run a command, print its answer, and exit with its code. All other output goes to stderr, not to stdout."""
     try:
         with contextlib.redirect_stdout(sys.stderr), _plain_warnings(flags):
             answer = run()
@@ -153,7 +153,7 @@ def _in_shell(item: str) -> str:
 
 @contextlib.contextmanager
 def _plain_warnings(flags: Mapping[str, str]) -> Iterator[None]:
-    """Warnings as one line each on stderr, without the line of code that they came from."""
+    """Print each warning as one line on stderr, without its line of code."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: typer.echo(
             f"warning: {in_options(str(message), flags)}", err=True
@@ -168,7 +168,7 @@ def _json(data: dict[str, Any]) -> str:
 def _show(shown: Sequence[str | Table], flags: Mapping[str, str]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 1000  # into a file or another program: lines as they are
+        console.width = 1000  # do not wrap lines that go to a file or another program
     for each in shown:
         if isinstance(each, str):
             each = re.sub("^note: .*", lambda note: in_options(note[0], flags), each, flags=re.M)
@@ -178,7 +178,7 @@ def _show(shown: Sequence[str | Table], flags: Mapping[str, str]) -> None:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], align: str, title: str | None = None) -> Table:
-    """A table without lines; ``align`` has l or r for each column."""
+    """Return a table without rules; ``align`` holds l (left) or r (right) for each column."""
     made = Table(box=None, title=title, title_justify="left", pad_edge=False, header_style="bold")
     for head, side in zip(heads, align, strict=True):
         made.add_column(head, justify="left" if side == "l" else "right", overflow="fold")

@@ -1,6 +1,6 @@
-"""The program: the options and the help text of each command.
+"""The ``convlora`` program: the options and the help text of each command.
 
-The files that do the work import torch, so each waits until its command is called.
+The files that do the work import torch, and are imported when their command runs.
 """
 
 from __future__ import annotations

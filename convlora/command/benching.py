@@ -1,7 +1,8 @@
-"""``convlora bench``: what an adapter costs on a model here, beside full fine-tuning and the base alone.
+"""``convlora bench``: time and memory of an adapter on this machine, beside full fine-tuning and the base alone.
 
-Every way takes a step in turn, round after round, so that what else the machine does falls on all of them; a ratio is
-of two neighbours in time. ``python -m benchmarks.overhead`` in the repository measures more: peaks, other libraries.
+The variants take one step each in turn, round after round, so that other load on the machine affects all of them; a
+ratio compares two steps of the same round. ``python -m benchmarks.overhead`` in the repository also measures peak
+memory and other libraries.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _device(name: str) -> torch.device:
 
 
 def _training(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    """A training step; two were taken, since B is zero before the first."""
+    """Return a training step, after two steps have run: B is zero before the first."""
     model.train()
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
 
@@ -89,11 +90,11 @@ def _training(model: nn.Module, images: Tensor) -> Callable[[], None]:
 
 
 def _loss(model: nn.Module, images: Tensor) -> Tensor:
-    """Something to go back from: the mean square of all that the model gives."""
+    """Return a scalar for the backward: the mean square of all the model's outputs."""
     leaves = pytree.tree_leaves(model(images))
     found = [leaf.float().square().mean() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not found:
-        raise CommandError("The model gives no tensor of floats for a batch of images. Nothing was changed.")
+        raise CommandError("The model's output for a batch of images holds no float tensor. Nothing was changed.")
     return torch.stack(found).sum()
 
 
@@ -107,7 +108,7 @@ def _own(model: nn.Module) -> list[Tensor]:
 
 
 def _figures(times: Times, reference: str) -> dict[str, Any]:
-    """Seconds, and ratios to the reference round by round: quartiles of each."""
+    """Return quartiles of the seconds, and of the ratios to the reference in each round."""
     found: dict[str, Any] = {"reference": reference}
     for name, values in times.items():
         shares = Quartiles.of(ratios(values, times[reference]))

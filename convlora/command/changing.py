@@ -1,6 +1,6 @@
-"""``convlora merge``, ``convert``, ``extract`` and ``shrink``: a model and an adapter in, a file or a folder out.
+"""``convlora merge``, ``convert``, ``extract`` and ``shrink``: they read a model and an adapter, and write OUT.
 
-OUT is written last and in one step, so that an error leaves nothing half-done.
+OUT is written last and in one step, so that an error leaves no incomplete file or folder.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from .._algebra.approximation import Approximation
 from .._algebra.extract import extract as extract_adapter
 from .._algebra.shrink import shrink as shrink_adapter
-from .._checkpoint.atomic import replacing
 from .._checkpoint.card import CARD, is_replaceable
 from .._checkpoint.exporting import export_adapter
+from .._checkpoint.files import write_tensors
 from .._checkpoint.loading import load_adapter
 from .._checkpoint.manifest import TENSORS
 from .._checkpoint.saving import save_adapter, warn_of_old_card
@@ -36,7 +35,7 @@ from .models import Built, build, need_weights
 from .options import Building, Nearness, Targeting, To
 from .weights import load_weights
 
-FOREIGN = "the file of another library does not say which base it is for"
+FOREIGN = "the file of another library does not describe its base"
 
 
 def merge(
@@ -62,8 +61,8 @@ def merge(
     layers = len(summary(plain).layers)
     with scaled(plain, factor, interpolate=interpolate):
         plain = remove(merge_adapter(plain))
-    state = {key: tensor.detach().contiguous().clone() for key, tensor in tensors_of(plain).items()}
-    _written(out, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+    state = tensors_of(plain)
+    write_tensors(out, state)
     size = out.stat().st_size
     data = {"out": str(out), "bytes": size, "layers": layers, "tensors": len(state), "scale": factor}
     strength = "" if factor == 1 else f" at {factor:g} of the adapter's strength"
@@ -89,7 +88,7 @@ def convert(
     if to == "diffusers" or to == "lycoris":
         export_adapter(built.model, out, to, prefix=None if foreign else prefix)
     else:
-        _fill(out, _save if to == "convlora" else _save_as_peft, built.model)
+        _fill(out, save_adapter if to == "convlora" else _save_as_peft, built.model)
     data = {"out": str(out), "to": to, "layers": len(planned.layers), "adapter_parameters": planned.adapter_parameters}
     return Answer(
         data, [f"wrote {out}: {len(planned.layers)} layers, {planned.adapter_parameters:,} parameters in factors"]
@@ -102,11 +101,11 @@ def extract(
     """Make an adapter of what a full fine-tuning changed; ``building`` has the weights before it."""
     _check_free(out, force)
     built = build(model, building)
-    need_weights(built, "what the fine-tuning changed is the difference to the weights before it")
+    need_weights(built, "the fine-tuning's change is the difference to the weights before it")
     after = copy.deepcopy(built.model)
     load_weights(after, tuned, head=False)
     report = extract_adapter(built.model, after, **nearness.arguments(), **targeting.arguments())
-    _fill(out, _save, built.model)
+    _fill(out, save_adapter, built.model)
     return _approximated(report, out)
 
 
@@ -117,12 +116,12 @@ def shrink(model: str, source: str, out: Path, building: Building, nearness: Nea
     base = built.model
     _load(built, located(source))
     report = shrink_adapter(base, **nearness.arguments())
-    _fill(out, _save, base)
+    _fill(out, save_adapter, base)
     return _approximated(report, out)
 
 
 def _load(built: Built, path: Path, any_base: bool = False, prefix: str | None = None) -> None:
-    """Load an adapter; without ``any_base`` a base with random weights is refused, since none was trained on those."""
+    """Load an adapter; without ``any_base`` a base with random weights is refused, as no adapter was trained on it."""
     if not any_base:
         need_weights(built, "an adapter belongs to the weights that it was trained on")
     load_adapter(built.model, path, check_base=not any_base, prefix=prefix)
@@ -134,10 +133,6 @@ def _approximated(report: Approximation, out: Path) -> Answer:
     return Answer(data, [str(report), f"wrote {out}"])
 
 
-def _save(model: nn.Module, folder: Path) -> None:
-    save_adapter(model, folder)
-
-
 def _save_as_peft(model: nn.Module, folder: Path) -> None:
     try:
         from ..peft import to_peft
@@ -147,14 +142,14 @@ def _save_as_peft(model: nn.Module, folder: Path) -> None:
 
 
 def _check_free(out: Path, force: bool) -> None:
-    """Refuse to write over what is there, before any work."""
+    """Raise CommandError, before any work, if OUT exists and is not empty."""
     if force or not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    raise CommandError(f"{out} is there already; --force writes into it all the same. Nothing was written.")
+    raise CommandError(f"{out} exists already; --force writes into it nevertheless. Nothing was written.")
 
 
-def _fill(out: Path, save: Callable[[nn.Module, Path], None], model: nn.Module) -> None:
-    """Save into a folder beside, then move every file to its place, the tensors last; an edited card stays."""
+def _fill(out: Path, save: Callable[[nn.Module, Path], object], model: nn.Module) -> None:
+    """Save into a temporary folder, then move every file into OUT, the tensors last; an edited card is kept."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
@@ -165,17 +160,7 @@ def _fill(out: Path, save: Callable[[nn.Module, Path], None], model: nn.Module) 
             for file in sorted(made.iterdir(), key=lambda file: file.name == TENSORS):
                 if file.name != CARD or has_new_card:
                     shutil.move(file, out / file.name)
-    except (OSError, SafetensorError) as cause:  # safetensors wraps a full disk in its own
+    except (OSError, SafetensorError) as cause:  # safetensors raises its own error for a full disk
         raise CommandError(f"{out} cannot be written ({cause}).") from cause
     if not has_new_card:
         warn_of_old_card(out / CARD)
-
-
-def _written(out: Path, save: Callable[[Path], None]) -> None:
-    """Write a file under another name beside, then give it its own."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as temporary:
-            save(temporary)
-    except (OSError, SafetensorError) as cause:
-        raise CommandError(f"{out} cannot be written ({cause}). What was there before is still there.") from cause

@@ -1,6 +1,6 @@
-"""``convlora diff``: what two adapters have in common, and how far their changes lie apart.
+"""``convlora diff``: compares two adapters' settings, and the relative difference of their changes.
 
-The change of a layer is scaling · B @ A: the same change in other factors, or of another rank, does not differ.
+Adapters are equal if their products scaling · B @ A are, even if their factors or ranks differ.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ SETTINGS = (
     *("model", "method", "rank", "alpha", "use_rslora", "dropout", "norm", "init", "modules_to_save", "norms"),
     "biases",
 )
-"""What a plan says of the adapter as a whole; its name and what is left alone are no difference between adapters."""
+"""The fields of a plan that are compared. An adapter's name and the skipped layers are not."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two."""
+    """One of the two adapters."""
 
     plan: Plan
     tensors: dict[str, Tensor]
     base: str | None
-    """Fingerprint of its base, where the file says it."""
+    """The fingerprint of its base; None if the file does not hold it."""
 
 
 def diff(sources: list[str], building: Building, exit_code: bool) -> Answer:
@@ -62,7 +62,7 @@ def _from_file(source: str) -> Side:
 
 
 def _through_model(name: str, building: Building, *sources: str) -> tuple[Side, Side]:
-    """Both as a model takes them. Their numbers are compared with each other, not with the base's."""
+    """Return both adapters as this model loads them; the base's weights are not compared."""
     model, sides = build(name, building).model, []
     for source, adapter_name in zip(sources, ("first", "second"), strict=True):
         path = located(source)
@@ -104,21 +104,18 @@ def _compared(first: Side, second: Side, exit_code: bool) -> Answer:
 
 
 def _layer(first: Side, second: Side, ours: LayerPlan, theirs: LayerPlan) -> dict[str, Any]:
-    """One layer's ranks, and ‖ΔW₁ − ΔW₂‖ over the larger of ‖ΔW₁‖ and ‖ΔW₂‖: 0 the same, 1 unlike, 2 opposite.
+    """Return one layer's name, ranks and difference: ‖ΔW₁ − ΔW₂‖ / max(‖ΔW₁‖, ‖ΔW₂‖).
 
-    Where a change is no product of factors, the same of the trained numbers themselves.
-
-    None where numbers are not finite, and the factors are not the same bytes.
+    The difference is 0 for equal changes, 1 if one is zero, and 2 for opposite ones. For methods without factors the
+    trained tensors themselves are compared. It is None if values are not finite and differ in their bytes.
     """
     if ours.weight_shape != theirs.weight_shape:
         raise CommandError(
-            f"{ours.name}: {ours.weight_shape} in the first, {theirs.weight_shape} in the second: they are of "
+            f"{ours.name}: {ours.weight_shape} in the first, {theirs.weight_shape} in the second: the adapters are for "
             "different models. Nothing was changed."
         )
     found = {"name": ours.name, "rank": [ours.rank, theirs.rank], "difference": 0.0}
-    if not all(
-        "lora_A.weight" in layer.stored_shapes for layer in (ours, theirs)
-    ):  # what such tensors make of a base is not known without it
+    if not all("lora_A.weight" in layer.stored_shapes for layer in (ours, theirs)):  # their ΔW depends on the base
         return found | {"difference": _apart(_numbers(first, ours), _numbers(second, theirs))}
     changes = [_change(first, ours), _change(second, theirs)]
     (A, B, scaling), (A2, B2, scaling2) = changes
@@ -132,19 +129,19 @@ def _layer(first: Side, second: Side, ours: LayerPlan, theirs: LayerPlan) -> dic
 
 
 def _change(side: Side, layer: LayerPlan) -> tuple[Tensor, Tensor, float]:
-    """lora_A, lora_B as a matrix, and the scaling."""
+    """Return lora_A, lora_B as a matrix, and the scaling."""
     A, B = (side.tensors[key] for key in list(factor_shapes(layer))[:2])
     return A, B.flatten(1), layer.whole_scaling
 
 
 def _numbers(side: Side, layer: LayerPlan) -> Tensor:
-    """All numbers of a layer's change, one after another."""
+    """Return all values of a layer's tensors and its scaling as one vector."""
     tensors = [side.tensors[dotted(layer.name, name)].double().flatten() for name in layer.stored_shapes]
     return torch.cat([*tensors, torch.tensor([layer.whole_scaling], dtype=torch.float64)])
 
 
 def _apart(one: Tensor, other: Tensor) -> float | None:
-    """‖a − b‖ over the larger of the two; 1 where the shapes differ, None where it is not finite."""
+    """Return ‖a − b‖ / max(‖a‖, ‖b‖); 1 if the shapes differ, None if it is not finite."""
     if one.shape != other.shape:
         return 1.0
     if _same(one, other):
@@ -155,7 +152,7 @@ def _apart(one: Tensor, other: Tensor) -> float | None:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether the numbers are the same, NaN too where it is the same bytes."""
+    """Return whether two tensors are equal; NaN counts as equal if the bytes are."""
     return one.shape == other.shape and (torch.equal(one, other) or digest(one) == digest(other))
 
 
@@ -175,7 +172,7 @@ def _shown(data: dict[str, Any]) -> list[Any]:
         names = data[f"only_{which}"]
         shown += [f"only in the {which}: {', '.join(names)}"] if names else []
     base = data["base"]
-    told = {None: "not told by both files", True: "the same", False: f"{base['first']} → {base['second']}"}
+    told = {None: "unknown, not in both files", True: "the same", False: f"{base['first']} → {base['second']}"}
     return [*shown, f"base: {told[base['same']]}", "the same adapter" if data["same"] else "the two differ"]
 
 

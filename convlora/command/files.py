@@ -1,4 +1,4 @@
-"""An adapter's file, read without a model and proved undamaged."""
+"""Reads an adapter's file without a model, and checks that it is undamaged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .answers import CommandError
 
 @dataclass(frozen=True)
 class Saved:
-    """What :func:`convlora.save_adapter` wrote: its manifest, its tensors without peft's prefix, and the config."""
+    """A saved adapter: its manifest, its tensors by key without peft's prefix, and adapter_config.json."""
 
     manifest: Manifest
     tensors: dict[str, Tensor]
@@ -26,10 +26,10 @@ class Saved:
 
 
 def located(source: str) -> Path:
-    """A path here, or the cache's copy of a repository on the hub.
+    """Return a local path, or the cached download of a repository on the hub.
 
     Raises:
-        CommandError: nothing is there.
+        CommandError: the path does not exist.
     """
     path = local_directory(source, None, None)
     if not path.exists():
@@ -38,20 +38,20 @@ def located(source: str) -> Path:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether another library wrote it.
+    """Return whether another library wrote the adapter.
 
     Raises:
-        CheckpointError: missing or damaged, or there are several.
+        CheckpointError: the file is missing or damaged, or the directory holds several.
     """
     with opened(file_in(path)) as file:
         return not is_own(file)
 
 
 def read_saved(path: Path) -> Saved:
-    """A saved adapter, every tensor compared with its digest.
+    """Read a saved adapter and compare every tensor with its digest.
 
     Raises:
-        CheckpointError: missing, damaged, or not convlora's.
+        CheckpointError: the file is missing, damaged, or not convlora's.
     """
     with opened(file_in(path)) as file:
         manifest = read_manifest(file)
@@ -60,11 +60,11 @@ def read_saved(path: Path) -> Saved:
 
 
 def read_fields(file: Path) -> dict[str, Any]:
-    """What a JSON file beside the tensors says; nothing where it is missing, since no prediction depends on it."""
+    """Return the fields of a JSON file; none if it is missing, since no prediction depends on it."""
     found = read_json(file) if file.exists() else {}
     return found if isinstance(found, dict) else {}
 
 
 def is_stock_peft(file: Path) -> bool:
-    """Whether the tensors are peft's: its configuration lies beside them."""
+    """Return whether this is peft's file of tensors, with its configuration in the same directory."""
     return file.name == TENSORS and (file.parent / CONFIG).is_file()

@@ -1,4 +1,4 @@
-"""``convlora inspect``: what a saved adapter is, from its file alone."""
+"""``convlora inspect``: shows a saved adapter from its file, without a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ READERS = {
     ALONE: "convlora alone reads it",
 }
 RANKED = ("lora_A.weight", "lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "hira_A")
-"""Tensors whose first dimension is the rank."""
+"""The tensors whose first dimension is the rank."""
 
 
 def inspect(source: str) -> Answer:
@@ -64,12 +64,12 @@ def _of_saved(saved: Saved) -> Answer:
 
 
 def _of_foreign(file: Path) -> Answer:
-    """Another library's file: its tensors by layer; what they are in a model only a model can say."""
+    """Show another library's file: each layer's tensors as they are, which only a model could check."""
     with opened(file) as stored:
         tensors = stored.read()
     kind = "peft" if is_stock_peft(file) else "lycoris" if is_lycoris(tensors, None) else ""
     if not kind:
-        raise CommandError(f"{file} is neither convlora's, nor peft's, nor of LyCORIS. Nothing was changed.")
+        raise CommandError(f"{file} is not a file of convlora, peft or LyCORIS. Nothing was changed.")
     config = read_fields(file.parent / CONFIG) if kind == "peft" else {}
     layers = _of_peft(tensors, config) if kind == "peft" else _of_lycoris(tensors)
     names = {name for layer in layers for name in layer["tensors"]}
@@ -103,9 +103,9 @@ def _of_peft(tensors: State, config: dict[str, Any]) -> list[dict[str, Any]]:
     method = PEFT_METHODS.get(STOCK if kind == REGISTERED else kind)
     layers: dict[str, State] = {}
     for key, tensor in tensors.items():
-        part = next((part for part in (method.tensors if method else ()) if key.endswith(f".{part}")), "")
+        name, part = method.split(key) if method else ("", "")
         if part:
-            layers.setdefault(key.removesuffix(f".{part}"), {})[part] = tensor
+            layers.setdefault(name, {})[part] = tensor
     return [_layer(name, kind, parts) for name, parts in layers.items()]
 
 

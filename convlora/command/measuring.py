@@ -1,4 +1,4 @@
-"""What ``convlora bench`` measures with: seconds in interleaved rounds, and the bytes that autograd keeps."""
+"""Measurements for ``convlora bench``: seconds in interleaved rounds, and the bytes that autograd keeps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .._model.memory import counting
 
 @dataclass(frozen=True)
 class Quartiles:
-    """Middle and spread of some figures, in their unit."""
+    """First quartile, median and third quartile of some values, in the values' unit."""
 
     low: float
     median: float
@@ -25,7 +25,7 @@ class Quartiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:
-        """First quartile, median, third quartile."""
+        """Return the quartiles of these values."""
         if len(values) < 2:
             return cls(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -33,7 +33,7 @@ class Quartiles:
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Seconds that one run takes, the mean of ``repeats`` in a row; on CUDA between two events on the stream."""
+    """Return the seconds that one run takes, the mean of ``repeats`` runs; on CUDA, between two events."""
     if device.type == "cuda":
         event: Any = torch.cuda.Event
         start, end = event(enable_timing=True), event(enable_timing=True)
@@ -51,9 +51,13 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -
 
 
 def interleave(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call every way once a round, beginning one further each round; the first round is run and not counted.
+    """Call every function once in each round, starting with another one each time; the first round is not counted.
 
-    What else the machine does so falls on all of them, and a ratio within one round is of neighbours in time.
+    So other load on the machine affects all functions, and a ratio within a round compares neighbours in time.
+
+    Args:
+        ways: functions that return a measurement, by name.
+        rounds: the number of rounds that are counted.
     """
     names = list(ways)
     found: dict[str, list[float]] = {name: [] for name in names}
@@ -68,12 +72,12 @@ def interleave(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def ratios(values: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Round by round, value over reference."""
+    """Return value / reference for each round."""
     return [value / other for value, other in zip(values, reference, strict=True)]
 
 
 def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward: each storage once, those of ``own`` not at all."""
+    """Return the bytes that autograd keeps between forward and backward; storages of ``own`` are not counted."""
     sizes: list[int] = []
     with counting(own, sizes.append):
         forward()

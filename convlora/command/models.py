@@ -1,6 +1,6 @@
-"""A model from its name on the command line, with its weights.
+"""Builds a model from its name on the command line, and loads its weights.
 
-timm and torchvision are imported where a name asks for them.
+timm and torchvision are imported when a name needs them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from .options import Building
 from .weights import load_weights
 
 TIMM, TORCHVISION = "timm", "torchvision"
+LISTS = {TIMM: "timm", TORCHVISION: "torchvision.models"}
+"""The module of each library that lists and builds its models."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A model, and whether its weights are known to be more than random."""
+    """A model, and whether its weights were loaded (or may have been, by the user's own function)."""
 
     name: str
     model: nn.Module
@@ -35,11 +37,11 @@ class Built:
 
 
 def build(name: str, how: Building) -> Built:
-    """The model of this name, in eval mode.
+    """Build the model of this name, in eval mode.
 
     Raises:
-        CommandError: no such model, or it cannot be built; or its weights cannot be had or do not fit.
-        typer.BadParameter: options that exclude each other.
+        CommandError: there is no such model, it cannot be built, or its weights cannot be loaded.
+        typer.BadParameter: options exclude each other.
     """
     if how.pretrained and how.weights is not None:
         raise typer.BadParameter("--pretrained and --weights exclude each other.")
@@ -47,7 +49,7 @@ def build(name: str, how: Building) -> Built:
     if library is None:
         if how.pretrained:
             raise typer.BadParameter(
-                f"--pretrained: {name} is your own function; let it load its weights, or --weights."
+                f"--pretrained: {name} is your own function; load weights in it, or give --weights FILE."
             )
         model = _checked(name, _your_own(name, how.arguments()))
     else:
@@ -59,7 +61,7 @@ def build(name: str, how: Building) -> Built:
 
 
 def need_weights(built: Built, why: str) -> None:
-    """Refuse a network with random weights where the result would be of no use."""
+    """Raise CommandError if the model has random weights, with which the result would be useless."""
     if not built.has_weights:
         raise CommandError(
             f"{built.name} has random weights, and {why}. Give --weights FILE or --pretrained. Nothing was written."
@@ -67,11 +69,11 @@ def need_weights(built: Built, why: str) -> None:
 
 
 def _library_of(name: str) -> tuple[str | None, str]:
-    """The library that builds it and the name there; None for ``module:function``."""
+    """Return the library that builds the model, and the model's name in it; None for ``module:function``."""
     first, colon, inner = name.partition(":")
     if colon and first in (TIMM, TORCHVISION):
         _module(first, name)
-        if not (set(":/") & set(inner) or _is_known(first, inner)):  # else timm fetches it from where it says
+        if not (set(":/") & set(inner) or _is_known(first, inner)):  # names with : or / are addresses for timm
             near = _nearest(inner, _names(first))
             raise CommandError(f"{name}: {first} has no model {inner}. {near}Nothing was changed.")
         return first, inner
@@ -88,9 +90,9 @@ def _library_of(name: str) -> tuple[str | None, str]:
         if name.partition(".")[0] in found:
             return library, name
         known += found
-    absent = f"{' and '.join(missing)} cannot be imported here: pip install it to have its models. " if missing else ""
+    absent = f"{' and '.join(missing)} cannot be imported: pip install it to use its models. " if missing else ""
     raise CommandError(
-        f"{name} is no model of timm or torchvision, and not of the form MODULE:FUNCTION. "
+        f"{name} is not a model of timm or torchvision, and not of the form MODULE:FUNCTION. "
         f"{_nearest(name, known)}{absent}Nothing was changed."
     )
 
@@ -101,24 +103,19 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _is_known(library: str, name: str) -> bool:
-    """Also a model that timm has under an older name, which its list leaves out."""
+    """Return whether the library builds this model; timm's list lacks older names, which it still builds."""
     if library == TIMM:
         return bool(importlib.import_module("timm").is_model(name))
     return name.lower() in _names(library)
 
 
 def _names(library: str) -> list[str]:
-    names: list[str] = (
-        importlib.import_module("timm").list_models()
-        if library == TIMM
-        else importlib.import_module("torchvision.models").list_models()
-    )
-    return names
+    return list(importlib.import_module(LISTS[library]).list_models())
 
 
-def _module(library: str, name: str, inner: str = "") -> ModuleType:
+def _module(library: str, name: str) -> ModuleType:
     try:
-        return importlib.import_module(library + inner)
+        return importlib.import_module(LISTS[library])
     except ImportError as cause:
         raise CommandError(f"{name}: {library} cannot be imported ({cause}): pip install {library}.") from cause
 
@@ -129,8 +126,8 @@ def _from_timm(name: str, arguments: dict[str, Any], pretrained: bool) -> object
     def where() -> str:
         config = timm.get_pretrained_cfg(name)
         if config is None or not config.hf_hub_id:
-            return f"timm has none for {name}; `timm.list_pretrained()` names those that it has"
-        return f"run `hf download {config.hf_hub_id} model.safetensors --local-dir .` where there is a network"
+            return f"timm has none for {name}; `timm.list_pretrained()` lists the models with pretrained weights"
+        return f"run `hf download {config.hf_hub_id} model.safetensors --local-dir .` on a machine with a network"
 
     return _called(
         f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained, **arguments), pretrained, where
@@ -138,14 +135,14 @@ def _from_timm(name: str, arguments: dict[str, Any], pretrained: bool) -> object
 
 
 def _from_torchvision(name: str, arguments: dict[str, Any], pretrained: bool) -> object:
-    models = _module(TORCHVISION, name, ".models")
+    models = _module(TORCHVISION, name)
     weights = None
     if pretrained:
         weights = _called(f"torchvision:{name}", lambda: models.get_model_weights(name).DEFAULT)
 
     def make() -> object:
         takes = inspect.signature(models.get_model_builder(name)).parameters
-        # A detector's builder would fetch its backbone's weights unasked.
+        # By default a detector's builder downloads its backbone's weights.
         backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
         return models.get_model(name, weights=None, **backbone | arguments)
 
@@ -155,7 +152,7 @@ def _from_torchvision(name: str, arguments: dict[str, Any], pretrained: bool) ->
             f"torchvision:{name}",
             weights.get_state_dict,
             True,
-            lambda: f"download {weights.url} where there is a network",
+            lambda: f"download {weights.url} on a machine with a network",
         )
         load_weights(model, state, f"{weights}")
     return model
@@ -164,7 +161,7 @@ def _from_torchvision(name: str, arguments: dict[str, Any], pretrained: bool) ->
 def _called(
     name: str, make: Callable[[], Any], pretrained: bool = False, where: Callable[[], str] | None = None
 ) -> Any:
-    """What a builder makes; whatever it raises becomes one error with the remedy."""
+    """Call a builder; any exception is raised as one CommandError with the remedy."""
     try:
         return make()
     except Exception as cause:
@@ -194,5 +191,5 @@ def _your_own(name: str, arguments: dict[str, Any]) -> object:
 
 def _checked(name: str, model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise CommandError(f"{name} gave a {type(model).__name__}, no torch.nn.Module. Nothing was changed.")
+        raise CommandError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module. Nothing was changed.")
     return model

@@ -1,16 +1,17 @@
-"""Options that several commands share: which model, built how; and which adapter.
+"""Options that several commands share, for the model and for the adapter; typer reads them from the annotations.
 
-Typer reads them off the annotations. Nothing here imports torch, so that ``--help`` needs none; a test compares names,
-types and defaults with those of the library.
+Nothing here imports torch, so that ``--help`` does not need it; a test compares names, types and defaults with those of
+the library.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -20,6 +21,7 @@ from .answers import CommandError
 if TYPE_CHECKING:
     from .._model.targets import Target
 
+T = TypeVar("T")
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -44,7 +46,7 @@ Texts = list[str] | None
 
 @dataclass(frozen=True)
 class Building:
-    """How the model is built."""
+    """Options for building the model."""
 
     num_classes: Annotated[int | None, typer.Option(help="Classes of the head.")] = None
     arg: Annotated[
@@ -56,15 +58,14 @@ class Building:
     ] = False
 
     def arguments(self) -> dict[str, Any]:
-        """What the builder is called with."""
-        pairs = dict(_pair(text, "--arg") for text in self.arg or ())
+        """Return the builder's keyword arguments."""
         given = {} if self.num_classes is None else {"num_classes": self.num_classes}
-        return given | {name: _value(text) for name, text in pairs.items()}
+        return given | {name: _value(text) for name, text in _pairs(self.arg, "--arg")}
 
 
 @dataclass(frozen=True)
 class Nearness:
-    """How near a change of lower rank is to be: one of the three, which the library checks."""
+    """Options for an approximation of lower rank: one of the three; the library checks that."""
 
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank of each layer.")] = None
     energy: Annotated[float | None, typer.Option(help="Or: share of the squared change to keep, 0 to 1.")] = None
@@ -77,7 +78,7 @@ class Nearness:
 
 @dataclass(frozen=True)
 class Targeting:
-    """Which layers. Here and in :class:`Adapting` each field has the name that the library gives the option."""
+    """Options that choose layers. Here and in :class:`Adapting` the fields are named as the library's arguments."""
 
     target_modules: Annotated[
         Texts,
@@ -108,7 +109,7 @@ class Targeting:
 
 @dataclass(frozen=True)
 class Adapting(Targeting):
-    """What adapter; as the arguments of :func:`convlora.inject`, with its defaults."""
+    """Options of the adapter: the arguments of :func:`convlora.inject`, with the same defaults."""
 
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank; with --budget, the largest. Default 8.")] = (
         None
@@ -140,10 +141,11 @@ class Adapting(Targeting):
         """The library's arguments."""
         return {
             **super().arguments(),
-            "rank_pattern": _numbers(self.rank_pattern, int, "--rank-pattern"),
-            "alpha_pattern": _numbers(self.alpha_pattern, float, "--alpha-pattern"),
-            "method_pattern": _by_pattern(self.method_pattern, "--method-pattern"),
-            "method_options": _options(self.method_options),
+            "rank_pattern": _by_pattern(self.rank_pattern, "--rank-pattern", int),
+            "alpha_pattern": _by_pattern(self.alpha_pattern, "--alpha-pattern", float),
+            "method_pattern": _by_pattern(self.method_pattern, "--method-pattern", str),
+            "method_options": {name: _value(text) for name, text in _pairs(self.method_options, "--method-option")}
+            or None,
             "budget": _budget(self.budget),
             "mask_activations": {None: False, "bytes": True, "bits": "bits"}[self.mask_activations],
         }
@@ -151,7 +153,7 @@ class Adapting(Targeting):
 
 @dataclass(frozen=True)
 class Measuring:
-    """What ``bench`` measures with."""
+    """Options of the measurement in ``bench``."""
 
     batch: Annotated[int, typer.Option(min=1, help="Number of images.")] = 8
     size: Annotated[int, typer.Option(min=1, help="Height and width of an image, in pixels.")] = 224
@@ -161,44 +163,38 @@ class Measuring:
     threads: Annotated[int | None, typer.Option(min=1, help="Threads that torch uses on a CPU.")] = None
 
 
-def _pair(text: str, option: str) -> tuple[str, str]:
-    name, equals, value = text.rpartition("=") if option != "--arg" else text.partition("=")
-    if not (name and equals and value):
-        raise typer.BadParameter(f"{option} {text}: give NAME=VALUE.")
-    return name, value
+def _pairs(texts: list[str] | None, option: str) -> Iterator[tuple[str, str]]:
+    """Yield name and value of each NAME=VALUE; a pattern may hold =, and so may the value of --arg."""
+    for text in texts or ():
+        name, equals, value = text.rpartition("=") if option != "--arg" else text.partition("=")
+        if not (name and equals and value):
+            raise typer.BadParameter(f"{option} {text}: give NAME=VALUE.")
+        yield name, value
 
 
 def _value(text: str) -> Any:
-    """A value of JSON, or else the text itself."""
+    """Return the value of a JSON text, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-def _numbers(texts: list[str] | None, kind: type[int] | type[float], option: str) -> dict[Pattern, float] | None:
-    """A number for each pattern."""
-    pairs = dict(_pair(text, option) for text in texts or ())
-    return {_pattern(name): _number(name, value, kind, option) for name, value in pairs.items()} or None
+def _by_pattern(texts: list[str] | None, option: str, kind: Callable[[str], T]) -> dict[Pattern, T] | None:
+    """Return the value of each pattern, as ``kind``; None without any."""
+    return {_pattern(name): _as(kind, text, option) for name, text in _pairs(texts, option)} or None
 
 
-def _by_pattern(texts: list[str] | None, option: str) -> dict[Pattern, str] | None:
-    return {_pattern(name): value for name, value in (_pair(text, option) for text in texts or ())} or None
-
-
-def _options(texts: list[str] | None) -> dict[str, Any] | None:
-    return {name: _value(value) for name, value in (_pair(text, "--method-option") for text in texts or ())} or None
-
-
-def _number(pattern: str, text: str, kind: type[int] | type[float], option: str) -> float:
+def _as(kind: Callable[[str], T], text: str, option: str) -> T:
     try:
         return kind(text)
     except ValueError:
-        raise typer.BadParameter(f"{option} {pattern}={text}: {text} is no number of its kind.") from None
+        wanted = "a whole number" if kind is int else "a number"
+        raise typer.BadParameter(f"{option}: {text} is not {wanted}.") from None
 
 
 def _budget(text: str | None) -> Any:
-    """A share such as ``1%`` as it is; else a number, if it is one. ``1e6`` is whole, ``1.0`` a share."""
+    """Return a share such as ``1%`` as text, and a number as int or float: ``1e6`` is an int, ``1.0`` a share."""
     if text is None or not re.fullmatch(r"[0-9.eE+-]+", text):
         return text
     value = _value(text)
@@ -211,7 +207,7 @@ def _pattern(text: str) -> Pattern:
     try:
         return re.compile(text.removeprefix("re:"))
     except re.error as cause:
-        raise CommandError(f"{text} is no regular expression ({cause}). Nothing was changed.") from cause
+        raise CommandError(f"{text} is not a regular expression ({cause}). Nothing was changed.") from cause
 
 
 def _targets(texts: list[str] | None) -> list[Target] | None:
@@ -225,5 +221,5 @@ def _target(text: str) -> Target:
 
     kind = getattr(nn, text.removeprefix("type:"), None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise CommandError(f"{text}: torch.nn has no such layer; type:Conv1d, say. Nothing was changed.")
+        raise CommandError(f"{text}: torch.nn has no such layer; write type:Conv1d, for instance. Nothing was changed.")
     return kind

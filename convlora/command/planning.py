@@ -1,4 +1,4 @@
-"""``convlora plan``: what an injection would do."""
+"""``convlora plan``: shows what an injection would do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def plan(model: str, building: Building, adapting: Adapting) -> Answer:
 
 
 def plan_data(planned: Plan) -> dict[str, Any]:
-    """The plan and its totals as JSON data."""
+    """Return the plan and its totals as JSON data."""
     totals = {
         "adapter_parameters": planned.adapter_parameters,
         "trainable_parameters": planned.trainable_parameters,

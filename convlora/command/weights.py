@@ -1,4 +1,4 @@
-"""Weights from a file: safetensors, or a state dict that torch reads with ``weights_only=True``."""
+"""Loads weights from a file: safetensors, or a state dict that torch reads with ``weights_only=True``."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._model.planner import plan
-from ..errors import ConvLoraError, few
+from ..errors import ConvLoraError, listing
 from .answers import CommandError
 
 State = dict[str, Tensor]
 INSIDE = ("state_dict", "model_state_dict", "model")
-"""Where training scripts keep the state dict in what they save."""
+"""Keys under which training scripts save the state dict."""
 PREFIXES = ("module.", "_orig_mod.")
-"""What DDP and torch.compile put before every key."""
+"""The prefixes that DDP and torch.compile put before every key."""
 PICKLED = (b"PK", b"\x80")
-"""How what torch.save writes begins, a ZIP file or else a pickle."""
+"""The first bytes of a file of torch.save: a ZIP file, or a pickle."""
 
 
 def load_weights(
     model: nn.Module, source: Path | Mapping[str, Tensor], name: str | None = None, *, head: bool = True
 ) -> None:
-    """Load a file or a state dict; every key must be there, in its shape.
+    """Load a file or a state dict, which must have every key of the model, in the same shape.
 
-    Where ``head`` is true, a head of another number of classes is left as it was built, with a line on stderr. One that
-    the file lacks is an error like any other missing key.
+    Args:
+        model: the model, changed in place.
+        source: the file, or the state dict.
+        name: the name of the source in errors.
+        head: whether a head with another number of classes is allowed. It keeps its initial weights, and a line on
+            stderr says so. A head that the file lacks is an error like any other missing key.
 
     Raises:
-        CommandError: the file cannot be read, or does not fit; what differs is named.
+        CommandError: the file cannot be read or does not fit; every difference is named.
     """
     name = name or str(source)
     state = read_weights(source) if isinstance(source, Path) else dict(source)
@@ -44,24 +48,24 @@ def load_weights(
     if head:
         state, others = _without_other_heads(model, state, here, name)
     faults = [
-        f"  {key}: {tuple(state[key].shape)} in the file, {tuple(here[key].shape)} in the model"
+        f"{key}: {tuple(state[key].shape)} in the file, {tuple(here[key].shape)} in the model"
         for key in here
         if key in state and isinstance(here[key], Tensor) and state[key].shape != here[key].shape
     ]
     if not faults:
         answer = model.load_state_dict(state, strict=False)
-        faults = [f"  {key}: not in the file" for key in answer.missing_keys if not _inside(key, others)]
-        faults += [f"  {key}: not in the model" for key in answer.unexpected_keys]
+        faults = [f"{key}: not in the file" for key in answer.missing_keys if not _inside(key, others)]
+        faults += [f"{key}: not in the model" for key in answer.unexpected_keys]
     if faults:
-        lines = [f"{name} holds the weights of another model:", *few(faults)]
-        raise CommandError("\n".join([*lines, "Name the model that it is of. Nothing was changed."]))
+        title, remedy = f"{name} holds the weights of another model:", "Give the name of that model."
+        raise CommandError(listing(title, faults, f"{remedy} Nothing was changed."))
 
 
 def read_weights(file: Path) -> State:
-    """The state dict in a file.
+    """Return the state dict in a file.
 
     Raises:
-        CommandError: it is missing, damaged, or holds more than tensors.
+        CommandError: the file is missing, damaged, or holds more than tensors.
     """
     try:
         found: Any = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
@@ -83,38 +87,38 @@ def _unpickled(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError):
         raise
-    except Exception as cause:  # what is no pickle is read as one until anything goes wrong
+    except Exception as cause:  # torch unpickles any file, so a file of another format can raise anything
         with file.open("rb") as stream:
             is_pickle = stream.read(4).startswith(PICKLED)
         if not (is_pickle and isinstance(cause, pickle.UnpicklingError)):
             raise CommandError(
-                f"{file} is damaged, or not what torch.save wrote ({type(cause).__name__}). Nothing was changed."
+                f"{file} is damaged, or torch.save did not write it ({type(cause).__name__}). Nothing was changed."
             ) from cause
         raise CommandError(
             f"{file} holds more than tensors, and reading it could run any code; torch.load(…, weights_only=True) "
-            "refuses it. Where you trust it, write its state dict anew with safetensors.torch.save_file. "
-            "Nothing was changed."
+            "refuses it. If you trust it, save its state dict with safetensors.torch.save_file. Nothing was changed."
         ) from cause
 
 
 def _without_other_heads(
     model: nn.Module, state: State, here: Mapping[str, Any], name: str
 ) -> tuple[State, tuple[str, ...]]:
-    """The state without the heads that are of another shape, and the names of those."""
+    """Return the state dict without heads of another shape, and the names of those heads."""
     other = [key for key in state if key in here and state[key].shape != here[key].shape]
     heads = tuple(head for head in _heads(model) if any(_inside(key, (head,)) for key in other)) if other else ()
     if not other or not all(_inside(key, heads) for key in other):
         return state, ()
     for head in heads:
         key = next(key for key in other if _inside(key, (head,)))
-        typer.echo(f"{name}: {key} is of another head, {tuple(state[key].shape)}; the model's is as built.", err=True)
+        shape = tuple(state[key].shape)
+        typer.echo(f"{name}: {key} has the shape {shape} of another head; the model's head is not loaded.", err=True)
     return {key: tensor for key, tensor in state.items() if not _inside(key, heads)}, heads
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
     try:
         return plan(model, 1).modules_to_save
-    except ConvLoraError:  # a model that cannot be adapted: the command itself says so
+    except ConvLoraError:  # the command itself raises this error for a model that cannot be adapted
         return ()
 
 
