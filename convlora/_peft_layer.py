@@ -1,9 +1,10 @@
-"""convlora's convolution as a layer of Hugging Face peft; only :mod:`convlora.peft` imports this, and with it peft.
+"""convlora's convolution as a layer of Hugging Face peft. This file imports peft; only :mod:`convlora.peft` imports it.
 
-It keeps peft's contract (``lora_A`` and ``lora_B`` by adapter name, merge, unmerge, per-sample adapters) and computes
-as an injected layer does: the base layer's own forward with W + ΔW, gradients through tensors of rank r. With DoRA the
-weight is c ⊙ (W + ΔW), c = m / ‖W + ΔW‖ per output channel; with ``lora_bias``, scaling · lora_B.bias joins the bias.
-Of several active adapters each works on what those before it made, as in peft: V ← c ⊙ (V + ΔW), c from the base's W.
+The layer has peft's interface (``lora_A`` and ``lora_B`` by adapter name, merge, unmerge, per-sample adapters) and
+computes like an injected layer: the base layer's own forward with W + ΔW, and gradients through tensors of rank r. With
+DoRA the weight is c ⊙ (W + ΔW), c = m / ‖W + ΔW‖ for each output channel. With ``lora_bias``, scaling · lora_B.bias is
+added to the bias. Several active adapters apply one after the other, as in peft: V ← c ⊙ (V + ΔW), with c from the
+base's W.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ except ImportError:  # before 0.17
 
 
 class Factor(nn.Module):
-    """A factor where peft expects a layer: a module with a ``weight`` and, where there is one, a ``bias``."""
+    """A factor in the form of a layer, as peft expects it: a module with a ``weight`` and optionally a ``bias``."""
 
     handed_out = 0
-    """How often other code asked for the ``weight``: it may write through .data, as peft's hotswap_adapter does."""
+    """How often other code read ``weight``; it may then write through .data, as peft's hotswap_adapter does."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class Factor(nn.Module):
 
     @staticmethod
     def drawn(shape: Sequence[int], biases: int = 0) -> Factor:
-        """One that is filled as torch fills a convolution."""
+        """Return a factor with the random initialisation of torch's convolutions."""
         factor = Factor(torch.empty(*shape), torch.empty(biases) if biases else None)
         nn.init.kaiming_uniform_(factor.tensor(), a=math.sqrt(5))
         if biases:
@@ -56,7 +57,7 @@ class Factor(nn.Module):
         return factor
 
     def tensor(self) -> Tensor:
-        """The ``weight``, for convlora, which does not write to it."""
+        """Return ``weight`` without counting the read, for convlora's own code, which does not write to it."""
         own = self._parameters.get("weight")
         return cast(Tensor, self.weight) if own is None else own
 
@@ -66,15 +67,15 @@ class Factor(nn.Module):
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        """The line that ``print(model)`` shows."""
+        """Return the shape, which ``print(model)`` shows."""
         return str(tuple(self.tensor().shape))
 
 
 class Magnitudes(Factor):
-    """DoRA's, in the dtype of the other factors.
+    """DoRA's magnitudes, in the dtype of the factors.
 
-    peft makes adapters of a half-precision base half first and casts them to fp32 then. Magnitudes that nobody has
-    written to since become the norms themselves at the first forward: the scale of a fresh adapter is exactly 1.
+    For a half-precision base peft makes adapters in half precision and then casts them to fp32. Magnitudes that are
+    unchanged since then are replaced by the norms in fp32 at the first forward: a fresh adapter's scale is exactly 1.
     """
 
     def __init__(self, norms: Tensor, dtype: torch.dtype) -> None:
@@ -92,7 +93,7 @@ class Magnitudes(Factor):
 
 
 def differs_from_stock(layer: nn.Module, use_dora: bool = False) -> bool:
-    """Whether stock peft's layer for this convolution would predict another thing than convlora's."""
+    """Return whether stock peft's layer for this convolution would predict something else than convlora's."""
     is_same = is_torchs_own if use_dora else is_faithful
     return not is_same(type(layer)) or bool(unlike_geometry(layer))
 
@@ -100,12 +101,12 @@ def differs_from_stock(layer: nn.Module, use_dora: bool = False) -> bool:
 class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
     """A convolution of any dimension, geometry and subclass with peft adapters.
 
-    ``lora_A.<name>.weight`` is ``(rank, C_in / groups, kH, kW)`` and ``lora_B.<name>.weight`` ``(C_out, rank, 1, 1)``:
-    what peft has, too, where the convolution is not grouped. ``lora_magnitude_vector.<name>.weight``, with DoRA, is
-    ``(1, C_out, 1, 1)``, ``lora_B.<name>.bias`` ``(C_out,)``.
+    Shapes for a 2-D convolution: ``lora_A.<name>.weight`` ``(rank, C_in / groups, kH, kW)``; ``lora_B.<name>.weight``
+    ``(C_out, rank, 1, 1)``; with DoRA, ``lora_magnitude_vector.<name>.weight`` ``(1, C_out, 1, 1)``; with
+    ``lora_bias``, ``lora_B.<name>.bias`` ``(C_out,)``. They are peft's shapes, except for grouped convolutions.
     """
 
-    # peft's, whose types mypy does not see
+    # attributes of peft's class, whose types mypy does not see
     get_base_layer: Any
     set_adapter: Any
     reset_lora_parameters: Any
@@ -132,7 +133,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
     def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, lora_alpha: float, **kwargs: Any) -> None:
         super().__init__()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that peft does not know the features of transposed convolutions
+            warnings.simplefilter("ignore")  # peft warns that it cannot read the channels of transposed convolutions
             LoraLayer.__init__(self, base_layer)
         layer = cast(_ConvNd, self.get_base_layer())
         self.in_features, self.out_features = layer.in_channels, layer.out_channels
@@ -141,13 +142,13 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         self._own: dict[str, Tensor] = {}
         if not has_parameter(layer):
             raise UnsupportedLayerError(
-                f"{kwargs.get('target_name') or type(layer).__name__}: its weight is computed from others "
-                "(weight_norm, say), which does not go with peft's way of merging. Use convlora.inject."
+                f"{kwargs.get('target_name') or type(layer).__name__}: its weight is computed from other parameters "
+                "(weight_norm, say), into which peft cannot merge. Use convlora.inject."
             )
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any = None, **kwargs: Any) -> None:
-        """Add an adapter; peft 0.15 gives the fields of its configuration one by one, later ones the whole."""
+        """Add an adapter; peft 0.15 passes the fields of its configuration, later releases the configuration."""
 
         def option(name: str, default: Any) -> Any:
             return kwargs[name] if name in kwargs else getattr(config, name, default)
@@ -164,7 +165,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
                 stacklevel=2,
             )
         if config is not None and hasattr(self, "resolve_lora_variant"):
-            self.resolve_lora_variant(config=config)  # peft's own error for a variant of LoRA that is not served
+            self.resolve_lora_variant(config=config)  # raises peft's error for an unsupported variant of LoRA
         dropout, use_rslora = option("lora_dropout", 0.0), option("use_rslora", False)
         if dropout and not is_plain(layer, type(layer)):
             raise UnsupportedLayerError(
@@ -175,8 +176,8 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
             config.built(layer)
         elif config is not None and differs_from_stock(layer, use_dora):
             raise UnsupportedLayerError(
-                f"Adapter {adapter_name!r}: this model has convlora's layers, and what peft would save of them "
-                "predicts another thing in stock peft. Pass its LoraConfig through convlora.peft.register first."
+                f"Adapter {adapter_name!r}: this model has convlora's layers, and the file that peft would save "
+                "predicts something else in stock peft. Pass its LoraConfig through convlora.peft.register first."
             )
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = scaling_of(lora_alpha, r, use_rslora)
@@ -198,12 +199,12 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        """What of peft's variants of LoRA is served: DoRA, and by no class of peft's."""
+        """The variants of LoRA that this layer supports by itself: DoRA."""
         return {(): None, ("use_dora",): None}
 
     @torch.no_grad()
     def _give_magnitudes(self, name: str) -> None:
-        if "lora_magnitude_vector" not in self.adapter_layer_names:  # older peft's has it only with DoRA
+        if "lora_magnitude_vector" not in self.adapter_layer_names:  # older peft adds it only for its own DoRA layers
             self.adapter_layer_names = (*self.adapter_layer_names, "lora_magnitude_vector")
         weight, (A, B, scaling) = self._base_weight(), self._factors([name])
         wide = weight.to(A.device, torch.promote_types(weight.dtype, torch.float32))
@@ -211,22 +212,22 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         self.lora_magnitude_vector[name] = Magnitudes(norms.view(1, -1, *[1] * len(weight.shape[2:])), A.dtype)
 
     def _base_weight(self) -> Tensor:
-        """W, also while merged."""
+        """Return W, also while merged."""
         return self._own["weight"] if self._own else cast(Tensor, self.get_base_layer()._parameters["weight"])
 
     @property
     def _groups(self) -> int:
-        """Of a transposed convolution, whose output channels are in groups; 0 for every other, as DoRA's norms ask."""
+        """The groups of a transposed convolution; 0 for all others, as DoRA's norms expect it."""
         layer = self.get_base_layer()
         return cast(int, layer.groups) if layer.transposed else 0
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of an adapter, shaped like the base layer's weight; with DoRA, before the magnitudes."""
+        """Return an adapter's ΔW in the shape of the base layer's weight; with DoRA, without the magnitudes."""
         A, B, scaling = self._factors([adapter])
         return delta_weight(A, B.flatten(1), scaling)
 
     def pad(self, rank: int) -> None:
-        """Zeros behind every adapter's factors, up to this rank, so that compiled code serves adapters of other ranks.
+        """Pad every adapter's factors with zeros to this rank, so that compiled code fits adapters of other ranks.
 
         Raises:
             ValueError: an adapter has a higher rank.
@@ -243,7 +244,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
                 factor.weight = nn.Parameter(padded, requires_grad=weight.requires_grad)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the weight (and bias) in place that the unmerged layer computes with; the base's are kept aside."""
+        """Replace the base's weight (and bias) by those that the unmerged layer computes with; the base's are kept."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
         if not names:
             return
@@ -268,7 +269,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put W and the bias back, bit for bit."""
+        """Restore W and the bias bit for bit."""
         if not self._own:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -280,7 +281,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         self.merged_adapters.clear()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's own forward with the active adapters' change added to its weight."""
+        """Run the base layer's own forward with the active adapters' change added to its weight."""
         self._check_forward_args(x, *args, **kwargs)
         names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
@@ -324,7 +325,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         return self._plus(y, extra)
 
     def _forward_in_training(self, names: Sequence[str], x: Tensor, weight: Tensor, is_direct: bool) -> Tensor | None:
-        """The forward with the own autograd, without lora_B's bias; None where it does not serve."""
+        """Run the forward with convlora's autograd, without lora_B's bias; return None if it does not apply."""
         A, B, scaling = self._factors(names)
         magnitudes = [self.lora_magnitude_vector[name].tensor() for name in names if name in self.lora_magnitude_vector]
         if any(tensor.requires_grad for tensor in (A, B, weight, *magnitudes)):
@@ -339,7 +340,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         for name in names:
             delta, extra = self.get_delta_weight(name), self._extra_bias(weight, [name])
             p, scale = cast(float, getattr(self.lora_dropout[name], "p", 0.0)), self._scale(weight, name)
-            if scale is not None and p:  # what DoRA changes of the base's own output is dropped, too, as in peft
+            if scale is not None and p:  # as in peft, dropout also applies to DoRA's change of the base's output
                 wide = weight.to(delta.dtype)
                 delta = scaled_weight(wide + delta, scale, self._groups) - wide
             branch = self.get_base_layer()._conv_forward(F.dropout(x, p), delta.to(x.dtype), None)
@@ -353,11 +354,11 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         return scaled_output(y, cast(Tensor, scale), layer.bias, -1 - len(layer.kernel_size))
 
     def _plus(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """An output with a number more in each channel."""
+        """Return the output plus a bias for each channel."""
         return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(self.get_base_layer().kernel_size))
 
     def _scale(self, base: Tensor, name: str) -> Tensor | None:
-        """With DoRA, c of an adapter: ``(C_out,)``; else None."""
+        """Return an adapter's c of shape ``(C_out,)`` with DoRA, and None without."""
         if name not in self.lora_magnitude_vector:
             return None
         A, B, scaling = self._factors([name])
@@ -367,7 +368,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
             return channel_scale(self.lora_magnitude_vector[name].tensor().flatten(), changed, self._groups)
 
     def _changed(self, base: Tensor, names: Sequence[str]) -> Tensor:
-        """What adapters make of W, in its dtype, rounded once."""
+        """Return the weight that adapters make of W, in W's dtype, rounded once."""
         if not any(name in self.lora_magnitude_vector for name in names):
             return effective_weight(base, *self._factors(names))
         with no_autocast(base.device.type):
@@ -379,7 +380,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
             return now.to(base.dtype)
 
     def _extra_bias(self, base: Tensor, names: Sequence[str]) -> Tensor | None:
-        """What lora_B's biases add to each output channel; None where no adapter has one."""
+        """Return the sum of lora_B's biases for each output channel; None if no adapter has one."""
         extra: Tensor | None = None
         for name in names:
             if (bias := self.lora_B[name].bias) is not None:
@@ -389,7 +390,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
         return extra
 
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
-        """lora_A, lora_B and scaling of one adapter; of several, those of their sum."""
+        """Return lora_A, lora_B and scaling of one adapter, or of the sum of several."""
         if len(names) == 1:
             return self.lora_A[names[0]].tensor(), self.lora_B[names[0]].tensor(), self.scaling[names[0]]
         A = torch.cat([self.lora_A[name].tensor() for name in names])
@@ -400,7 +401,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
             return self._changed(weight, names)
         stores = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
         factors = [store[name] for name in names for store in stores if name in store]
-        # Tensors where peft's hotswap_adapter is to write them in place.
+        # A scaling is a tensor after peft's prepare_model_for_compiled_hotswap, which lets it be written in place.
         scalings: list[Any] = [self.scaling[name] for name in names]
         written = [scaling for scaling in scalings if isinstance(scaling, Tensor)]
         numbers = tuple(scaling for scaling in scalings if not isinstance(scaling, Tensor))
@@ -418,5 +419,5 @@ class ConvLoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
 
 
 def _sum(bias: Tensor, extra: Tensor) -> Tensor:
-    """The sum of two biases in the first's dtype, rounded once."""
+    """Return the sum of two biases in the first one's dtype, rounded once."""
     return (bias + extra).to(bias.dtype)

@@ -1,6 +1,6 @@
-"""Lightning: one callback that injects, keeps the base out of checkpoints, and checks it when one is loaded.
+"""Lightning: a callback that injects, leaves the base out of checkpoints, and checks the base when one is loaded.
 
-``pip install "convlora[lightning]"``. Everything else of Lightning works with an injected model as with any other.
+``pip install "convlora[lightning]"``. The rest of Lightning works with an injected model as with any other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ._model.keys import base_keys
 from ._model.options import Request
 from ._model.state import injections
 from ._model.targets import dotted
-from .errors import CheckpointError, TargetError, few
+from .errors import CheckpointError, TargetError, listing
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
     from ._model.options import Options
 
 KEY = "convlora_base"
-"""Where a checkpoint keeps the digests of what was left out of it."""
+"""The key of a checkpoint that holds the digests of the base's tensors, which are left out."""
 
 
 class AdapterCallback(Callback):  # type: ignore[misc]
-    """Adapts a part of a LightningModule before its optimizer is made; checkpoints hold what is trained, not the base.
+    """Injects into a LightningModule before its optimizer is made, and leaves the base out of checkpoints.
 
     >>> trainer = lightning.Trainer(callbacks=[convlora.lightning.AdapterCallback(rank=8)])
     >>> trainer.fit(module)                                      # module.model is injected
     >>> convlora.save_adapter(module.model, "tumour/")
 
-    A checkpoint holds factors, head, buffers, optimizer and whatever else is trainable, but no frozen parameter of the
-    injected part. ``trainer.fit(module, ckpt_path=…)``, ``test`` and the others load one where this callback is there,
-    into a module that is built on the same base. A part that is injected already is left as it is.
+    A checkpoint holds factors, head, buffers, optimizer and all other trainable parameters, but no frozen parameter of
+    the injected network. ``trainer.fit(module, ckpt_path=…)``, ``test`` and the others load it with this callback into
+    a module with the same base. A network that is injected already is not injected again.
 
     Args:
         rank: as for :func:`convlora.inject`.
@@ -53,9 +53,9 @@ class AdapterCallback(Callback):  # type: ignore[misc]
         **options: the other arguments of :func:`convlora.inject`.
 
     Raises:
-        TargetError: the LightningModule has no such attribute; and from Lightning's set-up all that
-            :func:`convlora.inject` raises.
-        CheckpointError: while a checkpoint is loaded, where the base is another or tensors are missing or too many.
+        TargetError: the LightningModule has no such attribute. Lightning's ``setup`` also raises the errors of
+            :func:`convlora.inject`.
+        CheckpointError: a checkpoint that is loaded is for another base, or has missing or unexpected tensors.
     """
 
     def __init__(self, rank: int | None = None, *, attribute: str = "model", **options: Unpack[Options]) -> None:
@@ -64,7 +64,7 @@ class AdapterCallback(Callback):  # type: ignore[misc]
         self._watch: RemovableHandle | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject; Lightning calls this before it loads a checkpoint and before it makes the optimizer."""
+        """Inject. Lightning calls this before it loads a checkpoint and before it makes the optimizer."""
         if next(injections(pl_module), None) is None:
             inject_requested(self.request, self._network(pl_module))
         self._unwatch()
@@ -72,7 +72,7 @@ class AdapterCallback(Callback):  # type: ignore[misc]
         self._let_copy_again(trainer, pl_module, stage)
 
     def _let_copy_again(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Callbacks that stand before this one and average copied the module before it was injected."""
+        """Set up earlier callbacks again if they copied the module (to average weights) before the injection."""
         callbacks: list[Any] = trainer.callbacks
         for callback in callbacks[: callbacks.index(self)] if self in callbacks else ():
             if list(_copies(callback, pl_module)):
@@ -84,16 +84,16 @@ class AdapterCallback(Callback):  # type: ignore[misc]
                 )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """At the beginning of each epoch, in train mode: refuse or warn as :func:`convlora.trainable_parameters`."""
+        """Raise or warn as :func:`convlora.trainable_parameters` does, at the start of each epoch."""
         if batch_idx == 0:
-            check_trainable(pl_module, stacklevel=2)
+            check_trainable(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave ``load_state_dict`` to the caller again."""
+        """Remove the check from the module's ``load_state_dict``."""
         self._unwatch()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As ``teardown``, which Lightning leaves out then."""
+        """Do what ``teardown`` does; after an exception Lightning does not call it."""
         self._unwatch()
 
     def _unwatch(self) -> None:
@@ -112,16 +112,16 @@ class AdapterCallback(Callback):  # type: ignore[misc]
         return network
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the base out, and leave digests of it."""
+        """Replace the base's tensors in the checkpoint by their digests."""
         state: dict[str, Tensor] = checkpoint["state_dict"]
         base = set(_base_keys(pl_module)) & state.keys()
         checkpoint[KEY] = {key: f"{digest(state[key])} {sketch(state[key])}" for key in sorted(base)}
-        for name, part in checkpoint.items():  # an average has taken the model's place, which is then another part
+        for name, part in checkpoint.items():  # a weight average's checkpoint holds the model's state in another part
             if name != KEY and isinstance(part, dict) and base & part.keys():
                 checkpoint[name] = {key: tensor for key, tensor in part.items() if key not in base}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Check that the base which was left out is the model's own."""
+        """Check that the checkpoint's base, of which it holds the digests, is the model's."""
         model, stored, base = pl_module.state_dict(), checkpoint["state_dict"], checkpoint.get(KEY, {})
         known = {*stored, *base}
         parts = {key: text.partition(" ") for key, text in base.items() if key in model}
@@ -130,17 +130,17 @@ class AdapterCallback(Callback):  # type: ignore[misc]
             [
                 *(f"{key}: not in the checkpoint" for key in _base_keys(pl_module) if key not in known),
                 *(f"{key}: not in the model" for key in base if key not in model),
-                *(f"{key}: other numbers than at training" for key in unlike),
+                *(f"{key}: other values than at training" for key in unlike),
             ]
         )
 
 
 def _before_load(module: nn.Module, stored: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before a number is copied: all of the model's tensors must be there but for the base, and no others.
+    """Before loading, check that the state dict has exactly the model's tensors, with or without the base's.
 
-    Where the base is left out, or there up to an average's rounding, the model's own stays. A hook of the module, since
-    Lightning shows callbacks a checkpoint once it is loaded, and one of ``save_weights_only`` never; a copy of the
-    module has it too.
+    The model keeps its own tensor of the base if the state dict lacks it, or has it up to a weight average's rounding.
+    This is a hook of the module because Lightning shows callbacks a checkpoint only after loading it, and with
+    ``save_weights_only`` not at all. Copies of the module have the hook too.
     """
     model, base = {prefix + key: tensor for key, tensor in module.state_dict().items()}, _base_keys(module)
     own = {key: model[key] for key in (prefix + name for name in base)}
@@ -156,7 +156,7 @@ def _before_load(module: nn.Module, stored: dict[str, Tensor], prefix: str, *_: 
 
 
 def _copies(callback: object, pl_module: LightningModule) -> Iterator[nn.Module]:
-    """Copies of the module that a callback holds, as one that averages does."""
+    """Yield the copies of the module that a callback holds, as a weight average does."""
     for held in vars(callback).values():
         for part in held.modules() if isinstance(held, nn.Module) and held is not pl_module else ():
             if type(part) is type(pl_module):
@@ -164,7 +164,7 @@ def _copies(callback: object, pl_module: LightningModule) -> Iterator[nn.Module]
 
 
 def _base_keys(pl_module: nn.Module) -> Iterator[str]:
-    """State-dict keys of the frozen parameters of each injected part, but for resting adapters' factors."""
+    """Yield the state-dict keys of the frozen parameters of each injected part, without inactive adapters' factors."""
     for name, root, _ in injections(pl_module):
         parameters = root.named_parameters(remove_duplicate=False)
         frozen = {key: parameter for key, parameter in parameters if not parameter.requires_grad}
@@ -173,8 +173,6 @@ def _base_keys(pl_module: nn.Module) -> Iterator[str]:
 
 def _refuse(faults: list[str]) -> None:
     if faults:
-        listed = "\n  ".join(few(faults, "and {} more"))
-        raise CheckpointError(
-            f"this checkpoint was made on another base, or with another adapter:\n  {listed}\n"
-            "Build the module as it was trained (same weights, same arguments of AdapterCallback) and load again."
-        )
+        title = "This checkpoint was made on another base, or with another adapter:"
+        remedy = "Build the module as it was trained (same weights, same arguments of AdapterCallback) and load again."
+        raise CheckpointError(listing(title, faults, remedy))

@@ -1,7 +1,7 @@
-"""Hugging Face peft, both ways in memory, and convlora's layers inside peft.
+"""Hugging Face peft: conversion of models in memory in both directions, and convlora's layers inside peft.
 
-This and ``_peft_layer.py`` are the only files that import peft: ``pip install "convlora[peft]"``. Files need neither:
-:func:`convlora.save_adapter` and :func:`convlora.load_adapter` write and read peft's by themselves.
+Only this file and ``_peft_layer.py`` import peft: ``pip install "convlora[peft]"``. For files peft is not needed:
+:func:`convlora.save_adapter` and :func:`convlora.load_adapter` write and read peft's format.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ except ImportError as cause:
 
 C = TypeVar("C")
 SUPPORTED = "0.15.0 to 0.21.2"
-"""The oldest and the newest release of peft that the tests were run with."""
+"""The oldest and the newest tested release of peft."""
 
 
 class ConvLoraConfig(LoraConfig):  # type: ignore[misc]
-    """peft's LoraConfig, whose convolutions become convlora's layers; made by :func:`register`."""
+    """A LoraConfig of peft for which convolutions become convlora's layers; made by :func:`register`."""
 
     _differs: bool | None = None
-    """Whether stock peft would build another layer than one of those built; None while none was built."""
+    """Whether stock peft would predict something else for a layer built so far; None before the first layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,49 +77,49 @@ class ConvLoraConfig(LoraConfig):  # type: ignore[misc]
         return layer
 
     def built(self, layer: nn.Module) -> None:
-        """A layer carries an adapter of this configuration."""
+        """Note that a layer got an adapter with this configuration."""
         self._differs = bool(self._differs) or differs_from_stock(layer, self.use_dora)
 
     def to_dict(self) -> dict[str, Any]:
-        """As peft writes it; with a type that stock peft refuses unless it would predict the same."""
+        """Return the fields that peft saves, with a ``peft_type`` that stock peft refuses if it would not agree."""
         fields: dict[str, Any] = super().to_dict()
         fields["peft_type"] = STOCK if self._differs is False else REGISTERED
         return fields
 
 
 def register(lora_config: C | None = None) -> C | None:
-    """Let ``get_peft_model`` build convlora's layers for every convolution that a configuration targets.
+    """Make ``get_peft_model`` build convlora's layers for all convolutions that a configuration targets.
 
     >>> config = convlora.peft.register(LoraConfig(target_modules=["conv1", "conv2"]))
     >>> model = peft.get_peft_model(base, config)
 
-    They serve depthwise, grouped, dilated, transposed and padded convolutions and subclasses with a forward of their
-    own, with DoRA and ``lora_bias``, merge exactly, unmerge bit for bit, and have the autograd of injected ones. Linear
-    layers stay peft's. ``add_weighted_adapter`` and ``prepare_model_for_compiled_hotswap`` serve them, too. What
-    ``save_pretrained`` writes is read by stock peft where that predicts the same, and refused by it where it would not;
-    after any call of ``register`` in a process, ``PeftModel.from_pretrained`` reads such files too.
+    These layers support depthwise, grouped, dilated, transposed and padded convolutions and subclasses with their own
+    forward, also with DoRA and ``lora_bias``. They merge exactly, unmerge bit for bit, and have the same autograd as
+    injected layers. Linear layers stay peft's. ``add_weighted_adapter`` and ``prepare_model_for_compiled_hotswap`` work
+    too. Stock peft reads what ``save_pretrained`` writes if it predicts the same, and refuses it otherwise. After
+    ``register`` was called once in a process, ``PeftModel.from_pretrained`` reads these files too.
 
     Args:
-        lora_config: a ``peft.LoraConfig``, changed in place; None only teaches peft to read the files.
+        lora_config: a ``peft.LoraConfig``, changed in place; with None, peft only learns to read the files.
 
     Returns:
         The same object.
 
     Raises:
-        TargetError: it is no LoraConfig.
-        UnsupportedLayerError: this peft lacks the hook for layers of others.
+        TargetError: ``lora_config`` is not a LoraConfig.
+        UnsupportedLayerError: this release of peft does not accept other libraries' layers.
     """
     if not hasattr(LoraConfig, "_register_custom_module"):
         raise UnsupportedLayerError(
-            f"peft {__version__} has no LoraConfig._register_custom_module, by which it takes layers of others. "
-            f"convlora.peft.register was tested with peft {SUPPORTED}; from_peft and to_peft need no hook."
+            f"peft {__version__} has no LoraConfig._register_custom_module, so it does not accept convlora's layers. "
+            f"convlora.peft.register was tested with peft {SUPPORTED}; from_peft and to_peft work without it."
         )
     PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(REGISTERED, ConvLoraConfig)
     _teach_peft()
     if lora_config is None or isinstance(lora_config, ConvLoraConfig):
         return lora_config
     if type(lora_config) is not LoraConfig:
-        raise TargetError(f"{type(lora_config).__name__} is no peft.LoraConfig. Nothing was changed.")
+        raise TargetError(f"{type(lora_config).__name__} is not a peft.LoraConfig. Nothing was changed.")
     taught = cast(Any, lora_config)
     taught.__class__ = ConvLoraConfig
     taught._teach()
@@ -127,9 +127,10 @@ def register(lora_config: C | None = None) -> C | None:
 
 
 def _teach_peft() -> None:
-    """Wrap, once, what in peft knows layers by peft's own classes: it then serves convlora's, or refuses in words.
+    """Wrap, once, the functions of peft that support only peft's layer classes.
 
-    What it does with peft's own layers stays as it is.
+    The wrapped functions support convlora's layers, or raise an error with the reason. For peft's layers they do not
+    change.
     """
     for owner, name, wrap in (
         (LoraModel, "add_weighted_adapter", _combining),
@@ -149,8 +150,8 @@ def _combining(combine: Any) -> Any:
             for adapter in adapters if isinstance(layer, ConvLoraLayer) else ():
                 if layer.use_dora.get(adapter) or layer.lora_bias.get(adapter):
                     raise UnsupportedLayerError(
-                        f"{name}: adapter {adapter!r} has DoRA's magnitudes or a bias of lora_B, which are in no "
-                        "combination of factors. Nothing was changed."
+                        f"{name}: adapter {adapter!r} has DoRA's magnitudes or a bias of lora_B, which a combination "
+                        "of factors cannot hold. Nothing was changed."
                     )
         return combine(model, adapters, *args, **kwargs)
 
@@ -158,13 +159,13 @@ def _combining(combine: Any) -> Any:
 
 
 class _AsMatrix:
-    """What peft's decomposition reads of a layer, its weight as a matrix."""
+    """The attributes of a layer that peft's decomposition reads, with ΔW as a matrix."""
 
     lora_embedding_A: Mapping[str, Tensor] = {}
 
     def __init__(self, layer: ConvLoraLayer) -> None:
         self.lora_A, self._layer = layer.lora_A, layer
-        self.scaling = dict.fromkeys(layer.scaling, 1.0)  # older peft's multiplies by it once more
+        self.scaling = dict.fromkeys(layer.scaling, 1.0)  # older peft multiplies ΔW by the scaling once more
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         return self._layer.get_delta_weight(adapter).flatten(1)
@@ -175,7 +176,7 @@ def _decomposing(decompose: Any) -> Any:
         adapters, weights, rank, layer, A, B, *rest = args
         if not isinstance(layer, ConvLoraLayer):
             return cast("tuple[Tensor, Tensor]", decompose(model, kind, *args, **kwargs))
-        kept = min(rank, B.shape[0], A[0].numel())  # a matrix has no more singular values; the rest stays zero
+        kept = min(rank, B.shape[0], A[0].numel())  # the number of singular values; the rest of the rank stays zero
         found = decompose(model, kind, adapters, weights, kept, _AsMatrix(layer), A, B, *rest, **kwargs)
         down, up = torch.zeros_like(A), torch.zeros_like(B)
         down[:kept], up[:, :kept] = found[0].view_as(down[:kept]), found[1].view_as(up[:, :kept])
@@ -195,27 +196,31 @@ def _padding(pad: Any) -> Any:
 
 
 def from_peft(peft_model: PeftModel) -> nn.Module:
-    """Turn a PeftModel into its base with convlora's adapters in the place of peft's: all of them, by their names.
+    """Turn a PeftModel into its base with the same adapters, under the same names, in convlora.
 
     >>> model = convlora.peft.from_peft(peft_model)      # predicts the same; the PeftModel is empty afterwards
 
-    peft has frozen the base, and does not remember what was trainable before: neither does ``convlora.remove`` here.
+    peft has frozen the base and has not stored which parameters were trainable before, so ``convlora.remove`` leaves
+    the base frozen.
+
+    Args:
+        peft_model: the PeftModel, which is emptied.
 
     Returns:
         The base, the object that was given to ``get_peft_model``.
 
     Raises:
-        TargetError: it is no PeftModel.
-        StateError: it is merged or disabled, or computes with several adapters at once.
-        CheckpointError: an adapter is not plain LoRA, or would not predict the same; every reason is named.
+        TargetError: ``peft_model`` is not a PeftModel.
+        StateError: it is merged or disabled, or several adapters are active.
+        CheckpointError: an adapter would predict something else in convlora; every reason is named.
 
     Whatever is raised, the model is as it was.
     """
     if not isinstance(peft_model, PeftModel):
-        raise TargetError(f"{type(peft_model).__name__} is no peft.PeftModel. Nothing was changed.")
+        raise TargetError(f"{type(peft_model).__name__} is not a peft.PeftModel. Nothing was changed.")
     active = list(peft_model.active_adapters)
     base: nn.Module = peft_model.get_base_model()
-    _check_at_rest(base, active)
+    _check_plain_state(base, active)
     every = {
         name: (
             _fields(base, name, config),
@@ -236,7 +241,7 @@ def from_peft(peft_model: PeftModel) -> nn.Module:
 
 
 def _fields(base: nn.Module, adapter_name: str, config: PeftConfig) -> dict[str, Any]:
-    """A configuration, its patterns in the form that is read: what peft made of them for each layer."""
+    """Return a configuration's fields, with patterns that name each layer with the value that peft gave it."""
     fields: dict[str, Any] = config.to_dict()
     fields["peft_type"] = str(getattr(fields["peft_type"], "value", fields["peft_type"]))
     for pattern, attributes in (("alpha_pattern", ("lora_alpha", "alpha")), ("rank_pattern", ("r",))):
@@ -264,9 +269,10 @@ def _install(base: nn.Module, adapters: EveryAdapter, active: str) -> None:
         raise
 
 
-def _check_at_rest(base: nn.Module, active: list[str]) -> None:
+def _check_plain_state(base: nn.Module, active: list[str]) -> None:
+    """Raise StateError unless the PeftModel is unmerged and enabled, with one active adapter."""
     if len(active) != 1:
-        raise StateError(f"The PeftModel computes with {active}; set_adapter one of them first. Nothing was changed.")
+        raise StateError(f"The PeftModel computes with {active}; call its set_adapter first. Nothing was changed.")
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise StateError(f"{name} is merged; call unmerge_adapter first. Nothing was changed.")
@@ -276,7 +282,7 @@ def _check_at_rest(base: nn.Module, active: list[str]) -> None:
 
 @contextmanager
 def _taken_off(base: nn.Module) -> Iterator[None]:
-    """peft's wrappers replaced by what they wrap; put back where the block fails."""
+    """Replace peft's wrappers by the modules inside them; put them back if the block fails."""
     wrappers = [
         (parent, name, child)
         for parent in base.modules()
@@ -295,16 +301,23 @@ def _taken_off(base: nn.Module) -> Iterator[None]:
 
 
 def to_peft(model: nn.Module) -> PeftModel:
-    """Turn an injected model into a stock PeftModel that predicts the same, with all its adapters.
+    """Turn an injected model into a PeftModel of stock peft that predicts the same, with all adapters.
 
     >>> peft_model = convlora.peft.to_peft(model)        # the model is its base afterwards
     >>> peft_model.save_pretrained("tumour/")
 
-    In training the two differ where norm layers are frozen: peft lets their statistics move.
+    In training the two can differ: peft updates the running statistics of norm layers that convlora freezes.
+
+    Args:
+        model: an injected model, unmerged, with one active adapter.
+
+    Returns:
+        The PeftModel around the base.
 
     Raises:
-        UnsupportedLayerError: stock peft would not predict the same; each layer is named with the reason.
-        StateError: no adapter; merged; several are active; inside a ``disable_adapter`` or ``scaled`` block.
+        UnsupportedLayerError: stock peft would predict something else; each layer is named with the reason.
+        StateError: there is no adapter; the model is merged; several adapters are active; or a ``disable_adapter`` or
+            ``scaled`` block is open.
 
     Whatever is raised, the model is as it was.
     """
@@ -318,17 +331,14 @@ def to_peft(model: nn.Module) -> PeftModel:
         configs[name] = {**peft_config(root, adapter), "inference_mode": False}
         kinds.add(peft_type(root, adapter))
         faults += [*faults_for_any_peft(root, adapter), *faults_for_stock_peft(adapter)]
-        faults += [f"{key}: a buffer that moved, and peft keeps one for all" for key in buffers if len(configs) > 1]
+        faults += [f"{key}: a buffer that changed, and peft has one for all" for key in buffers if len(configs) > 1]
     if faults:
-        raise UnsupportedLayerError(
-            "\n".join(["Stock peft would not predict the same:", *(f"  {fault}" for fault in dict.fromkeys(faults))])
-            + (
-                "\nMerge it to hand the network over. Nothing was changed."
-                if ALONE in kinds
-                else "\nSave it with convlora.save_adapter and load that in peft after convlora.peft.register(), where "
-                "its layers are convlora's; or merge it. Nothing was changed."
-            )
+        registered = (
+            "Save it with convlora.save_adapter and load it in peft after convlora.peft.register(), or merge it."
         )
+        remedy = "Merge the adapter to pass on the network." if ALONE in kinds else registered
+        lines = ["Stock peft would not predict the same:", *(f"  {fault}" for fault in dict.fromkeys(faults))]
+        raise UnsupportedLayerError("\n".join([*lines, f"{remedy} Nothing was changed."]))
     training = root.training
     remove(root)
     try:
@@ -342,7 +352,7 @@ def to_peft(model: nn.Module) -> PeftModel:
 
 
 def _without_biases(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that peft has: a bias that had no place there was refused, and this one it scales itself."""
+    """Return the tensors without biases: peft computes them itself, and others were refused before."""
     biases = {dotted(name, "bias") for name in plan.biases}
     return {key: tensor for key, tensor in tensors.items() if key not in biases}
 
@@ -358,6 +368,6 @@ def _in_peft(
         keys = {dotted(PREFIX[:-1], key): tensor for key, tensor in tensors.items()}
         strange = set_peft_model_state_dict(peft_model, keys, adapter_name=name).unexpected_keys
         if strange:
-            raise UnsupportedLayerError(f"peft {__version__} has no place for {strange[0]}.")
+            raise UnsupportedLayerError(f"peft {__version__} does not load {strange[0]}. Nothing was changed.")
     peft_model.set_adapter(active)
     return peft_model.train(training)

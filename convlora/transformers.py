@@ -1,6 +1,6 @@
 """Hugging Face Trainer: a callback that writes the adapter beside each of its checkpoints.
 
-``pip install "convlora[transformers]"``. Everything else of the Trainer works with an injected model as with any other.
+``pip install "convlora[transformers]"``. The rest of the Trainer works with an injected model as with any other.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ except ImportError as cause:
     ) from cause
 
 FOLDER = "adapter"
-"""Where in a checkpoint's folder the adapter is."""
+"""The subfolder of a checkpoint that holds the adapter."""
 
 
 class AdapterCallback(TrainerCallback):  # type: ignore[misc]
-    """Writes ``checkpoint-N/adapter/``, a few MB that :func:`convlora.load_adapter` reads, when the Trainer saves.
+    """Writes the adapter into ``checkpoint-N/adapter/`` when the Trainer saves; :func:`convlora.load_adapter` reads it.
 
     >>> convlora.inject(model, rank=8)
     >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[convlora.transformers.AdapterCallback()])
     >>> trainer.train()
 
-    The Trainer's own checkpoint stays what it is: the whole injected model, from which it resumes.
-    ``save_total_limit`` keeps few of them. The card says the metrics of the last evaluation.
+    The Trainer's own checkpoint still holds the whole injected model, from which it resumes; ``save_total_limit``
+    limits their number. The model card has the metrics of the last evaluation.
 
     Raises:
-        StateError: as :func:`convlora.save_adapter`, when the Trainer saves; where the model holds no adapter, say.
+        StateError: as from :func:`convlora.save_adapter`, when the Trainer saves: for a model without an adapter, say.
     """
 
     def on_train_begin(
@@ -50,9 +50,9 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Called by the Trainer before the first step: refuse or warn as :func:`convlora.trainable_parameters`."""
+        """Raise or warn as :func:`convlora.trainable_parameters` does; the Trainer calls this before the first step."""
         if model is not None and next(injections(model), None) is not None:
-            check_trainable(model, stacklevel=2)
+            check_trainable(model)
 
     def on_save(
         self,
@@ -62,14 +62,14 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Called by the Trainer in every process once the checkpoint is written; one process writes."""
+        """Save the adapter; the Trainer calls this in every process after a checkpoint, and one process writes."""
         if state.is_world_process_zero and model is not None:
             checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             save_adapter(model, checkpoint / FOLDER, metrics=_evaluated(state))
 
 
 def _evaluated(state: TrainerState) -> dict[str, float]:
-    """The finite numbers that the last evaluation gave, without its running times."""
+    """Return the finite metrics of the last evaluation, without its run times."""
     logs = ({name: value for name, value in log.items() if name.startswith("eval_")} for log in state.log_history[::-1])
     last = next(filter(None, logs), {})
     return {name: value for name, value in last.items() if not _is_time(name) and _is_finite(value)}

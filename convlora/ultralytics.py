@@ -1,4 +1,4 @@
-"""Ultralytics: a trainer that adapts the network which it builds, and writes checkpoints that Ultralytics reads.
+"""Ultralytics: a trainer that injects into the network that it builds, and writes checkpoints that Ultralytics reads.
 
 ``pip install "convlora[trainers]"``. Ultralytics' package is under the AGPL-3.0.
 """
@@ -39,28 +39,28 @@ if TYPE_CHECKING:
     from ._model.options import Options
 
 STATE = "convlora_state"
-"""The attribute of a checkpoint's network that holds what to resume from: base and adapter, apart and not rounded."""
+"""The attribute of a checkpoint's network that holds base and adapter, separate and in full precision, for resuming."""
 
 
 class AdapterTrainer(BaseTrainer):  # type: ignore[misc]
-    """To be put before one of Ultralytics' trainers: it trains factors and head of the network that this one builds.
+    """A mixin for Ultralytics' trainers: it injects into the network that the trainer builds, and trains the adapter.
 
     >>> class CellTrainer(convlora.ultralytics.AdapterTrainer, DetectionTrainer, rank=8):
     ...     pass
     >>> yolo = YOLO("yolo11n.pt")
     >>> yolo.train(trainer=CellTrainer, data="cells.yaml", epochs=50)
 
-    ``best.pt`` and ``last.pt`` hold the network with the adapter merged, in half precision as Ultralytics' own do, so
-    that ``predict``, ``val``, ``export`` and ``fuse`` need nothing of this library. Beside them are ``best_adapter/``
-    and ``last_adapter/``, for :func:`convlora.load_adapter` on the base. All of them have the averages (EMA) of what is
-    trained. An interrupted training is resumed with the same class.
+    ``best.pt`` and ``last.pt`` hold the merged network, in half precision like Ultralytics' own files, so ``predict``,
+    ``val``, ``export`` and ``fuse`` do not need convlora. ``best_adapter/`` and ``last_adapter/`` beside them hold the
+    adapter for :func:`convlora.load_adapter`. All of them have the weight average (EMA) of the trained parameters. An
+    interrupted training is resumed with the same class.
 
-    Args, behind the bases of the class:
+    Args, after the bases of the class:
         rank: as for :func:`convlora.inject`.
         **options: the other arguments of :func:`convlora.inject`.
 
     Raises:
-        TargetError: an argument is out of range; and from ``train`` all that :func:`convlora.inject` raises.
+        TargetError: an argument is out of range. ``train`` also raises the errors of :func:`convlora.inject`.
         CheckpointError: a training is resumed from a file that this trainer did not write, or with other options.
 
     Warns:
@@ -71,11 +71,11 @@ class AdapterTrainer(BaseTrainer):  # type: ignore[misc]
 
     def __init_subclass__(cls, rank: int | None = None, **options: Unpack[Options]) -> None:
         super().__init_subclass__()
-        if rank is not None or options:  # a class that inherits from one with options has them, too
+        if rank is not None or options:  # without own options a class inherits its base's
             cls.request = Request.named("AdapterTrainer", rank=rank, **options)
 
     def setup_model(self) -> dict[str, Any] | None:
-        """Inject into the network that Ultralytics has built, or that was given to the trainer."""
+        """Inject into the network that Ultralytics has built, or that the user gave to the trainer."""
         ckpt: dict[str, Any] | None = super().setup_model()
         model = unwrap_model(self.model)
         state = _state_in(ckpt) if ckpt is not None and self.resume else None
@@ -93,14 +93,14 @@ class AdapterTrainer(BaseTrainer):  # type: ignore[misc]
         return ckpt
 
     def auto_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """The memory that a step takes is that of a frozen base."""
+        """Freeze the base before Ultralytics measures the memory of a step."""
         self._freeze()
         return super().auto_batch(*args, **kwargs)
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Freeze the base again; refuse or warn as :func:`convlora.trainable_parameters`."""
+        """Freeze the base again; raise or warn as :func:`convlora.trainable_parameters` does."""
         self._freeze()
-        check_trainable(model, stacklevel=2)
+        check_trainable(model)
         return super().build_optimizer(model, *args, **kwargs)
 
     def _freeze(self) -> None:
@@ -108,14 +108,12 @@ class AdapterTrainer(BaseTrainer):  # type: ignore[misc]
             parameter.requires_grad_(False)
 
     def save_model(self) -> Any:
-        """Write the merged network in the average's place, and the adapter beside it."""
+        """Write the merged weight average as Ultralytics' checkpoint, and the adapter beside it."""
         own = self._own()
         averaged = deepcopy(self.ema.ema)
         averaged.load_state_dict(self.base | own)
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "every .* nothing was trained"
-            )  # the warm-up's first steps have a rate of 0
+        with warnings.catch_warnings():  # the warm-up's first steps have a learning rate of 0
+            warnings.filterwarnings("ignore", "every .* nothing was trained")
             for name in ("last", "best") if self.best_fitness == self.fitness else ("last",):
                 save_adapter(averaged, self.wdir / f"{name}_adapter", metrics=dict(_finite(self.metrics)))
         whole = remove(merge(averaged))
@@ -127,17 +125,17 @@ class AdapterTrainer(BaseTrainer):  # type: ignore[misc]
             self.ema.ema = average
 
     def _own(self) -> dict[str, Tensor]:
-        """What training has changed, as averages; an average of the base itself may be rounded anew."""
+        """Return the averages of the tensors that training has changed; the average rounds the base's own tensors."""
         now, average = unwrap_model(self.model).state_dict(), self.ema.ema.state_dict()
         moved = (k for k, t in now.items() if k not in self.base or not torch.equal(t.cpu(), self.base[k]))
         return {key: average[key].cpu() for key in moved}
 
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
-        """The network has its numbers by now; those in the file are merged."""
+        """Load the rest of a checkpoint; the network has its tensors already, and those in the file are merged."""
         super()._load_checkpoint_state(ckpt | {"ema": deepcopy(unwrap_model(self.model))})
 
     def _handle_nan_recovery(self, epoch: int) -> Any:
-        """Where Ultralytics loads the last checkpoint after a NaN, load what it holds apart."""
+        """When Ultralytics loads the last checkpoint after a NaN, load its separate base and adapter instead."""
 
         def unmerged(module: nn.Module, loaded: dict[str, Any], *_: Any) -> None:
             if not self.base.keys() < loaded.keys():
@@ -150,10 +148,10 @@ class AdapterTrainer(BaseTrainer):  # type: ignore[misc]
             return super()._handle_nan_recovery(epoch)
         finally:
             handle.remove()
-            self.ema.ema._load_state_dict_pre_hooks.pop(handle.id, None)  # made anew meanwhile, as a copy
+            self.ema.ema._load_state_dict_pre_hooks.pop(handle.id, None)  # the EMA may be a copy made meanwhile
 
     def final_eval(self) -> None:
-        """As Ultralytics takes the optimizer out of a finished training's files, take out what to resume from."""
+        """Remove the state for resuming from the files of a finished training, as Ultralytics removes the optimizer."""
         for file in (self.last, self.best):
             if RANK in {-1, 0} and file.exists():
                 ckpt = torch_load(file)
@@ -166,7 +164,7 @@ def _state_in(ckpt: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     state: dict[str, dict[str, Tensor]] | None = vars(ckpt.get("ema") or ckpt["model"]).get(STATE)
     if state is None:
         raise CheckpointError(
-            "this checkpoint holds no adapter to resume from: AdapterTrainer did not write it, or its training is "
+            "This checkpoint holds no adapter to resume from: AdapterTrainer did not write it, or its training is "
             "finished. Start a new training from it, without resume."
         )
     return state
@@ -177,7 +175,7 @@ def _resume(model: nn.Module, state: dict[str, dict[str, Tensor]]) -> None:
         model.load_state_dict(state["base"] | state["adapter"])
     except RuntimeError as cause:
         raise CheckpointError(
-            f"this checkpoint has an adapter with other options ({cause}). Resume with the class that trained it."
+            f"This checkpoint has an adapter with other options ({cause}). Resume with the class that trained it."
         ) from cause
 
 

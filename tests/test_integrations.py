@@ -119,7 +119,7 @@ def test_a_lightning_checkpoint_of_another_base_is_refused_by_name(lightning, ne
     other = copy.deepcopy(net)
     with torch.no_grad():
         other.hidden.weight[0, 0] += 1
-    with pytest.raises(CheckpointError, match=r"model\.hidden\.weight: other numbers than at training"):
+    with pytest.raises(CheckpointError, match=r"model\.hidden\.weight: other values than at training"):
         fit(lightning, a_module(lightning, other), 2, tmp_path, tmp_path / "last.ckpt")
 
 

@@ -203,7 +203,7 @@ def test_biases_that_were_trained_and_not_written_are_told_of(tmp_path):
         model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({key: tensor for key, tensor in load_file(file).items() if not key.endswith("bias")}, file)
-    with pytest.warns(UserWarning, match=r"bias='lora_only', and no bias in it.*The base's own are used"):
+    with pytest.warns(UserWarning, match=r"bias='lora_only', and the file holds no bias.*The base's biases are used"):
         convlora.load_adapter(base, tmp_path)
 
 
@@ -267,14 +267,14 @@ def refused(base, directory, message):
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda: nn.Conv2d(8, 8, 3, groups=4), r"0: groups 4; there lora_A reads all channels"),
+        (lambda: nn.Conv2d(8, 8, 3, groups=4), r"0: groups 4; the other library's lora_A reads all channels"),
         (lambda: nn.Conv2d(8, 8, 3, dilation=2), r"0: dilation \(2, 2\), which the branch beside the layer drops"),
         (lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), r"0: padding_mode 'reflect'"),
         (
             lambda: timm.layers.StdConv2d(8, 8, 3),
-            r"0: a StdConv2d with a forward of its own, in which a branch",
+            r"0: a StdConv2d with its own forward, from which a branch",
         ),
-        (lambda: nn.Embedding(8, 8), r"0\.lora_embedding_A: embeddings are not adapted here"),
+        (lambda: nn.Embedding(8, 8), r"0\.lora_embedding_A: convlora does not adapt embeddings"),
     ],
 )
 def test_layers_that_peft_computes_otherwise_are_refused(tmp_path, make, reason):
@@ -287,15 +287,18 @@ def test_layers_that_peft_computes_otherwise_are_refused(tmp_path, make, reason)
     "change, reason",
     [
         ({"use_dora": True}, r"use_dora=True, and no magnitudes"),
-        ({"lora_bias": True}, r"lora_bias=True: a bias inside the branch"),
+        ({"lora_bias": True}, r"lora_bias=True: convlora's adapters have no bias"),
         ({"fan_in_fan_out": True}, r"fan_in_fan_out=True: it is for weights that are stored transposed"),
         ({"layer_replication": [[0, 2]]}, r"layer_replication=.*: it changes the network itself"),
-        ({"some_later_field": 3}, r"some_later_field=3: it changes what peft computes, or is not known here"),
+        ({"some_later_field": 3}, r"some_later_field=3: it changes what peft computes, or is unknown here"),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa': it may have changed the base's own weights"),
-        ({"peft_type": "XLORA"}, r"peft_type 'XLORA'; LORA, LOHA, .* are read"),
-        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern: '\(' is neither a name nor an escaped one; name the layers"),
-        ({"modules_to_save": 3}, r"modules_to_save=3: no list of names"),
-        ({"modules_to_save": None}, r"fc\.weight: neither a layer's change nor in a module of modules_to_save"),
+        ({"peft_type": "XLORA"}, r"peft_type 'XLORA'; it must be one of LORA, LOHA"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern: '\(' is a regular expression; list the layers' names"),
+        ({"modules_to_save": 3}, r"modules_to_save=3: it must be a list of names"),
+        (
+            {"modules_to_save": None},
+            r"fc\.weight: it belongs neither to a layer's change nor",
+        ),
         ({"lora_alpha": 0}, r"lora_alpha=0: it must be a finite number above 0"),
         ({"lora_dropout": 2.0}, r"dropout=2\.0; it must be at least 0 and below 1"),
     ],
@@ -323,7 +326,7 @@ def test_configurations_that_mean_more_than_lora_are_refused(tmp_path, change, r
             r"conv1\.lora_A\.weight: \(2, 3, 5, 5\) in the file, \(2, 3, 7, 7\) in the model",
         ),
         (lambda t: t.pop("fc.bias"), r"fc\.bias: nothing in the file, \(2,\) in the model"),
-        (lambda t: t.update({"conv1.lora_B.bias": torch.ones(64)}), r"a bias inside the branch"),
+        (lambda t: t.update({"conv1.lora_B.bias": torch.ones(64)}), r"convlora's adapters have no bias"),
         (lambda t: t.update({"conv1.lora_magnitude_vector": torch.ones(64)}), r"use_dora=False, and magnitudes"),
     ],
 )
@@ -343,7 +346,7 @@ def test_a_layer_under_two_names_is_refused(tmp_path):
     conv = nn.Conv2d(4, 4, 3, padding=1)
     base = nn.Sequential(conv, nn.ReLU(), conv)
     peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
-    refused(base, tmp_path, r"0: the same layer as 2; peft adapts one of the two alone")
+    refused(base, tmp_path, r"0: the same layer as 2; peft adapts only one of the two")
 
 
 def test_pickles_are_never_read(tmp_path):
@@ -359,7 +362,7 @@ def test_pickles_are_never_read(tmp_path):
 def test_a_configuration_that_is_no_json_object(tmp_path):
     base = network()
     peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["conv1"])).save_pretrained(tmp_path)
-    for text, message in (("{", "cannot be read"), ("[1]", "is no JSON object")):
+    for text, message in (("{", "cannot be read"), ("[1]", "is not a JSON object")):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             convlora.load_adapter(base, tmp_path)
@@ -400,7 +403,7 @@ def test_dora_that_peft_would_compute_otherwise_is_refused_both_ways(tmp_path):
     same = nn.Sequential(timm.layers.Conv2dSame(3, 4, 3, stride=2))
     with contextlib.suppress(RuntimeError):
         trained_dora(same, target_modules=["0"]).save_pretrained(tmp_path / "theirs")
-        refused(same, tmp_path / "theirs", "0: DoRA in a Conv2dSame, whose own forward peft's leaves out")
+        refused(same, tmp_path / "theirs", "0: DoRA in a Conv2dSame, whose own forward peft's DoRA does not call")
     convlora.inject(same, 1, use_dora=True, modules_to_save=None)
     with torch.no_grad():
         same[0].convlora["default"].lora_B.fill_(0.1)
