@@ -75,7 +75,7 @@ HABITS: dict[str, list[Habit]] = {
         Habit(
             "convlora.inject(net, 0)",
             "TargetError",
-            "to train the head only, target_modules=()",
+            "to train only the head, target_modules=()",
             "convlora.inject(net, target_modules=())",
         ),
         Habit("convlora.inject(net, 512)", WORKS, "max(p.rank for p in convlora.summary(net).layers) < 64"),
@@ -140,7 +140,7 @@ HABITS: dict[str, list[Habit]] = {
         Habit(
             'convlora.inject(net, target_modules=["layer1"])',
             "TargetError",
-            "For what is inside 'layer1' (4) write 'layer1.*'",
+            "For the 4 modules inside 'layer1' write 'layer1.*'",
             'convlora.inject(net, target_modules=["layer1.*"])',
         ),
         Habit(
@@ -234,7 +234,7 @@ HABITS: dict[str, list[Habit]] = {
         Habit(
             'convlora.delete_adapter(model, "default")',
             "StateError",
-            "convlora.remove(model) for the base",
+            "convlora.remove(model) to get the base",
             "convlora.remove(model)",
         ),
     ],
@@ -255,7 +255,7 @@ HABITS: dict[str, list[Habit]] = {
         Habit(
             'convlora.load_adapter(model, "adapter")',
             "StateError",
-            "or take the plain model, which convlora.remove(model) gives",
+            "or load it into the plain model, which convlora.remove(model) gives",
             'convlora.load_adapter(convlora.remove(model), "adapter")',
         ),
         Habit(
@@ -331,8 +331,10 @@ HABITS: dict[str, list[Habit]] = {
         Habit(
             'convlora.export_adapter(model, "x.safetensors", "kohya")',
             "TargetError",
-            "'diffusers' and 'lycoris' are written",
-            'convlora.export_adapter(convlora.inject(net, 2, modules_to_save=None), "x.safetensors", "lycoris")',
+            "it must be 'diffusers' or 'lycoris'",
+            "model = convlora.inject(net, 2, modules_to_save=None); model(images).sum().backward(); "
+            "torch.optim.SGD(convlora.trainable_parameters(model), 0.1).step(); "
+            'convlora.export_adapter(model, "x.safetensors", "lycoris")',
         ),
     ],
     "timm": [
@@ -354,7 +356,7 @@ HABITS: dict[str, list[Habit]] = {
         Habit(
             'model.reset_classifier(5); convlora.save_adapter(model, "x")',
             "StateError",
-            "convlora.adopt(model) makes a new head the adapter's",
+            "For a new head, call convlora.adopt(model)",
             'model.reset_classifier(5); convlora.adopt(model); convlora.save_adapter(model, "x")',
         ),
         Habit(
@@ -440,7 +442,7 @@ HABITS: dict[str, list[Habit]] = {
         Habit(
             "model.requires_grad_(False); convlora.trainable_parameters(model)",
             WARNS,
-            "its factors are frozen and do not train",
+            "its factors are frozen. Its requires_grad is False",
             OPTIMIZER,
         ),
         Habit("model.train()", WORKS, "not model.bn1.training", 'convlora.inject(net, norm="track")'),

@@ -361,7 +361,7 @@ def test_a_buffer_that_training_makes(images, train, tmp_path):
 
 def test_deleted_adapters_leave_no_trace(two, images, norm):
     net, base, expected = two
-    with pytest.raises(StateError, match="'b' is active; set_adapter another first"):
+    with pytest.raises(StateError, match="'b' is active; call"):
         convlora.delete_adapter(net, "b")
     convlora.delete_adapter(net, "a")
     assert not any(".a." in key for key in net.state_dict()) and torch.equal(outputs(net, images), expected["b"])

@@ -135,7 +135,7 @@ def test_adapters_added_later_have_budgets_of_their_own(net, images):
             {"budget": 400, "importance": {"stem": 1.0, "block.0": -1, "block.3": 1}},
             r"importance of block\.0 is -1; it must be a number of at least 0",
         ),
-        ({"importance": {"stem": 1.0}}, "importance shares out a budget"),
+        ({"importance": {"stem": 1.0}}, "importance needs a budget to distribute"),
     ],
 )
 def test_what_is_no_budget_is_refused(net, options, message):

@@ -65,7 +65,7 @@ FURTHER = ["nnunet/PlainConvUNet-3d", "diffusers/VQModel", "spandrel/PLKSR", "fa
 FURTHER += ["kornia/SmallSRNet", "monai/DynUNet-2d", "torchxrayvision/DenseNet", "pytorchcv/squeezenet_v1_1"]
 
 
-@pytest.mark.filterwarnings("ignore:.*no head was found", "ignore:.*by default convolutions alone")
+@pytest.mark.filterwarnings("ignore:.*no head was found", "ignore:.*by default only convolutions")
 @pytest.mark.parametrize("name", [*FURTHER, thorough("ultralytics/yolov8n")])
 def test_networks_of_further_libraries_with_the_head_that_was_named_by_hand(name):
     need(zoo.PACKAGES[name.split("/")[0]])

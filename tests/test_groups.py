@@ -164,7 +164,7 @@ def test_a_constant_A_a_frozen_head_and_the_other_adapters_are_in_no_group(image
     net.fc.requires_grad_(False)
     convlora.add_adapter(net, "other", 2)
     convlora.set_adapter(net, "default")
-    with pytest.warns(UserWarning, match=r"fc\.weight: it is to be trained in full and is frozen"):
+    with pytest.warns(UserWarning, match=r"fc\.weight: its module is trained in full, but it is frozen"):
         groups = named(convlora.parameter_groups(net, lr=RATE), net)
     assert groups["B"] == [f"{layer}.convlora.default.lora_B" for layer in ("stem", "block.3")]
     assert "A" not in groups and not any("other" in name for names in groups.values() for name in names)

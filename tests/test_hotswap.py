@@ -508,7 +508,7 @@ def test_of_several_that_are_active_one_is_swapped_by_its_name(files):
     convlora.prepare_for_hotswap(net)
     for model in (net, twin):
         convlora.set_adapter(model, {"a": 1.0, "b": 0.5})
-    with pytest.raises(StateError, match="name one of them"):
+    with pytest.raises(StateError, match="give the name of one"):
         convlora.hotswap_adapter(net, files["rank 3 with another alpha"])
     convlora.hotswap_adapter(net, files["rank 3 with another alpha"], "b")
     torch.testing.assert_close(predicts(net), predicts(twin), **CLOSE)

@@ -254,7 +254,7 @@ REFUSALS = [
     ),
     ({"target_modules": ["stem", "stemm"]}, TargetError, r"'stemm' matches no layer.*Closest names: stem"),
     ({"target_modules": ["steem", "blok.0"]}, TargetError, r"(?s)'steem'.*'blok.0'.*Closest names: block\.0"),
-    ({"target_modules": "block"}, TargetError, r"For what is inside 'block' \(2\) write 'block\.\*'"),
+    ({"target_modules": "block"}, TargetError, r"For the 2 modules inside 'block' write 'block\.\*'"),
     ({"target_modules": "(stem|fc)"}, TargetError, r"give re\.compile"),
     ({"target_modules": "bn1"}, TargetError, r"matches no layer that could be adapted of SmallNet"),
     ({"target_modules": nn.ConvTranspose2d}, TargetError, r"target_modules=ConvTranspose2d matches no layer"),

@@ -466,8 +466,12 @@ WRONG = {
     "no number": (lambda m: convlora.set_adapter(m, {"a": float("nan")}), TargetError, "weight of a=nan"),
     "no name": (lambda m: convlora.set_adapter(m, []), TargetError, "names no adapter"),
     "strange name": (lambda m: convlora.set_adapter(m, {"c": 1.0}), StateError, "There is no adapter 'c'"),
-    "strange owner": (lambda m: convlora.set_adapter(m, ["a"], owner="b"), TargetError, "owner='b' is none of"),
-    "strange trained": (lambda m: convlora.set_adapter(m, ["a"], trained=["b"]), TargetError, "trained='b' is none of"),
+    "strange owner": (lambda m: convlora.set_adapter(m, ["a"], owner="b"), TargetError, "owner='b' is not among"),
+    "strange trained": (
+        lambda m: convlora.set_adapter(m, ["a"], trained=["b"]),
+        TargetError,
+        "trained='b' is not among",
+    ),
     "factor": (lambda m: convlora.scaled(m, "half").__enter__(), TargetError, "factor='half'"),
     "pattern": (lambda m: convlora.scaled(m, 1, target_modules="stom").__enter__(), TargetError, "Closest names: stem"),
     "both": (
@@ -497,7 +501,7 @@ def test_with_several_active_one_has_to_be_named():
     _, model = two()
     convlora.set_adapter(model, {"a": 1.0, "b": 0.5})
     for call in (convlora.summary, lambda m: convlora.save_adapter(m, "nowhere"), lambda m: convlora.shrink(m, 1)):
-        with pytest.raises(StateError, match="name one of them"):
+        with pytest.raises(StateError, match="give the name of one"):
             call(model)
     with pytest.raises(StateError, match="'b' is active"):
         convlora.delete_adapter(model, "b")
@@ -533,7 +537,7 @@ def test_a_bias_that_is_mixed_is_told_not_to_train_and_one_of_weight_1_trains():
     assert model[0].bias.requires_grad and convlora.check(model) == []
     with convlora.scaled(model, 0.5):
         assert [finding.name for finding in convlora.check(model)] == ["0.bias"]
-        with pytest.warns(UserWarning, match=r"0.bias: this bias is mixed"):
+        with pytest.warns(UserWarning, match=r"0.bias: the bias is a mixture"):
             convlora.trainable_parameters(model)
     convlora.add_adapter(model, "lora", 1, modules_to_save=None)
     own = convlora.set_adapter(model, "default")[0].bias
@@ -546,12 +550,12 @@ def test_no_state_dict_goes_into_a_mixture_or_out_of_one_and_strengths_are_compa
     own, expected = model.state_dict(), outputs(model)
     with convlora.scaled(model, 0.5, interpolate=True):
         mixed = model.state_dict()
-        with pytest.raises(StateError, match="The model has a head, statistics or biases in place that are a mixture"):
+        with pytest.raises(StateError, match="The model has a head, statistics or biases that are a mixture"):
             model.load_state_dict(own)
     with pytest.raises(StateError, match="The state dict has a head"):
         model.load_state_dict(mixed)
     convlora.set_scale(model, "b", 0.5)
-    with pytest.raises(StateError, match=r"the strengths 1, and the model's have \{'b'"):
+    with pytest.raises(StateError, match=r"the adapters' strengths 1, and the model has \{'b'"):
         model.load_state_dict(own)
     convlora.set_scale(model, "b", 1).load_state_dict(own)
     assert torch.equal(outputs(model), expected)
@@ -588,7 +592,7 @@ NO_NAMES = {
 def test_what_is_no_name_is_refused_in_words(case):
     _, model = two()
     expected = outputs(model)
-    with pytest.raises((TargetError, StateError), match=r"it must be|is none of"):
+    with pytest.raises((TargetError, StateError), match=r"it must be|is not among"):
         NO_NAMES[case](model)
     assert torch.equal(outputs(model), expected)
 

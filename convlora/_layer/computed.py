@@ -1,8 +1,8 @@
-"""Where a layer's weight comes from: a Parameter, or a computation from other parameters that torch put in its place.
+"""Layers whose weight torch computes from other parameters, and how a merged weight replaces it.
 
-torch computes a weight in two ways: ``torch.nn.utils.parametrize`` (the newer weight_norm, spectral_norm, orthogonal)
-makes ``weight`` a property of a class of its own; the older ``torch.nn.utils.weight_norm``, ``spectral_norm`` and
-pruning write it as an attribute in a hook before each forward.
+torch computes a weight in two ways. ``torch.nn.utils.parametrize`` (the newer weight_norm, spectral_norm, orthogonal)
+makes ``weight`` a property of a generated class. The older ``torch.nn.utils.weight_norm``, ``spectral_norm`` and
+pruning write ``weight`` as an attribute, in a hook before each forward.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .functional import move_like
 
 
 def has_parameter(layer: nn.Module) -> bool:
-    """Whether the weight is a Parameter, as it is in most layers."""
+    """Return whether the weight is a Parameter, as in most layers."""
     return layer._parameters.get("weight") is not None
 
 
 def is_computed(layer: nn.Module) -> bool:
-    """Whether the weight is computed in one of torch's two ways (and is the only tensor of the layer that is)."""
+    """Return whether torch computes the weight in one of these two ways, and no other tensor of the layer."""
     return not has_parameter(layer) and (_is_parametrized(layer) or bool(_hooks(layer)))
 
 
@@ -34,13 +34,13 @@ def _is_parametrized(layer: nn.Module) -> bool:
 
 
 def _hooks(layer: nn.Module) -> list[Any]:
-    """torch's older hooks that compute the weight."""
+    """Return the layer's forward pre-hooks that compute its weight."""
     return [hook for hook in layer._forward_pre_hooks.values() if _is_for_weight(hook)]
 
 
 def _is_for_weight(hook: Any) -> bool:
     hook = getattr(hook, "hook", hook)
-    hook = getattr(hook, "fn", hook)  # spectral_norm's hooks on the state dict wrap the one before the forward
+    hook = getattr(hook, "fn", hook)  # spectral_norm's state-dict hooks hold its forward pre-hook
     return type(hook).__module__.startswith("torch.nn.utils") and "weight" in (
         getattr(hook, "name", None),
         getattr(hook, "_tensor_name", None),
@@ -48,10 +48,10 @@ def _is_for_weight(hook: Any) -> bool:
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """The weight's shape as a stack of kernels ``(rows, ...)``, asked without computing the weight.
+    """Return the weight's shape as a stack of kernels ``(rows, ...)``, without computing it; () without a weight.
 
-    Computing could change it: spectral_norm moves its vectors whenever it computes in train mode. timm's CondConv2d
-    keeps each expert's kernels in one flat row: they count as ``experts · C_out`` rows. () where there is no weight.
+    Computing the weight could change the layer: in train mode spectral_norm then updates its vectors. timm's CondConv2d
+    keeps the kernels of each expert in one row of its weight; its shape here has ``experts · C_out`` rows.
     """
     weight = layer._parameters.get("weight")
     if weight is None:
@@ -72,7 +72,7 @@ def _declared_shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def compute(layer: nn.Module) -> Tensor:
-    """The effective weight, computed afresh as in eval mode and with nothing moved by it; a copy."""
+    """Return a copy of the effective weight, computed in eval mode so that it changes nothing."""
     modes = {module: module.training for module in layer.modules()}
     try:
         for module in modes:
@@ -87,39 +87,39 @@ def compute(layer: nn.Module) -> Tensor:
 
 @dataclass
 class Aside:
-    """The base's class, and what its weight is or is computed from, while a merged weight is in the place."""
+    """The base's class and the sources of its weight, kept while a merged weight replaces them."""
 
     cls: type[nn.Module]
     parts: dict[str, dict[Any, Any]]
     """Entries of the layer's own dictionaries (``_parameters``, ``_buffers``, ``_modules``, hooks)."""
     order: dict[str, list[Any]]
-    """All keys of those dictionaries, in the order in which they were."""
+    """All keys of those dictionaries, in their original order."""
     attribute: Tensor | None
     """The plain attribute ``weight`` that torch's older hooks write."""
     adapters: nn.Module
-    """The layer's adapters: not its child meanwhile."""
+    """The layer's adapters, which are not its child while it is merged."""
     dtype: torch.dtype
-    """Of the merged weight at first."""
+    """The dtype of the merged weight at the time of merging."""
 
     @classmethod
     def of(cls, layer: nn.Module, base_class: type[nn.Module], adapters: nn.Module, dtype: torch.dtype) -> Aside:
-        """Of a layer whose class was ``base_class`` without an adapter; changes nothing."""
+        """Return the record of a layer whose class before injection was ``base_class``; the layer is not changed."""
         parts = _parts(layer)
         order = {key: list(vars(layer)[key]) for key in parts}
         return cls(base_class, parts, order, vars(layer).get("weight"), adapters, dtype)
 
     @property
     def weight(self) -> nn.Parameter | None:
-        """The base's weight Parameter; None where it is computed."""
+        """The base's weight Parameter; None if the weight is computed."""
         return cast("nn.Parameter | None", self.parts["_parameters"].get("weight"))
 
     @property
     def sources(self) -> list[nn.Module]:
-        """Modules besides the layer whose parameters the weight is computed from."""
+        """The modules besides the layer from whose parameters the weight is computed."""
         return [module for entry in self.parts["_modules"].values() for module in entry.modules()]
 
     def put_merged(self, layer: nn.Module, merged: nn.Parameter) -> None:
-        """Put the merged weight in the place of what the weight was computed from; the layer's class is plain then."""
+        """Replace the sources of the weight by the merged weight, and the layer's class by the plain one."""
         vars(layer).pop("weight", None)
         for key, entries in self.parts.items():
             for name in entries:
@@ -129,7 +129,7 @@ class Aside:
         self._sort(layer)
 
     def put_base(self, layer: nn.Module) -> None:
-        """Undo :meth:`put_merged`, also half of it, and also twice."""
+        """Undo :meth:`put_merged`, even if it was interrupted. May be run again."""
         self._bring_adapters(layer._parameters.get("weight"))
         now = layer._parameters.pop("weight", None)
         for key, entries in self.parts.items():
@@ -142,20 +142,20 @@ class Aside:
         self._sort(layer)
 
     def _bring_adapters(self, now: Tensor | None) -> None:
-        """To where the layer is; into its dtype only where that was changed: half-precision bases have fp32 factors."""
+        """Move the adapters to the layer's device; and to its dtype if that has changed since merging."""
         if now is not None:
             for tensor in (*self.adapters.parameters(), *self.adapters.buffers()):
                 move_like(tensor, now if now.dtype != self.dtype else now.new_empty(0, dtype=tensor.dtype))
 
     def _sort(self, layer: nn.Module) -> None:
         for key, names in self.order.items():
-            place = vars(layer)[key]
-            for name in [n for n in names if n in place] + [n for n in place if n not in names]:
-                place[name] = place.pop(name)
+            entries = vars(layer)[key]
+            for name in [n for n in names if n in entries] + [n for n in entries if n not in names]:
+                entries[name] = entries.pop(name)
 
 
 def _parts(layer: nn.Module) -> dict[str, dict[Any, Any]]:
-    """What the weight is, or is computed from."""
+    """Return the entries of the layer's dictionaries that are its weight, or from which it is computed."""
     parts: dict[str, dict[Any, Any]] = {"_parameters": {}, "_modules": {}}
     if has_parameter(layer):
         parts["_parameters"]["weight"] = layer._parameters["weight"]
@@ -170,7 +170,7 @@ def _parts(layer: nn.Module) -> dict[str, dict[Any, Any]]:
 
 
 def _follow(entry: Any, now: Tensor | None) -> None:
-    """Tensors follow to where the layer has gone meanwhile."""
+    """Move tensors to the device and dtype of ``now``, the weight that replaced them."""
     tensors = (*entry.parameters(), *entry.buffers()) if isinstance(entry, nn.Module) else (entry,)
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.is_floating_point():

@@ -20,7 +20,7 @@ class Swapped:
 
     _convlora_prefix: ClassVar[str] = "Swapped"
     _convlora_module: ClassVar[str | None] = None
-    """What the generated class says of its module where the base's is not torch's; None: the base's."""
+    """The generated class's ``__module__`` if the base class is not torch's; None: the base class's."""
     _convlora_mixin: ClassVar[type[Swapped]]
     _convlora_base: ClassVar[type[nn.Module]]
     _convlora_original: ClassVar[type[nn.Module]]
@@ -28,7 +28,7 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         create, arguments, *state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
-        if is_swapped(self):  # else another library subclassed our class: how to rebuild that is its affair
+        if is_swapped(self):  # else another library has subclassed the generated class, and must rebuild it itself
             first, *outer = reversed([cls._convlora_mixin for cls in _swaps(type(self))])
             create, arguments = _rebuild, (first, original_class(cast(nn.Module, self)), *outer)
         return (create, arguments, *state)
@@ -41,12 +41,12 @@ def _rebuild(mixin: type[Swapped], base: type[nn.Module], *outer: type[Swapped])
     return cls.__new__(cls)
 
 
-# Weak: parametrize makes a class of its own for each module, and none of them should outlive it.
+# Weak references: parametrize makes a class for each module, which should not outlive the module.
 _CLASSES: WeakValueDictionary[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = WeakValueDictionary()
 
 
 def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass of ``base`` with this mixin's behaviour."""
+    """Return the generated subclass of ``base`` with this mixin; there is one for each pair."""
     cls = _CLASSES.get((mixin, base))
     if cls is None:
         inside_torch = base.__module__.startswith("torch.nn") or mixin._convlora_module is None
@@ -59,29 +59,29 @@ def swapped_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module
 
 
 def is_swapped(module: object) -> bool:
-    """Whether the module's class is one of ours itself, not a subclass that another library put on top."""
+    """Return whether the module's class is a generated one itself, and not another library's subclass of one."""
     return "_convlora_mixin" in vars(type(module)) and isinstance(module, Swapped)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class, or the one that it had before any :func:`swap`."""
+    """Return the module's class before any :func:`swap`."""
     return cast("type[nn.Module]", vars(type(module)).get("_convlora_original", type(module)))
 
 
 def class_below(module: nn.Module) -> type[nn.Module]:
-    """The module's class, or the one that it had before the last :func:`swap`."""
+    """Return the module's class before the last :func:`swap`."""
     return cast(Swapped, module)._convlora_base if is_swapped(module) else type(module)
 
 
 def _swaps(cls: type[Any]) -> Iterator[type[Swapped]]:
-    """The generated classes, the last first: a head in fp32 that another adapter adapts is swapped twice."""
+    """Yield the generated classes, the last first. A module can have two: a head in fp32 that is also adapted."""
     while "_convlora_mixin" in vars(cls):
         yield cls
         cls = cls._convlora_base
 
 
 def check_swappable(name: str, module: nn.Module, mixin: type[Swapped]) -> None:
-    """Raise :class:`UnsupportedLayerError` where Python would not let this instance change its class."""
+    """Raise :class:`UnsupportedLayerError` if Python cannot change the class of this instance."""
     cls = original_class(module)
     try:
         probe = object.__new__(cls)
@@ -91,15 +91,15 @@ def check_swappable(name: str, module: nn.Module, mixin: type[Swapped]) -> None:
 
 
 def swap(module: nn.Module, mixin: type[Swapped]) -> None:
-    """Give the module the mixin's behaviour; its own class comes after in the method resolution order."""
+    """Change the module's class to a subclass with this mixin, which comes first in the method resolution order."""
     module.__class__ = swapped_class(mixin, type(module))
 
 
 def swap_over(module: nn.Module, mixin: type[Swapped]) -> None:
-    """As :func:`swap`, from whatever class of ours it has by now: in one step, for threads that compute meanwhile.
+    """Replace the last mixin by this one in a single assignment, so that other threads never see the plain class.
 
     Raises:
-        StateError: another library has put its own class on top of ours.
+        StateError: another library has subclassed the generated class.
     """
     check_restorable(module)
     cls = swapped_class(mixin, class_below(module))
@@ -108,7 +108,7 @@ def swap_over(module: nn.Module, mixin: type[Swapped]) -> None:
 
 
 def set_below(module: nn.Module, mixin: type[Swapped], is_there: bool) -> None:
-    """Put a mixin below all others that a module has by now, or take it out from there; may be run again."""
+    """Add a mixin below all others of a module, or remove it. May be run again."""
     mixins = [each._convlora_mixin for each in _swaps(type(module)) if each._convlora_mixin is not mixin]
     cls = original_class(module)
     for each in (*([mixin] if is_there else []), *reversed(mixins)):
@@ -118,17 +118,17 @@ def set_below(module: nn.Module, mixin: type[Swapped], is_there: bool) -> None:
 
 
 def restore(module: nn.Module) -> None:
-    """Give the module its original class back.
+    """Undo the last :func:`swap`.
 
     Raises:
-        StateError: another library has put its own class on top of ours (FSDP2 does); undo that first.
+        StateError: another library has subclassed the generated class (FSDP2 does); undo that first.
     """
     check_restorable(module)
     module.__class__ = class_below(module)
 
 
 def check_restorable(module: nn.Module) -> None:
-    """Raise the error of :func:`restore` without changing anything."""
+    """Raise the error of :func:`restore`, and change nothing."""
     if isinstance(module, Swapped) and not is_swapped(module):
         raise StateError(
             f"The class of an adapted layer is now {type(module).__module__}.{type(module).__qualname__}, put there "

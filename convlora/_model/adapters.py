@@ -1,4 +1,4 @@
-"""Several adapters on one base, one of them active; and none of them for a while."""
+"""Several adapters on one base: adding, activating, scaling, deleting and disabling them."""
 
 from __future__ import annotations
 
@@ -41,22 +41,25 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def add_adapter(model: M, adapter_name: str, rank: int | None = None, **options: Unpack[Options]) -> M:
-    """Put another adapter beside those that the model carries, with a rank, targets, head and norms of its own.
+    """Add an adapter to an injected model, with its own rank, targets, head and norm statistics.
 
     >>> convlora.add_adapter(model, "lymph node", rank=4)
     >>> convlora.set_adapter(model, "lymph node")
 
-    It starts from the base, not from the active adapter, and is not active until :func:`set_adapter` says so.
+    The new adapter starts from the base, not from the active adapter. :func:`set_adapter` makes it active.
 
     Args:
         model: an injected model.
-        adapter_name: a name that the model does not know yet.
+        adapter_name: a name that no adapter of the model has.
         rank: as for :func:`convlora.inject`.
         **options: the other arguments of :func:`convlora.inject`.
 
+    Returns:
+        The same object.
+
     Raises:
         StateError: the model carries no adapter yet (inject first), or one of this name, or it is merged.
-        TargetError, UnsupportedLayerError: as :func:`convlora.inject`.
+        TargetError, UnsupportedLayerError: as from :func:`convlora.inject`.
 
     Whatever is raised, the model is as it was.
     """
@@ -75,38 +78,45 @@ def set_adapter(
     owner: str | None = None,
     trained: Iterable[str] | None = None,
 ) -> M:
-    """Let the model compute with an adapter, or with several: factors, head, norm statistics and norm policy.
+    """Make one or several adapters active, with their factors, head, norm statistics and norm policy.
 
     >>> convlora.set_adapter(model, "lymph node")
     >>> convlora.set_adapter(model, {"stain": 1.0, "tumour": 0.5}, owner="tumour")
 
-    Of several, each adapted layer computes with W + Σ weight · (W' − W), where W' is the weight that each adapter alone
-    would give it. The order of the names moves no bit. Weight 1 for one name is that adapter itself.
+    With several adapters, each adapted layer computes with W + Σ weight · (W' − W), where W' is the layer's weight with
+    one of the adapters alone. The order of the names does not change a bit. One name with weight 1 is that adapter.
 
-    Head, norm statistics and other modules that are trained in full cannot be in place twice. With ``owner`` they are
-    that adapter's, and go on training with it. Without, they are a mixture by weight, made now and not trained: of
-    parameters, base + Σ weight · (each − base); of statistics, those of all the data, as in
-    :func:`convlora.combine_adapters`, and the base's among them where the weights sum to less than 1. Norm layers of a
-    mixture are frozen. A bias that is trained as a part of an adapted layer's change (SSF) goes with the change's
-    weight; where that is not 1 it is a mixture and not trained, which :func:`convlora.check` says. One name with a
-    weight keeps its own head and statistics.
+    The model has only one head and one set of norm statistics. With ``owner`` they are that adapter's and are trained.
+    Without ``owner`` they are a mixture, which is computed now and not trained. A mixed parameter is
+    base + Σ weight · (each − base). Mixed statistics are those of all adapters' data, as in
+    :func:`convlora.combine_adapters`, and of the base's data if the weights sum to less than 1. A mixture's norm layers
+    are frozen. A bias that is trained as part of an adapted layer's change (SSF) has the change's weight; if that is
+    not 1, the bias is a mixture and not trained, which :func:`convlora.check` reports. A single name with a weight
+    keeps its own head and statistics.
 
-    Only what is active is trainable; training it leaves every other adapter bit for bit as it was. Each has parameters
-    of its own: make an optimizer from ``trainable_parameters(model)`` after the switch. Switch between steps: a
-    backward after a switch gives the adapter that computed the forward no gradient.
+    Only active adapters are trainable, and training changes no bit of the others. Every adapter has its own parameters,
+    so make an optimizer from ``trainable_parameters(model)`` after the switch. Do not switch between a forward and its
+    backward: the adapter that computed the forward would get no gradient.
 
     Args:
         model: an injected model.
         adapter_name: a name; several names, each with weight 1; or a weight for each name, any finite number.
-        owner: of several, the one whose head and statistics are in place.
-        trained: of several, those whose factors are trained; default all.
+        owner: the adapter whose head and statistics are used, if there are several.
+        trained: the adapters whose factors are trained, if there are several; default all.
+
+    Returns:
+        The same object.
 
     Raises:
-        StateError: no adapter of a name; the model is merged, or inside a ``disable_adapter`` block; or one adapter
-            trains in full what another one of them changes.
-        TargetError: a weight is no finite number, no name is given, or ``owner`` or ``trained`` are not among them.
-        UnsupportedLayerError: a DistributedDataParallel was given, which averages the gradients of those parameters
-            alone that were trainable when it was made. The model inside is switched, with a warning: wrap it again.
+        StateError: there is no adapter of a name; the model is merged, or inside a ``disable_adapter`` block; or one
+            adapter trains a module in full in which another changes a layer.
+        TargetError: a weight is not a finite number, no name is given, or ``owner`` or ``trained`` is not among the
+            names.
+        UnsupportedLayerError: the model is a DistributedDataParallel, which averages only the gradients of parameters
+            that were trainable when it was made. Unwrap it (``ddp.module``), switch, and wrap it again.
+
+    Warns:
+        UserWarning: a DistributedDataParallel holds the model, and must be made again.
     """
     check_not_ddp(model)
     parts = ready(model, check_unmerged, check_outside_blocks)
@@ -127,20 +137,20 @@ def set_adapter(
         raise
     for (root, injection), (_, was, _) in zip(parts, before, strict=True):
         if was != injection.trained:
-            warn_of_ddp(root, stacklevel=2)
+            warn_of_ddp(root)
     return model
 
 
 def _wanted(
     injection: Injection, adapter_name: Mapping[str, float], owner: str | None, trained: tuple[str, ...] | None
 ) -> str | Blend:
-    """What :func:`set_adapter` is to activate."""
+    """Return the adapter or blend that :func:`set_adapter` should activate."""
     weights = checked_weights(injection, adapter_name)
     for argument, names in (("owner", () if owner is None else (owner,)), ("trained", trained or ())):
         if strange := [name for name in names if name not in list(weights)]:
             raise TargetError(
-                f"{argument}={strange[0]!r} is none of the adapters that are to be active: {', '.join(weights)}. "
-                "Nothing was changed."
+                f"{argument}={strange[0]!r} is not among the adapters to activate: {', '.join(weights)}. Nothing was "
+                "changed."
             )
     trained = tuple(weights) if trained is None else trained
     if list(weights.values()) == [1.0] and trained == tuple(weights):
@@ -151,10 +161,10 @@ def _wanted(
 
 
 def checked_names(asked: object, argument: str = "adapter_name") -> dict[str, float]:
-    """Adapters' names as they may be asked for, each with its weight.
+    """Return adapter names with their weights, from a name, several names, or a mapping.
 
     Raises:
-        TargetError: they are something else.
+        TargetError: the argument is something else.
     """
     if isinstance(asked, Mapping):
         weights = dict(asked)
@@ -168,11 +178,11 @@ def checked_names(asked: object, argument: str = "adapter_name") -> dict[str, fl
 
 
 def checked_weights(injection: Injection, asked: str | Mapping[str, float] | Iterable[str]) -> dict[str, float]:
-    """The weights of adapters that go together, in the order in which the model has these.
+    """Return the weights of adapters that can be active together, in the order of the model's adapters.
 
     Raises:
-        StateError: there is none of a name, or one trains in full what another one changes.
-        TargetError: a weight is no finite number, or no name is given, or one that is no string.
+        StateError: there is no adapter of a name, or one trains a module in full in which another changes a layer.
+        TargetError: a weight is not a finite number, a name is not a string, or no name is given.
     """
     weights = checked_names(asked)
     for name, weight in weights.items():
@@ -187,8 +197,8 @@ def checked_weights(injection: Injection, asked: str | Mapping[str, float] | Ite
             for module in each.modules[saved].modules():
                 if module in changed:
                     raise StateError(
-                        f"{saved} is trained in full in {name!r} and changed in {changed[module]!r}; such adapters do "
-                        "not go together. Nothing was changed."
+                        f"{saved} is trained in full in {name!r} and changed in {changed[module]!r}; such adapters "
+                        "cannot be active together. Nothing was changed."
                     )
     return {name: float(weights[name]) for name in adapters}
 
@@ -202,28 +212,29 @@ def scaled(
     target_modules: Targets = None,
     interpolate: bool = False,
 ) -> Iterator[None]:
-    """Adapters at another strength inside the block: W + factor · (W' − W), in inference and in training.
+    """Scale active adapters inside the block: layers compute with W + factor · (W' − W), also in training.
 
     >>> with convlora.scaled(model, 0.5), torch.no_grad():
     ...     cautious = model(images)
 
-    Factor 0 is the base's weights and 1 the adapter, both to the bit. Head and norm statistics stay those of the active
-    adapter; with ``interpolate`` they move with the weights, as a mixture with the base's that is not trained (see
-    :func:`set_adapter`, also for biases), so that factor 0 is the base as a whole. It holds for every thread. Of blocks
-    that are open at once the factors multiply; ``use_adapters`` blocks have weights of their own. When all are left
-    every bit is as before. A copy that is made inside keeps the strength until :func:`set_adapter` is called on it.
+    Factor 0 gives the base's weights and factor 1 the adapter's, bit for bit. Head and norm statistics stay the active
+    adapter's. With ``interpolate`` they become a mixture with the base's, which is not trained (see
+    :func:`set_adapter`, also for biases), so that factor 0 is the whole base. The block applies to all threads. The
+    factors of blocks that are open at the same time multiply; ``use_adapters`` blocks have their own weights. After the
+    last block every bit is as before. A copy made inside a block keeps its factor until :func:`set_adapter` is called
+    on it.
 
     Args:
         model: an injected model.
         factor: any finite number.
-        adapter_name: of several that are active, the one concerned; default all.
-        target_modules: the layers concerned, as for :func:`convlora.inject`; default all.
-        interpolate: whether head and statistics move, too; for all layers alone.
+        adapter_name: the adapter to scale, if several are active; default all.
+        target_modules: the layers to scale, as for :func:`convlora.inject`; default all.
+        interpolate: whether to scale head and statistics too; not with ``target_modules``.
 
     Raises:
         StateError: no adapter of this name is active; the model is merged, or its adapters are disabled.
-        TargetError: the factor is no finite number; a pattern names no adapted layer; or ``interpolate`` comes with
-            ``target_modules``.
+        TargetError: the factor is not a finite number; a pattern names no adapted layer; or ``interpolate`` is given
+            with ``target_modules``.
     """
     check_number(factor, "factor")
     if interpolate and target_modules is not None:
@@ -252,21 +263,25 @@ def scaled(
 
 
 def set_scale(model: M, adapter_name: str, scale: float, *, target_modules: Targets = None) -> M:
-    """Let an adapter count with this strength from now on: W + scale · (W' − W). It is saved with the adapter.
+    """Set an adapter's strength: its layers compute with W + scale · (W' − W). The strength is saved with the adapter.
 
     >>> convlora.set_scale(model, "tumour", 0.7)
 
-    1 is the adapter as it was trained, to the bit, whatever was set before. Head and norm statistics stay as they are.
+    Scale 1 is the adapter as it was trained, bit for bit, whatever was set before. Head and norm statistics do not
+    change.
 
     Args:
         model: an injected model.
         adapter_name: the adapter, active or not.
         scale: any finite number.
-        target_modules: the layers concerned, as for :func:`convlora.inject`; default all that it has.
+        target_modules: the layers to scale, as for :func:`convlora.inject`; default all layers of the adapter.
+
+    Returns:
+        The same object.
 
     Raises:
-        StateError: no adapter of this name; the model is merged, or a ``use_adapters`` block is open.
-        TargetError: the scale is no finite number, or a pattern names no layer of the adapter.
+        StateError: there is no adapter of this name; the model is merged, or a ``use_adapters`` block is open.
+        TargetError: the scale is not a finite number, or a pattern names no layer of the adapter.
     """
     check_number(scale, "scale")
     root, injection = ready_alone(model, check_unmerged, check_unrouted)
@@ -288,7 +303,7 @@ def set_scale(model: M, adapter_name: str, scale: float, *, target_modules: Targ
 def _concerned(
     root: nn.Module, injection: Injection, adapter_name: str | None, targets: Targets
 ) -> frozenset[nn.Module] | None:
-    """The layers of an adapter, or of all, that these targets name; None for all."""
+    """Return the layers of one adapter or of all adapters that these targets name; None means all layers."""
     adapters = [the_adapter(injection, adapter_name)] if adapter_name else list(injection.adapters.values())
     if targets is None:
         return None
@@ -298,17 +313,25 @@ def _concerned(
 
 
 def delete_adapter(model: M, adapter_name: str) -> M:
-    """Drop an adapter that is not active, with its head and its statistics.
+    """Delete an adapter that is not active, with its head and statistics.
+
+    Args:
+        model: an injected model.
+        adapter_name: the adapter to delete.
+
+    Returns:
+        The same object.
 
     Raises:
-        StateError: no adapter of this name; it is the active one; the model is merged, or its adapters are disabled.
+        StateError: there is no adapter of this name, or it is active; the model is merged, or its adapters are
+            disabled.
     """
     _, injection = ready_alone(model, check_unmerged, check_enabled)
     the_adapter(injection, adapter_name)
     if adapter_name in (*(injection.blend.weights if injection.blend else ()), injection.active):
         raise StateError(
-            f"{adapter_name!r} is active; set_adapter another first, or convlora.remove(model) for the "
-            "base. Nothing was changed."
+            f"{adapter_name!r} is active; call convlora.set_adapter with another one first, or convlora.remove(model) "
+            "to get the base. Nothing was changed."
         )
     with SWAPPING:
         check_unrouted(injection)
@@ -318,19 +341,23 @@ def delete_adapter(model: M, adapter_name: str) -> M:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """The base alone inside the block: its weights, its head, its statistics, bit for bit.
+    """Compute with the base alone inside the block: its weights, head and statistics, bit for bit.
 
     >>> with convlora.disable_adapter(model), torch.no_grad():
     ...     reference = model(images)
 
-    Norm layers are frozen inside, in train mode too, and other buffers are copies: no forward in the block moves the
-    base. It holds for every thread, until the last of the blocks that are open is left. Nothing happens without
-    ``with``.
+    Inside the block norm layers are frozen, also in train mode, and other buffers are copies, so that no forward
+    changes the base. The block applies to all threads, and adapters stay disabled until the last open block ends.
+    Without ``with`` the call does nothing.
+
+    Args:
+        model: an injected model.
 
     Raises:
-        StateError: there is no adapter, or it is merged; call convlora.unmerge(model) first.
+        StateError: there is no adapter, it is merged (call convlora.unmerge(model) first), or a ``use_adapters`` block
+            is open.
     """
-    # A copy that was made inside a block is the base alone, and stays it.
+    # A copy that was made inside a block stays disabled.
     found = ready(model, check_unmerged, check_unrouted)
     parts = [(root, each) for root, each in found if each.blocks or not each.disabled]
     block = object()
@@ -341,18 +368,18 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
                 check_unrouted(injection)
             for root, injection in parts:
                 (injection.blocks.add if is_open else injection.blocks.discard)(block)
-                if vars(root).get(RECORD) is injection:  # else removed inside the block
+                if vars(root).get(RECORD) is injection:  # False if the adapter was removed inside the block
                     activate(root, injection, injection.now, disabled=bool(injection.blocks))
 
     yield from _block(switch)
 
 
 def _block(switch: Callable[[bool], None]) -> Iterator[None]:
-    """The course of a block that is switched on and off; off whatever happens, also halfway."""
+    """Run a block between switch(True) and switch(False), which also runs after an error or an interrupt."""
     try:
         switch(True)
         yield
         switch(False)
-    except BaseException:  # an interrupt on the line above as well
+    except BaseException:  # also for an interrupt in either switch
         to_the_end(lambda: switch(False))
         raise

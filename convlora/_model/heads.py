@@ -1,11 +1,9 @@
-"""Which layers are the model's heads, and what says so? Reads the model; an example input runs through it once."""
+"""Finds the model's heads, from its attributes, names and layers, or from one forward of an example input."""
 
 from __future__ import annotations
 
 import math
 import re
-import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
@@ -21,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .._layer.computed import weight_shape
 from .._layer.swap import original_class
 from .._plan import LayerPlan
-from ..errors import TargetError
+from ..errors import TargetError, warn
 from .observe import base_alone
 from .state import injections
 from .targets import Named, is_adaptable, is_counting
@@ -35,20 +33,25 @@ HEAD = re.compile(
     r"|conv_?(out|last|final|seg)|(\w+_)?tail|ending)"
 )
 LATENT = re.compile(r"(post_)?quant(_?conv)?\w*")
-"""Registered after an autoencoder's decoder, read before it."""
+"""Layers of autoencoders that are registered after the decoder and run before it."""
 AUXILIARY = re.compile(r"aux\w*", re.IGNORECASE)
 ULTRALYTICS = re.compile(
     r"(one2one_)?cv[2-5](_\w+)?|(enc|dec)_(score|bbox)_head|denoising_class_embed|proto\.semseg|classifier|aux_head|head"
 )
-"""In the last module of Ultralytics' networks: what gives an output, or is as long as there are classes."""
+"""Parts of the last module of Ultralytics' networks that give an output, or have a size for each class."""
 
 
 def find_heads(model: nn.Module, named: list[Named], example: object = None) -> tuple[list[Named], str]:
-    """The layers that give the model's outputs, and what says so; no layer where nothing does.
+    """Return the layers that give the model's outputs, and how they were found; an empty list if none was found.
 
-    Asked in this order: timm's ``get_classifier()``, and whether it is of diffusers, whose models come trained whole;
-    the example input; the names of detectors' output layers and of the model's attributes; the last layer, where it is
-    last in truth.
+    In this order: timm's ``get_classifier()``; diffusers' models, which have no new head; the outputs of the example
+    input; the names of detectors' output layers and of the model's attributes; the last layer, if no other layer with
+    parameters follows it.
+
+    Args:
+        model: the model.
+        named: the model's modules.
+        example: the model's input: one argument, a tuple of arguments, or a dict of keyword arguments; None for none.
 
     Raises:
         TargetError: the model does not take the example.
@@ -59,7 +62,7 @@ def find_heads(model: nn.Module, named: list[Named], example: object = None) -> 
     is_told = bool(how)
     if not how and example is not None:
         found, how = outputs_of(model, named, constant, example), "the example's outputs"
-        found += _of_detector(inner)  # in eval mode some make boxes that others read, or nothing
+        found += _of_detector(inner)  # in eval mode some detectors' output layers feed other layers, or do not run
     if not found and not is_told:
         found, how = _by_name(inner)
     if not how:
@@ -75,11 +78,11 @@ def find_heads(model: nn.Module, named: list[Named], example: object = None) -> 
 LAST = "the last layer"
 NONE = "no head was found; name one with modules_to_save"
 REMOVED = "its head has no layer"
-WHOLE = "a model of diffusers, which comes trained whole"
+WHOLE = "a model of diffusers, which has no new layers"
 
 
 def constants(model: nn.Module, named: list[Named]) -> set[nn.Module]:
-    """Layers that the user had frozen while others were not, a backbone, say; and those that hold 0, 1, 2, …"""
+    """Return the layers that are no heads: those that the user froze (a backbone), and those that hold 0, 1, 2, …"""
     layers = {n.module for n in named if is_adaptable(n.module)}
     counting = {layer for layer in layers if is_counting(layer)}
     trainable = {layer for layer in layers if any(p.requires_grad for p in layer.parameters())}
@@ -88,11 +91,11 @@ def constants(model: nn.Module, named: list[Named]) -> set[nn.Module]:
 
 
 def new_parts(model: nn.Module, named: list[Named]) -> list[Named]:
-    """The largest parts whose norm layers are all as they were made, in a model of which others are not.
+    """Return the largest parts whose norm layers all have their initial values, if other norms of the model do not.
 
-    A norm that has seen data has statistics of its own, and one that was trained has weights of its own. So a decoder
-    on a pretrained encoder is told from a pretrained decoder, and a random network has no such part. Before a norm that
-    is alone in this, the layer before it is one, too.
+    A norm that has seen data has changed statistics, and a trained one has changed weights. This distinguishes a new
+    decoder on a pretrained encoder from a pretrained decoder; a network with random weights has no such part. A layer
+    directly before a single new norm counts as new, too.
     """
     affine = {n.module: p for n in named if not is_adaptable(n.module) and (p := _vectors(n.module, "weight", "bias"))}
     statistics = {n.module: p for n in named if (p := _vectors(n.module, "running_mean", "running_var"))}
@@ -118,7 +121,7 @@ def _all_fresh(module: nn.Module, fresh: set[nn.Module], others: set[nn.Module])
 
 
 def _vectors(module: nn.Module, *names: str) -> list[Tensor]:
-    """These tensors of a module, if each is a vector of several numbers."""
+    """Return these tensors of a module if each is a vector of at least two values; else an empty list."""
     found = [getattr(module, name, None) for name in names]
     tensors = [t for t in found if isinstance(t, Tensor) and t.dim() == 1 and len(t) > 1 and not t.is_meta]
     return tensors if len(tensors) == len(names) else []
@@ -129,7 +132,7 @@ def _varies(tensor: Tensor) -> bool:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """What a module holds that does nothing but hold it, a LightningModule, say."""
+    """Return the network inside a module that only holds it, such as a LightningModule; else the module."""
     children = [child for child in model.children() if _layers(child)]
     if callable(getattr(model, "get_classifier", None)) or len(children) != 1 or is_adaptable(children[0]):
         return model
@@ -152,7 +155,7 @@ def _told(model: nn.Module, named: list[Named]) -> tuple[list[nn.Module], str]:
 
 
 def _made_of_unet(model: nn.Module) -> list[nn.Module]:
-    """What a ControlNet has that its UNet has not, while the convolutions that begin as zeros still are zeros."""
+    """Return a ControlNet's parts that its UNet lacks, while its zero-initialised convolutions are still zero."""
     parts = [child for name, child in model.named_children() if name.startswith("controlnet_")]
     weights = (layer._parameters.get("weight") for part in parts for layer in _layers(part))
     return parts if any(w is not None and not w.is_meta and not w.any() for w in weights) else []
@@ -173,7 +176,7 @@ def _by_name(model: nn.Module) -> tuple[list[nn.Module], str]:
 
 
 def _of_detector(model: nn.Module) -> list[nn.Module]:
-    """The output layers of torchvision's, detectron2's and Ultralytics' networks, by their names there."""
+    """Return the output layers of torchvision's, detectron2's and Ultralytics' networks, by their names."""
     found = [m for name, m in model.named_modules() if name.rpartition(".")[2] in DETECTORS and is_adaptable(m)]
     for last in model.modules():
         if any(cls.__module__ == "ultralytics.nn.modules.head" for cls in type(last).__mro__):
@@ -186,7 +189,7 @@ def _of_detector(model: nn.Module) -> list[nn.Module]:
 
 
 def _ends(module: object) -> list[nn.Module]:
-    """The output layers of a head: those of each part that is named as one, else the last layer."""
+    """Return the output layers of a head: those of each part whose name is a head's, or else its last layer."""
     if not isinstance(module, nn.Module) or is_adaptable(module):
         return _layers(module)[:1]
     parts = [(name, child) for name, child in module.named_children() if _layers(child)]
@@ -201,7 +204,7 @@ def _ends(module: object) -> list[nn.Module]:
 
 
 def _are_beside(parts: list[list[nn.Module]]) -> bool:
-    """Whether each of several parts reads as many channels as the others, and none gives as many: no chain."""
+    """Return whether several parts are parallel: all have the same input channels, which no part outputs."""
     read = {_inputs(part[0]) for part in parts}
     return len(parts) > 1 and len(read) == 1 and not read & {_outputs(part[-1]) for part in parts}
 
@@ -215,9 +218,9 @@ def _inputs(layer: nn.Module) -> int:
 
 
 def _last(model: nn.Module, named: list[Named], constant: set[nn.Module]) -> list[nn.Module]:
-    """The last layer, if nothing with parameters follows it and it does not end one of several blocks of one form.
+    """Return the last layer, unless layers with parameters follow it or it is in one of several equal blocks.
 
-    The last of a list of parallel layers stands for all of them, and for those of the lists beside it.
+    For the last of a list of parallel layers, all layers of the list and of the lists beside it are returned.
     """
     owning = [n for n in named if any(p is not None for p in n.module._parameters.values()) or _counts(n.module)]
     owning = [n for n in owning if n.module not in constant and not LATENT.fullmatch(n.name.partition(".")[0])]
@@ -235,11 +238,11 @@ def _last(model: nn.Module, named: list[Named], constant: set[nn.Module]) -> lis
 
 
 def _counts(module: nn.Module) -> bool:
-    return is_adaptable(module) or isinstance(module, _NormBase)  # a norm without parameters, too
+    return is_adaptable(module) or isinstance(module, _NormBase)  # also a norm without parameters
 
 
 def _numbered_beside(model: nn.Module, last: Named) -> list[nn.Module]:
-    """The last layer and those whose names differ in the last number alone, if they lie beside each other."""
+    """Return the last layer, and the parallel layers whose names differ from its name only in the last number."""
     above, _, name = last.name.rpartition(".")
     stem = name.rstrip("0123456789")
     numbered = [child for each, child in model.get_submodule(above).named_children() if _is_numbered(each, stem)]
@@ -258,7 +261,7 @@ def _above(name: str) -> Iterator[str]:
 
 
 def _parallel(module: nn.Module, length: int) -> bool:
-    """Whether it is a list of so many parts, each of which ends in a pointwise layer of as many outputs."""
+    """Return whether this is a list of ``length`` parts that all end in a pointwise layer with equal outputs."""
     if not isinstance(module, nn.ModuleList) or len(module) != length:
         return False
     ends = _ends(module)
@@ -267,7 +270,7 @@ def _parallel(module: nn.Module, length: int) -> bool:
 
 
 def _repeats(model: nn.Module, name: str) -> bool:
-    """Whether the layer is in one of several blocks of the same form, as the last layer of a feature extractor is."""
+    """Return whether the layer is in one of several equal blocks, like the last layer of a feature extractor."""
     inner, repeated = name, False
     for above in _above(name):
         parent, entry = model.get_submodule(above), model.get_submodule(inner)
@@ -282,9 +285,12 @@ def _form(module: nn.Module) -> list[tuple[type, object]]:
 
 
 def warn_of_frozen(model: nn.Module, named: list[Named], settled: set[nn.Module]) -> None:
-    """Warn where no head was found and layers stay frozen that may be one: linear ones, and those of one output.
+    """Warn if no head was found and layers that may be one stay frozen: linear layers, and layers with one output.
 
-    Not of the settled ones: they are adapted, or excluded by the user.
+    Args:
+        model: the model.
+        named: its modules.
+        settled: layers that are adapted, or that the user excluded; they cause no warning.
     """
     constant = constants(model, named)
     candidates = [
@@ -296,47 +302,37 @@ def warn_of_frozen(model: nn.Module, named: list[Named], settled: set[nn.Module]
     if candidates:
         fewest = sorted(candidates, key=lambda n: _outputs(n.module))
         names = ", ".join(n.name for n in fewest[:4]) + (", …" if len(fewest) > 4 else "")
-        warnings.warn(
+        warn(
             f"{original_class(model).__name__}: no head was found, and layers stay frozen that may be new: {names}. "
-            f"Name what is new, modules_to_save=[{fewest[0].name!r}], or give example=x, what the model takes; "
-            "modules_to_save=None says that nothing is.",
-            stacklevel=_callers(),
+            f"Name the new layers, modules_to_save=[{fewest[0].name!r}], or give an input of the model, example=x. "
+            "If no layer is new, write modules_to_save=None.",
         )
 
 
 def warn_of_linear(model: nn.Module, layers: list[LayerPlan], others: list[nn.Module]) -> None:
-    """Warn where convolutions alone are adapted by default, and a transformer's linear layers have more parameters."""
+    """Warn if only convolutions are adapted by default, and the model's linear layers have more parameters."""
     adapted = [layer for layer in layers if layer.rank]
     linear = [math.prod(weight_shape(module)) for module in others if isinstance(module, nn.Linear)]
     if len(linear) > len(adapted) and sum(linear) > sum(layer.base_parameters for layer in adapted):
-        warnings.warn(
-            f"{original_class(model).__name__}: by default convolutions alone are adapted, {len(adapted)} here, and "
+        warn(
+            f"{original_class(model).__name__}: by default only convolutions are adapted, {len(adapted)} here, and "
             f"{len(linear)} linear layers with {sum(linear):,} parameters stay frozen. Adapt both with "
-            "target_modules=[nn.Conv2d, nn.Linear], or write target_modules=nn.Conv2d where this is meant.",
-            stacklevel=_callers(),
+            "target_modules=[nn.Conv2d, nn.Linear], or write target_modules=nn.Conv2d if this is intended.",
         )
 
 
-def _callers() -> int:
-    """The level of the frame that called the library."""
-    level, frame = 2, sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "convlora":
-        level, frame = level + 1, frame.f_back
-    return level
-
-
 def outputs_of(model: nn.Module, named: list[Named], constant: set[nn.Module], example: object) -> list[nn.Module]:
-    """The layers whose outputs are the model's, seen in one forward in eval mode; the model is left as it was.
+    """Return the layers that compute the model's outputs, found in one forward in eval mode; nothing is changed.
 
-    What comes after a layer without parameters of its own, or is constant, makes no difference: an activation, an
-    interpolation, a sum of two heads. A layer that a norm layer follows is none. Of an output that is a sum of several
-    layers' outputs those are left out that other layers read, too: a residual network's blocks.
+    Operations without parameters may follow such a layer: an activation, an interpolation, a sum of two heads. A layer
+    that a norm layer follows is no head. If an output is the sum of several layers' outputs, layers whose output other
+    layers read too are left out, such as the blocks of a residual network.
 
     Args:
         model: the model.
         named: its modules.
         constant: layers that are no heads.
-        example: what the model takes: one argument, a tuple of arguments, or a dict of keyword arguments.
+        example: the model's input: one argument, a tuple of arguments, or a dict of keyword arguments.
 
     Raises:
         TargetError: the model does not take it.
@@ -368,19 +364,19 @@ def outputs_of(model: nn.Module, named: list[Named], constant: set[nn.Module], e
 
 
 class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Of which layers' outputs each tensor is made, the last layers on the way."""
+    """Records for each tensor the last layers from whose outputs it was computed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.was_read: set[nn.Module] = set()
-        self._sources: dict[StorageWeakRef, set[nn.Module]] = {}  # by storage, so that a write to a view counts
+        self._sources: dict[StorageWeakRef, set[nn.Module]] = {}  # by storage, since views share their values
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler at the first operation, which takes seconds
+        return False  # with True torch imports its compiler at the first operation, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """An operation's results are made of what its arguments are made of."""
+        """Run an operation; its results get the layers of its arguments."""
         result = func(*args, **(kwargs or {}))
         sources = self.sources_of(tensors_in((args, kwargs)))
         if sources:
@@ -389,26 +385,26 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def sources_of(self, tensors: Iterable[Tensor]) -> set[nn.Module]:
-        """The layers that these tensors are made of."""
+        """Return the layers from whose outputs these tensors were computed."""
         return {layer for tensor in tensors for layer in self._sources.get(_storage(tensor), ())}
 
     def read(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before a layer's forward."""
+        """Record, before a layer's forward, the layers whose outputs it reads."""
         self.was_read |= self.sources_of(tensors_in((args, kwargs)))
 
     def write(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After it."""
+        """Record, after a layer's forward, that its outputs come from this layer."""
         for tensor in tensors_in(output):
             self._sources[_storage(tensor)] = {module}
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:
-    """Another storage never has the same key while this one is kept, though the memory is free by then."""
+    """Return a key of the tensor's storage, which no later storage gets while the key is held."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """Every tensor in what a forward takes or gives: sequences, mappings and data classes of any depth."""
+    """Yield every strided tensor in a forward's arguments or output: nested sequences, mappings and data classes."""
     if isinstance(value, Tensor):
         if value.layout == torch.strided:
             yield value

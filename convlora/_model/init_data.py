@@ -1,11 +1,12 @@
-"""Where A looks, by what the kernels meet in a few batches: EVA (Paischer et al. 2024, arXiv:2410.07170).
+"""EVA: initialises lora_A from the layer's inputs in a few batches (Paischer et al. 2024, arXiv:2410.07170).
 
-A layer's A is the leading right singular vectors of its input patches, not centred, as orthonormal rows. Batches are
-read one by one, until each layer's directions stand still. Nothing is drawn: the same batches give the same directions.
+The rows of lora_A are the leading right singular vectors of the layer's im2col patches, not centred. Batches are read
+one by one until each layer's directions have converged. Nothing is random: the same batches give the same directions.
 
-Memory is bounded. Patches are laid out in small parts, and a layer keeps Σ patch · patchᵀ where that is small, else a
-sketch of a few rows (frequent directions; Ghashami et al. 2016, arXiv:1501.01711): of any direction's energy, l rows
-miss at most what lies outside the best k directions, divided by l + 1 − k, for each k ≤ l.
+Memory is bounded. Patches are unfolded in small parts. A layer keeps the Gram matrix Σ patch · patchᵀ if it is small,
+or else a sketch of a few rows (frequent directions; Ghashami et al. 2016, arXiv:1501.01711). With l rows, the sketch
+underestimates the energy in any direction by at most the energy outside the best k directions divided by l + 1 − k,
+for each k ≤ l.
 """
 
 from __future__ import annotations
@@ -25,20 +26,26 @@ from ..errors import TargetError
 from .observe import base_alone, run_batch
 
 CONVERGED = 0.01
-"""Directions stand still once those before a batch miss at most this share of the energy that it could have kept."""
+"""Directions have converged if those of the batches before miss at most this share of the energy that new ones keep."""
 WHOLE_UP_TO = 512
-"""Columns up to which Σ patch · patchᵀ is kept whole: 1 MB in fp32."""
+"""The largest number of columns for which Σ patch · patchᵀ is kept: 1 MB in fp32."""
 AT_ONCE = 2**21
-"""Numbers of patches that are laid out at a time."""
+"""The number of values that are unfolded into patches at a time."""
 
 
 def leading_directions(
     planned: Sequence[LayerPlan], root: nn.Module, layers: Mapping[str, nn.Module], data: Iterable[Any]
 ) -> dict[str, Tensor]:
-    """Each layer's A by its name, ``(rank, fan_in)``, in fp32 at least. The model is as it was afterwards.
+    """Return each layer's A of shape ``(rank, fan_in)`` by name, at least in fp32. The model is not changed.
+
+    Args:
+        planned: the plans of the layers.
+        root: the model.
+        layers: the layers, by name.
+        data: batches, or a single batch (a tensor or a mapping).
 
     Raises:
-        TargetError: the data hold no batch, do not reach a layer, or are not finite there.
+        TargetError: the data hold no batch, do not reach a layer, or a layer's input is not finite.
     """
     met = {p.name: _Met(layers[p.name], p) for p in planned}
     moving, batches = list(met.values()), 0
@@ -50,10 +57,10 @@ def leading_directions(
             batches += 1
             _refuse("is not finite in", [name for name, each in met.items() if not math.isfinite(each.new)])
             moving = [each for each in moving if not each.has_converged()]
-            if all(each.directions is None for each in moving):  # those that no batch reached are refused below
+            if all(each.directions is None for each in moving):  # layers that no batch reached are refused below
                 break
     if not batches:
-        raise TargetError("init_data holds no batch (an iterator that was used up already?). Nothing was changed.")
+        raise TargetError("init_data holds no batch (an iterator that is exhausted?). Nothing was changed.")
     _refuse("does not reach", [name for name, each in met.items() if each.directions is None])
     return {name: cast(Tensor, each.directions) for name, each in met.items()}
 
@@ -61,13 +68,13 @@ def leading_directions(
 def _refuse(fault: str, names: Sequence[str]) -> None:
     if names:
         raise TargetError(
-            f"init_data {fault} {', '.join(names)}; give other batches, or leave these layers to another adapter "
-            "with exclude_modules. Nothing was changed."
+            f"init_data {fault} {', '.join(names)}; give other batches, or leave these layers out with "
+            "exclude_modules. Nothing was changed."
         )
 
 
 class _Met:
-    """What one layer's kernels have met so far, and the directions that it shows. Groups count alike: they share A."""
+    """The input patches that one layer has seen so far, and their leading directions. Its groups share one A."""
 
     def __init__(self, layer: nn.Module, planned: LayerPlan) -> None:
         like = next(p for p in layer.parameters() if p.is_floating_point())
@@ -75,16 +82,16 @@ class _Met:
         self.columns = math.prod(planned.weight_shape[1:])
         self.sum = _Sum(self.columns, self.rank, like)
         self.energy = self.new = 0.0
-        """Squares of all patches, and of the last batch's."""
+        """The sum of squares of all patches before the last batch, and of the last batch."""
         self.is_new = False
         self.directions: Tensor | None = None
         self.hook = layer.register_forward_hook(self._see, with_kwargs=True)
 
     def has_converged(self) -> bool:
-        """Find the directions anew, where the last batch showed any; whether those before were nearly as good.
+        """Update the directions after a batch; return whether the previous ones were nearly as good.
 
-        What they miss of all batches' energy is laid to the last batch alone. So what counts does not shrink as the
-        batches add up: it is near to what images that are still to come would miss.
+        The energy that the previous directions miss is compared with the last batch's share of all energy. So the
+        criterion does not become weaker with the number of batches, and approximates the energy missed in new images.
         """
         if not self.is_new:
             return False
@@ -116,7 +123,7 @@ class _Met:
 
 
 def _parts(patches: Tensor, leading: int) -> Iterator[Tensor]:
-    """Few positions at a time; the first dimensions, ``leading`` of them, are positions."""
+    """Yield the patches in parts of a few positions; the first ``leading`` dimensions are positions."""
     each = patches[0].numel()
     if each > AT_ONCE and leading > 1:
         for inner in patches:
@@ -126,11 +133,11 @@ def _parts(patches: Tensor, leading: int) -> Iterator[Tensor]:
 
 
 class _Sum:
-    """Σ row · rowᵀ over all rows: whole, ``(columns, columns)``, or the rows of a sketch, whose Gram it is nearly."""
+    """Σ row · rowᵀ over all rows: the matrix itself, ``(columns, columns)``, or a sketch whose Gram matrix is close."""
 
     def __init__(self, columns: int, rank: int, like: Tensor) -> None:
         self.half = 2 * rank + 32
-        """Rows of the sketch after each time that it is made smaller."""
+        """The number of rows of the sketch each time that it was halved."""
         self.is_whole = columns <= max(WHOLE_UP_TO, 2 * self.half)
         self.used = 0
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -147,7 +154,7 @@ class _Sum:
             self.used += len(part)
 
     def _halve(self) -> None:
-        """Rotate the rows to their singular vectors and take of each as much energy as the first to go has."""
+        """Rotate the rows to their singular vectors, and subtract from each the energy of the first one dropped."""
         energies, vectors = self._of_rows()
         kept, after = energies[: self.half], energies[self.half]
         weight = ((kept - after).clamp_min(0) / kept.clamp_min(torch.finfo(kept.dtype).tiny)).sqrt()
@@ -156,12 +163,12 @@ class _Sum:
         self.used = self.half
 
     def _of_rows(self) -> tuple[Tensor, Tensor]:
-        """Squared singular values of the rows, the largest first, and left singular vectors."""
+        """Return the rows' squared singular values, the largest first, and their left singular vectors."""
         energies, vectors = torch.linalg.eigh(self.numbers @ self.numbers.T)
         return energies.flip(0), vectors.flip(1)
 
     def leading(self, rank: int) -> Tensor:
-        """The directions with most energy as orthonormal rows, ``(rank, columns)``."""
+        """Return the directions with the most energy as orthonormal rows, ``(rank, columns)``."""
         if self.is_whole:
             vectors: Tensor = torch.linalg.eigh(self.numbers).eigenvectors
             return vectors.flip(1)[:, :rank].T
@@ -170,19 +177,19 @@ class _Sum:
         return directions
 
     def kept(self, directions: Tensor) -> float:
-        """How much energy lies in these directions."""
+        """Return the energy in these directions."""
         seen = self.numbers @ directions.T
         return float((seen * directions.T).sum() if self.is_whole else seen.square().sum())
 
 
 def _patches(conv: _ConvNd, images: Tensor, outputs: Sequence[int]) -> Tensor:
-    """What all groups' kernels meet in images ``(N, C_in, *spatial)``: a view ``(N, *outputs, C_in, *kernel)``."""
+    """Return the im2col patches of images ``(N, C_in, *spatial)`` as a view ``(N, *outputs, C_in, *kernel)``."""
     axes = range(len(conv.kernel_size))
     spans = [conv.dilation[i] * (conv.kernel_size[i] - 1) + 1 for i in axes]
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     padded = F.pad(images, conv._reversed_padding_repeated_twice, mode)
     if any((padded.shape[i + 2] - spans[i]) // conv.stride[i] + 1 != outputs[i] for i in axes):
-        # A forward that pads by itself, as TensorFlow does (timm's Conv2dSame): the odd one of the zeros goes last.
+        # The layer's own forward pads, like TensorFlow (timm's Conv2dSame): an odd zero is added at the end.
         total = [max((outputs[i] - 1) * conv.stride[i] + spans[i] - images.shape[i + 2], 0) for i in axes]
         padded = F.pad(images, [zeros for t in reversed(total) for zeros in (t // 2, t - t // 2)])
     for i in axes:

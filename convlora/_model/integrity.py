@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, cast
@@ -14,7 +13,7 @@ from .._layer.change import Change
 from .._layer.computed import has_parameter, weight_shape
 from .._layer.places import BASE, MIXTURE, SWAPPING, Place
 from .._plan import LayerPlan
-from ..errors import StateError, few
+from ..errors import StateError, few, warn
 from .choice import geometry
 from .norms import POLICIES, keeps_statistics
 from .state import (
@@ -44,8 +43,8 @@ class Finding:
         name: the name of the module, parameter or buffer.
         what: what was found.
         remedy: what to do about it.
-        level: ``"refused"``: training, saving and merging refuse; ``"unsaved"``: saving alone refuses; ``"warned"``:
-            who begins a training is warned; ``"noted"``: only :func:`check` says it.
+        level: ``"refused"``: training, saving and merging raise an error; ``"unsaved"``: only saving raises an error;
+            ``"warned"``: a warning at the start of a training; ``"noted"``: only :func:`check` reports it.
     """
 
     name: str
@@ -63,9 +62,13 @@ def check(model: nn.Module) -> list[Finding]:
     >>> for finding in convlora.check(model):
     ...     print(finding)
 
-    Found are replaced modules and heads, classes that were changed, norm statistics that were taken away or written by
-    hand, parameters of the base that are trained, factors and heads that are not, and tensors that came later.
-    :func:`trainable_parameters`, the callbacks, :func:`merge` and :func:`save_adapter` ask it too, and refuse or warn.
+    It finds replaced modules and heads; changed classes; norm statistics that were removed or written by hand;
+    parameters of the base that are trained; factors and heads that are not trained; and buffers that were registered
+    later. :func:`trainable_parameters`, the callbacks, :func:`merge` and :func:`save_adapter` run the same checks, and
+    raise errors or warn.
+
+    Args:
+        model: an injected model.
 
     Raises:
         StateError: there is no adapter.
@@ -84,21 +87,21 @@ def check(model: nn.Module) -> list[Finding]:
 
 
 def refuse_changed(root: nn.Module, injection: Injection, saved: Adapter | None = None) -> None:
-    """Raise StateError for findings that would spoil training, merging, or saving that adapter."""
+    """Raise StateError for changes with which training, merging, or saving that adapter would go wrong."""
     faults = [finding for finding in _findings(root, injection) if finding.level == "refused"]
     faults += _computed(saved) if saved is not None else ()
     if faults:
         raise StateError(f"{type(root).__name__} is no longer as convlora.inject left it:\n  {_listed(faults)}")
 
 
-def check_trainable(model: nn.Module, stacklevel: int) -> None:
-    """At the start of a training, raise as :func:`refuse_changed` does, and warn of lesser findings."""
+def check_trainable(model: nn.Module) -> None:
+    """Raise as :func:`refuse_changed` does, and warn of other findings that affect a training."""
     for _, root, injection in injected(model):
         refuse_changed(root, injection)
         told = [finding for finding in _findings(root, injection) if finding.level == "warned"]
         if told:
             text = f"{type(root).__name__} is no longer as convlora.inject left it:\n  {_listed(told)}"
-            warnings.warn(text, stacklevel=stacklevel + 1)
+            warn(text)
 
 
 def _listed(findings: list[Finding]) -> str:
@@ -135,17 +138,18 @@ def _classes(injection: Injection, adapter: Adapter, names: dict[nn.Module, str]
     again = "Save what you need of it, convlora.remove(model), and inject again"
     for layer in () if injection.merged else injection.layers:
         if layer in names and not isinstance(layer, AdaptedLayer):
-            yield Finding(names[layer], f"its class is {type(layer).__name__}: no adapter is asked", again, "refused")
+            what = f"its class is {type(layer).__name__}, which does not apply the adapter"
+            yield Finding(names[layer], what, again, "refused")
     for norm in adapter.norms:
         policy = injection.policy(norm, Blend.of(injection.now), injection.disabled)
         if norm in names and policy and not isinstance(norm, POLICIES[policy]):
-            what = f"its class is {type(norm).__name__}: the policy norm={policy!r} does not hold"
+            what = f"its class is {type(norm).__name__}, which does not apply norm={policy!r}"
             yield Finding(names[norm], what, again, "refused")
     for place in injection.places:
         taken = place.now is None and place.name.startswith("running_") and place.of(BASE) is not None
         if place.module in names and place.module in adapter.norms and taken:
-            what = "the statistics were taken away: no file could say so"
-            yield Finding(names[place.module], f"{place.name}: {what}", "Put them back", "refused")
+            what = f"its {place.name} was removed, which a saved adapter cannot express"
+            yield Finding(names[place.module], what, "Put it back", "refused")
 
 
 def _computed(adapter: Adapter) -> Iterator[Finding]:
@@ -153,9 +157,9 @@ def _computed(adapter: Adapter) -> Iterator[Finding]:
     for planned, change in zip(adapter.plan.layers, () if adapter.lost() else adapter.changes, strict=False):
         if change.sources() is None:
             what = (
-                f"its factors in adapter {adapter.plan.adapter_name!r} are pruned or parametrized: no file holds that"
+                f"its factors in adapter {adapter.plan.adapter_name!r} are pruned or parametrized: they cannot be saved"
             )
-            remedy = "prune.remove or parametrize.remove_parametrizations (torch.nn.utils) makes them plain"
+            remedy = "prune.remove or parametrize.remove_parametrizations (torch.nn.utils) makes them plain parameters"
             yield Finding(planned.name, what, remedy, "unsaved")
 
 
@@ -171,17 +175,16 @@ def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[
             yield Finding(name, what, remedy, "warned")
     if injection.merged or injection.disabled:
         return
-    thaw = "Its requires_grad is False: set it to True where it should train"
+    thaw = "Its requires_grad is False: set it to True if it should be trained"
     for place in untrained_biases(injection):
         if place.module in names:
-            what = "this bias is mixed of adapters' by weight, and is not trained"
-            yield Finding(
-                f"{names[place.module]}.bias", what, "Train at weight and strength 1 where it should be", "warned"
-            )
+            what = "the bias is a mixture of adapters' biases, and is not trained"
+            remedy = "Train with weight and strength 1 if it should be trained"
+            yield Finding(f"{names[place.module]}.bias", what, remedy, "warned")
     trained_now = [injection.adapters[name] for name in injection.trained]
     for layer, change in ((*pair,) for each in trained_now for pair in zip(each.layers, each.changes, strict=True)):
         if layer in names and not any(factor.requires_grad for factor in change.parameters()):
-            yield Finding(names[layer], "its factors are frozen and do not train", thaw, "warned")
+            yield Finding(names[layer], "its factors are frozen", thaw, "warned")
         weight = base_weight(layer) if has_parameter(layer) else None
         if weight is not None and weight.device != (own := next(change.parameters())).device:
             what = f"its factors are on {own.device}, its weight on {weight.device}"
@@ -193,7 +196,7 @@ def _flags(root: nn.Module, injection: Injection, adapter: Adapter, names: dict[
         is_own = place.is_parameter and place.module in trained and place.owner != MIXTURE
         if is_own and now is not None and not now.requires_grad:
             name = f"{names[place.module]}.{place.name}"
-            yield Finding(name, "it is to be trained in full and is frozen", thaw, "warned")
+            yield Finding(name, "its module is trained in full, but it is frozen", thaw, "warned")
 
 
 def _later(injection: Injection, names: dict[nn.Module, str]) -> Iterator[Finding]:
@@ -201,7 +204,7 @@ def _later(injection: Injection, names: dict[nn.Module, str]) -> Iterator[Findin
     for module, name in names.items():
         for key in () if isinstance(module, (LayerAdapters, Change)) else module._buffers:
             if (module, key) not in known and key not in module._non_persistent_buffers_set:
-                what = "this buffer was registered after convlora.inject; the base that a file is for does not have it"
+                what = "this buffer was registered after convlora.inject, so a freshly built base will not have it"
                 yield Finding(f"{name}.{key}", what, "Register it before you inject, or as persistent=False", "warned")
 
 
@@ -216,7 +219,7 @@ def _moved(injection: Injection) -> Iterator[Finding]:
             if place.of(BASE) is not None and place.has_moved(owner):
                 name = f"{names[place.module]}.{place.name}"
                 what = f"the norm is frozen, and its statistics in adapter {owner!r} are not the base's"
-                yield Finding(name, what, 'They are saved with it; norm="track" lets data move them', "noted")
+                yield Finding(name, what, 'They are saved with the adapter; norm="track" also updates them', "noted")
 
 
 def check_nothing_outside(model: nn.Module, root: nn.Module) -> None:
@@ -227,25 +230,31 @@ def check_nothing_outside(model: nn.Module, root: nn.Module) -> None:
         part = next(name for name, module in model.named_modules() if module is root)
         raise StateError(
             f"{', '.join(few(outside, 'and {} more'))}: trained outside the injected part {part!r} of "
-            f"{type(model).__name__}, and would "
-            f"not be saved. Inject into the whole, with target_modules={part + '.*'!r} and these modules in "
-            f"modules_to_save; or give model.{part} to have its adapter alone and keep the others yourself. "
-            "Nothing was written."
+            f"{type(model).__name__}, and would not be saved. Inject into the whole model, with "
+            f"target_modules={part + '.*'!r} and these modules in modules_to_save; or save the adapter of "
+            f"model.{part}, and the other modules yourself. Nothing was written."
         )
 
 
 def adopt(model: M, *names: str) -> M:
-    """Make new modules that replaced a trained head part of the adapter, as if they had been there at injection.
+    """Make a new head that replaced a head trained in full a part of the adapter, as if injected with it.
 
     >>> model.reset_classifier(num_classes=5)
     >>> convlora.adopt(model, "fc")
 
-    They are trained in full and saved from now on, with the numbers and Parameters that they have, so that an optimizer
-    which has them goes on. The base keeps a copy of them as they are now: ``remove`` gives it. Without names, all
-    replaced heads. A head without parameters (timm's ``num_classes=0``) is dropped from what is saved.
+    From now on the new head is trained in full and saved. It keeps its Parameters, so an optimizer that holds them
+    stays valid. The base gets a copy of their present values, which ``remove`` restores. A head without parameters
+    (timm's ``num_classes=0``) is no longer saved.
+
+    Args:
+        model: an injected model.
+        *names: the new heads' names; default all replaced heads.
+
+    Returns:
+        The same object.
 
     Raises:
-        StateError: a name is no replaced head; or the model is merged, disabled, or has several adapters.
+        StateError: a name is not a replaced head; or the model is merged, disabled, or has several adapters.
     """
     root, injection = the_injection(model)
     with SWAPPING:
@@ -253,14 +262,14 @@ def adopt(model: M, *names: str) -> M:
             needed(injection)
         adapter = injection.adapters[injection.active]
         if len(injection.adapters) > 1:
-            raise StateError("The other adapters have heads of their own for the old module; delete them first.")
+            raise StateError("The other adapters have their own heads for the old module; delete those adapters first.")
         new = [name for name in replaced_modules(root, injection) if name in adapter.plan.modules_to_save]
         now = dict(root.named_modules(remove_duplicate=False))
         wrong = [name for name in names or new if name not in new or name not in now]
         if wrong or not new:
             raise StateError(
-                f"{', '.join(wrong) or type(root).__name__}: there is no new module in the place of one that was "
-                f"trained in full; those are {', '.join(adapter.plan.modules_to_save) or 'none'}. Nothing was changed."
+                f"{', '.join(wrong) or type(root).__name__}: no new module replaces one that was trained in full "
+                f"({', '.join(adapter.plan.modules_to_save) or 'there is none'}). Nothing was changed."
             )
         _adopt(root, injection, adapter, {name: now[name] for name in names or new})
     return model

@@ -1,4 +1,4 @@
-"""Whose is which tensor of the state dict: the base's or an adapter's."""
+"""Divides a state dict into the base's tensors and an adapter's."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from .written import written_in
 
 
 def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
-    """The state dict without what is no tensor (``get_extra_state`` may return anything)."""
+    """Return the tensors of the state dict (``get_extra_state`` may add other objects)."""
     state = model.state_dict(keep_vars=keep_vars)
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def tensors_as(model: nn.Module, owner: str) -> dict[str, Tensor]:
-    """The state dict as it is while this owner, an adapter or ``BASE``, has its tensors in place; no copies."""
+    """Return the state dict as it is when this owner, an adapter or ``BASE``, is active; no tensor is copied."""
     state: dict[str, Tensor | None] = dict(tensors_of(model, keep_vars=True))
     places = places_of(model)
-    # By their tensors those that a hook on the state dict has given other keys.
+    # A state-dict hook may rename keys; such places are found by their tensors.
     unnamed = {id(place.now): place for place in places.values() if place.now is not None}
     for key, tensor in state.items():
         place = places.get(key, unnamed.get(id(tensor)))
         state[key] = tensor if place is None else place.of(owner)
-    # A buffer that is None here is in no state dict, and may be a tensor for another owner.
+    # A buffer that is None is not in the state dict, and may be a tensor for another owner.
     state |= {key: place.of(owner) for key, place in places.items() if place.now is None and place.is_saved}
     return {key: tensor for key, tensor in state.items() if tensor is not None}
 
 
 def places_of(model: nn.Module) -> dict[str, Place]:
-    """The model's places, if it has any, by state-dict key; those of shared modules under each name."""
+    """Return the model's places by state-dict key; places of a shared module are listed under each of its names."""
     record = vars(model).get(RECORD)
     inside: dict[nn.Module, list[Place]] = {}
     for place in record.places if isinstance(record, Injection) else ():
@@ -46,17 +46,15 @@ def places_of(model: nn.Module) -> dict[str, Place]:
 
 
 def own_keys(model: nn.Module, plan: Plan, buffers: Iterable[str]) -> set[str]:
-    """Keys of the state dict that belong to the adapter besides its factors.
+    """Return the state-dict keys that belong to the adapter besides its factors.
 
-    All of the modules trained in full, tracked norm layers, the biases, parameters that forwards write to, and the
-    buffers named.
+    They are the keys of modules trained in full, tracked norm layers, trained biases, parameters that change without a
+    gradient, and the given buffers.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     owners = {module for name in plan.modules_to_save for module in modules[name].modules()}
     owners |= {modules[name] for name in plan.norms if plan.norm == "track"}
-    owners = {
-        module for module in owners if not isinstance(module, (LayerAdapters, Change))
-    }  # another adapter's factors
+    owners -= {module for module in owners if isinstance(module, (LayerAdapters, Change))}  # other adapters' factors
     inside = {key for key in tensors_of(model) if modules.get(key.rpartition(".")[0]) in owners}
     with_bias = {modules[name] for name in plan.biases}
     single = {(module, "bias") for module in with_bias} | written_in(plan, model)
@@ -65,7 +63,7 @@ def own_keys(model: nn.Module, plan: Plan, buffers: Iterable[str]) -> set[str]:
 
 
 def base_keys(model: nn.Module, state: Mapping[str, Tensor], own: set[str]) -> list[str]:
-    """Keys of the base: all but the adapter's and any adapter's changes."""
+    """Return the base's keys: all keys without those in ``own`` and those of adapters' changes."""
     there = (module for module in model.modules() if isinstance(module, LayerAdapters))
     ends = {f"{CHILD}.{key}" for adapters in there for key in adapters.state_dict(keep_vars=True)}
     return [key for key in state if key not in own and ".".join(key.rsplit(".", 3)[-3:]) not in ends]

@@ -1,4 +1,4 @@
-"""How many bytes a training step will keep for its backward, and of which modules; found by one forward."""
+"""``saved_bytes``: the bytes that a training step keeps for its backward, by module, measured in one forward."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch import Tensor, nn
 from .._layer.adapted import CHILD
 from .._layer.masked import Masked, mixin_for
 from .._layer.swap import original_class
+from .._plan import aligned
 from .observe import left_as_it_was, run_batch
+from .targets import names_of
 
 
 @dataclass(frozen=True)
 class KeptBytes:
-    """What one module keeps from the forward for the backward.
+    """The tensors that one module keeps from the forward for the backward.
 
     Attributes:
-        name: of the module; empty for the model itself.
-        kind: its class.
-        count: bytes. What several modules keep, an output that the next one keeps as its input say, is counted once,
-            where it was kept first.
-        note: where the bytes are kept by code of its own and not by a module inside, or where less could be kept.
+        name: the module's name; empty for the model itself.
+        kind: the module's class.
+        count: bytes. A tensor that several modules keep, such as an output that is the next module's input, is counted
+            once, for the first module that keeps it.
+        note: says if the module's own code keeps the bytes and not a module inside it, or if less could be kept.
     """
 
     name: str
@@ -36,17 +38,17 @@ class KeptBytes:
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """What a training step keeps from the forward for the backward; ``print`` shows it as a table.
+    """The tensors that a training step keeps from the forward for the backward; ``print`` shows a table.
 
     Attributes:
-        modules: those that keep something, in the order in which they begin to.
+        modules: the modules that keep tensors, in the order of the forward.
     """
 
     modules: tuple[KeptBytes, ...]
 
     @property
     def total(self) -> int:
-        """Bytes of all modules together."""
+        """The bytes of all modules together."""
         return sum(each.count for each in self.modules)
 
     def __str__(self) -> str:
@@ -57,11 +59,7 @@ class SavedBytes:
             for each in self.modules
         ]
         rows.append(("together", "", f"{self.total:,}", "", ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            f"{name:{widths[0]}}  {kind:{widths[1]}}  {count:>{widths[2]}}  {share:>{widths[3]}}  {note}".rstrip()
-            for name, kind, count, share, note in rows
-        )
+        return "\n".join(aligned(rows, "llrrl"))
 
 
 FUNCTIONAL = "by its own code: a functional activation, a product"
@@ -69,21 +67,24 @@ MASKABLE = "less with mask_activations=True"
 
 
 def saved_bytes(model: nn.Module, example: Any) -> SavedBytes:
-    """How many bytes a training step on a batch like this one will keep for the backward, and of which modules.
+    """Return how many bytes a training step on a batch like this one keeps for the backward, by module.
 
     >>> convlora.inject(model, mask_activations=True)
     >>> print(convlora.saved_bytes(model, images))
     >>> convlora.saved_bytes(model, images).total
 
-    Counted is the memory of every tensor that autograd keeps from a forward in train mode, each storage once, without
-    the model's own parameters and buffers. Gradients, the optimizer's state and what a loss keeps are not among them;
-    neither is what ``torch.utils.checkpoint`` keeps in ways of its own. Under ``torch.autocast`` call it inside the
-    block. One forward is run, and no backward; parameters, gradients, buffers, modes and random numbers are as they
-    were.
+    It counts the storages of all tensors that autograd saves in a forward in train mode, each once, without the model's
+    parameters and buffers. It does not count gradients, the optimizer's state, tensors that a loss saves, and tensors
+    that ``torch.utils.checkpoint`` holds. With ``torch.autocast``, call it inside the block. It runs one forward and no
+    backward; parameters, gradients, buffers, modes and random number generators are as before.
 
     Args:
-        model: any module, injected or not: a plain one, all of it trainable, keeps what full fine-tuning keeps.
-        example: a batch as the model takes it: a tensor, a tuple that begins with one, or a dict of arguments.
+        model: any module, injected or not. A plain module whose parameters are all trainable gives the bytes of full
+            fine-tuning.
+        example: a batch for the model: a tensor, a tuple that begins with one, or a dict of arguments.
+
+    Returns:
+        The bytes of each module; ``.total`` is their sum.
     """
     running: list[nn.Module] = []
     counts: dict[nn.Module, int] = {}
@@ -101,7 +102,7 @@ def saved_bytes(model: nn.Module, example: Any) -> SavedBytes:
     ):
         model.train()
         run_batch(model, example)
-    names = {module: name for name, module in model.named_modules()}
+    names = names_of(model)
     kept = (
         KeptBytes(names[module], original_class(module).__name__, count, _note(module))
         for module, count in counts.items()
@@ -118,7 +119,7 @@ def _note(module: nn.Module) -> str:
 
 @contextmanager
 def _followed(model: nn.Module, running: list[nn.Module]) -> Iterator[None]:
-    """Which modules are running, the innermost last."""
+    """Keep the modules whose forward is running in ``running``, the innermost last."""
     handles = []
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -140,9 +141,9 @@ def _followed(model: nn.Module, running: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def counting(own: Iterable[Tensor], count: Callable[[int], object]) -> Iterator[None]:
-    """Tell the bytes of each storage that autograd keeps inside the block, once; those of ``own`` not at all."""
+    """Call ``count`` with the bytes of each storage that autograd saves in the block, once; ``own`` is not counted."""
     known = {tensor.untyped_storage()._cdata for tensor in own}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that none takes another's address
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no new storage gets the address of an old one
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""Running a few batches through the base alone; the model is left as it was: modes, buffers, random numbers."""
+"""Runs a few batches through the base alone, and then restores modes, buffers, parameters and random generators."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from .._layer.writes import Writes
 from .state import RECORD, Injection, activate
+from .targets import names_of
 from .written import slots
 
 
 @contextmanager
 def base_alone(root: nn.Module) -> Iterator[None]:
-    """The base in eval mode inside the block, no adapter active; all that a forward may move is put back after it."""
+    """Disable all adapters and set eval mode inside the block; then restore all that a forward may change."""
     injection = vars(root).get(RECORD)
     with ExitStack() as undo:
         if isinstance(injection, Injection) and not injection.disabled:
@@ -25,13 +26,13 @@ def base_alone(root: nn.Module) -> Iterator[None]:
             activate(root, injection, injection.now, disabled=True)
         undo.enter_context(left_as_it_was(root))
         for module in root.modules():
-            module.training = False  # not train(False), which a module may have made do more
+            module.training = False  # not train(False), which modules may override
         yield
 
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Modes, buffers, parameters and random numbers are after the block what they were before it."""
+    """Restore modes, buffers, parameters and random number generators after the block."""
     with ExitStack() as undo:
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
         undo.enter_context(torch.random.fork_rng(devices=sorted(device.index for device in devices)))
@@ -41,7 +42,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             for name, buffer in module._buffers.items()
         ]
         undo.callback(_put_back, buffers)
-        writes = Writes(slots(model), {module: name for name, module in model.named_modules()})
+        writes = Writes(slots(model), names_of(model))
         undo.callback(_put_parameters_back, writes)
         undo.enter_context(writes)
         for module in model.modules():
@@ -65,10 +66,10 @@ def _put_back(buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]]
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """The model's output for what a loader gives, on the model's device and in its dtype.
+    """Return the model's output for a batch of a data loader, which is moved to the model's device and dtype.
 
-    A sequence counts by its first member: images, a list of images as detectors take it, or a mapping. Of a mapping the
-    model gets what its forward has names for; where it has none, its first tensor of floating-point numbers.
+    Of a tuple or list the model gets the first entry: images, a list of images as detectors take it, or a mapping. Of a
+    mapping it gets the entries that its forward has arguments for; if there are none, the first floating-point tensor.
     """
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)
@@ -88,7 +89,7 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 
 def _names(model: nn.Module, offered: Iterable[str]) -> Collection[str]:
-    """The names that the model's forward takes among those offered."""
+    """Return those of the offered names that the model's forward takes as arguments."""
     parameters = inspect.signature(model.forward).parameters
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return set(offered)

@@ -1,7 +1,6 @@
-"""What one adapter is asked to be: each option of ``inject`` once, with its default, its check and its error.
+"""The options of ``inject``: each with its default, and the checks that need no model.
 
-What can be said of an option without a model is checked here. Patterns that match nothing, and layers that an option
-does not suit, are found where the model is read.
+Patterns that match no layer, and layers that an option does not suit, are found when the model is read.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Request:
-    """One adapter as the user asks for it: the arguments of :func:`convlora.inject`, which explains them.
+    """The arguments of :func:`convlora.inject`, which explains them, for one adapter.
 
     Raises:
         TargetError: an option is out of range.
@@ -94,12 +93,12 @@ class Request:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Request:
-        """From the ``locals()`` of a function that has these options among its arguments, or the fields of a plan."""
+        """Return a request from the ``locals()`` of a function that has these arguments, or from a plan's fields."""
         return cls(**{each.name: arguments[each.name] for each in fields(cls) if each.name in arguments})
 
     @classmethod
     def named(cls, function: str, **options: Any) -> Request:
-        """From the keyword arguments of a function; an unknown one is Python's own error of that function."""
+        """Return a request from a function's keyword arguments; an unknown one raises that function's TypeError."""
         unknown = [name for name in options if name not in cls.__dataclass_fields__]
         if unknown:
             raise TypeError(_unknown(function, unknown[0]))
@@ -122,7 +121,7 @@ class Request:
         check_among(INITS, self.beginning, "init")
         if self.init_data is not None and not hasattr(self.init_data, "__iter__"):
             raise TargetError(
-                f"init_data={self.init_data!r}; it must be batches: a DataLoader or a list, say. Nothing was changed."
+                f"init_data={self.init_data!r}; it must be batches: a DataLoader or a list. Nothing was changed."
             )
         if option := NO_METHODS.get(str(self.method)):
             raise TargetError(f"method={self.method!r} has another name here: write {option}. Nothing was changed.")
@@ -136,28 +135,28 @@ class Request:
             raise TargetError(f"mask_activations={self.mask_activations!r}; it must be true, false or 'bits'.")
         if self.freeze_A and not issubclass(METHODS[self.method], LoRA):
             raise TargetError(
-                f"freeze_A=True; method={self.method!r} has no lora_A. Use method='lora', or leave it out. "
+                f"freeze_A=True; method={self.method!r} has no lora_A. Use method='lora', or leave freeze_A out. "
                 "Nothing was changed."
             )
         if self.budget is not None:
             numbers_in(self.budget, 1)
         elif self.importance is not None:
-            raise TargetError("importance shares out a budget; give budget='1%', say. Nothing was changed.")
+            raise TargetError("importance needs a budget to distribute; give budget='1%' too. Nothing was changed.")
 
     @property
     def beginning(self) -> Init:
-        """How the factors begin: as asked; else from data, where there are any."""
+        """The initialisation: ``init``; or else ``"eva"`` with ``init_data`` and ``"kaiming"`` without."""
         return self.init if self.init is not None else "kaiming" if self.init_data is None else "eva"
 
     @property
     def largest_rank(self) -> int:
-        """The rank of every layer that no pattern names; with a budget, the largest that it may get."""
+        """The rank of layers that no pattern names; with a budget, their largest rank."""
         if self.rank is not None:
             return int(self.rank)
         return DEFAULT_RANK if self.budget is None else MORE_THAN_ANY
 
     def alpha_at(self, rank: int) -> float:
-        """Default: twice the rank, a scaling of 2 at every rank, so that a learning rate carries over."""
+        """Return alpha at this rank; by default twice the rank, so that all ranks have the same scaling."""
         return float(2 * rank if self.alpha is None else self.alpha)
 
 
@@ -188,11 +187,11 @@ THEIRS = {
     "bias": "Leave it out: biases are frozen, as with peft's bias='none', but for those of modules_to_save.",
     "lr": "A learning rate belongs to the optimizer: convlora.parameter_groups(model, lr=...).",
 }
-"""What to do in the place of an argument that peft, LyCORIS or kohya's scripts have."""
+"""The remedy for each argument that peft, LyCORIS or kohya's scripts have and convlora does not."""
 
 
 def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, whose error for another library's argument says what to write here."""
+    """Return the function with an error that says what to write for another library's argument."""
 
     @wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -208,7 +207,7 @@ def _unknown(function: str, name: str) -> str:
 
 
 def check_among(known: tuple[str, ...], value: object, argument: str) -> None:
-    """Raise TargetError where the value is none of those that there are."""
+    """Raise TargetError unless the value is one of the known values."""
     if value not in known:
         listed = ", ".join(map(repr, known))
         wanted = f"one of {listed}" if len(known) > 2 else listed.replace(", ", " or ")
@@ -216,45 +215,49 @@ def check_among(known: tuple[str, ...], value: object, argument: str) -> None:
 
 
 def checked_rank(rank: int, argument: str) -> int:
-    """The rank itself, once it is known to be one."""
+    """Return the rank; raise TargetError unless it is a whole number of at least 1."""
     if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
         raise TargetError(
-            f"{argument}={rank!r}; a rank is a whole number of at least 1. To leave a layer alone, "
-            "use exclude_modules; to train the head only, target_modules=()."
+            f"{argument}={rank!r}; a rank is a whole number of at least 1. To skip a layer, use exclude_modules; to "
+            "train only the head, target_modules=()."
         )
     return int(rank)
 
 
 def check_alpha(alpha: float, argument: str) -> None:
-    """A finite number above 0 that the factors' dtype holds, too: torch refuses to multiply with a larger one."""
+    """Raise TargetError unless this is a number above 0 that is finite in fp32: torch refuses to multiply by others."""
     if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha <= LARGEST_ALPHA:
         raise TargetError(f"{argument}={alpha!r}; it must be a finite number above 0.")
 
 
 def check_number(number: float, argument: str) -> None:
-    """A finite number that the factors' dtype holds, too."""
+    """Raise TargetError unless this is a number that is finite in fp32."""
     if not isinstance(number, Real) or isinstance(number, bool) or not -LARGEST_ALPHA <= number <= LARGEST_ALPHA:
         raise TargetError(f"{argument}={number!r}; it must be a finite number. Nothing was changed.")
 
 
 def check_name(adapter_name: str) -> None:
-    """A name that the state dict and torch's ModuleDict can have, and that shows."""
+    """Raise TargetError unless this is a printable name that a state dict and torch's ModuleDict can hold."""
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise TargetError(f"adapter_name={adapter_name!r}; it must be a name without a dot.")
     if not adapter_name.isprintable():
-        raise TargetError(f"adapter_name={adapter_name!r} holds characters that do not show; choose another.")
+        raise TargetError(f"adapter_name={adapter_name!r} holds characters that cannot be printed; choose another.")
     if hasattr(LayerAdapters(), adapter_name):
-        raise TargetError(f"adapter_name={adapter_name!r} is taken by torch's ModuleDict; choose another.")
+        raise TargetError(f"adapter_name={adapter_name!r} is an attribute of torch's ModuleDict; choose another.")
 
 
 def numbers_in(budget: Budget, base_parameters: int) -> int:
-    """How many numbers a budget allows.
+    """Return how many trainable parameters a budget allows.
 
     >>> numbers_in("1%", 1_000_000), numbers_in(0.01, 1_000_000), numbers_in(10_000, 1_000_000)
     (10000, 10000, 10000)
 
+    Args:
+        budget: a share of ``base_parameters``, ``"1%"`` or 0.01, or a number of parameters.
+        base_parameters: the number of the base's parameters.
+
     Raises:
-        TargetError: it is neither a share nor a number.
+        TargetError: the budget is neither a share nor a number.
     """
     share: float | None = None
     if isinstance(budget, str):

@@ -34,7 +34,7 @@ from ..errors import StateError
 from .checks import check_is_module, check_model
 from .mixing import Mixtures
 from .norms import FrozenNorm, TrackedNorm, set_policy
-from .targets import dotted
+from .targets import dotted, names_of
 
 RECORD = "_convlora"
 
@@ -328,13 +328,13 @@ def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: di
     if not isinstance(injection, Injection):
         return
     theirs = metadata.get(CHILD, {})
-    has_factors = any(f".{CHILD}." in f".{key[len(prefix) :]}" for key in state if key.startswith(prefix))
-    if injection.merged and (has_factors or theirs.get("merged") is False):
+    is_injected = has_factors(state, prefix)
+    if injection.merged and (is_injected or theirs.get("merged") is False):
         raise StateError(
             "The model is merged and the state dict is of an unmerged one, with the base's weights. Call "
             "convlora.unmerge(model), load, and merge again. Nothing was loaded."
         )
-    weights = {} if injection.merged or has_factors or theirs else _base_weights(root, prefix)
+    weights = {} if injection.merged or is_injected or theirs else _base_weights(root, prefix)
     of_base = bool(weights) and weights.keys() <= state.keys()
     if not injection.merged and (theirs.get("merged") or (of_base and _is_merged(weights, state))):
         raise StateError(
@@ -344,13 +344,13 @@ def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: di
     if theirs and (theirs.get("mixed") or injection.is_mixed):
         which = "The state dict has" if theirs.get("mixed") else "The model has"
         raise StateError(
-            f"{which} a head, statistics or biases in place that are a mixture by weight, and no adapter's own. Leave "
-            "scaled blocks, and convlora.set_adapter one adapter, or several with an owner, before a state dict is "
-            "taken or loaded; or use convlora.save_adapter. Nothing was loaded."
+            f"{which} a head, statistics or biases that are a mixture of several adapters'. Before a state dict is "
+            "taken or loaded, leave scaled blocks and activate one adapter, or several with an owner, with "
+            "convlora.set_adapter; or use convlora.save_adapter. Nothing was loaded."
         )
     if theirs and (strengths := theirs.get("strengths", {})) != injection.strengths:
         raise StateError(
-            f"The state dict is of adapters at the strengths {strengths or 1}, and the model's have "
+            f"The state dict was taken at the adapters' strengths {strengths or 1}, and the model has "
             f"{injection.strengths or 1}; a state dict does not hold them. Call convlora.set_scale first. Nothing was "
             "loaded."
         )
@@ -360,7 +360,7 @@ def check_mark(root: nn.Module, state: dict[str, Any], prefix: str, metadata: di
         remedy = f"convlora.set_adapter(model, {name!r})" if name else "convlora.disable_adapter(model)"
         raise StateError(
             f"The state dict has the head and statistics of {name or 'the base'!r}, and the model has those of "
-            f"{active or 'the base'!r} in place. Call {remedy} first. Nothing was loaded."
+            f"{active or 'the base'!r}. Call {remedy} first. Nothing was loaded."
         )
     if of_base:
         _give_base(root, injection, state, prefix)
@@ -389,7 +389,7 @@ def _is_merged(weights: dict[str, tuple[nn.Module, nn.Parameter]], state: dict[s
 
 def _give_base(root: nn.Module, injection: Injection, state: dict[str, Any], prefix: str) -> None:
     """Load a base's checkpoint also into the base's tensors that are kept, and into an adapter's that equal them."""
-    names = {module: name for name, module in root.named_modules()}
+    names = names_of(root)
     for place in injection.places:
         new = state.get(prefix + dotted(names.get(place.module, "?"), place.name))
         base = place.of(BASE)
@@ -414,10 +414,20 @@ def hook_state_dicts(root: nn.Module) -> None:
 
 def unhook_state_dicts(root: nn.Module) -> None:
     """Undo :func:`hook_state_dicts`; may be run again."""
-    for hooks in (root._state_dict_hooks, root._load_state_dict_pre_hooks):
+    remove_hooks((root._state_dict_hooks, root._load_state_dict_pre_hooks), (mark, check_mark))
+
+
+def remove_hooks(tables: Iterable[dict[int, Any]], functions: tuple[Callable[..., Any], ...]) -> None:
+    """Remove these functions from tables of a module's hooks."""
+    for hooks in tables:
         for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (mark, check_mark):
+            if getattr(hook, "hook", hook) in functions:
                 hooks.pop(key, None)
+
+
+def has_factors(state: Mapping[str, Any], prefix: str) -> bool:
+    """Return whether a state dict holds adapters' factors below this prefix."""
+    return any(f".{CHILD}." in f".{key[len(prefix) :]}" for key in state if key.startswith(prefix))
 
 
 def holders_of(root: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -459,8 +469,8 @@ def injected(model: nn.Module) -> list[tuple[str, nn.Module, Injection]]:
         if any(map(_is_ours, model.modules())):
             raise StateError(
                 f"{type(model).__name__} is a part of an injected model, or a copy of a part, or made of its layers (a "
-                "feature extractor, say): the whole model alone knows its adapters. Call this on the whole model. "
-                "Layers that the two share change with it; a copy is to be taken afterwards, from "
+                "feature extractor, say), and only the whole model knows its adapters. Call this on the whole model; "
+                "shared layers change with it. To get a plain copy of a part, copy it after "
                 "convlora.remove(convlora.merge(model)). Nothing was changed."
             )
         raise StateError(
@@ -535,8 +545,8 @@ def check_new(injection: Injection, adapter_name: str) -> None:
     """Raise StateError if there is an adapter of this name."""
     if adapter_name in injection.adapters:
         raise StateError(
-            f"There is an adapter {adapter_name!r} already. Give the new one a name of its own (adapter_name=...), or "
-            "take the plain model, which convlora.remove(model) gives. Nothing was changed."
+            f"There is an adapter {adapter_name!r} already. Give the new one another name (adapter_name=...), or load "
+            "it into the plain model, which convlora.remove(model) gives. Nothing was changed."
         )
 
 
@@ -548,8 +558,9 @@ def the_adapter(injection: Injection, adapter_name: str | None) -> Adapter:
     """
     if adapter_name is None and injection.blend:
         raise StateError(
-            f"Adapters are active by weight, {injection.blend.weights}: name one of them. convlora.combine_adapters "
-            "makes one adapter of several, convlora.set_scale gives one another strength. Nothing was changed."
+            f"Adapters are active by weight, {injection.blend.weights}: give the name of one. "
+            "convlora.combine_adapters makes one adapter of several, convlora.set_scale changes an adapter's strength. "
+            "Nothing was changed."
         )
     found = injection.adapters.get(injection.active if adapter_name is None else adapter_name)
     if found is None:
@@ -610,8 +621,8 @@ def check_intact(root: nn.Module, injection: Injection) -> None:
     if replaced:
         raise StateError(
             f"{', '.join(replaced)} of {type(root).__name__} was replaced after convlora.inject, and the adapter is "
-            "on the old module still. convlora.adopt(model) makes a new head the adapter's; else change a model before "
-            "you inject: convlora.remove(model), change, inject again."
+            "still on the old module. For a new head, call convlora.adopt(model). For other modules, call "
+            "convlora.remove(model), change the model, and inject again."
         )
 
 
@@ -641,7 +652,10 @@ def check_single(injection: Injection) -> None:
         what = (
             f"Adapters are active by weight, {injection.blend.weights}" if injection.blend else "A scaled block is open"
         )
-        raise StateError(f"{what}; convlora.set_adapter one, outside of scaled blocks, first. Nothing was changed.")
+        raise StateError(
+            f"{what}. Activate one adapter with convlora.set_adapter, outside of scaled blocks, first. Nothing was "
+            "changed."
+        )
 
 
 def check_enabled(injection: Injection) -> None:

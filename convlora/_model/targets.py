@@ -1,7 +1,6 @@
-"""Which layers to adapt.
+"""Selects layers by type, glob, regular expression or predicate; the functions here do not change the model.
 
-A target is named by type, glob, regular expression or predicate. Everything here reads the model and changes
-nothing; ``inject.py`` carries out what is decided. Order of the result is ``named_modules`` order.
+Selected layers are in the order of ``named_modules``.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ T = TypeVar("T")
 
 
 def dotted(*parts: str) -> str:
-    """A key of its parts; the root's name is empty.
+    """Join the parts of a state-dict key; empty parts, such as the root's name, are left out.
 
     >>> dotted("layer1.0", "weight"), dotted("", "weight")
     ('layer1.0.weight', 'weight')
@@ -38,25 +37,26 @@ def dotted(*parts: str) -> str:
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """A torch convolution of any dimension, transposed too, or a module that keeps kernels of its own.
+    """Return whether this is a torch convolution of any dimension, also transposed, or a module with a kernel weight.
 
-    The latter is told by its ``kernel_size`` and a weight of kernels: torchvision's DeformConv2d, timm's CondConv2d.
+    The latter has an attribute ``kernel_size`` and a weight of at least three dimensions, such as torchvision's
+    DeformConv2d and timm's CondConv2d.
     """
     return isinstance(module, _ConvNd) or (hasattr(module, "kernel_size") and len(weight_shape(module)) > 2)
 
 
 def is_packed(module: nn.Module) -> bool:
-    """A quantized layer of torch's, whose weight is a method."""
+    """Return whether this is a quantized layer of torch, whose ``weight`` is a method."""
     return callable(getattr(type(module), "weight", None))
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """A convolution or a linear layer."""
+    """Return whether this is a convolution or a linear layer."""
     return isinstance(module, nn.Linear) or is_convolution(module)
 
 
 def is_counting(module: nn.Module) -> bool:
-    """A constant that detectors take an expectation with: a convolution to one channel that holds 0, 1, 2, …"""
+    """Return whether this is a convolution with the constant weight 0, 1, 2, … (detectors compute means with it)."""
     weight = module._parameters.get("weight")
     if weight is None or weight.is_meta or not is_convolution(module) or weight.dim() < 3:
         return False
@@ -66,19 +66,19 @@ def is_counting(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Named:
-    """A module and every name that it has in the model; a shared module has several, and the first one counts."""
+    """A module and its names in the model. A shared module has several names, of which the first is used."""
 
     names: tuple[str, ...]
     module: nn.Module
 
     @property
     def name(self) -> str:
-        """The name that ``named_modules()`` gives."""
+        """The name in ``named_modules()``."""
         return self.names[0]
 
 
 def modules_of(model: nn.Module) -> list[Named]:
-    """Each module of the base once, with all its names; the root's is empty."""
+    """Return each module of the base once, with all its names; the root's name is empty."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, (LayerAdapters, Change)):
@@ -86,8 +86,13 @@ def modules_of(model: nn.Module) -> list[Named]:
     return [Named(tuple(all_names), module) for module, all_names in names.items()]
 
 
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the name of each module, as ``named_modules`` gives it."""
+    return {module: name for name, module in model.named_modules()}
+
+
 def as_targets(targets: Targets) -> tuple[Target, ...]:
-    """One target or several, as a tuple."""
+    """Return one or several targets as a tuple."""
     if targets is None:
         return ()
     if isinstance(targets, (str, re.Pattern, type)) or not isinstance(targets, Iterable):
@@ -96,7 +101,7 @@ def as_targets(targets: Targets) -> tuple[Target, ...]:
 
 
 def matches(target: Target, candidate: Named) -> bool:
-    """Whether one target names this module; any of a shared module's names will do."""
+    """Return whether a target names this module, by any of its names."""
     if isinstance(target, type):
         return isinstance(candidate.module, target)
     if isinstance(target, str):
@@ -116,7 +121,7 @@ def _ask(predicate: Callable[[str, nn.Module], bool], name: str, module: nn.Modu
         return bool(predicate(name, module))
     except Exception as cause:
         raise TargetError(
-            f"The predicate failed at {name} ({type(module).__name__}): {cause!r}. It is asked for linear layers as "
+            f"The predicate failed at {name} ({type(module).__name__}): {cause!r}. It is called for linear layers as "
             "well as for convolutions: begin with isinstance(module, nn.Conv2d). Nothing was changed."
         ) from cause
 
@@ -128,17 +133,17 @@ def select(
     model: nn.Module,
     suggest: Callable[[], list[Named]] = list,
 ) -> list[Named]:
-    """The candidates that any target names; each target must name at least one.
+    """Return the candidates that any target names; each target must name at least one.
 
     Args:
         candidates: the modules to choose from.
         targets: the user's targets.
-        argument: the argument that they were given as, for errors.
+        argument: the name of the argument that holds the targets, for errors.
         model: the model, for errors.
-        suggest: what a target that matches nothing may have meant; default the nearest names.
+        suggest: returns modules that a target without a match may mean; default none.
 
     Raises:
-        TargetError: all targets that match nothing, in one error, each with the nearest names there are.
+        TargetError: targets match nothing; one error names all of them, each with the nearest names.
     """
     wanted = as_targets(targets)
     names = {name for c in candidates for name in c.names}
@@ -151,7 +156,7 @@ def select(
 
 
 def narrow_names(candidates: list[Named], targets: Targets, argument: str, found: list[Named]) -> list[str]:
-    """A note for each name that is one module's, where other modules end in it: users of peft mean all of those."""
+    """Return a note for each target that names one module and is the end of others' names, all of which peft adapts."""
     chosen = {c.module for c in found}
     others = Counter(ending for c in candidates if c.module not in chosen for ending in _endings(c))
     return [
@@ -163,12 +168,12 @@ def narrow_names(candidates: list[Named], targets: Targets, argument: str, found
 
 
 def _endings(candidate: Named) -> set[str]:
-    """What follows each dot of its names: for ``layer1.0.conv1`` ``0.conv1`` and ``conv1``."""
+    """Return the ends of a module's names after each dot: for ``layer1.0.conv1``, ``0.conv1`` and ``conv1``."""
     return {name[dot + 1 :] for name in candidate.names for dot, letter in enumerate(name) if letter == "."}
 
 
 def _is_name(target: Target) -> TypeGuard[str]:
-    """Whether it can be looked up: a glob without a wildcard."""
+    """Return whether a target is a string without wildcards, so that it can be looked up."""
     return isinstance(target, str) and not _WILD.search(target)
 
 
@@ -176,7 +181,7 @@ _WILD = re.compile(r"[*?[]")
 
 
 class ByPattern(Generic[T]):
-    """Values by pattern: a module has that of the first pattern that names it."""
+    """Values by pattern; the first pattern that names a module gives its value."""
 
     def __init__(self, values: Mapping[str | re.Pattern[str], T]) -> None:
         numbered = [(at, pattern, value) for at, (pattern, value) in enumerate(values.items())]
@@ -185,7 +190,7 @@ class ByPattern(Generic[T]):
         self._others = [each for each in numbered if not _is_name(each[1])]
 
     def of(self, candidate: Named, default: T) -> T:
-        """The module's value; ``default`` where no pattern names it."""
+        """Return the module's value; ``default`` if no pattern names it."""
         found = [self._named[name] for name in candidate.names if name in self._named]
         found += next(([(at, value)] for at, pattern, value in self._others if matches(pattern, candidate)), [])
         return min(found, key=lambda each: each[0])[1] if found else default
@@ -212,9 +217,9 @@ def _missed_one(target: Target, candidates: list[Named], argument: str, model: n
     line = f"{argument}={pattern!r} matches no {what} of {kind}."
     inside = sum(c.name.startswith(pattern + ".") for c in candidates)
     if inside:
-        return f"{line} For what is inside {pattern!r} ({inside}) write {pattern + '.*'!r}."
+        return f"{line} For the {inside} modules inside {pattern!r} write {pattern + '.*'!r}."
     if _is_name(target) and (ending := sum(target in _endings(c) for c in candidates)):
-        return f"{line} A name is a whole one; for all that end in {pattern!r} ({ending}) write '*.{pattern}'."
+        return f"{line} A name must be complete; for all that end in {pattern!r} ({ending}) write '*.{pattern}'."
     if isinstance(target, str) and set(pattern) & set("\\()|^$+"):
         line += " A string is a glob; for a regular expression give re.compile(...)."
     line += f" The head is {', '.join(map(repr, suggested))}." if suggested else ""
@@ -223,6 +228,6 @@ def _missed_one(target: Target, candidates: list[Named], argument: str, model: n
 
 
 def exactly(names: Iterable[str]) -> Targets:
-    """A target that names these modules and no other."""
+    """Return a target that names exactly these modules."""
     wanted = set(names)
     return (lambda name, _: name in wanted) if wanted else None

@@ -1,8 +1,8 @@
-"""Parameters of the base that move by other ways than gradients: a codebook's average, a weight made for evaluation.
+"""Parameters of the base that change without a gradient: a codebook that is averaged, a weight computed for evaluation.
 
-The first forward in train mode and the first in eval mode are watched. What they write to is from then on a place: the
-base has what it was before, and each adapter its own, saved with it. What was written later, or in parts of the model
-that were called by themselves, or compiled, is found when the adapter is saved.
+The first forward in train mode and the first in eval mode are watched. A parameter that they write to becomes a place:
+the base keeps its old values, and each adapter has and saves its own. Writes that these forwards did not show (later
+ones, or in parts that were called alone or compiled) are found when the adapter is saved.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from .._layer.adapted import CHILD, LayerAdapters, carries
+from .._layer.adapted import LayerAdapters, carries
 from .._layer.functional import is_transformed
 from .._layer.places import BASE, COPY, MIXTURE, SWAPPING, Place
 from .._layer.swap import Swapped, set_below
 from .._layer.writes import Slot, Writes, is_watching
 from .._plan import Plan
-from .state import RECORD, Adapter, Blend, Injection, weights_in
+from .state import RECORD, Adapter, Blend, Injection, has_factors, remove_hooks, weights_in
+from .targets import dotted, names_of
 
 PROBED = 64
-"""As many numbers of a parameter, spread evenly over it, are remembered."""
+"""The number of values, spread evenly over a parameter, that are remembered to detect a write."""
 ROUNDING = 2e-4
-"""What an average of the model rounds anew differs by less, against its size."""
+"""The largest relative difference that counts as rounding, as by a weight average (EMA); see ``digests.py``."""
 
 
 class Watched(Swapped):
-    """The root of an injected model until a forward of each mode has been seen."""
+    """The mixin of an injected model's root until a forward in each mode has been watched."""
 
-    _convlora_prefix: ClassVar[str] = ""  # who asks for a model's class is told the same name
+    _convlora_prefix: ClassVar[str] = ""  # the class keeps its name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, watched where it may be: not inside of what is compiled, traced or recorded."""
+        """Call the model, and watch for writes unless it is being compiled, traced or recorded."""
         root = cast(nn.Module, self)
         # Not super(): whoever compiled the model keeps this method, and calls it when the class has been given back.
         call = getattr(type(root), "_convlora_original", type(root)).__call__
@@ -49,8 +50,7 @@ class Watched(Swapped):
 
 def _watched(root: nn.Module, injection: Injection, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     mode = root.training
-    names = {module: name for name, module in root.named_modules()}
-    writes = Writes(slots(root, injection), names)
+    writes = Writes(slots(root, injection), names_of(root))
     try:
         with writes:
             output = call(root, *args, **kwargs)
@@ -64,7 +64,7 @@ def _watched(root: nn.Module, injection: Injection, call: Callable[..., Any], ar
 
 
 def slots(root: nn.Module, injection: Injection | None = None) -> Iterator[Slot]:
-    """The base's parameters that no adapter has of its own, without the weights of adapted layers."""
+    """Yield the base's parameters that are no places, without the weights of adapted layers."""
     owned = {(p.module, p.name) for p in (injection.places if injection else ()) if p.is_parameter}
     ours = {inner for module in root.modules() if isinstance(module, LayerAdapters) for inner in module.modules()}
     for module in root.modules():
@@ -75,13 +75,20 @@ def slots(root: nn.Module, injection: Injection | None = None) -> Iterator[Slot]
 
 
 def own(root: nn.Module, injection: Injection, found: Iterable[tuple[Slot, Tensor]]) -> list[str]:
-    """Give the base what it had before, and each adapter that is not at work; names what was found.
+    """Make places of parameters that were written to; the base and inactive adapters get the values before the write.
 
-    The tensor that is in the module stays, for whose turn it is: an optimizer or a graph may have it.
+    The written tensor stays in the module, for the active adapter: an optimizer or a graph may refer to it.
+
+    Args:
+        root: the injected module.
+        injection: its record.
+        found: the parameters, each with its values before the write.
+
+    Returns:
+        The parameters' state-dict keys.
     """
     copies: dict[tuple[str, int], nn.Parameter] = {}
-    names = {module: f"{name}." if name else "" for name, module in root.named_modules()}
-    keys = []
+    names, keys = names_of(root), []
     with SWAPPING, torch.inference_mode(False), torch.no_grad():
         for slot, before in found:
             if slot.module._parameters.get(slot.name) is None:
@@ -95,7 +102,7 @@ def own(root: nn.Module, injection: Injection, found: Iterable[tuple[Slot, Tenso
             place.owner = COPY if injection.disabled else place.owner
             place.kept.pop(place.owner, None)
             injection.places.append(place)
-            keys.append(names[slot.module] + slot.name)
+            keys.append(dotted(names[slot.module], slot.name))
         if keys:
             for adapter in injection.adapters.values():
                 follow(root, injection, adapter)
@@ -103,20 +110,20 @@ def own(root: nn.Module, injection: Injection, found: Iterable[tuple[Slot, Tenso
 
 
 def follow(root: nn.Module, injection: Injection, adapter: Adapter) -> None:
-    """Take into the adapter's plan which parameters forwards write to."""
-    names = {module: f"{name}." if name else "" for name, module in root.named_modules()}
+    """List the parameters that changed without a gradient in the adapter's plan."""
+    names = names_of(root)
     places = (place for place in injection.places if place.is_written and place.module in names)
-    adapter.plan = replace(adapter.plan, written=tuple(names[place.module] + place.name for place in places))
+    adapter.plan = replace(adapter.plan, written=tuple(dotted(names[p.module], p.name) for p in places))
 
 
 def written_in(plan: Plan, model: nn.Module) -> set[tuple[nn.Module, str]]:
-    """The parameters that a plan says forwards write to, as (module, name)."""
+    """Return the parameters that a plan lists as changed without a gradient, as (module, name)."""
     parts = [key.rpartition(".") for key in plan.written]
     return {(model.get_submodule(name), key) for name, _, key in parts}
 
 
 def watch_writes(root: nn.Module, injection: Injection) -> None:
-    """Watch the next forwards, and remember the base as it is; may be run again."""
+    """Watch the first forward in each mode, and remember values of the base. May be run again."""
     set_below(root, Watched, is_there=True)
     _remember(root, injection)
     _unhook(root)
@@ -125,23 +132,21 @@ def watch_writes(root: nn.Module, injection: Injection) -> None:
 
 
 def show_watch(root: nn.Module, injection: Injection) -> None:
-    """Give a merged model its own class back, and watch it again once it is unmerged, if a mode was not yet seen."""
+    """Stop watching a merged model, and watch it again when it is unmerged, until both modes have been watched."""
     if len(injection.watched) < 2:
         set_below(root, Watched, is_there=not injection.merged)
 
 
 def unwatch(root: nn.Module) -> None:
-    """Undo :func:`watch_writes`; may be run again."""
+    """Undo :func:`watch_writes`. May be run again."""
     if isinstance(root, Watched):
         set_below(root, Watched, is_there=False)
     _unhook(root)
 
 
 def _unhook(root: nn.Module) -> None:
-    for hooks in (root._load_state_dict_pre_hooks, root._load_state_dict_post_hooks):
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_before_loading, _after_loading):
-                hooks.pop(key, None)
+    hooks = (root._load_state_dict_pre_hooks, root._load_state_dict_post_hooks)
+    remove_hooks(hooks, (_before_loading, _after_loading))
 
 
 def _remember(root: nn.Module, injection: Injection) -> None:
@@ -159,17 +164,16 @@ def _differ(now: Tensor, before: Tensor) -> bool:
 
 
 def _before_loading(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Of a state dict of an injected model, what is not the base's is the adapter's: it goes on where it was."""
+    """Before a state dict of an injected model is loaded, make places of base parameters whose values differ in it."""
     injection = vars(root).get(RECORD)
     if not isinstance(injection, Injection):
         return
-    if not any(f".{CHILD}." in f".{key[len(prefix) :]}" for key in state if key.startswith(prefix)):
-        injection.remembered = []  # a base's checkpoint
+    if not has_factors(state, prefix):
+        injection.remembered = []  # the checkpoint of a base; _after_loading remembers its values
         return
-    names = {module: f"{prefix}{name}." if name else prefix for name, module in root.named_modules()}
-    found = []
+    names, found = names_of(root), []
     for slot in slots(root, injection):
-        new = state.get(names[slot.module] + slot.name)
+        new = state.get(prefix + dotted(names[slot.module], slot.name))
         if isinstance(new, Tensor) and _differ(new.detach().to(slot.parameter.device), slot.parameter.detach()):
             found.append((slot, slot.parameter.detach().clone()))
     own(root, injection, found)
@@ -182,10 +186,12 @@ def _after_loading(root: nn.Module, _: Any) -> None:
 
 
 def own_changed(root: nn.Module, injection: Injection) -> list[str]:
-    """Own what has changed since injection and was not seen being written; what a lost base held is what is there now.
+    """Make places of parameters that have changed since injection without a watched write.
+
+    Their old values are lost, so the base gets the new ones too.
 
     Returns:
-        The names.
+        The parameters' state-dict keys.
     """
     there = {(slot.module, slot.name): slot.parameter for slot in slots(root, injection)}
     found = []
