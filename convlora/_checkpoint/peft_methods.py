@@ -32,6 +32,7 @@ adapter that only convlora reads. Other methods that stock peft reads have peft'
 
 MAGNITUDE = "lora_magnitude_vector"
 """The part of the key of DoRA's magnitudes that follows the layer's name."""
+CONV1D = "peft multiplies a Conv1d's lokr_w2 along other dimensions than its lokr_w1"
 
 
 # ---- from a file's tensors
@@ -105,9 +106,6 @@ def read_peft_lokr(found: Stored) -> Taken:
     if isinstance(found.layer, nn.Conv1d) and "lokr_w2" in found.parts:
         raise TargetError(CONV1D)
     return read_lokr(found)
-
-
-CONV1D = "peft multiplies a Conv1d's lokr_w2 along other dimensions than its lokr_w1"
 
 
 def read_hira(found: Stored) -> Taken:

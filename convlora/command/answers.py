@@ -29,14 +29,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 
 IN_PYTHON = ("check_base", "check_finite", "prefix", "example", "init_data")
-"""Arguments that texts of the library name, and that not every command has an option for."""
+"""Arguments in texts of the library for which not every command has an option."""
 
 WORDS = {
     "`print(convlora.plan(model))` lists": "`convlora plan MODEL` lists",
     "give re.compile(...)": "write re:EXPRESSION",
     "modules_to_save=None": "modules_to_save='none'",
 }
-"""Values in Python, and on the command line."""
+"""Expressions in Python, and what to write on the command line instead."""
 
 _ARGUMENT = re.compile(r"""\b([a-z_A]+)(?:=('[^']*'|"[^"]*"|\[[^]]*]|\(\)|[\w.]*\w))?""")
 _ITEM = re.compile(r"""'[^']*'|"[^"]*"|[\w.]+""")
@@ -126,9 +126,13 @@ def _answer(run: Callable[[], Answer], as_json: bool, flags: Mapping[str, str]) 
 
 
 def in_options(text: str, flags: Mapping[str, str]) -> str:
-    """What the library says, with the command's options in the place of Python's arguments.
+    """Return a text of the library in which the command's options replace Python's arguments.
 
-    ``target_modules=[nn.Conv2d, nn.Linear]`` is ``--target type:Conv2d --target type:Linear``.
+    ``target_modules=[nn.Conv2d, nn.Linear]`` becomes ``--target type:Conv2d --target type:Linear``.
+
+    Args:
+        text: an error, a warning or a note of the library.
+        flags: the command's options, by the names of the library's arguments.
     """
     for python, shell in WORDS.items():
         text = text.replace(python, shell)

@@ -39,7 +39,7 @@ AnyBaseOption = Annotated[
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Write into OUT even if something is there already.")]
 To = Literal["convlora", "peft", "diffusers", "lycoris"]
-"""Whose files ``convert`` writes."""
+"""The library whose files ``convert`` writes."""
 Pattern = str | re.Pattern[str]
 Texts = list[str] | None
 
