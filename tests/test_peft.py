@@ -286,7 +286,7 @@ def test_layers_that_peft_computes_otherwise_are_refused(tmp_path, make, reason)
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"use_dora": True}, r"use_dora=True, and no magnitudes"),
+        ({"use_dora": True}, r"use_dora=True, and the file has no magnitudes"),
         ({"lora_bias": True}, r"lora_bias=True: convlora's adapters have no bias"),
         ({"fan_in_fan_out": True}, r"fan_in_fan_out=True: it is for weights that are stored transposed"),
         ({"layer_replication": [[0, 2]]}, r"layer_replication=.*: it changes the network itself"),
