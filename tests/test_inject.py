@@ -287,7 +287,7 @@ REFUSALS = [
     ({"norm": "eval"}, TargetError, r"norm='eval'; it must be 'freeze' or 'track'"),
     ({"dropout": 1.0}, TargetError, r"dropout=1\.0; it must be at least 0 and below 1"),
     ({"adapter_name": "a.b"}, TargetError, r"adapter_name='a\.b'; it must be a name without a dot"),
-    ({"adapter_name": "keys"}, TargetError, r"adapter_name='keys' is taken"),
+    ({"adapter_name": "keys"}, TargetError, r"adapter_name='keys' is an attribute"),
     ({"target_modules": 5}, TargetError, r"5 is not a valid target; give a type"),
     ({"target_modules": nn.Conv2d(1, 1, 1)}, TargetError, r"Conv2d\(.*is not a valid target; give a type"),
     ({"target_modules": (), "modules_to_save": None}, TargetError, r"nothing would train"),
