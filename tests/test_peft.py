@@ -327,7 +327,10 @@ def test_configurations_that_mean_more_than_lora_are_refused(tmp_path, change, r
         ),
         (lambda t: t.pop("fc.bias"), r"fc\.bias: nothing in the file, \(2,\) in the model"),
         (lambda t: t.update({"conv1.lora_B.bias": torch.ones(64)}), r"convlora's adapters have no bias"),
-        (lambda t: t.update({"conv1.lora_magnitude_vector": torch.ones(64)}), r"use_dora=False, and the file has magnitudes"),
+        (
+            lambda t: t.update({"conv1.lora_magnitude_vector": torch.ones(64)}),
+            r"use_dora=False, and the file has magnitudes",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path, change, reason):
