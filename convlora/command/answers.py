@@ -10,7 +10,6 @@ import shlex
 import sys
 import traceback
 import warnings
-from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, get_type_hints
@@ -27,7 +26,6 @@ REFUSED, DIFFERS, OWN_ERROR = 1, 3, 70
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
-
 IN_PYTHON = ("check_base", "check_finite", "prefix", "example", "init_data")
 """Arguments in texts of the library for which not every command has an option."""
 
@@ -38,8 +36,9 @@ WORDS = {
 }
 """Expressions in Python, and what to write on the command line instead."""
 
-_ARGUMENT = re.compile(r"""\b([a-z_A]+)(?:=('[^']*'|"[^"]*"|\[[^]]*]|\(\)|[\w.]*\w))?""")
-_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[\w.]+""")
+_ARGUMENT = re.compile(r"""\b([a-z_A]+)(?:=('[^'\n]*'|"[^"]*"|\[[^]]*]|\(\)|[\w.]*\w))?""")
+_ITEM = re.compile(r"""'[^'\n]*'|"[^"]*"|[\w.]+""")
+Say = Callable[[str], str]
 
 
 class CommandError(ConvLoraError):
@@ -70,18 +69,15 @@ def answering(declared: Callable[..., None], run: Callable[..., Answer]) -> Call
             parameters += _options_of(kind)
         else:
             parameters.append(own.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
-    parameters += [
-        _parameter("as_json", JsonOption, False),
-        _parameter("context", typer.Context, inspect.Parameter.empty),
-    ]
+    parameters.append(_parameter("as_json", JsonOption, False))
+    parameters.append(_parameter("context", typer.Context, inspect.Parameter.empty))
 
     def command(context: typer.Context, **values: Any) -> None:
         as_json = values.pop("as_json")
         for name, (kind, names) in grouped.items():
             values[name] = kind(**{each: values.pop(each) for each in names})
-        _answer(
-            lambda: run(**values), as_json, {str(each.name): max(each.opts, key=len) for each in context.command.params}
-        )
+        flags = {str(each.name): max(each.opts, key=len) for each in context.command.params}
+        _answer(lambda: run(**values), as_json, lambda text: in_options(text, flags))
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -101,14 +97,14 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _answer(run: Callable[[], Answer], as_json: bool, flags: Mapping[str, str]) -> None:
+def _answer(run: Callable[[], Answer], as_json: bool, say: Say) -> None:
     """Run a command, print its answer, and exit with its code. All other output goes to stderr, not to stdout."""
     try:
-        with contextlib.redirect_stdout(sys.stderr), _plain_warnings(flags):
+        with contextlib.redirect_stdout(sys.stderr), _plain_warnings(say):
             answer = run()
         text = _json(answer.data) if as_json else ""
     except ConvLoraError as error:
-        message = in_options(str(error), flags)
+        message = say(str(error))
         if as_json:
             typer.echo(_json({"error": type(error).__name__, "message": message}))
         typer.echo(f"{type(error).__name__}: {message}", err=True)
@@ -121,7 +117,7 @@ def _answer(run: Callable[[], Answer], as_json: bool, flags: Mapping[str, str]) 
     if as_json:
         typer.echo(text)
     else:
-        _show(answer.shown, flags)
+        _show(answer.shown, say)
     raise typer.Exit(answer.code)
 
 
@@ -148,20 +144,15 @@ def _option(found: re.Match[str], flags: Mapping[str, str]) -> str:
         return found[0] + " in Python" * (value == "()" or (name in IN_PYTHON and value is not None))
     if value in (None, "None", "True", "False"):
         return f"no {flag}" if value == "False" else flag
-    return " ".join(f"{flag} {_in_shell(item)}" for item in _ITEM.findall(value))
-
-
-def _in_shell(item: str) -> str:
-    return shlex.quote(literal_eval(item)) if item[0] in "'\"" else item.replace("nn.", "type:")
+    items = (item.strip("'\"").replace("\\\\", "\\") for item in _ITEM.findall(value))
+    return " ".join(f"{flag} {shlex.quote(re.sub('^nn[.]', 'type:', item))}" for item in items)
 
 
 @contextlib.contextmanager
-def _plain_warnings(flags: Mapping[str, str]) -> Iterator[None]:
+def _plain_warnings(say: Say) -> Iterator[None]:
     """Print each warning as one line on stderr, without its line of code."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: typer.echo(
-            f"warning: {in_options(str(message), flags)}", err=True
-        )
+        warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {say(str(message))}", err=True)
         yield
 
 
@@ -169,13 +160,13 @@ def _json(data: dict[str, Any]) -> str:
     return json.dumps(data, indent=2, allow_nan=False)
 
 
-def _show(shown: Sequence[str | Table], flags: Mapping[str, str]) -> None:
+def _show(shown: Sequence[str | Table], say: Say) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 1000  # do not wrap lines that go to a file or another program
     for each in shown:
         if isinstance(each, str):
-            each = re.sub("^note: .*", lambda note: in_options(note[0], flags), each, flags=re.M)
+            each = re.sub("^note: .*", lambda note: say(note[0]), each, flags=re.M)
             console.print(Text(each), soft_wrap=True)
         else:
             console.print(each)
