@@ -55,12 +55,12 @@ class Shift(nn.Module):
         self.register_buffer("shift", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of any shape."""
+        """Add the buffer to a tensor of any shape."""
         return x + self.shift
 
 
 class Chain(nn.Module):
-    """Convolutions, each with a batch norm; something with a buffer; a head."""
+    """Convolutions with batch norms, a module with a buffer, and a head."""
 
     def __init__(self, layers: int, groups: int) -> None:
         super().__init__()
@@ -77,65 +77,65 @@ class Chain(nn.Module):
 
 @dataclass
 class Subject:
-    """What calls are made on."""
+    """The objects that calls use."""
 
     base: nn.Module
     model: nn.Module
     names: list[str]
-    """Of the model's adapters; the first is active."""
+    """Names of the model's adapters; the first is active."""
     folder: Path
     """The first adapter as convlora's file, and under ``peft`` as peft's, with an alpha for each layer."""
     other: Any = None
-    """What a case has prepared for its call."""
+    """An object that a case has prepared for its call."""
 
     @property
     def images(self) -> Tensor:
-        """One for each adapter."""
+        """One image for each adapter."""
         return torch.ones(len(self.names), 4, 3, 3)
 
 
 def nothing(_: Subject) -> None:
-    """Neither prepared nor taken back."""
+    """No preparation, or nothing to undo."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call, what comes before it and after it without being timed, and the model that it is made on."""
+    """A call, with its untimed preparation and cleaning up, and the model that it uses."""
 
     call: Callable[[Subject], object]
     before: Callable[[Subject], object] = nothing
     after: Callable[[Subject], object] = nothing
     options: dict[str, Any] = field(default_factory=dict)
-    """Of every adapter."""
+    """Options of every adapter."""
     groups: int = 1
-    """Of every convolution."""
+    """Groups of every convolution."""
     is_of_adapters: bool = True
-    """Whether other adapters are there while it is called."""
+    """Whether the model has other adapters during the call."""
 
 
 def a_copy(subject: Subject) -> None:
-    """Something that may be spoilt."""
+    """Prepare a copy of the model that the call may change."""
     subject.other = copy.deepcopy(subject.model)
 
 
 def prepared(subject: Subject) -> None:
-    """A copy that is ready for hot swaps."""
+    """Prepare a copy that is ready for hot swaps."""
     a_copy(subject)
     convlora.prepare_for_hotswap(subject.other, 2)
 
 
 def add(subject: Subject) -> None:
-    """One adapter more."""
+    """Add an adapter."""
     convlora.add_adapter(subject.model, "new", 1)
 
 
 def delete(subject: Subject) -> None:
-    """The one that was added."""
+    """Delete the added adapter."""
     convlora.delete_adapter(subject.model, "new")
 
 
 def step(model: nn.Module, images: Tensor) -> None:
-    """A training step without the optimizer's."""
+    """A training step without the optimizer."""
     model(images).sum().backward()
 
 
@@ -152,31 +152,31 @@ def in_turn(subject: Subject) -> None:
 
 
 def scaled(subject: Subject) -> None:
-    """An open and a left block at half strength."""
+    """Enter and leave a block at half strength."""
     with convlora.scaled(subject.model, 0.5):
         pass
 
 
 def opened(subject: Subject) -> None:
-    """A block without a forward in it."""
+    """Enter and leave a block without a forward."""
     with convlora.use_adapters(subject.model, subject.names):
         pass
 
 
 def disabled(subject: Subject) -> None:
-    """The same for the base alone."""
+    """Enter and leave a block with the base alone."""
     with convlora.disable_adapter(subject.model):
         pass
 
 
 def inferred(subject: Subject) -> None:
-    """A forward that finds its weights as they were."""
+    """A forward whose weights have not changed."""
     with torch.inference_mode():
         subject.model(subject.images[:1])
 
 
 def combine(method: Any, **options: Any) -> Callable[[Subject], object]:
-    """All adapters into one."""
+    """Combine all adapters into one."""
     return lambda s: convlora.combine_adapters(s.model, dict.fromkeys(s.names, 0.5), "new", method=method, **options)
 
 
@@ -186,7 +186,7 @@ def each_layer(subject: Subject) -> dict[Any, int]:
 
 
 def to_peft(subject: Subject) -> None:
-    """The model as peft's; needs peft."""
+    """Prepare the model in peft; needs peft."""
     import convlora.peft as bridge
 
     subject.other = bridge.to_peft(copy.deepcopy(subject.model))
@@ -200,7 +200,7 @@ def from_peft(subject: Subject) -> None:
 
 
 def tuned(subject: Subject) -> None:
-    """A full fine-tuning of the base."""
+    """Prepare a full fine-tuning of the base."""
     subject.other = copy.deepcopy(subject.base)
     with torch.no_grad():
         for parameter in subject.other.parameters():
@@ -214,7 +214,7 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def back(subject: Subject) -> None:
-    """The base without an adapter."""
+    """Remove the adapters from the base."""
     convlora.remove(subject.base)
 
 
@@ -291,12 +291,12 @@ CASES: dict[str, Case] = {
     "deepcopy": Case(lambda s: copy.deepcopy(s.model)),
     "state_dict": Case(lambda s: s.model.state_dict()),
 }
-"""What is timed, by what the table calls it: a public function, and how it is called where that is not all."""
+"""The timed calls by their names in the table: a public function, and its options after a comma."""
 
 
 @contextmanager
 def made(adapters: int, layers: int, groups: int, options: dict[str, Any]) -> Iterator[Subject]:
-    """A network of so many layers with so many adapters, all their numbers random."""
+    """A network with these numbers of layers and adapters, with random weights."""
     torch.manual_seed(0)
     base = Chain(layers, groups).eval()
     model, names = copy.deepcopy(base), [f"a{index}" for index in range(adapters)]
@@ -320,7 +320,7 @@ def made(adapters: int, layers: int, groups: int, options: dict[str, Any]) -> It
 
 
 def as_peft(subject: Subject) -> None:
-    """The saved adapter as peft would have it, with an alpha for each layer."""
+    """Save the adapter in peft's format, with an alpha for each layer."""
     source, target = subject.folder, subject.folder / "peft"
     target.mkdir()
     save_file(load_file(source / "adapter_model.safetensors"), target / "adapter_model.safetensors")
@@ -330,7 +330,7 @@ def as_peft(subject: Subject) -> None:
 
 
 def seconds(case: Case, subject: Subject, times: int) -> float:
-    """Median of the processor's seconds for one call."""
+    """The median of the processor seconds of one call."""
     found = []
     for _ in range(times + 1):
         case.before(subject)
@@ -347,19 +347,19 @@ def seconds(case: Case, subject: Subject, times: int) -> float:
 
 
 def exponent(sizes: Sequence[int], costs: Sequence[float]) -> float:
-    """By which power of its size the cost grows, between the two largest."""
+    """The exponent of the cost's growth between the two largest sizes."""
     return math.log(costs[-1] / costs[-2]) / math.log(sizes[-1] / sizes[-2])
 
 
 def along(axis: str, size: int) -> tuple[int, int]:
-    """How many adapters and layers: so many of the one, a few of the other."""
+    """The numbers of adapters and layers: ``size`` along the axis, a few of the other."""
     return (size, FEW_LAYERS) if axis == "adapters" else (FEW_ADAPTERS, size)
 
 
 def measured(
     axis: str, sizes: Sequence[int], names: Iterable[str], cost: Callable[[Case, Subject], float]
 ) -> dict[str, list[float]]:
-    """What each call costs at each size."""
+    """The seconds of each call at each size."""
     found: dict[str, list[float]] = {name: [] for name in names if axis == "layers" or CASES[name].is_of_adapters}
     kinds: list[tuple[int, dict[str, Any]]] = []  # of models, each of which serves several calls
     for name in found:
@@ -374,7 +374,7 @@ def measured(
 
 
 def table(axis: str, sizes: Sequence[int], found: dict[str, list[float]]) -> str:
-    """A line for each call, in milliseconds, and which grow too fast."""
+    """A table with a line for each call, in milliseconds, and the calls that grow too fast."""
     lines = [f"| with more {axis} |" + "".join(f" {size} |" for size in sizes) + " growth |"]
     lines += ["|---|" + "--:|" * (len(sizes) + 1)]
     for name, costs in found.items():

@@ -1,4 +1,4 @@
-"""diffusers: U-Nets, ControlNets and autoencoders, for pictures, sound and film, as small as they go."""
+"""diffusers: U-Nets, ControlNets and autoencoders for pictures, sound and film, as small as possible."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ PATCHES: Options = {"num_attention_heads": 2, "attention_head_dim": 8, "num_laye
 
 
 def text() -> torch.Tensor:
-    """What two texts of five tokens are encoded as."""
+    """The encodings of two texts of five tokens."""
     return noise(BATCH, 5, 16)
 
 
 def timed(*shape: int) -> Callable[[int], Sample]:
-    """A noisy sample and its step."""
+    """Samples of noise with their diffusion step."""
     return lambda size: Sample((noise(BATCH, *shape, size, size), torch.tensor([3, 7])))
 
 
 def told(*shape: int) -> Callable[[int], Sample]:
-    """The same with a text."""
+    """Samples of noise with their diffusion step and a text."""
     return lambda size: Sample((noise(BATCH, *shape, size, size), torch.tensor([3, 7]), text()))
 
 
 def controlled(size: int) -> Sample:
-    """The same with a picture that controls it."""
+    """Noise with its diffusion step, a text and a control picture."""
     return Sample((noise(BATCH, 4, size, size), torch.tensor([3, 7]), text(), noise(BATCH, 3, 2 * size, 2 * size)))
 
 
 def classed(size: int) -> Sample:
-    """A noisy sample, its step and its class."""
+    """Noise with its diffusion step and its class."""
     return Sample((noise(BATCH, 4, size, size), torch.tensor([3, 7]), torch.tensor([0, 1])))
 
 
 def frames(size: int) -> Sample:
-    """Two films of three frames, whose number the decoder is told."""
+    """Two films of three frames, and the number of frames."""
     return Sample((noise(2, 3, size, size),), {"num_frames": 2})
 
 
@@ -138,12 +138,12 @@ RECIPES: dict[str, tuple[Options, Callable[[int], Sample]]] = {
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """All cases."""
     return [Case(f"diffusers/{name}", partial(build, name), RECIPES[name][1], (16, 32, 64)) for name in RECIPES]
 
 
 def build(name: str, size: int) -> nn.Module:
-    """With random weights."""
+    """Build the network with random weights."""
     import diffusers
 
     return getattr(diffusers, name)(**RECIPES[name][0])  # type: ignore[no-any-return]

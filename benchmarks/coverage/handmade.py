@@ -1,4 +1,4 @@
-"""Networks by hand, for what no zoo has: normalised weights in both of torch's forms, audio, generators, volumes."""
+"""Networks written here, for layers that no library's networks have: normalised weights, audio, generators, volumes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class VolumeUNet(nn.Module):
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """All cases."""
     norms: dict[str, Norm] = {
         "weight_norm": new_weight_norm,
         "spectral_norm": new_spectral_norm,

@@ -1,4 +1,4 @@
-"""MONAI: its networks for volumes and pictures, as small as they go; and nnU-Net's, of their own package."""
+"""MONAI's networks for volumes and pictures, as small as possible; and nnU-Net's, from their own package."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ LATENT: dict[str, Any] = {**STAGES, "num_res_blocks": 1, "latent_channels": 4}
 
 
 def volume(size: int) -> Sample:
-    """Two volumes of one channel, as deep as they are wide."""
+    """Two cubic volumes of one channel."""
     return Sample((noise(BATCH, 1, size, size, size),))
 
 
 def noisy(size: int) -> Sample:
-    """Two pictures and their steps of diffusion."""
+    """Two pictures and their diffusion steps."""
     return Sample((noise(BATCH, 1, size, size),), {"timesteps": torch.tensor([3, 7])})
 
 
 def controlled(size: int) -> Sample:
-    """The same with what controls them."""
+    """Two pictures with their diffusion steps and control pictures."""
     control = noise(BATCH, 1, 4 * size, 4 * size)
     return Sample((noise(BATCH, 1, size, size), torch.tensor([3, 7]), control))
 
@@ -45,7 +45,7 @@ def labelled(size: int) -> Sample:
 
 
 def labelled_noisy(size: int) -> Sample:
-    """The same with steps of diffusion between them."""
+    """Two pictures with their diffusion steps and the classes of their pixels."""
     picture, classes = labelled(size).args
     return Sample((picture, torch.tensor([3, 7]), classes))
 
@@ -61,12 +61,12 @@ def bag(size: int) -> Sample:
 
 
 def pair(size: int) -> Sample:
-    """A picture that is moved onto another, two times."""
+    """Two pairs of a moving and a fixed picture."""
     return Sample((noise(BATCH, 1, size, size), noise(BATCH, 1, size, size).flip(-1)))
 
 
 def cases() -> list[Case]:
-    """All of them; none where a package is missing."""
+    """All cases; none if a package is missing."""
     if not (find_spec("monai") and find_spec("dynamic_network_architectures")):
         return []
     from monai.networks import nets

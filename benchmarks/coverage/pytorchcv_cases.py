@@ -1,4 +1,4 @@
-"""pytorchcv: the smallest network of most classifiers' families, and of those for segmentation, poses, boxes, sound."""
+"""pytorchcv: the smallest network of most families for classification, segmentation, poses, boxes and sound."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ POSES_AND_BOXES = (
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """All cases."""
     found = [_case(name, (64, 224)) for name in IMAGENET.split()]
     found += [_case(name, (32,)) for name in CIFAR.split()]
     found += [_case(name, (64, 128, 256, 480)) for name in (*SEGMENTATION.split(), *POSES_AND_BOXES.split())]
@@ -39,7 +39,7 @@ def cases() -> list[Case]:
 
 
 def build(name: str, size: int, **options: Any) -> nn.Module:
-    """With random weights and its own number of classes."""
+    """Build the network with random weights and its own number of classes."""
     from pytorchcv.model_provider import get_model
 
     if size and name in ("segnet_cityscapes", *SEGMENTATION.split(), *POSES_AND_BOXES.split()):
@@ -52,7 +52,7 @@ def _case(name: str, sizes: tuple[int, ...]) -> Case:
 
 
 def _spectrogram(size: int) -> Sample:
-    """Two spectrograms of 64 bands, and how many of their frames count."""
+    """Two spectrograms of 64 bands, and the numbers of their valid frames."""
     import torch
 
     return Sample((noise(BATCH, 64, size), torch.full((BATCH,), size)))

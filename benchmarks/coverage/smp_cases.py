@@ -32,7 +32,7 @@ def cases() -> list[Case]:
 
 
 def build(decoder: str, encoder: str, size: int) -> nn.Module:
-    """Two classes, random weights, for images of any size."""
+    """Build the network with two classes and random weights."""
     import segmentation_models_pytorch as smp
 
     return getattr(smp, decoder)(encoder_name=encoder, encoder_weights=None, classes=2)  # type: ignore[no-any-return]

@@ -53,15 +53,15 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "SwinIR": ("SwinIR.__arch.SwinIR", "SwinIR", {**WINDOWS, **UP}),
     "Uformer": ("Uformer.__arch.Uformer", "Uformer", {"embed_dim": 8, "depths": [1] * 9, "img_size": 128}),
 }
-"""Where spandrel has each network, its class, and options that make it small."""
+"""The module of each network in spandrel, its class, and options that make it small."""
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """All cases."""
     return [Case(f"spandrel/{n}", partial(build, n), images(3), (32, 64, 128)) for n in RECIPES]
 
 
 def build(name: str, size: int) -> nn.Module:
-    """With random weights."""
+    """Build the network with random weights."""
     module, kind, options = RECIPES[name]
     return getattr(import_module(f"spandrel.architectures.{module}"), kind)(**options)  # type: ignore[no-any-return]

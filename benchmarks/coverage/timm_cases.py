@@ -11,9 +11,9 @@ from torch import nn
 from .cases import Case, images
 
 FEWER: dict[str, dict[str, Any]] = {"deepseek_vit_412m": {"depth": 2}}
-"""Networks whose smallest would need more memory than a check may take: the same layers, fewer blocks."""
+"""Modules whose smallest network needs too much memory, with options for the same layers in fewer blocks."""
 BESIDES = ("tf_efficientnet_cc_b0_4e",)
-"""With layers that no module's smallest has: conditional convolutions."""
+"""Further networks for layers that no module's smallest has: conditional convolutions."""
 OWN_SIZE = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 512)
 
 
@@ -23,12 +23,12 @@ def names() -> list[str]:
 
 
 def module_of(name: str) -> str:
-    """The model module that a name belongs to, ``resnet`` say."""
+    """The model module of a name, such as ``resnet``."""
     return str(timm.models.model_entrypoint(name).__module__).rsplit(".", 1)[-1]
 
 
 def smallest(planned: Iterable[dict[str, Any]]) -> list[str]:
-    """Of each module, the name with the fewest parameters among those that have adapted or skipped convolutions."""
+    """The name with the fewest parameters of each module, among networks with convolutions."""
     best: dict[str, dict[str, Any]] = {}
     for row in planned:
         module = module_of(row["name"].split("/")[1])
@@ -38,7 +38,7 @@ def smallest(planned: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def case(name: str) -> Case:
-    """A timm network, at an input size of its own choice or the smallest that it takes."""
+    """A timm network at its own input size or the smallest that it accepts."""
     config = timm.get_pretrained_cfg(name)
     channels, *_, default = config.input_size if config else (3, 224, 224)
     sizes = sorted({*(size for size in OWN_SIZE if size < default), default})
@@ -46,10 +46,10 @@ def case(name: str) -> Case:
 
 
 def build(name: str, size: int, default: int) -> nn.Module:
-    """At another size than the default, told of it where the network asks for its size."""
+    """Build the network; it is given the input size if that is not its default and it has such an option."""
     if size != default:
         try:
             return timm.create_model(name, img_size=size, **FEWER.get(name, {}))
         except (TypeError, AssertionError, ValueError, RuntimeError):
-            pass  # most networks do not ask, and some do not take every size
+            pass  # most networks have no such option, and some do not accept every size
     return timm.create_model(name, **FEWER.get(name, {}))

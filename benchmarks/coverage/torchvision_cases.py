@@ -25,9 +25,9 @@ DETECTION = (
 )
 VIDEO = "mc3_18 mvit_v1_b mvit_v2_s r2plus1d_18 r3d_18 s3d swin3d_t"
 RESIZING = ("faster", "mask", "keypoint", "retina", "fcos")
-"""Detectors that enlarge their images to 800 pixels unless told otherwise."""
+"""Detectors that by default enlarge their images to 800 pixels."""
 FEW_BOXES = {f"rpn_{when}_nms_top_n_{mode}": 50 for when in ("pre", "post") for mode in ("train", "test")}
-"""Proposals of an untrained network are noise; fifty of them are as good as two thousand."""
+"""Options for fifty proposals: those of an untrained network are noise, so more add nothing."""
 FLOW = "raft_large raft_small"
 
 
@@ -37,7 +37,7 @@ def names() -> list[str]:
 
 
 def build(name: str, **options: Any) -> nn.Module:
-    """With random weights, also those of the backbone."""
+    """Build the network with random weights, including those of the backbone."""
     if name.startswith(("deeplab", "fcn_", "lraspp", *RESIZING, "ssd")):
         options["weights_backbone"] = None
     if name in ("googlenet", "inception_v3", "quantized_googlenet", "quantized_inception_v3"):
@@ -46,7 +46,7 @@ def build(name: str, **options: Any) -> nn.Module:
 
 
 def cases() -> list[Case]:
-    """One of each."""
+    """One case of each network."""
     found = [_plain(name, images(3)) for name in (*CLASSIFICATION.split(), *SEGMENTATION.split())]
     found += [_plain(name, _boxes, (128, 320)) for name in DETECTION.split()]
     found += [_plain(name, _clip, (64, 112, 224)) for name in VIDEO.split()]

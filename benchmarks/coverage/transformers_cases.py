@@ -161,7 +161,7 @@ def cases() -> list[Case]:
 
 
 def build(recipe: Recipe, size: int) -> nn.Module:
-    """From the configuration, which knows its size, with random weights."""
+    """Build the network from its configuration, with random weights."""
     import transformers
 
     options = dict(recipe.options)

@@ -25,12 +25,12 @@ TASKS = {
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """All cases."""
     return [Case(f"ultralytics/{name}", partial(build, name), images(3), (64, 128, 640)) for name in TASKS]
 
 
 def build(name: str, size: int) -> nn.Module:
-    """With three classes and random weights."""
+    """Build the network with three classes and random weights."""
     from ultralytics.nn import tasks
 
     return getattr(tasks, TASKS[name])(f"{name}.yaml", ch=3, nc=3, verbose=False)  # type: ignore[no-any-return]

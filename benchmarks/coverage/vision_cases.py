@@ -99,7 +99,7 @@ OTHERS: dict[str, tuple[str, str, Options, Callable[[int], Sample]]] = {
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """All cases."""
     found = [Case(f"open_clip/{name}", partial(_clip, name), _pictures_and_texts, (64, 224)) for name in TOWERS]
     found.append(Case("open_clip/CoCa", _coca, _pictures_and_texts, (64,)))
     recipes = {f"kornia/{name}": recipe for name, recipe in KORNIA.items()} | OTHERS

@@ -41,7 +41,7 @@ from .batching import Batcher, apart, routed
 
 HERE = "127.0.0.1"
 Round = tuple[float, list[float]]
-"""Seconds in all, and of each request."""
+"""Total seconds, and those of each request."""
 
 
 def picture(size: int, seed: int) -> bytes:
@@ -54,7 +54,7 @@ def picture(size: int, seed: int) -> bytes:
 
 @asynccontextmanager
 async def serving(app: FastAPI) -> AsyncIterator[str]:
-    """The application on a free port of the loopback, inside the block; gives its address."""
+    """Serve the application on a free port of the loopback inside the block, and give its address."""
     with socket.socket() as free:
         free.bind((HERE, 0))
         free.listen(1024)
@@ -70,7 +70,7 @@ async def serving(app: FastAPI) -> AsyncIterator[str]:
 
 
 async def load(address: str, names: list[str], clients: int, requests: int, size: int) -> Round:
-    """Seconds in all and of each request, by so many clients that each ask again once they are answered."""
+    """Total seconds and those of each request, with clients that send a new request after each answer."""
     pictures = [picture(size, seed) for seed in range(8)]
     numbers = iter(range(requests))
     times: list[float] = []
@@ -91,7 +91,7 @@ async def load(address: str, names: list[str], clients: int, requests: int, size
 
 
 async def compare(model: nn.Module, names: list[str], options: argparse.Namespace) -> dict[str, list[Round]]:
-    """Both ways in turn, once more than is counted."""
+    """Measure both ways alternately; the first round is not counted."""
     ways = {"gathered": options.largest, "one after another": 1}
     found: dict[str, list[Round]] = {way: [] for way in ways}
     for turn in range(options.rounds + 1):
@@ -108,7 +108,7 @@ async def compare(model: nn.Module, names: list[str], options: argparse.Namespac
 
 
 def report(found: dict[str, list[Round]], requests: int) -> None:
-    """Requests a second, and the latency that half, and 95 of 100, requests stay under; medians of the rounds."""
+    """Print requests a second and the latencies p50 and p95, as medians of the rounds."""
     print(f"\n{'':20s}{'requests/s':>12s}{'p50 ms':>10s}{'p95 ms':>10s}")
     for way, rounds in found.items():
         rate = Quartiles.of([requests / total for total, _ in rounds])
@@ -134,19 +134,19 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the options; serve, or measure."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("serve", "load"):
         command = commands.add_parser(name)
-        command.add_argument("--model", default="resnet18", help="of timm, or torchvision:NAME")
-        command.add_argument("--size", type=int, default=128, help="pixels of an image's side")
-        command.add_argument("--largest", type=int, default=32, help="samples in a batch at most")
+        command.add_argument("--model", default="resnet18", help="a timm name, or torchvision:NAME")
+        command.add_argument("--size", type=int, default=128, help="side of an image in pixels")
+        command.add_argument("--largest", type=int, default=32, help="most samples in a batch")
         command.add_argument("--wait", type=float, default=5.0, help="milliseconds that a request waits for others")
     commands.add_parser("attack")
     served, loaded = (commands.choices[name] for name in ("serve", "load"))
     served.add_argument("--adapter", type=Path, action="append", required=True, help="folder")
-    served.add_argument("--weights", type=Path, help="of the base")
+    served.add_argument("--weights", type=Path, help="file of the base's weights")
     served.add_argument("--num-classes", type=int, default=2)
     served.add_argument("--host", default=HERE)
     served.add_argument("--port", type=int, default=8000)

@@ -28,15 +28,15 @@ from examples.histopathology.data.pictures import PictureError, TooLargeError, U
 from .batching import Asked, Batcher
 
 LARGEST = 10_000_000
-"""Bytes of a body."""
+"""The most bytes of a body."""
 PIXELS = 16_000_000
-"""Of an image."""
+"""The most pixels of an image."""
 WAITING = 32
-"""Requests that are taken in at once, each with its body in memory."""
+"""The most requests accepted at once, each with its body in memory."""
 DECODERS = 2
-"""Images that are decoded at once."""
+"""The most images decoded at once."""
 PATIENCE = 30.0
-"""Seconds that a body may take to arrive."""
+"""The most seconds for a body to arrive."""
 STRONGEST = 10.0
 """The largest weight of an adapter, with either sign."""
 
@@ -49,15 +49,15 @@ def make_app(
     patience: float = PATIENCE,
     apart: Mapping[frozenset[str], str] | None = None,
 ) -> FastAPI:
-    """The application.
+    """Make the application.
 
     Args:
         batcher: answers the requests; it is started and stopped with the application.
-        adapters: the names that may be asked for; without one the base alone answers.
+        adapters: names that requests may give; a request without a name is answered by the base alone.
         size: images are resized to so many pixels a side.
-        waiting: requests that are taken in at once; one more is answered 503.
-        patience: seconds that a body may take to arrive.
-        apart: pairs that may not be asked for together, and why.
+        waiting: the most requests accepted at once; one more is answered 503.
+        patience: the most seconds for a body to arrive.
+        apart: pairs of adapters that a request may not combine, and why.
     """
     names = tuple(adapters)
     barred = {} if apart is None else apart
@@ -99,11 +99,11 @@ def make_app(
 def asked_for(words: list[str], names: tuple[str, ...], apart: Mapping[frozenset[str], str]) -> Asked:
     """The adapters of a request: a name alone, or the weight of each.
 
-    All is checked here, for a batch has one forward, and what it refuses is refused to all of the batch.
+    All checks are here, since an error in the forward would be raised for all requests of the batch.
 
     Raises:
-        HTTPException: 404 where there is no adapter of a name, 422 where a weight is none, a name comes twice, or two
-            do not go together.
+        HTTPException: 404 for an unknown name, 422 for a weight that is not a number, a repeated name, or two adapters
+            that cannot be combined.
     """
     weights: dict[str, float] = {}
     for word in words:
@@ -127,7 +127,7 @@ def asked_for(words: list[str], names: tuple[str, ...], apart: Mapping[frozenset
 
 
 def check_headers(request: HttpRequest) -> None:
-    """Refuse what the headers say is no plain image, or is too large, before the body is read.
+    """Refuse a body that is too large or not a plain image by its headers, before it is read.
 
     Other content types pass: ``curl --data-binary`` says that the body is a form.
     """
@@ -143,10 +143,10 @@ def check_headers(request: HttpRequest) -> None:
 
 
 async def received(request: HttpRequest, patience: float) -> bytes:
-    """The body, whatever its headers say of it.
+    """Read the body, without trusting its headers.
 
     Raises:
-        HTTPException: 400 where it is empty or its client goes, 408 where it takes too long, 413 where it is too large.
+        HTTPException: 400 if it is empty or the client disconnects, 408 if it takes too long, 413 if it is too large.
     """
 
     async def read() -> bytes:
@@ -169,11 +169,10 @@ async def received(request: HttpRequest, patience: float) -> bytes:
 
 
 def pixels(data: bytes, size: int) -> Tensor:
-    """An image file as ``(3, size, size)``, from −1 to 1.
+    """Decode an image file as ``(3, size, size)`` in [−1, 1].
 
     Raises:
-        HTTPException: 415 where it is of no format that is read, 413 where it has too many pixels, 422 where it is
-            broken.
+        HTTPException: 415 for an unknown format, 413 for too many pixels, 422 for a broken file.
     """
     try:
         with opened(io.BytesIO(data), PIXELS) as image:

@@ -34,7 +34,7 @@ Body = bytes | Iterator[bytes]
 
 
 class Attack(NamedTuple):
-    """A request, how often it is sent at once, and what answers it."""
+    """A request, the number of copies sent at once, and the expected answers."""
 
     body: Callable[[], Body]
     answers: set[int]
@@ -44,7 +44,7 @@ class Attack(NamedTuple):
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
-    """Of a PNG."""
+    """A chunk of a PNG."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
@@ -61,7 +61,7 @@ def png(header: bytes, data: bytes) -> bytes:
 
 
 def tiff(tags: dict[int, tuple[int, int, int]], behind: bytes = b"") -> bytes:
-    """By hand, of tags as (type, count, value or offset); what stands behind them begins at `TIFF_END`."""
+    """A TIFF from tags as (type, count, value or offset); ``behind`` begins at `TIFF_END`."""
     entries = b"".join(struct.pack("<HHII", tag, *value) for tag, value in sorted(tags.items()))
     return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries).ljust(TIFF_END, b"\0") + behind
 
@@ -71,7 +71,7 @@ GRAY = {256: (4, 1, 16), 257: (4, 1, 16), 258: (3, 1, 8), 259: (3, 1, 1), 262: (
 
 
 def strips() -> bytes:
-    """A small TIFF whose one row is said to lie in two million places, each an object of Pillow's."""
+    """A small TIFF that lists two million strips for its only row; Pillow makes an object of each."""
     number = 2_000_000
     places = {273: (4, number, TIFF_END), 278: (4, 1, 1), 279: (4, 1, 16)}
     return tiff(GRAY | places, struct.pack("<I", TIFF_END) * number)
@@ -85,21 +85,21 @@ def huge_tile() -> bytes:
 
 
 def scans() -> bytes:
-    """A progressive JPEG with one of its scans 2,000 times more."""
+    """A progressive JPEG that repeats one of its scans 2,000 times."""
     data = blank(4000, "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * 2000 + data[-2:]
 
 
 def webp() -> bytes:
-    """A canvas of 16,384 × 16,384 around nothing."""
+    """A WebP with an empty canvas of 16,384 × 16,384."""
     side = (16_383).to_bytes(3, "little")
     body = b"WEBP" + b"VP8X" + struct.pack("<I", 10) + b"\0" * 4 + side + side
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def endless() -> Iterator[bytes]:
-    """A body without a length, of 200 MB where it is read."""
+    """A body without a stated length, of 200 MB."""
     for _ in range(200):
         yield bytes(1_000_000)
 
@@ -135,7 +135,7 @@ ATTACKS = {
 
 
 def _serve(pipe: Connection) -> None:
-    """In a process of its own: the server, until it is ended; the peak of its memory, in MiB, when asked."""
+    """Run the server in its own process; on request it sends the peak of its memory in MiB."""
     torch.set_num_threads(1)
     model = ours(make_base("test_resnet"), 2, 2)
     app = make_app(Batcher(routed(model)), named(2), 32)
@@ -184,7 +184,7 @@ def measure(attack: Attack) -> tuple[int, float, float, list[int | str]]:
 
 
 def main() -> None:
-    """Every attack once; a table in Markdown."""
+    """Run every attack once and print a Markdown table."""
     print("| attack | bytes | MiB | ms | answer |\n|---|--:|--:|--:|---|")
     for name, attack in ATTACKS.items():
         sent, memory, seconds, answers = measure(attack)

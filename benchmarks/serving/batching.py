@@ -19,13 +19,13 @@ from torch import Tensor, nn
 import convlora
 
 Asked = str | Mapping[str, float] | None
-"""An adapter's name, a weight for each of several names, or None for the base."""
+"""An adapter's name, several names with weights, or None for the base."""
 Forward = Callable[[list[Asked], Tensor], Tensor]
-"""From what is asked for, for each sample, and ``(batch, …)``, to an output for each."""
+"""Takes each sample's adapters and a batch ``(batch, …)``; returns an output for each sample."""
 
 
 def apart(model: nn.Module, names: list[str]) -> dict[frozenset[str], str]:
-    """Pairs of adapters that do not go together in one sample, and why."""
+    """Pairs of adapters that cannot be combined in one sample, and why."""
     found = {frozenset(pair): _refusal(model, pair) for pair in combinations(names, 2)}
     return {pair: reason for pair, reason in found.items() if reason}
 
@@ -65,8 +65,8 @@ class Batcher:
     ...     prediction = await batcher.predict("tumour", image)
 
     Args:
-        forward: what a batch goes through; it runs in one thread of its own, so that requests come in meanwhile.
-        largest: samples in a batch at most; 1 answers one after another.
+        forward: the forward of a batch; it runs in its own thread, so that requests are accepted meanwhile.
+        largest: the most samples in a batch; 1 answers requests one after another.
         wait: seconds that the first request of a batch waits for others.
     """
 
@@ -90,7 +90,7 @@ class Batcher:
         self._thread.shutdown()
 
     async def predict(self, asked: Asked, image: Tensor) -> Tensor:
-        """The output for one sample; an error of the forward is raised to all of its batch."""
+        """The output for one sample; an error of the forward is raised for every request of its batch."""
         request = Request(asked, image, asyncio.get_running_loop().create_future())
         await self._queue.put(request)
         return await request.answer
@@ -119,7 +119,7 @@ class Batcher:
                     each.answer.set_result(output)
 
     async def _gather(self, batch: list[Request]) -> None:
-        """Put in the first request, and those that come until the wait is over or the batch is full."""
+        """Collect the first request, and others until the wait is over or the batch is full."""
         batch.append(await self._queue.get())
         until = asyncio.get_running_loop().time() + self.wait
         while len(batch) < self.largest:

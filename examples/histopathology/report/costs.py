@@ -1,7 +1,6 @@
-"""What each method of a report costs: parameters, file, time and memory.
+"""The costs of each method: parameters, file, time and memory.
 
-Memory is measured here, once for each training: one step on the recipe's batch, see `memory`. Time is what the run
-took.
+Memory is measured here, in one step on the recipe's batch for each training, see `memory`. Times are from the run.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ HEADER = ("method", "parameters", "trainable", "share", "adapter", "all weights"
 
 @dataclass(frozen=True)
 class Cost:
-    """One method's; times are means over seeds. ``step_bytes`` is None where only a head trains, on kept features."""
+    """One method's costs; times are means over seeds. ``step_bytes`` is None with cached features."""
 
     method: str
     parameters: int
@@ -40,7 +39,7 @@ class Cost:
             f"{4 * self.parameters / 1e6:.1f} MB",
             f"{self.epochs:.3g}",
             f"{self.seconds:,.1f} s",
-            "features kept" if self.step_bytes is None else f"{self.step_bytes / 1e6:,.0f} MB",
+            "features cached" if self.step_bytes is None else f"{self.step_bytes / 1e6:,.0f} MB",
         ]
 
 
