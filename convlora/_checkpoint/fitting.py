@@ -107,7 +107,7 @@ def _differences(layer: LayerPlan, module: nn.Module, shape: tuple[int, ...]) ->
 
 
 def _tensor_faults(manifest: Manifest, model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield the tensors that differ between the file and what its plan needs and the model has."""
+    """Yield the tensors of the file that its plan or the model does not have in this form, and those that it lacks."""
     plan = manifest.plan
     modules = model.named_modules(remove_duplicate=False)
     slots = {dotted(name, buffer): now for name, m in modules for buffer, now in m._buffers.items()}

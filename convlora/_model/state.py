@@ -628,7 +628,7 @@ def check_intact(root: nn.Module, injection: Injection) -> None:
 
 def replaced_modules(root: nn.Module, injection: Injection) -> list[str]:
     """Return the names of modules that were replaced after injection."""
-    # FSDP1 wraps a module where it stands: the later of the two is the module inside.
+    # FSDP1 puts a wrapper under the module's name; the later of the two names is the module inside.
     now = {name.replace("._fsdp_wrapped_module", ""): m for name, m in root.named_modules(remove_duplicate=False)}
     concerned = {name: module for each in injection.adapters.values() for name, module in each.modules.items()}
     return [name or "the model" for name, module in concerned.items() if now.get(name) is not module]

@@ -45,7 +45,7 @@ class Side:
 
 
 def diff(sources: list[str], building: Building, exit_code: bool) -> Answer:
-    """How far two adapters lie apart, layer by layer; a model may come before them in ``sources``."""
+    """Compare two adapters layer by layer; a model may come before them in ``sources``."""
     if len(sources) not in (2, 3):
         raise typer.BadParameter(f"{len(sources)} arguments; give two adapters, or a model and two adapters.")
     *models, first, second = sources

@@ -27,7 +27,7 @@ RANKED = ("lora_A.weight", "lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w
 
 
 def inspect(source: str) -> Answer:
-    """Layers, ranks, sizes, metrics, and which base the adapter is for."""
+    """Show an adapter's layers, ranks, sizes, metrics, and the base that it is for."""
     path = located(source)
     return _of_foreign(file_in(path)) if is_foreign(path) else _of_saved(read_saved(path))
 

@@ -12,7 +12,7 @@ from .options import Adapting, Building
 
 
 def plan(model: str, building: Building, adapting: Adapting) -> Answer:
-    """The plan, as the library prints it."""
+    """Return the plan, as the library prints it."""
     planned = make_plan(build(model, building).model, **adapting.arguments())
     return Answer(plan_data(planned), [str(planned)])
 
