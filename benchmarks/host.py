@@ -73,7 +73,7 @@ ARMS = {
         Arm(FULL, "full fine-tuning", subjects.full, "moving"),
         Arm("convlora", "convlora", subjects.adapted()),
         Arm("convlora-freeze-A", "convlora, freeze_A", subjects.adapted(freeze_A=True)),
-        Arm("peft", "peft LoRA, as it is", peers.peft, "moving"),
+        Arm("peft", "peft LoRA, default norms", peers.peft, "moving"),
         Arm("convlora-as-peft", "convlora on the convolutions that peft takes", as_peft),
     )
 }
@@ -173,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.host", description=__doc__)
     parser.add_argument("--models", nargs="+", default=NETWORKS, help="timm names, or torchvision:NAME")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="METHOD", help="methods to run (default: all)"
+    )
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, default=32, help="side of an image in pixels")
     parser.add_argument("--rank", type=int, default=8)

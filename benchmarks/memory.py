@@ -96,7 +96,7 @@ def measured(settings: Settings, arms: Sequence[str], budget: float) -> list[Nee
 def table(found: Sequence[Needs]) -> str:
     """A table with a row for each method, with ratios to the first."""
     first = found[0]
-    rows: list[Row] = [("arm", "saved ×", "saved MB", "peak ×", "peak MB", "rest MB", "largest batch")]
+    rows: list[Row] = [("method", "saved ×", "saved MB", "peak ×", "peak MB", "weights MB", "largest batch")]
     for each in found:
         shares = f"{each.saved / first.saved:.2f}", f"{each.peak / first.peak:.2f}"
         cells = shares[0], megabytes(each.saved), shares[1], megabytes(each.peak), megabytes(each.resting)
