@@ -104,7 +104,7 @@ HABITS: dict[str, list[Habit]] = {
         Habit(
             'convlora.inject(net, target_modules=["conv1"])',
             WORKS,
-            "\"add '*.conv1' for 2 more that end in it\" in str(convlora.summary(net))",
+            "\"add '*.conv1' for 2 more whose names end in it\" in str(convlora.summary(net))",
             'convlora.inject(net, target_modules=["conv1", "*.conv1"])',
         ),
         Habit(

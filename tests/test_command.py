@@ -701,7 +701,7 @@ def test_errors_and_warnings_of_the_command_line_name_its_options(arguments, sho
 
 
 def test_a_note_below_a_plan_names_the_option():
-    assert "note: --target conv1 is the layer of this name alone" in run("plan", "resnet18", "--target", "conv1").stdout
+    assert "note: --target conv1 names one layer" in run("plan", "resnet18", "--target", "conv1").stdout
 
 
 # bench

@@ -57,7 +57,7 @@ class Stages(nn.Module):
 def test_a_name_that_other_layers_end_in_is_noted_in_plan_summary_and_file(argument, tmp_path):
     given = {"conv1": 2} if argument == "rank_pattern" else ["conv1"]
     net = convlora.inject(Stages(), 2, **{argument: given})
-    note = f"note: {argument}='conv1' is the layer of this name alone; add '*.conv1' for 2 more that end in it"
+    note = f"note: {argument}='conv1' names one layer; add '*.conv1' for 2 more whose names end in it"
     assert (
         str(convlora.summary(net)).endswith(note)
         and escape(note) in convlora.plan(Stages(), **{argument: given})._repr_html_()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._layer.functional import hashed
+from .._model.written import ROUNDING
 
 
 def digest(tensor: Tensor) -> str:
@@ -85,9 +86,6 @@ def fingerprint(base: Mapping[str, str]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-ROUNDING = 2e-4
-"""The largest relative difference, by norm, that counts as rounding. A weight average (EMA) rounds the frozen base at
-each step; after thousands of fp32 steps the difference is 1e-4."""
 _WIDTH, _COUNT = 4096, 4
 
 

@@ -160,8 +160,7 @@ def narrow_names(candidates: list[Named], targets: Targets, argument: str, found
     chosen = {c.module for c in found}
     others = Counter(ending for c in candidates if c.module not in chosen for ending in _endings(c))
     return [
-        f"{argument}={target!r} is the layer of this name alone; "
-        f"add '*.{target}' for {others[target]} more that end in it"
+        f"{argument}={target!r} names one layer; add '*.{target}' for {others[target]} more whose names end in it"
         for target in as_targets(targets)
         if _is_name(target) and others[target]
     ]

@@ -182,7 +182,7 @@ def _value(text: str) -> Any:
 
 def _by_pattern(texts: list[str] | None, option: str, kind: Callable[[str], T]) -> dict[Pattern, T] | None:
     """Return the value of each pattern, as ``kind``; None without any."""
-    return {_pattern(name): _as(kind, text, option) for name, text in _pairs(texts, option)} or None
+    return {_pattern(name): _as(kind, text, f"{option} {name}") for name, text in _pairs(texts, option)} or None
 
 
 def _as(kind: Callable[[str], T], text: str, option: str) -> T:
@@ -190,7 +190,7 @@ def _as(kind: Callable[[str], T], text: str, option: str) -> T:
         return kind(text)
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
-        raise typer.BadParameter(f"{option}: {text} is not {wanted}.") from None
+        raise typer.BadParameter(f"{option}={text}: give {wanted}.") from None
 
 
 def _budget(text: str | None) -> Any:
