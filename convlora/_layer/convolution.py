@@ -260,12 +260,12 @@ def _input_grad(g: Tensor, x: Tensor | Form, weight: Tensor, geometry: Geometry)
     if _skips(geometry.stride) and is_pointwise(weight.shape[2:], geometry) and is_float_on_cpu(g):
         # torch's is two to three times as slow with a stride as without
         once = geometry._replace(stride=(1,) * len(geometry.stride))
-        read = torch.empty_like(sampled(_stand_in(x, g), geometry.stride))
+        read = torch.empty_like(sampled(_of_form(x, g), geometry.stride))
         return _spread(_convolution_backward(g, read, weight, once, 0), x, geometry)
-    return _convolution_backward(g, _stand_in(x, g), weight, geometry, 0)
+    return _convolution_backward(g, _of_form(x, g), weight, geometry, 0)
 
 
-def _stand_in(x: Tensor | Form, g: Tensor) -> Tensor:
+def _of_form(x: Tensor | Form, g: Tensor) -> Tensor:
     """Return a tensor of x's form with arbitrary values."""
     return x.empty(g) if isinstance(x, Form) else x
 
