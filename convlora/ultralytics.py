@@ -109,7 +109,7 @@ class AdapterTrainer(BaseTrainer):  # type: ignore[misc]
 
     def save_model(self) -> Any:
         """Write the merged weight average as Ultralytics' checkpoint, and the adapter beside it."""
-        own = self._own()
+        own = self._changed_averages()
         averaged = deepcopy(self.ema.ema)
         averaged.load_state_dict(self.base | own)
         with warnings.catch_warnings():  # the warm-up's first steps have a learning rate of 0
@@ -124,7 +124,7 @@ class AdapterTrainer(BaseTrainer):  # type: ignore[misc]
         finally:
             self.ema.ema = average
 
-    def _own(self) -> dict[str, Tensor]:
+    def _changed_averages(self) -> dict[str, Tensor]:
         """Return the averages of the tensors that training has changed; the average rounds the base's own tensors."""
         now, average = unwrap_model(self.model).state_dict(), self.ema.ema.state_dict()
         moved = (k for k, t in now.items() if k not in self.base or not torch.equal(t.cpu(), self.base[k]))

@@ -26,7 +26,7 @@ from .._model.keys import base_keys, own_keys, tensors_as
 from .._model.merge import unmerged
 from .._model.options import check_alpha
 from .._model.state import Adapter, Injection, ready_alone, the_adapter
-from .._model.written import follow, own_changed
+from .._model.written import follow, make_places_of_changed
 from ..errors import CheckpointError, StateError, few, warn
 from .atomic import put_back, replacing, tidy
 from .card import CARD, About, card, checked_about, is_replaceable
@@ -172,7 +172,7 @@ def warn_of_training(injection: Injection, adapter: Adapter, tensors: State, bas
 
 
 def _take_in_changed(root: nn.Module, injection: Injection, adapter: Adapter) -> None:
-    changed = own_changed(root, injection)
+    changed = make_places_of_changed(root, injection)
     follow(root, injection, adapter)
     if changed:
         warn(

@@ -121,7 +121,7 @@ class Place:
             self.kept[COPY] = None if base is None else copies.setdefault(id(base), own_copy(base))
         self.put(BASE if is_constant else COPY)
 
-    def give_back(self) -> None:
+    def put_base(self) -> None:
         """Put the base's tensor in, where it was the same object before; may be run again."""
         self.put(BASE)
         now = self.now

@@ -81,7 +81,9 @@ def _check_finite(root: nn.Module, injection: Injection, weights: list[nn.Parame
     """Raise StateError if a merged tensor has NaN or Inf and the base's tensor does not."""
     names = names_of(root)
     merged = zip(injection.layers, weights, strict=True)
-    spoilt = [dotted(names[layer], "weight") for layer, weight in merged if _is_spoilt(weight, *_own(layer))]
+    spoilt = [
+        dotted(names[layer], "weight") for layer, weight in merged if _is_spoilt(weight, *_base_parameters(layer))
+    ]
     there = (place for place in injection.places if place.module in names)
     spoilt += [dotted(names[place.module], place.name) for place in there if _is_spoilt(place.now, place.of(BASE))]
     if spoilt:
@@ -97,7 +99,7 @@ def _is_spoilt(tensor: Tensor | None, *base: Tensor | None) -> bool:
     return not is_finite(tensor) and all(map(is_finite, base))
 
 
-def _own(layer: nn.Module) -> Iterator[nn.Parameter]:
+def _base_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
     return (p for name, p in layer.named_parameters() if not name.startswith((f"{CHILD}.", "bias")))
 
 

@@ -55,7 +55,7 @@ def undo(injection: Injection, root: nn.Module) -> None:
     for module in injection.activations:
         set_masked(module, False)
     for place in [] if injection.merged else injection.places:
-        place.give_back()
+        place.put_base()
     _give_flags_back(injection)
     for adapter in injection.adapters.values():
         for layer in (*adapter.layers, *adapter.idle):

@@ -57,7 +57,7 @@ def _watched(root: nn.Module, injection: Injection, call: Callable[..., Any], ar
             output = call(root, *args, **kwargs)
         writes.check_computed()
     finally:
-        own(root, injection, writes.found())
+        make_places(root, injection, writes.found())
     injection.watched.add(mode)
     if len(injection.watched) == 2:
         set_below(root, Watched, is_there=False)
@@ -75,7 +75,7 @@ def slots(root: nn.Module, injection: Injection | None = None) -> Iterator[Slot]
                 yield Slot(module, name, cast(nn.Parameter, parameter))
 
 
-def own(root: nn.Module, injection: Injection, found: Iterable[tuple[Slot, Tensor]]) -> list[str]:
+def make_places(root: nn.Module, injection: Injection, found: Iterable[tuple[Slot, Tensor]]) -> list[str]:
     """Make places of parameters that were written to; the base and inactive adapters get the values before the write.
 
     The written tensor stays in the module, for the active adapter: an optimizer or a graph may refer to it.
@@ -177,7 +177,7 @@ def _before_loading(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any
         new = state.get(prefix + dotted(names[slot.module], slot.name))
         if isinstance(new, Tensor) and _differ(new.detach().to(slot.parameter.device), slot.parameter.detach()):
             found.append((slot, slot.parameter.detach().clone()))
-    own(root, injection, found)
+    make_places(root, injection, found)
 
 
 def _after_loading(root: nn.Module, _: Any) -> None:
@@ -186,7 +186,7 @@ def _after_loading(root: nn.Module, _: Any) -> None:
         _remember(root, injection)
 
 
-def own_changed(root: nn.Module, injection: Injection) -> list[str]:
+def make_places_of_changed(root: nn.Module, injection: Injection) -> list[str]:
     """Make places of parameters that have changed since injection without a watched write.
 
     Their old values are lost, so the base gets the new ones too.
@@ -201,4 +201,4 @@ def own_changed(root: nn.Module, injection: Injection) -> list[str]:
         if now is not None and not now.requires_grad and _differ(_probe(now), probe):
             is_replaced = now is not parameter and parameter.shape == now.shape
             found.append((Slot(module, name, parameter if is_replaced else now), parameter if is_replaced else now))
-    return own(root, injection, [(slot, tensor.detach()) for slot, tensor in found])
+    return make_places(root, injection, [(slot, tensor.detach()) for slot, tensor in found])

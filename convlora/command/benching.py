@@ -43,7 +43,7 @@ def bench(model: str, building: Building, adapting: Adapting, measuring: Measuri
     trained = [(FULL, copy.deepcopy(base).requires_grad_(True)), (ADAPTER, adapted)]
     try:
         steps = {name: _training(each, images) for name, each in trained}
-        saved = {name: saved_bytes(partial(_loss, each, images), _own(each)) for name, each in trained}
+        saved = {name: saved_bytes(partial(_loss, each, images), _tensors(each)) for name, each in trained}
         training = interleave({name: partial(seconds, step, where) for name, step in steps.items()}, rounds)
         looked = [(BASE, base), (UNMERGED, adapted.eval()), (MERGED, remove(merge(copy.deepcopy(adapted))))]
         looks = {name: partial(seconds, partial(_look, each, images), where) for name, each in looked}
@@ -103,7 +103,7 @@ def _look(model: nn.Module, images: Tensor) -> None:
         model(images)
 
 
-def _own(model: nn.Module) -> list[Tensor]:
+def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
