@@ -295,7 +295,7 @@ def test_the_whole_sweep(tmp_path):
         need(package)
     results, page = tmp_path / "results.jsonl", tmp_path / "coverage.md"
     jobs = str(max(os.cpu_count() or 1, 1))
-    command = [sys.executable, "-m", "benchmarks.coverage", "all", "--jobs", jobs]
+    command = [sys.executable, "-m", "benchmarks.coverage", "all", "--jobs", jobs, "--seconds", "3600"]
     subprocess.run([*command, "--results", str(results), "--page", str(page)], check=True)
     rows = [row for row in runner.read(results) if row["kind"] != "environment"]
     wrong = {row["name"]: row.get("error") or row.get("problems") for row in rows}
