@@ -72,7 +72,6 @@ HEADS = {
     "monai/Critic": "",
     "monai/Classifier": "final.1",
     "monai/Regressor": "final.1",
-    "monai/HoVerNet": "*.output_features.decoderblock4.conv",
     "monai/MedNeXt-3d": "out_0.conv_out out_blocks.?.conv_out",
     "monai/RegUNet": "output_block.layers.0.conv",
     "monai/GlobalNet": "output_block.fc",

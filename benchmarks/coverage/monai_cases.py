@@ -154,7 +154,6 @@ def cases() -> list[Case]:
     add("Generator", partial(nets.Generator, (8,), (16, 8, 8), (16, 8, 1), (2, 2, 1)), latent, 8)
     for name, more in (("Discriminator", ()), ("Critic", ()), ("Classifier", (3,)), ("Regressor", ((2,),))):
         add(name, partial(getattr(nets, name), (1, 32, 32), *more, (8, 16), (2, 2)), FLAT, 32)
-    add("HoVerNet", partial(nets.HoVerNet, "fast", out_classes=3), images(3), 256)
     add("MedNeXt-3d", partial(nets.MedNeXt, init_filters=8, deep_supervision=True, **SMALL_BLOCKS), volume, 32)
     add("RegUNet", partial(nets.RegUNet, 2, 1, 8, 2, out_channels=2), FLAT, 32)
     add("GlobalNet", partial(nets.GlobalNet, [32, 32], 2, 1, 8, 2), FLAT, 32)

@@ -72,7 +72,8 @@ downloads nothing. The *plans* build every architecture name of timm and torchvi
 and each parameter must be accounted for. The *networks* are the smallest of each kind, at rank 8. Two kinds are cut to
 fit the machine: deepseek_vit_412m to two blocks, R-CNNs to 50 proposals. Networks of further libraries
 (`pip install -e ".[coverage]"`) are built small, one block of each kind. tiatoolbox is left out: it asks for older
-releases of torch and timm, and for a notebook server.
+releases of torch and timm, and for a notebook server. MONAI's HoVerNet is left out, too: it takes more than five
+minutes.
 
 {environment}.
 """
