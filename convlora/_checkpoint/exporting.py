@@ -18,7 +18,7 @@ from .contents import adapter_tensors
 from .diffusers import to_diffusers_tensors
 from .files import refusal, write_tensors
 from .lycoris import to_lycoris_tensors
-from .saving import adapter_to_write, warn_of_training
+from .saving import adapter_to_write, check_nothing_lost, warn_of_training
 
 Format = Literal["diffusers", "lycoris"]
 """The library whose file is written."""
@@ -71,6 +71,7 @@ def export_adapter(
         raise TargetError(f"{path}: give the name of a .safetensors file. Nothing was written.")
     root, injection, adapter = adapter_to_write(model, adapter_name)
     with unmerged(root, injection):
+        check_nothing_lost(root, injection)
         factors, buffers = adapter_tensors(root, injection, adapter)
         base = tensors_as(root, BASE)
         faults = [*_other_parts(adapter.plan), *(f"{key}: a buffer that changed" for key in sorted(buffers))]

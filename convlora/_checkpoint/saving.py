@@ -85,6 +85,7 @@ def write_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         )
     root, injection, adapter = adapter_to_write(model, adapter_name)
     with unmerged(root, injection):
+        check_nothing_lost(root, injection)
         buffers = moved_buffers(root, injection, adapter)
         own = own_keys(root, adapter.plan, buffers)
         tensors = {key: for_disk(tensor) for key, tensor in adapter_state(root, adapter, own).items()}
@@ -132,7 +133,7 @@ def _write(path: Path, tensors: State, manifest: dict[str, Any], texts: Mapping[
 
 
 def adapter_to_write(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module, Injection, Adapter]:
-    """Return the injected module, its record and the adapter to write, after the checks that every file needs.
+    """Return the injected module, its record and the adapter to write, after the checks that need no base in place.
 
     The adapter's plan then has the scalings and strengths that the user set by hand, and the parameters that changed
     without a gradient.
@@ -148,8 +149,6 @@ def adapter_to_write(model: nn.Module, adapter_name: str | None) -> tuple[nn.Mod
     refuse_changed(root, injection, adapter)
     check_nothing_outside(model, root)
     _take_in_changed(root, injection, adapter)
-    with unmerged(root, injection):
-        _check_nothing_lost(root, injection)
     return root, injection, adapter
 
 
@@ -173,7 +172,7 @@ def warn_of_training(injection: Injection, adapter: Adapter, tensors: State, bas
 
 def _take_in_changed(root: nn.Module, injection: Injection, adapter: Adapter) -> None:
     changed = make_places_of_changed(root, injection)
-    follow(root, injection, adapter)
+    follow(root, injection, [adapter])
     if changed:
         warn(
             f"{', '.join(few(changed, 'and {} more'))}: changed since convlora.inject without a gradient. The new "
@@ -190,7 +189,8 @@ def warn_of_old_card(file: Path) -> None:
     )
 
 
-def _check_nothing_lost(root: nn.Module, injection: Injection) -> None:
+def check_nothing_lost(root: nn.Module, injection: Injection) -> None:
+    """Raise StateError if a parameter of the unmerged model requires a gradient and is not the adapter's."""
     own = own_keys(root, injection.adapters[injection.active].plan, ())
     factors = {id(p) for adapter in injection.adapters.values() for p in adapter.parameters()}
     for name, parameter in root.named_parameters():

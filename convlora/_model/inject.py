@@ -70,7 +70,7 @@ def inject(
     >>> optimizer = torch.optim.AdamW(convlora.trainable_parameters(model), lr=1e-3)
 
     A layer's weight becomes W + scaling · B A (Hu et al. 2021, arXiv:2106.09685), with A of shape
-    ``(rank, C_in / groups, kH, kW)`` and B of ``(C_out, rank)`` for a 2-D convolution, ``(r, in_features)`` and
+    ``(rank, C_in / groups, kH, kW)`` and B of ``(C_out, rank)`` for a 2-D convolution, ``(rank, in_features)`` and
     ``(out_features, rank)`` for a linear layer. A fresh adapter changes no output. Where the factors
     would have more parameters than their layer, its difference is trained in full instead, which has as many parameters
     as the layer; the summary says where. Create the optimizer after this call, and wrap in DDP or torch.compile after

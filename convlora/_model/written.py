@@ -105,16 +105,17 @@ def make_places(root: nn.Module, injection: Injection, found: Iterable[tuple[Slo
             injection.places.append(place)
             keys.append(dotted(names[slot.module], slot.name))
         if keys:
-            for adapter in injection.adapters.values():
-                follow(root, injection, adapter)
+            follow(root, injection, injection.adapters.values())
     return keys
 
 
-def follow(root: nn.Module, injection: Injection, adapter: Adapter) -> None:
-    """List the parameters that changed without a gradient in the adapter's plan."""
+def follow(root: nn.Module, injection: Injection, adapters: Iterable[Adapter]) -> None:
+    """List the parameters that changed without a gradient in these adapters' plans."""
     names = names_of(root)
     places = (place for place in injection.places if place.is_written and place.module in names)
-    adapter.plan = replace(adapter.plan, written=tuple(dotted(names[p.module], p.name) for p in places))
+    written = tuple(dotted(names[place.module], place.name) for place in places)
+    for adapter in adapters:
+        adapter.plan = replace(adapter.plan, written=written)
 
 
 def written_in(plan: Plan, model: nn.Module) -> set[tuple[nn.Module, str]]:

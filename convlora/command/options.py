@@ -89,7 +89,7 @@ class Targeting:
         ),
     ] = None
     exclude_modules: Annotated[
-        Texts, typer.Option("--exclude", metavar="PATTERN", help="Layers to leave alone, in the same notation.")
+        Texts, typer.Option("--exclude", metavar="PATTERN", help="Layers to skip, in the same notation.")
     ] = None
     modules_to_save: Annotated[
         Texts,
