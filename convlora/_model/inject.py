@@ -67,7 +67,7 @@ def inject(
     >>> model = timm.create_model("resnet50", pretrained=True, num_classes=1)
     >>> convlora.inject(model, rank=8)
     >>> print(convlora.summary(model))
-    >>> optimizer = torch.optim.AdamW(convlora.trainable_parameters(model), lr=1e-3)
+    >>> optimizer = torch.optim.AdamW(convlora.trainable_parameters(model), lr=2e-3)
 
     A layer's weight becomes W + scaling · B A (Hu et al. 2021, arXiv:2106.09685), with A of shape
     ``(rank, C_in / groups, kH, kW)`` and B of ``(C_out, rank)`` for a 2-D convolution, ``(rank, in_features)`` and

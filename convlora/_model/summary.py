@@ -61,7 +61,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield all parameters that an optimizer should have: factors, head, and whatever else requires a gradient.
 
-    >>> optimizer = torch.optim.AdamW(convlora.trainable_parameters(model), lr=1e-3)
+    >>> optimizer = torch.optim.AdamW(convlora.trainable_parameters(model), lr=2e-3)
 
     Raises:
         StateError: there is no adapter, or :func:`check` finds what training must not begin with, a replaced head say.
