@@ -391,6 +391,19 @@ def test_who_keeps_the_models_call_gets_what_the_model_computes(change):
     assert torch.equal(call(x), net(x))
 
 
+@pytest.mark.parametrize("options", [{}, {"norm": "track"}, {"mask_activations": True}], ids=str)
+def test_who_keeps_a_modules_forward_gets_the_base_after_removal(options):
+    """accelerate keeps it, and ``torch.compile`` of a part."""
+    torch.manual_seed(0)
+    inside = (nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Conv2d(8, 8, 3, padding=1))
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), *inside), torch.randn(2, 8, 8, 8)
+    convlora.prepare_for_hotswap(convlora.inject(net, 4, modules_to_save=None, **options), 4)
+    call, kept = net.__call__, [module.forward for module in inside]
+    convlora.remove(net.eval())
+    assert all(torch.equal(forward(x), module(x)) for forward, module in zip(kept, inside, strict=True))
+    assert torch.equal(call(x[:, :3]), net(x[:, :3]))
+
+
 def test_a_vqvae_of_monai_is_trained_saved_and_given_back(tmp_path: Path, train: Callable[..., None]):
     nets = need("monai.networks.nets")
 

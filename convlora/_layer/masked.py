@@ -83,6 +83,8 @@ class MaskedActivation(Masked):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the activation's own forward; if a gradient is needed, keep a mask and not the output."""
+        if not isinstance(self, MaskedActivation):  # a wrapper has kept this method, and the class has been given back
+            return type(self).forward(self, *args, **kwargs)
         derivative = DERIVATIVES[self._convlora_base.forward]
         if len(args) == 1 and not kwargs and _is_kept(args[0]) and derivative.is_known(self):
             x, in_place = args[0], cast(Any, self).inplace
@@ -105,6 +107,8 @@ class MaskedPool(Masked):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the pooling's own forward; if a gradient is needed, do not keep the input."""
+        if not isinstance(self, MaskedPool):  # a wrapper has kept this method, and the class has been given back
+            return type(self).forward(self, *args, **kwargs)
         if len(args) == 1 and not kwargs and _is_kept(args[0]) and args[0].ndim == 4:
             pool: Any = self
             if self._convlora_base.forward is nn.AvgPool2d.forward:

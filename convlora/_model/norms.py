@@ -82,6 +82,8 @@ class FrozenNorm(OwnedNorm):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the norm's own forward; for torch's batch norm, without keeping the input for the backward."""
+        if not isinstance(self, FrozenNorm):  # a wrapper has kept this method, and the class has been given back
+            return type(self).forward(self, *args, **kwargs)
         norm = cast(nn.Module, self)
         route = route_of(norm)
         if route is not None:
@@ -174,6 +176,8 @@ class TrackedNorm(OwnedNorm):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the norm's own forward; inside a backward, which recomputes it, the statistics stay unchanged."""
+        if not isinstance(self, TrackedNorm):  # a wrapper has kept this method, and the class has been given back
+            return type(self).forward(self, *args, **kwargs)
         route = route_of(cast(nn.Module, self))
         if route is not None:
             return _forward_routed(cast(nn.Module, self), self._convlora_base, route, args, kwargs)
